@@ -1,0 +1,1 @@
+"""What memory a run holds, on a real device or a simulated one."""

@@ -1,0 +1,126 @@
+"""Where a model trains: the one place through which bytes move between host and device.
+
+Training code never calls ``tensor.to(...)`` for this. It asks its ``Device``, so that the same step runs on CUDA, on
+a plain CPU and on a virtual GPU (``virtual_gpu.py``), where host and device are both CPU memory and only the books
+tell them apart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Phase = Literal["load", "forward", "loss", "backward", "optimizer", "evaluation", "save", "other"]
+Category = Literal[
+    "weights",
+    "gradients",
+    "optimizer state",
+    "saved activations",
+    "logits and loss",
+    "quantisation",
+    "temporaries",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryUsage:
+    """What a device holds, in whole bytes; the peaks are those since ``Device.reset_peak``."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+class Device:
+    """A place to train. This base is the plain CPU: host memory is device memory."""
+
+    name: str = "cpu"
+    torch_device: torch.device = torch.device("cpu")
+    capacity_bytes: int | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Everything that builds, trains, evaluates or saves runs inside this context."""
+        yield
+
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """Tensors created inside lie in host memory, not on the device."""
+        yield
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Say what the run is doing, for the record of memory."""
+        yield
+
+    def label(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Say what ``tensors`` are for, for the record of memory."""
+
+    def put(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``tensor``, which lies on the host, on the device and in ``dtype`` (default: its own)."""
+        return tensor.to(self.torch_device, dtype or tensor.dtype)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor``, which lies on the device, on the host."""
+        return tensor.detach().cpu()
+
+    def usage(self) -> MemoryUsage:
+        """Return what the device holds now and held at most: on a CPU, the process's resident memory."""
+        status = Path("/proc/self/status").read_text()
+        resident, peak = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) << 10 for key in ("VmRSS", "VmHWM"))  # type: ignore[index]
+        return MemoryUsage(
+            allocated_bytes=resident,
+            reserved_bytes=resident,
+            peak_allocated_bytes=peak,
+            peak_reserved_bytes=peak,
+        )
+
+    def reset_peak(self) -> None:
+        """Forget the peaks seen so far."""
+        if os.access("/proc/self/clear_refs", os.W_OK):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def empty_cache(self) -> None:
+        """Give memory that is cached but unused back to the device."""
+
+
+class CudaDevice(Device):
+    """One CUDA GPU.
+
+    Raises:
+        RuntimeError: no such GPU is visible.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        properties = torch.cuda.get_device_properties(index)
+        self.name = properties.name
+        self.torch_device = torch.device("cuda", index)
+        self.capacity_bytes = properties.total_memory
+
+    @contextmanager
+    def active(self) -> Iterator[None]:  # noqa: D102
+        with torch.cuda.device(self.torch_device):
+            yield
+
+    def usage(self) -> MemoryUsage:  # noqa: D102
+        return MemoryUsage(
+            allocated_bytes=torch.cuda.memory_allocated(self.torch_device),
+            reserved_bytes=torch.cuda.memory_reserved(self.torch_device),
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(self.torch_device),
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(self.torch_device),
+        )
+
+    def reset_peak(self) -> None:  # noqa: D102
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def empty_cache(self) -> None:  # noqa: D102
+        torch.cuda.empty_cache()

@@ -1,0 +1,32 @@
+"""Whole bytes inside, binary units on screen; the only place where one becomes the other."""
+
+from __future__ import annotations
+
+import re
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+
+_UNITS = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def format_bytes(size_bytes: int) -> str:
+    """Return ``size_bytes`` in the binary unit that suits it: ``"3.20 GiB"``, ``"512 B"``."""
+    for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
+        if abs(size_bytes) >= unit:
+            return f"{size_bytes / unit:.2f} {name}"
+    return f"{size_bytes} B"
+
+
+def parse_bytes(text: str) -> int:
+    """Return the whole bytes that ``"14.7GiB"``, ``"256 MiB"`` or ``"1024"`` stands for.
+
+    Raises:
+        ValueError: ``text`` is no number followed by one of B, KiB, MiB, GiB, kB, MB, GB.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"a size is a number and one of B, KiB, MiB, GiB, kB, MB, GB; got {text!r}")
+    return round(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,0 +1,31 @@
+import pytest
+
+from oomless.errors import nearest
+from oomless.units import GiB, format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 B"), (512, "512 B"), (1536, "1.50 KiB"), (3 << 20, "3.00 MiB"), (int(14.7 * GiB), "14.70 GiB")],
+)
+def test_format_bytes(size_bytes, text):
+    assert format_bytes(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("1024", 1024), ("256MiB", 256 << 20), (" 1.5 GiB ", 3 << 29), ("2GB", 2 * 10**9)],
+)
+def test_parse_bytes(text, size_bytes):
+    assert parse_bytes(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1 GiB", "1 GiBB", "one"])
+def test_parse_bytes_refuses(text):
+    with pytest.raises(ValueError, match="a size is a number"):
+        parse_bytes(text)
+
+
+def test_nearest():
+    assert nearest("rtx4009", ["RTX4090", "T4"]) == " Did you mean 'RTX4090'?"
+    assert nearest("zebra", ["RTX4090"]) == ""
