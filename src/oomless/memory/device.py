@@ -1,8 +1,8 @@
 """Where a model trains: the one place through which bytes move between host and device.
 
-Training code never calls ``tensor.to(...)`` for this. It asks its ``Device``, so that the same step runs on CUDA, on
-a plain CPU and on a virtual GPU (``virtual_gpu.py``), where host and device are both CPU memory and only the books
-tell them apart.
+Training code never calls ``tensor.to(...)`` for this. It asks its ``Device``, so that the same step runs on
+CUDA, on a plain CPU and on a virtual GPU (``virtual_gpu.py``), where host and device are both CPU memory and
+only the books tell them apart.
 """
 
 from __future__ import annotations
