@@ -327,6 +327,8 @@ class TrainConfig:
         for key, value in mapping.items():
             if key not in kinds:
                 raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), kinds)}")
+            if value is None:
+                continue
             values[key] = _sources(key, value) if key in ("data", "eval_data") else _coerce(key, value, kinds[key])
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
         if missing:
