@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oomless.data.loader import Loader
-from oomless.data.prepare import prepare
 from oomless.memory.virtual_gpu import VirtualGPU
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +31,8 @@ from transformers import (
 )
 
 from oomless.config import DataSource, TrainConfig
+from oomless.data.loader import Loader, micro_batches
+from oomless.data.prepare import prepare
 from oomless.training import loop
 from provenance import write
 
@@ -68,21 +68,9 @@ class Blocks(torch.utils.data.IterableDataset):
     """The very blocks that oomless trains on, in its order, as the Trainer takes them."""
 
     def __init__(self, model: Path, config: TrainConfig, steps: int) -> None:
-        data = prepare(
-            config.data,
-            AutoTokenizer.from_pretrained(model),
-            max_seq_length=config.max_seq_length,
-            packing=config.packing,
-            eval_fraction=0.0,
-            eval_sources=(),
-            seed=config.seed,
-            shuffle=config.shuffle,
-            cache_dir=Path(config.output_dir) / "token-cache",
-            encoding_errors="strict",
-            progress=None,
-        )
-        loader = Loader(data.train)
-        self.batches = [batch for _ in range(steps) for batch in loader.micro_batches(config.blocks_per_step, 1)]
+        cache_dir = Path(config.cache_dir or config.output_dir)
+        data = prepare(config, AutoTokenizer.from_pretrained(model), cache_dir)
+        self.batches = list(micro_batches(Loader(data.train).take(steps * config.blocks_per_step), 1))
         self.packing = config.packing
 
     def __iter__(self) -> Any:

@@ -18,7 +18,8 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 def provenance() -> dict[str, Any]:
     """Return machine, versions, commit and day."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
     return {

@@ -73,7 +73,7 @@ def test_sixteen_bit(make_checkpoint):
 
 class TestBadInput:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(ModelError, match="no folder"):
+        with pytest.raises(ModelError, match="no model folder"):
             resolve(str(tmp_path / "nothing" / "here" / "at-all"))
 
     def test_no_config(self, tmp_path):

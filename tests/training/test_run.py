@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oomless.config import DataSource, TrainConfig
+from oomless.data.loader import micro_batches
 from oomless.errors import AuditError, CheckpointError, ConfigError, GradientOverflowError, TrainingError
 from oomless.training import loop
 from oomless.training.audit import TrainabilityAudit
@@ -62,7 +63,7 @@ def live_run(monkeypatch):
 
 def test_it_learns(make_checkpoint, corpus, tmp_path):
     result = loop.train(config(make_checkpoint("llama"), corpus, tmp_path, max_steps=30))
-    assert result.eval_after["library.jsonl"] < result.eval_before["library.jsonl"] - 1
+    assert result.eval_after["library.jsonl"] < result.eval_before["library.jsonl"] - 0.5
     assert (tmp_path / "config.yaml").is_file()
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 31))
     assert result.tokens == metrics(tmp_path)[-1]["tokens"]
@@ -131,7 +132,7 @@ class TestFrozenPartsCostNothing:
     def test_no_graph_below_the_head(self, make_checkpoint, corpus, tmp_path, live_run):
         run, _ = live_run(config(make_checkpoint("llama"), corpus, tmp_path, trainable="lm_head"))
         saved = []
-        batches = run.loader.micro_batches(2, 2)
+        batches = list(micro_batches(run.loader.take(2), 2))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
             run.assembly.step.accumulate(batches)
         # What the loss itself keeps: the head's gradient. Nothing of the body has a width of 64 x 96 or 2 x 64 tokens.
@@ -143,7 +144,7 @@ class TestFrozenPartsCostNothing:
         for name, module in run.assembly.model.named_modules():
             if name in ("model.layers.0.mlp", "model.layers.1.mlp"):
                 module.register_full_backward_hook(lambda *_, name=name: visited.add(name))
-        run.assembly.step.accumulate(run.loader.micro_batches(2, 2))
+        run.assembly.step.accumulate(list(micro_batches(run.loader.take(2), 2)))
         assert visited == {"model.layers.1.mlp"}
 
 
@@ -198,9 +199,14 @@ class TestPrecision:
         assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.01)
 
     def test_lasting_fp16_overflow_names_the_module(self, make_checkpoint, corpus, tmp_path):
-        folder = make_checkpoint("llama", initializer_range=40.0)
-        with pytest.raises(GradientOverflowError, match=r"first in the output of model\.layers\.0\."):
-            loop.train(config(folder, corpus, tmp_path, dtype="fp16", max_steps=60))
+        folder = tmp_path / "overflowing"
+        model = AutoModelForCausalLM.from_pretrained(make_checkpoint("llama"))
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1e7)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(make_checkpoint("llama")).save_pretrained(folder)
+        with pytest.raises(GradientOverflowError, match=r"first in the output of model\.layers\.1\.mlp"):
+            loop.train(config(folder, corpus, tmp_path / "run", dtype="fp16", max_steps=60))
 
     def test_nan_stops_before_it_is_saved(self, make_checkpoint, corpus, tmp_path):
         settings = config(

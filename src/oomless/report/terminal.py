@@ -53,7 +53,7 @@ class TerminalListener(Listener):
         """Print what will train on what, and open the live line."""
         self.close()
         self.console.print(parameter_table(facts.table))
-        for line in facts.data.summary.lines():
+        for line in facts.data.summary:
             self.console.print(line, highlight=False)
         self.total_steps = facts.total_steps
         self.limit_bytes = facts.device.capacity_bytes

@@ -8,6 +8,7 @@ model given, in place; ``lm_head`` and ``embed_tokens`` beside LoRA are trained 
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
         target_modules=_targets(model, str(config.lora_target_modules)),
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
+        warnings.simplefilter("ignore", FutureWarning)
+        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
     for parameter in trained:
         parameter.requires_grad_(True)
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")

@@ -76,6 +76,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     if config.gradient_checkpointing:
         checkpointing.apply(model)
     optimizer = _optimizer(model, config)
+    state = [tensor for p in model.parameters() if p.requires_grad for tensor in optimizer.state_tensors(p).values()]
+    device.label(state, "optimizer state")
     loss_scale = LossScale(model.dtype, device)
     step = TrainingStep(
         model,
@@ -107,8 +109,6 @@ def _optimizer(model: Any, config: TrainConfig) -> MemoryLeanOptimizer:
         config.optimizer,
         parameter_groups(model, config),
         lr=config.learning_rate,
-        weight_precision="master",
-        seed=config.seed,
         **settings,
     )
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from oomless.config import TrainConfig, load_yaml
-from oomless.data.loader import Loader
+from oomless.data.encode import check_tokenizer
+from oomless.data.loader import Loader, micro_batches
 from oomless.data.prepare import PreparedData, prepare
-from oomless.data.tokens import check_tokenizer
 from oomless.errors import CheckpointError, ConfigError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import save
@@ -120,7 +120,8 @@ class Run:
         spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
         check_tokenizer(self.tokenizer, spec.config.get_text_config().vocab_size)
-        self.data = self._prepare_data()
+        cache_dir = Path(config.cache_dir) if config.cache_dir else run / "token-cache"
+        self.data = prepare(config, self.tokenizer, cache_dir, listener.tokenising)
         reload_base = start is None or "lora" in config.trainable_parts
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
         self.loader = Loader(self.data.train)
@@ -188,22 +189,6 @@ class Run:
                 f"{earlier.blocks_per_step}; got {self.config.blocks_per_step}"
             )
 
-    def _prepare_data(self) -> PreparedData:
-        config = self.config
-        return prepare(
-            config.data,
-            self.tokenizer,
-            max_seq_length=config.max_seq_length,
-            packing=config.packing,
-            eval_fraction=config.eval_fraction or 0.0,
-            eval_sources=config.eval_data,
-            seed=config.seed,
-            shuffle=config.shuffle,
-            cache_dir=Path(config.cache_dir) if config.cache_dir else self.folder / "token-cache",
-            encoding_errors=config.encoding_errors,
-            progress=self.listener.tokenising,
-        )
-
     def _total_steps(self) -> int:
         config = self.config
         if config.max_steps is not None:
@@ -242,7 +227,8 @@ class Run:
             factor = learning_rate_factor(config.lr_scheduler_type, self.step, self.total_steps, config.warmup_ratio)
             for group in parts.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            batches = self.loader.micro_batches(config.blocks_per_step, config.per_device_train_batch_size)
+            blocks = self.loader.take(config.blocks_per_step)
+            batches = list(micro_batches(blocks, config.per_device_train_batch_size))
             outcome = parts.step.run(batches, before_update=audit.before_update if audit else None)
             self.step += 1
             self.tokens += sum(batch.target_count for batch in batches)
@@ -293,8 +279,9 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         losses = {}
         for name, blocks in self.data.evaluation.items():
-            batches = blocks.micro_batches(self.config.per_device_eval_batch_size or 1)
-            losses[name], _ = self.assembly.step.evaluate(batches)
+            batches = micro_batches(blocks, self.config.per_device_eval_batch_size or 1)
+            total, tokens = self.assembly.step.evaluate(batches)
+            losses[name] = float(total) / tokens
         if losses:
             self._record({"step": self.step, **{f"eval_loss/{name}": loss for name, loss in losses.items()}})
             self.listener.evaluated(self.step, losses)
@@ -366,7 +353,7 @@ def _tensorboard(run: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("tensorboard is not installed: install oomless[tensorboard] or leave it out") from error
-    return SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(run / "tensorboard"))
 
 
 @contextmanager

@@ -88,8 +88,8 @@ class TrainingStep:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """Return the mean cross-entropy over the predicted tokens of ``batches``, and their number."""
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, int]:
+        """Return the summed cross-entropy over the predicted tokens of ``batches``, and their number."""
         total = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
         tokens = 0
         self.model.eval()
@@ -97,7 +97,7 @@ class TrainingStep:
             for batch in batches:
                 total += self._loss(batch, 1.0)
                 tokens += batch.target_count
-        return float(total) / max(1, tokens), tokens
+        return total, tokens
 
     def _loss(self, batch: MicroBatch, scale: Tensor | float) -> Tensor:
         """Return ``scale`` times the summed cross-entropy of ``batch``."""
