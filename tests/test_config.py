@@ -17,7 +17,11 @@ def make(**settings):
 
 def test_resolved_yaml_reproduces_the_config():
     config = make(
-        data=["a", {"path": "b", "weight": 2, "text_field": "body"}], trainable="lora+lm_head", learning_rate="3e-4"
+        data=["a", {"path": "b", "weight": 2, "text_field": "body"}],
+        trainable="lora+lm_head",
+        learning_rate="3e-4",
+        tied_weights="untied",
+        tied_weights="untied",
     )
     assert config.learning_rate == 3e-4
     assert config.lora_r == 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 
 from oomless import __version__
-from oomless.config import TrainConfig, field_help, load_yaml
+from oomless.config import TrainConfig, field_help, load_yaml, without_none
 from oomless.errors import TrainingError, UserError
 
 app = typer.Typer(
@@ -48,9 +47,7 @@ def _options() -> list[inspect.Parameter]:
     panel = iter(_PANELS.items())
     title, (_, last) = next(panel)
     for name in kinds:
-        kind: Any = kinds[name]
-        if isinstance(kind, types.UnionType):
-            (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+        kind = without_none(kinds[name])
         flag = "--" + name.replace("_", "-")
         help_text = texts[name]
         default = TrainConfig.__dataclass_fields__[name].default

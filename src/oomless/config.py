@@ -370,6 +370,14 @@ def field_help(cls: type) -> dict[str, str]:
     }
 
 
+def without_none(kind: Any) -> Any:
+    """Return ``X`` for the annotation ``X | None``, and any other annotation as it is."""
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
+        return kind
+    (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    return kind
+
+
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -394,10 +402,7 @@ def _sources(key: str, value: Any) -> tuple[DataSource, ...]:
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """Return ``value`` as ``kind``; YAML's ``2e-5`` is a string and its ``3`` an int where a float is meant."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and types.NoneType in options:
-        return None
-    (kind,) = (option for option in options if option is not types.NoneType)
+    kind = without_none(kind)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:

@@ -119,7 +119,8 @@ def global_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         for parameter in parameters
         if parameter.grad is not None
     ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

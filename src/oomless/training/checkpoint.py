@@ -269,15 +269,21 @@ def _restore_trainer(
         kind, _, rest = name.partition("/")
         if kind == "parameter":
             owner, _, key = rest.rpartition("/")
-            by_parameter.setdefault(owner, {})[key] = device.put(tensor)
+            by_parameter.setdefault(owner, {})[key] = tensor
         elif kind == "loss_scale":
             loss_scale.tensors()[rest].copy_(tensor)
         elif rest == "cpu":
             torch.set_rng_state(tensor)
         elif device.torch_device.type == "cuda":
             torch.cuda.set_rng_state(tensor, device.torch_device)
-    for name, state in by_parameter.items():
-        optimizer.load_state_tensors(parameters[name], state)
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    try:
+        if trained != by_parameter.keys():
+            raise ValueError(f"it trained other parameters: {', '.join(sorted(trained ^ by_parameter.keys())[:5])}")
+        for name, state in by_parameter.items():
+            optimizer.load_state_tensors(parameters[name], state)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder} does not fit this run: {error}") from error
 
 
 def _read(path: Path, expected: set[str] | None, device: Device) -> Any:

@@ -7,6 +7,7 @@ device; the host never waits for them.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -72,16 +73,19 @@ def explain_overflow(model: Any, run_forward_backward: Any) -> GradientOverflowE
         def hook(module: nn.Module, given: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if not first and any(isinstance(t, Tensor) and not bool(torch.isfinite(t).all()) for t in tensors):
-                first.append(f"the {where} of {name or 'the model'}")
+                first.append(f"the {where} of {name}")
 
         return hook
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_hook(watch(name, "output")))
-        handles.append(module.register_full_backward_hook(watch(name, "gradient")))
+        if not list(module.children()):
+            handles.append(module.register_forward_hook(watch(name, "output")))
+            handles.append(module.register_full_backward_hook(watch(name, "gradient")))
     try:
-        run_forward_backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an embedding's inputs have no gradient to hook
+            run_forward_backward()
     finally:
         for handle in handles:
             handle.remove()
