@@ -329,6 +329,29 @@ def test_an_error_that_is_kept_keeps_no_tensor_alive():
     assert caught.value.__traceback__ is not None
 
 
+def test_an_error_that_was_handled_is_gone():
+    ledger = Ledger(capacity_bytes=2 * KIB)
+
+    def fail():
+        on_the_stack = kibibyte()
+        return on_the_stack + kibibyte()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with StorageTracker(ledger):
+            for _ in range(2):
+                try:
+                    fail()
+                except torch.OutOfMemoryError:
+                    pass
+                else:
+                    pytest.fail("three tensors do not fit")
+                assert ledger.allocated_bytes == 0
+    finally:
+        gc.enable()
+
+
 def test_the_tracker_keeps_nothing_alive():
     tracker = StorageTracker(Ledger())
     with tracker:

@@ -11,6 +11,7 @@ the hooks note at which number each module began and ended.
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -278,10 +279,13 @@ class Watcher:
     ) -> None:
         self._recorder = recorder
         self._label = label
-        self._model = model
-        self._optimizers = list(optimizers)
+        # Not kept alive: whoever deletes the model wants its memory back.
+        self._model = weakref.ref(model)
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._handles = [
-            handle for name, module in model.named_modules() for handle in self._hook(name, module)
+            handle
+            for name, module in model.named_modules()
+            for handle in self._hook(name or type(model).__name__, module)
         ]
         self._handles += [
             parameter.register_post_accumulate_grad_hook(self._gradient_accumulated)  # type: ignore[no-untyped-call]
@@ -307,10 +311,13 @@ class Watcher:
 
     def scan(self) -> None:
         """Label gradients and optimizer state that no hook has seen."""
-        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-        self._label(gradients, "gradients")
-        for optimizer in self._optimizers:
-            self._label(_tensors_in(list(optimizer.state.values())), "optimizer state")
+        model = self._model()
+        if model is not None:
+            self._label([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+        for reference in self._optimizers:
+            optimizer = reference()
+            if optimizer is not None:
+                self._label(_tensors_in(list(optimizer.state.values())), "optimizer state")
 
     def remove(self) -> None:
         """Take all hooks away."""
@@ -322,8 +329,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
+        yield from _tensors_in(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors_in(item)

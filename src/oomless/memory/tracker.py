@@ -8,10 +8,10 @@ early). Bytes belong to storages: views and in-place operators book nothing.
 
 What has no operator of its own:
 
-- ``torch.tensor``, ``torch.as_tensor`` and the like end in ``lift_fresh``, which is booked.
-- ``copy.deepcopy`` and ``torch.load`` end in ``set_``, which books a storage not seen before.
-- ``torch.from_numpy``, ``torch.frombuffer`` and safetensors files never appear: they are host memory, and a
-  view of a storage that was not booked is not booked. ``Device.put`` brings them onto the device.
+- ``torch.tensor``, ``as_tensor``, ``from_numpy`` end in ``lift_fresh``, which is booked; ``copy.deepcopy``,
+  ``torch.load`` and safetensors end in ``set_``, which books a storage not seen before. So host tensors have
+  to be made inside ``Device.host()``, or outside of the mode.
+- ``torch.frombuffer`` and ``from_dlpack`` never appear; a view of a storage that was not booked is not booked.
 - ``UntypedStorage.resize_`` (FSDP2 frees and refills parameters with it) is caught by an attribute on the one
   storage object, so no class of torch is changed.
 
@@ -189,14 +189,17 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         error = self._book(result, func, rule)
         if error is None:
             return result
-        # The traceback must not keep alive what C++ would have dropped.
+        # The traceback holds this frame, which must not keep alive what C++ would have dropped, nor the error.
         del result, args, kwargs
-        raise error
+        try:
+            raise error
+        finally:
+            del error
 
     def _book(self, result: Any, operation: object, rule: _Rule) -> torch.OutOfMemoryError | None:
         """Book every storage in ``result`` that is new; return the error if one does not fit."""
         try:
-            for tensor in (result,) if type(result) is Tensor else _tensors(result):
+            for tensor in _tensors(result):
                 storage = tensor.untyped_storage()
                 booking = self._bookings.get(id(storage))
                 if booking is not None:
