@@ -267,7 +267,7 @@ def _large(events):
 
 
 def test_books_equal_those_of_the_cpu_allocator_without_the_tracker():
-    """Byte for byte and in order; autograd's in-place sums at the residuals are what a mode alone would change.
+    """Byte for byte and in order; a mode alone would change autograd's in-place sums at the residuals.
 
     Below 1 KiB the CPU pads scalars, so only larger allocations are compared.
     """

@@ -6,8 +6,12 @@ import gc
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -115,9 +119,7 @@ QUICK = [
     for checkpointing in (False, True)
     for architecture, optimizer in (
         ("llama", "foreach"),
-        ("llama", "fused"),
-        ("llama", "for-loop"),
-        ("gemma", "foreach"),
+        ("gemma", "for-loop"),
         ("qwen2", "fused"),
         ("qwen3", "for-loop"),
         ("gemma3", "momentum"),
@@ -174,7 +176,7 @@ def test_fake_tensors_take_no_memory():
 
 
 def message_of_running_out(step):
-    """Return the message of the error that ``step()`` ends with, keeping nothing of it; empty if there is none."""
+    """Return the message of the error that ``step()`` ends with, keeping nothing else; empty if none."""
     try:
         step()
     except torch.OutOfMemoryError as error:
@@ -405,3 +407,34 @@ def test_empty_cache_gives_reserved_memory_back():
         assert gpu.usage().reserved_bytes >= 16 << 20
         gpu.empty_cache()
     assert gpu.usage().reserved_bytes == 0
+
+
+# Sharded over several GPUs.
+
+
+def test_fully_sharded_parameters_are_booked_as_they_come_and_go():
+    """FSDP2 over four ranks, of which this is one; gathered parameters come and go by resized storages."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        profiles = []
+        for fake in (False, False, True):  # DTensor fills caches the first time.
+            gpu = VirtualGPU(1 << 30, record_history=True, fake=fake)
+            with gpu.active():
+                model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(4)])
+                for part in (*model, model):
+                    fully_shard(part, mesh=mesh)
+                whole_bytes = 4 * 256 * KIB
+                assert gpu.usage().allocated_bytes == whole_bytes // 4
+                for _ in range(2):
+                    model(torch.ones(4, 256)).sum().backward()
+                    assert gpu.usage().allocated_bytes == 2 * whole_bytes // 4, (
+                        "the gradients are sharded too"
+                    )
+                    for parameter in model.parameters():
+                        parameter.grad = None
+                    assert gpu.usage().allocated_bytes == whole_bytes // 4
+            profiles.append(gpu.profile(max_points=None))
+        assert profiles[1] == profiles[2]
+    finally:
+        dist.destroy_process_group()

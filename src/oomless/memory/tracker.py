@@ -11,7 +11,7 @@ What has no operator of its own:
 - ``torch.tensor``, ``as_tensor``, ``from_numpy`` end in ``lift_fresh``, which is booked; ``copy.deepcopy``,
   ``torch.load`` and safetensors end in ``set_``, which books a storage not seen before. So host tensors have
   to be made inside ``Device.host()``, or outside of the mode.
-- ``torch.frombuffer`` and ``from_dlpack`` never appear; a view of a storage that was not booked is not booked.
+- ``torch.frombuffer`` and ``from_dlpack`` never appear; a view of what was not booked is not booked.
 - ``UntypedStorage.resize_`` (FSDP2 frees and refills parameters with it) is caught by an attribute on the one
   storage object, so no class of torch is changed.
 
@@ -189,7 +189,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         error = self._book(result, func, rule)
         if error is None:
             return result
-        # The traceback holds this frame, which must not keep alive what C++ would have dropped, nor the error.
+        # The traceback holds this frame, which must not hold what C++ would have dropped, nor the error.
         del result, args, kwargs
         try:
             raise error
