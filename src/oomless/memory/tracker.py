@@ -20,10 +20,10 @@ place, and the books would hold one tensor more than a run without the mode. ``_
 that addition by the reference counts that torch itself looks at (measured once on a known graph), and hands
 the old booking to the sum. Only the books are touched, never the computation.
 
-Cost: about 1 µs for an operator that returns nothing new and about 4 µs for one that returns a new storage,
-on top of the 10 µs for which torch calls a dispatch mode. The obvious alternative,
-``torch.distributed._tools``'s tracker, patches ``UntypedStorage.resize_`` and takes more than ten times as
-long.
+Cost (CPU time on one core, torch 2.13, least of five runs): calling a dispatch mode that does nothing takes
+4 µs per operator; the tracker takes less than 2 µs more where nothing is new, and 7 µs more for a new
+storage, its end included. The obvious alternative, ``torch.distributed._tools.mem_tracker``, takes 40 to 60
+µs more, and patches ``UntypedStorage.resize_``.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
 _BOOKED_THOUGH_ALIASING = frozenset(
     {
@@ -166,8 +167,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             try:
                 while self._dead:
                     booking = self._dead.popleft()
-                    if booking.allocation is not None:
-                        booking.ledger.free(booking.allocation)
+                    booking.ledger.free(booking.allocation)
             finally:
                 self._lock.release()
 
@@ -177,7 +177,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run ``func`` and book what is new in its result."""
         if types and not _PLAIN_TYPES.issuperset(types):
             return NotImplemented  # A wrapper runs first; the operators on its parts come here.
-        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
             return args[0].fake_device
         result = func(*args, **kwargs) if kwargs else func(*args)
         rule = _rule(func)
@@ -199,20 +199,25 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _book(self, result: Any, operation: object, rule: _Rule) -> torch.OutOfMemoryError | None:
         """Book every storage in ``result`` that is new; return the error if one does not fit."""
         try:
-            for tensor in _tensors(result):
-                storage = tensor.untyped_storage()
-                booking = self._bookings.get(id(storage))
-                if booking is not None:
-                    if rule is _Rule.MAY_RESIZE and storage.nbytes() != booking.size_bytes:
-                        self._rebook(booking, storage.nbytes(), operation)
-                elif rule is _Rule.NEW_STORAGES and tensor.device.type != "meta":
-                    size_bytes = storage.nbytes()
-                    self._enter(
-                        storage, self.ledger, size_bytes, self._allocate(self.ledger, size_bytes, operation)
-                    )
+            if type(result) is Tensor and result.layout is torch.strided:
+                self._book_tensor(result, operation, rule)
+            else:
+                for tensor in _tensors(result):
+                    self._book_tensor(tensor, operation, rule)
         except torch.OutOfMemoryError as error:
             return error.with_traceback(None)
         return None
+
+    def _book_tensor(self, tensor: Tensor, operation: object, rule: _Rule) -> None:
+        storage = tensor.untyped_storage()
+        booking = self._bookings.get(id(storage))
+        if booking is not None:
+            if rule is _Rule.MAY_RESIZE and storage.nbytes() != booking.size_bytes:
+                self._rebook(booking, storage.nbytes(), operation)
+        elif rule is _Rule.NEW_STORAGES and not tensor.is_meta:
+            size_bytes = storage.nbytes()
+            allocation = self._allocate(self.ledger, size_bytes, operation)
+            self._enter(storage, self.ledger, size_bytes, allocation)
 
     def _allocate(self, ledger: Ledger, size_bytes: int, operation: object) -> Any:
         """Return the ledger's allocation, or ``None`` for an empty storage, which takes no memory."""
@@ -247,8 +252,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _died(self, booking: Booking) -> None:
         if self._bookings.get(booking.key) is booking:
             del self._bookings[booking.key]
-        self._dead.append(booking)
-        self.settle()
+        if booking.allocation is not None:
+            self._dead.append(booking)
+            self.settle()
 
     def _sums_gradients(self, args: Sequence[Any]) -> bool:
         """Say whether this addition is autograd's own sum of gradients, in place but for the mode."""

@@ -26,6 +26,7 @@ from oomless.memory.device import Category, Device, MemoryUsage, Phase
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.recorder import Allocation, Recorder, Watcher
 from oomless.memory.tracker import Ledger, StorageTracker
+from oomless.units import format_bytes
 
 
 class _HostLedger:
@@ -58,7 +59,10 @@ class _DeviceLedger:
         self.allocation_count += 1
         try:
             if index == self.failing_index:
-                raise torch.OutOfMemoryError(self.allocator.out_of_memory_message(size_bytes))
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {format_bytes(size_bytes)}. "
+                    f"(Allocation {index}, which VirtualGPU.fail_at was told to fail.)"
+                )
             block = self.allocator.allocate(size_bytes)
         except torch.OutOfMemoryError:
             if self.recorder is not None:
