@@ -1,7 +1,13 @@
-"""Settings that every test shares."""
+"""Settings and real things that every test shares: a trained tokenizer, real text, checkpoints made by transformers."""
+
+import json
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
+
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +15,82 @@ def _one_thread_per_worker(worker_id):
     """Under xdist each worker keeps to one core."""
     if worker_id != "master":
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Sixty documents of very different lengths from the standard library."""
+    paths = sorted(STANDARD_LIBRARY.glob("*.py"))[:60]
+    return [path.read_text(encoding="utf-8")[: 200 + 97 * number] for number, path in enumerate(paths)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory, texts) -> Path:
+    """A byte-level BPE tokenizer of 512 tokens, trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, texts) -> Path:
+    """The texts as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "library.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+ARCHITECTURES = {
+    "llama": dict(model_type="llama"),
+    "gemma": dict(model_type="gemma", head_dim=16, hidden_activation="gelu_pytorch_tanh"),
+    "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+}
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory, tokenizer_folder):
+    """A function that makes a tiny model of an architecture with transformers, saves it, and returns its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    made: dict[tuple, Path] = {}
+
+    def make(architecture: str = "llama", *, tied: bool = False, dtype: torch.dtype = torch.float32, **changes) -> Path:
+        key = (architecture, tied, dtype, tuple(sorted(changes.items())))
+        if key not in made:
+            settings = dict(
+                vocab_size=512,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                tie_word_embeddings=tied,
+                bos_token_id=None,
+                eos_token_id=0,
+                pad_token_id=None,
+            )
+            config = AutoConfig.for_model(**{**settings, **ARCHITECTURES[architecture], **changes})
+            torch.manual_seed(1)
+            folder = tmp_path_factory.mktemp(f"{architecture}-{'tied' if tied else 'untied'}")
+            AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make

@@ -16,7 +16,9 @@ FLOORS = [
     {"training"},
     {"planning"},
     {"diagnosis", "export", "report"},
-    {"cli", "demo", "__main__", "api"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF_ROOM = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_ONLY = {"ops", "optim", "memory"}

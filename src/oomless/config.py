@@ -1,10 +1,29 @@
-"""What a user may say: frozen dataclasses, filled from YAML and the command line."""
+"""What a user may say: frozen dataclasses, filled from YAML and the command line.
+
+Every field's docstring is its help text on the command line; there is no second description. A setting that would
+have no effect is an error, so the fields that belong to one choice (LoRA's rank, say) are ``None`` until that choice
+is made, and get their defaults then.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
-from oomless.errors import ConfigError
+from oomless.errors import ConfigError, nearest
+
+Scheduler = Literal["cosine", "linear", "constant", "wsd"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Packing = Literal["documents", "best_fit", "concatenate"]
+TiedWeights = Literal["shared", "untied"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,3 +45,381 @@ class DataSource:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"a data source's weight must be above 0; got {self.weight} for {self.path}")
+
+
+LORA_DEFAULTS: dict[str, Any] = {
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+    "use_rslora": False,
+    "use_dora": False,
+}
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "sgd": {"momentum": 0.9},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that decides a run. ``save`` writes it as YAML, and that YAML reproduces the run."""
+
+    # Model and data
+    model: str
+    """Folder with config.json and safetensors weights, or a Hugging Face name."""
+
+    data: tuple[DataSource, ...]
+    """Text to learn: files, folders or globs (.txt .md, source code, .jsonl, .parquet, each also .gz or .zst)."""
+
+    output_dir: str
+    """The run folder: config, metrics, checkpoints and the final model."""
+
+    tokenizer: str | None = None
+    """Tokenizer folder or name, where it is not the model's."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+    eval_data: tuple[DataSource, ...] = ()
+    """Text to evaluate on, instead of documents held out from `data`."""
+
+    eval_fraction: float | None = None
+    """Share of the documents of each source held out for evaluation. [default: 0.01, or 0 with eval_data]"""
+
+    max_seq_length: int = 1024
+    """Tokens in a block."""
+
+    packing: Packing = "documents"
+    """documents: packed end to end, none attends to another; best_fit: the same, cut as little as possible, padded;
+    concatenate: one plain stream, attention over whole blocks."""
+
+    shuffle: bool = True
+    """Shuffle the blocks, the same way for the same seed."""
+
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """What invalid UTF-8 is: an error that names file and offset, or replaced by U+FFFD."""
+
+    cache_dir: str | None = None
+    """Where tokenised text is kept between runs. [default: `token-cache` in output_dir]"""
+
+    # What trains
+    trainable: str = "full"
+    """full, lm_head, embed_tokens, lora, or module-name patterns such as `model.layers.3.*`; join several by +."""
+
+    tied_weights: TiedWeights | None = None
+    """For a model whose embed_tokens and lm_head are one matrix: train it as one (shared), or part them (untied)."""
+
+    lora_r: int | None = None
+    """LoRA rank. [default: 16]"""
+
+    lora_alpha: float | None = None
+    """LoRA scale. [default: 32]"""
+
+    lora_dropout: float | None = None
+    """Dropout before LoRA's first matrix. [default: 0]"""
+
+    lora_target_modules: str | None = None
+    """Linear layers that get LoRA: all-linear, or name endings joined by commas. [default: all-linear]"""
+
+    use_rslora: bool | None = None
+    """Scale LoRA by alpha / sqrt(r) instead of alpha / r. [default: off]"""
+
+    use_dora: bool | None = None
+    """Train magnitude and direction apart (DoRA). [default: off]"""
+
+    # Batch and length of the run
+    per_device_train_batch_size: int = 1
+    """Blocks in one forward and backward pass."""
+
+    gradient_accumulation_steps: int = 1
+    """Passes in one optimizer step; the loss is normalised by the tokens of the whole step."""
+
+    per_device_eval_batch_size: int | None = None
+    """Blocks in one evaluation pass. [default: per_device_train_batch_size]"""
+
+    max_steps: int | None = None
+    """Length of the run in optimizer steps."""
+
+    num_train_epochs: float | None = None
+    """Length of the run in passes over the data. [default: 1, where neither steps nor tokens are given]"""
+
+    max_tokens: int | None = None
+    """Length of the run as a budget of training tokens."""
+
+    # Optimizer
+    optimizer: str = "adamw"
+    """adamw or sgd."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of embed_tokens and lm_head. [default: learning_rate]"""
+
+    lr_scheduler_type: Scheduler = "cosine"
+    """How the rate falls after warm-up; wsd holds it and falls in the last fifth."""
+
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the rate rises."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms and biases get none."""
+
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+
+    adam_beta1: float | None = None
+    """AdamW's first decay rate. [default: 0.9]"""
+
+    adam_beta2: float | None = None
+    """AdamW's second decay rate. [default: 0.999]"""
+
+    adam_epsilon: float | None = None
+    """AdamW's epsilon. [default: 1e-8]"""
+
+    momentum: float | None = None
+    """SGD's momentum. [default: 0.9]"""
+
+    # Precision and memory
+    dtype: Precision = "auto"
+    """Weights and arithmetic; trainable 16-bit weights keep an fp32 master copy. auto: bf16 or fp16 by what the GPU
+    can do, fp32 on a CPU."""
+
+    gpu: str = "auto"
+    """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB."""
+
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in backward."""
+
+    loss_chunk_bytes: int = 64 << 20
+    """Most bytes that the loss holds of the logits at once."""
+
+    # Running
+    seed: int = 0
+    """Seed of shuffling, held-out documents, LoRA's start and dropout."""
+
+    logging_steps: int = 1
+    """Steps between lines of metrics."""
+
+    eval_steps: int | None = None
+    """Steps between evaluations; one at the start and one at the end are always made. [default: none between]"""
+
+    save_steps: int | None = None
+    """Steps between checkpoints; one at the end is always made. [default: none between]"""
+
+    save_total_limit: int = 2
+    """Checkpoints kept; the oldest go first."""
+
+    resume: bool = False
+    """Go on from the newest good checkpoint in output_dir."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files to output_dir/tensorboard."""
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._fill_choice("LoRA", LORA_DEFAULTS, used="lora" in self.trainable_parts)
+        if self.optimizer not in OPTIMIZER_DEFAULTS:
+            known = ", ".join(OPTIMIZER_DEFAULTS)
+            raise ConfigError(
+                f"optimizer must be one of {known}; got {self.optimizer!r}."
+                + nearest(self.optimizer, OPTIMIZER_DEFAULTS)
+            )
+        for name, defaults in OPTIMIZER_DEFAULTS.items():
+            if name != self.optimizer:
+                shared = OPTIMIZER_DEFAULTS[self.optimizer]
+                others = {key: value for key, value in defaults.items() if key not in shared}
+                self._fill_choice(f"the optimizer {name}", others, used=False)
+        self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
+        lengths = [n for n in ("max_steps", "num_train_epochs", "max_tokens") if getattr(self, n) is not None]
+        if len(lengths) > 1:
+            raise ConfigError(f"the run's length is given once; got {' and '.join(lengths)}: keep one")
+        if not lengths:
+            self._set("num_train_epochs", 1.0)
+        if self.eval_fraction is None:
+            self._set("eval_fraction", 0.0 if self.eval_data else 0.01)
+        elif self.eval_data and self.eval_fraction:
+            raise ConfigError("give eval_data or eval_fraction, not both: eval_data replaces the held-out documents")
+        if self.per_device_eval_batch_size is None:
+            self._set("per_device_eval_batch_size", self.per_device_train_batch_size)
+
+    @property
+    def trainable_parts(self) -> tuple[str, ...]:
+        """The parts of ``trainable``, in the order given."""
+        return tuple(part.strip() for part in self.trainable.split("+"))
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks in one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _fill_choice(self, choice: str, defaults: dict[str, Any], *, used: bool) -> None:
+        for name, default in defaults.items():
+            if used and getattr(self, name) is None:
+                self._set(name, default)
+            elif not used and getattr(self, name) is not None:
+                raise ConfigError(f"{name} belongs to {choice}, which this run does not use: remove {name}")
+
+    def _check_ranges(self) -> None:
+        if not self.data:
+            raise ConfigError("data is empty: name at least one file, folder or glob")
+        if not all(self.trainable_parts):
+            raise ConfigError(f"trainable is parts joined by +; got {self.trainable!r}")
+        if "full" in self.trainable_parts and len(self.trainable_parts) > 1:
+            raise ConfigError(f"trainable: full already trains everything; got {self.trainable!r}: write full alone")
+        at_least: dict[str, float] = dict.fromkeys(
+            (
+                "per_device_train_batch_size",
+                "gradient_accumulation_steps",
+                "per_device_eval_batch_size",
+                "max_steps",
+            )
+            + ("max_tokens", "lora_r", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+            1,
+        )
+        at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16}
+        at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum"), 0)
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name} must be at least {least}; got {value}")
+        for name in (
+            "learning_rate",
+            "embedding_learning_rate",
+            "num_train_epochs",
+            "adam_epsilon",
+            "lora_alpha",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a number above 0; got {value}")
+        for name in ("eval_fraction", "warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout", "momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1; got {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that are set, as plain values for YAML or JSON."""
+        plain = dataclasses.asdict(self)
+        for key in ("data", "eval_data"):
+            plain[key] = [{k: v for k, v in source.items() if v is not None} for source in plain[key]]
+        return {key: value for key, value in plain.items() if value is not None and value != []}
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that ``from_mapping`` reads back to an equal config."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any]) -> TrainConfig:
+        """Return a config from plain values, as YAML or the command line give them.
+
+        Raises:
+            ConfigError: a key is unknown or missing, a value has the wrong type, or two settings contradict.
+        """
+        values: dict[str, Any] = {}
+        kinds = typing.get_type_hints(cls)
+        for key, value in mapping.items():
+            if key not in kinds:
+                raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), kinds)}")
+            if value is None:
+                continue
+            values[key] = _sources(key, value) if key in ("data", "eval_data") else _coerce(key, value, kinds[key])
+        missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} must be given, in the YAML or as --{missing[0].replace('_', '-')}")
+        return cls(**values)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings in the YAML file ``path``.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is not a mapping of settings.
+    """
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config {path} is not YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"the config {path} must be a mapping of settings to values; got {type(mapping).__name__}")
+    return mapping
+
+
+@cache
+def field_help(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of the dataclass ``cls``."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    return {
+        field.target.id: inspect.cleandoc(doc.value.value).replace("\n", " ")
+        for field, doc in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+        and isinstance(doc.value.value, str)
+    }
+
+
+def without_none(kind: Any) -> Any:
+    """Return ``X`` for the annotation ``X | None``, and any other annotation as it is."""
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
+        return kind
+    (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    return kind
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _sources(key: str, value: Any) -> tuple[DataSource, ...]:
+    known = [field.name for field in dataclasses.fields(DataSource)]
+    sources = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, DataSource):
+            sources.append(item)
+            continue
+        mapping = {"path": item} if isinstance(item, str) else item
+        if not isinstance(mapping, dict) or not isinstance(mapping.get("path"), str):
+            raise ConfigError(f"each entry of {key} is a path or a mapping with a path; got {item!r}")
+        for name in mapping:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r} in {key}.{nearest(str(name), known)}")
+        kinds = typing.get_type_hints(DataSource)
+        sources.append(DataSource(**{name: _coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
+    return tuple(sources)
+
+
+def _coerce(key: str, value: Any, kind: Any) -> Any:
+    """Return ``value`` as ``kind``; YAML's ``2e-5`` is a string and its ``3`` an int where a float is meant."""
+    kind = without_none(kind)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}"
+            )
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key} must be {_KIND_NAMES[kind]}; got {value!r}")
+    return value
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

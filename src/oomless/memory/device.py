@@ -46,6 +46,7 @@ class Device:
     name: str = "cpu"
     torch_device: torch.device = torch.device("cpu")
     capacity_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -108,6 +109,7 @@ class CudaDevice(Device):
         self.name = properties.name
         self.torch_device = torch.device("cuda", index)
         self.capacity_bytes = properties.total_memory
+        self.compute_capability = (properties.major, properties.minor)
 
     @contextmanager
     def active(self) -> Iterator[None]:  # noqa: D102

@@ -1,0 +1,5 @@
+"""``python -m oomless``."""
+
+from oomless.cli import main
+
+main()

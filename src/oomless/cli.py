@@ -1,0 +1,168 @@
+"""The command line: parse, call, render; no logic."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from oomless import __version__
+from oomless.config import TrainConfig, field_help, load_yaml, without_none
+from oomless.errors import TrainingError, UserError
+
+app = typer.Typer(
+    help="Train language models on the GPU you have, and do not run out of memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+_PANELS = {
+    "Model and data": ("model", "cache_dir"),
+    "What trains": ("trainable", "use_dora"),
+    "Batch and length": ("per_device_train_batch_size", "max_tokens"),
+    "Optimizer": ("optimizer", "momentum"),
+    "Precision and memory": ("dtype", "loss_chunk_bytes"),
+    "Running": ("seed", "tensorboard"),
+}
+_WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d+)?)")
+
+
+def _options() -> list[inspect.Parameter]:
+    """One option for each setting of ``TrainConfig``; its help is the setting's docstring."""
+    options = []
+    kinds = typing.get_type_hints(TrainConfig)
+    texts = field_help(TrainConfig)
+    panel = iter(_PANELS.items())
+    title, (_, last) = next(panel)
+    for name in kinds:
+        kind = without_none(kinds[name])
+        flag = "--" + name.replace("_", "-")
+        help_text = texts[name]
+        default = TrainConfig.__dataclass_fields__[name].default
+        if kind is bool:
+            help_text += " [default: on]" if default is True else ""
+            annotation: Any = bool | None
+            flags = [f"{flag}/--no-{name.replace('_', '-')}"]
+        else:
+            annotation = list[str] | None if name in ("data", "eval_data") else str | None
+            flags = [flag]
+            if typing.get_origin(kind) is typing.Literal:
+                help_text += f" One of {', '.join(typing.get_args(kind))}."
+            if isinstance(default, int | float | str):
+                help_text += f" [default: {default}]"
+        help_text = help_text.replace("[", r"\[")
+        option = typer.Option(*flags, help=help_text, rich_help_panel=title, show_default=False)
+        options.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+            )
+        )
+        if name == last:
+            title, (_, last) = next(panel, (title, ("", "")))
+    return options
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given on the command line; ``--data path=0.1`` carries a weight."""
+    given = {name: _number(value) for name, value in settings.items() if value is not None and value != []}
+    for name in ("data", "eval_data"):
+        if name in given:
+            given[name] = [_source(text) for text in given[name]]
+    return given
+
+
+def _source(text: str) -> dict[str, Any]:
+    match = _WEIGHTED.fullmatch(text)
+    if match is None or Path(text).exists():
+        return {"path": text}
+    return {"path": match[1], "weight": float(match[2])}
+
+
+def _number(value: Any) -> Any:
+    """Return a whole number as an int; the config turns what it needs into floats."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value
+
+
+def train(config: Path | None, **settings: Any) -> None:
+    """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it."""
+    from oomless.report.terminal import TerminalListener, print_result
+    from oomless.training.loop import train as run
+
+    console = Console()
+    resolved = TrainConfig.from_mapping({**(load_yaml(config) if config else {}), **_given(settings)})
+    listener = TerminalListener(console)
+    try:
+        result = run(resolved, listener)
+    finally:
+        listener.close()
+    print_result(console, result, f"oomless train --config {resolved.output_dir}/config.yaml --resume")
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+_config_option = typer.Option("--config", help="YAML with any of the settings below.", show_default=False)
+train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, _config_option]
+        ),
+        *_options(),
+    ]
+)
+app.command()(train)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where the demo's files go. \\[default: a new folder under runs/]")
+    ] = None,
+) -> None:
+    """Learn Python's documentation with a small model that knows Python code; no network, two minutes."""
+    from oomless.demo import run_demo
+
+    run_demo(Console(), output_dir)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"oomless {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except TrainingError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True, markup=True)
+    sys.exit(code)

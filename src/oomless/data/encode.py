@@ -1,0 +1,140 @@
+"""Documents to token ids, on all cores, in bounded memory, and so that the ids give the same text back.
+
+A long document is encoded in pieces. Where it is cut matters: the ids of the pieces must decode to the text. Most
+byte-level tokenizers split before a line's first letter anyway, so a cut there changes nothing. Tokenizers in
+SentencePiece's manner put a space before every text they are given; for them each later piece is encoded behind a line
+end whose own ids are then taken off again. Which of the two the tokenizer needs is found by trying, and a tokenizer for
+which neither gives the text back encodes its documents whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from oomless.data.read import PIECE_CHARACTERS, Pieces
+from oomless.errors import DataError, ModelError
+
+BATCH_CHARACTERS = 1 << 20
+WHOLE_DOCUMENT_CHARACTERS = 1 << 26
+_ANCHOR = "\n"
+_LINE_START = re.compile(r"\n(?=\S)")
+_WORD_START = re.compile(r"(?<=\S)(?= \S)")
+_PROBE = ("def first():\n    return 'one'\n", "Second line, 第二行, naïve\n", "  indented\n", "last")
+
+
+class Encoder:
+    """Encodes with a copy of a fast transformers tokenizer, without its truncation and padding."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Copy ``tokenizer``.
+
+        Raises:
+            ModelError: it has no token that ends a document.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no eos_token, which oomless puts between documents: set one")
+        self.serialised: str = tokenizer.backend_tokenizer.to_str()
+        self.tokenizer = Tokenizer.from_str(self.serialised)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.eos: int = tokenizer.eos_token_id
+        special = self.tokenizer.encode("", add_special_tokens=True).ids
+        self.start: list[int] = [tokenizer.bos_token_id] if tokenizer.bos_token_id in special else []
+        self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.anchor_ids = self._plain([_ANCHOR])[0]
+        self.cut = self._way_to_cut()
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _way_to_cut(self) -> str | None:
+        whole = self._plain(["".join(_PROBE)])[0]
+        for way in ("direct", "anchored"):
+            ids: list[int] = []
+            for number, text in enumerate(_PROBE):
+                ids += self._piece_ids(self._plain([self._dressed(text, number, way)])[0], number, way)
+            if self.tokenizer.decode(ids, skip_special_tokens=False) == self.tokenizer.decode(
+                whole, skip_special_tokens=False
+            ) and len(ids) <= len(whole):
+                return way
+        return None
+
+    @staticmethod
+    def _dressed(text: str, number: int, way: str | None) -> str:
+        return _ANCHOR + text if way == "anchored" and number > 0 else text
+
+    def _piece_ids(self, ids: list[int], number: int, way: str | None) -> list[int]:
+        if way == "anchored" and number > 0:
+            kept = len(self.anchor_ids)
+            return ids[kept:] if ids[:kept] == self.anchor_ids else ids
+        return ids
+
+    def documents(
+        self, documents: Iterable[Pieces], dtype: type[np.unsignedinteger[Any]]
+    ) -> Iterator[tuple[Any, bool]]:
+        """Yield ``(ids, is_last)`` for each piece of each document, BOS and EOS included, in order."""
+        batch: list[tuple[str, int, bool]] = []
+        waiting = 0
+        for pieces in documents:
+            for number, text, is_last in self._cut_pieces(pieces):
+                batch.append((text, number, is_last))
+                waiting += len(text)
+                if waiting >= BATCH_CHARACTERS:
+                    yield from self._encode(batch, dtype)
+                    batch, waiting = [], 0
+        yield from self._encode(batch, dtype)
+
+    def _encode(
+        self, batch: list[tuple[str, int, bool]], dtype: type[np.unsignedinteger[Any]]
+    ) -> Iterator[tuple[Any, bool]]:
+        encoded = self._plain([self._dressed(text, number, self.cut) for text, number, _ in batch])
+        for (_, number, is_last), ids in zip(batch, encoded, strict=True):
+            start = self.start if number == 0 else []
+            end = [self.eos] if is_last else []
+            yield np.array([*start, *self._piece_ids(ids, number, self.cut), *end], dtype=dtype), is_last
+
+    def _cut_pieces(self, pieces: Pieces) -> Iterator[tuple[int, str, bool]]:
+        """Yield ``(number, text, is_last)``: the document cut where encoding the parts gives the whole back."""
+        number, rest = 0, ""
+        limit = PIECE_CHARACTERS if self.cut else WHOLE_DOCUMENT_CHARACTERS
+        for piece in pieces:
+            rest += piece
+            while len(rest) >= 2 * limit:
+                if self.cut is None:
+                    raise DataError(
+                        f"a document is longer than {WHOLE_DOCUMENT_CHARACTERS:,} characters, and this tokenizer cannot "
+                        "encode a document in parts: split the file into several documents"
+                    )
+                at = _last_boundary(rest, limit)
+                yield number, rest[:at], False
+                number, rest = number + 1, rest[at:]
+        yield number, rest, True
+
+
+def _last_boundary(text: str, limit: int) -> int:
+    """Return where to cut ``text``: before a line's first letter, else before a word, near ``limit`` from below."""
+    for pattern in (_LINE_START, _WORD_START):
+        for start in (limit - limit // 8, 1):
+            cuts = [match.end() for match in pattern.finditer(text, start, limit)]
+            if cuts:
+                return cuts[-1]
+    return limit
+
+
+def check_tokenizer(tokenizer: Any, vocabulary_rows: int) -> None:
+    """Check that every id of ``tokenizer`` has a row in an embedding of ``vocabulary_rows``.
+
+    Raises:
+        ModelError: some have none.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocabulary_rows:
+        raise ModelError(
+            f"the tokenizer's ids go up to {largest}, but the model's embedding has {vocabulary_rows} rows (0 to "
+            f"{vocabulary_rows - 1}): the two do not belong together; give the model's own tokenizer"
+        )

@@ -1,0 +1,53 @@
+"""Several sources in one endless, deterministic order of blocks.
+
+Which block comes k-th is a function of the seed and k alone, so a run resumes anywhere without replaying. Sources are
+interleaved evenly by their weights. Each is gone through in passes, every pass shuffled anew; an epoch of the run is one
+pass over the source with the largest weight (of equal ones, the longest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from oomless.data.pack import Block, PackedBlocks
+
+
+class BlockStream:
+    """The training blocks of a run, by their number."""
+
+    def __init__(
+        self, sources: Sequence[PackedBlocks], weights: Sequence[float], *, seed: int, shuffle: bool, fingerprint: str
+    ) -> None:
+        """Mix ``sources``; ``fingerprint`` names data and settings, so that a resumed run can tell others apart."""
+        self.sources, self.seed, self.shuffle, self.fingerprint = sources, seed, shuffle, fingerprint
+        total = sum(weights)
+        self.shares = [weight / total for weight in weights]
+        main = max(range(len(sources)), key=lambda i: (weights[i], len(sources[i])))
+        self.blocks_per_epoch = max(1, round(len(sources[main]) / self.shares[main]))
+        self._order = lru_cache(maxsize=2 * len(sources))(self._permutation)
+
+    def block(self, number: int) -> Block:
+        """Return block ``number`` of the run, counted from 0 over all epochs."""
+        source, place = self._place(number)
+        turn, index = divmod(place, len(self.sources[source]))
+        return self.sources[source][int(self._order(source, turn)[index]) if self.shuffle else index]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return which source block ``number`` comes from, and how many of that source came before it.
+
+        Each source in turn takes its share of what the sources before it left over, spread evenly.
+        """
+        left = 1.0
+        for source, share in enumerate(self.shares[:-1]):
+            before, after = (int(count * share / left + 0.5) for count in (number, number + 1))
+            if after > before:
+                return source, before
+            number, left = number - before, left - share
+        return len(self.shares) - 1, number
+
+    def _permutation(self, source: int, turn: int) -> Any:
+        return np.random.default_rng([self.seed, source, turn]).permutation(len(self.sources[source]))

@@ -1,0 +1,164 @@
+"""Documents to blocks of T inputs and the T tokens that they should predict.
+
+A target is the next token of the same document, so a document of n tokens has n - 1 of them and its first token is only
+ever an input. Where a block's end cuts a document, the next block begins with the last token that was predicted: every
+token but the first of its document is predicted exactly once, whatever the packing.
+
+``documents``    end to end; positions restart and attention ends with each document (or the part of it in the block)
+``best_fit``     the same, but a document is cut only where it is longer than a block; parts are packed best-fit
+                 decreasing (Ding et al. 2024, "Fewer truncations improve language modeling") and blocks are padded
+``concatenate``  one stream; documents follow each other as if they were one, and attention covers the block
+
+What is left at the end of a block is padding: it predicts nothing and is a document of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from oomless.config import Packing
+from oomless.data.store import TokenStore
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """T inputs and what they predict; arrays are int64 [T]."""
+
+    input_ids: Any
+    labels: Any
+    position_ids: Any
+    document_lengths: tuple[int, ...]
+    """How many consecutive inputs attend to each other; they sum to T."""
+
+
+class PackedBlocks:
+    """The blocks of some documents of a store, assembled when asked for."""
+
+    def __init__(self, store: TokenStore, documents: Any, length: int, packing: Packing) -> None:
+        """Plan blocks of ``length`` inputs from ``documents``, indices into the store (int64, ascending)."""
+        self.store, self.length, self.packing = store, length, packing
+        self.starts = store.starts[documents]
+        sizes = store.starts[documents + 1] - self.starts
+        if packing == "concatenate":
+            self.ends = np.cumsum(sizes)
+            self.count = -(-max(0, int(self.ends[-1]) - 1) // length)
+            return
+        targets = np.maximum(sizes - 1, 0)
+        if packing == "best_fit":
+            self.starts, targets, self.first_part = _best_fit(self.starts, targets, length)
+            self.ends = np.cumsum(targets)
+            self.count = len(self.first_part) - 1
+        else:
+            self.ends = np.cumsum(targets)
+            self.count = -(-int(self.ends[-1]) // length)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def targets(self) -> int:
+        """How many tokens one pass over the blocks predicts."""
+        return max(0, int(self.ends[-1]) - (self.packing == "concatenate"))
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Block:
+        if not 0 <= number < self.count:
+            raise IndexError(f"block {number} of {self.count}")
+        if self.packing == "concatenate":
+            return self._stream_block(number)
+        if self.packing == "best_fit":
+            first, last = int(self.first_part[number]), int(self.first_part[number + 1])
+            spans = [(int(self.starts[i]), self._size(i)) for i in range(first, last)]
+        else:
+            spans = self._spans(number * self.length, (number + 1) * self.length)
+        return self._assemble(spans)
+
+    def _size(self, part: int) -> int:
+        return int(self.ends[part]) - (int(self.ends[part - 1]) if part else 0)
+
+    def _spans(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return ``(start in the store, size)`` of what lies between two places of the documents laid end to end."""
+        end = min(end, int(self.ends[-1]))
+        spans = []
+        part = int(np.searchsorted(self.ends, begin, side="right"))
+        while begin < end:
+            skipped = begin - (int(self.ends[part - 1]) if part else 0)
+            size = min(end, int(self.ends[part])) - begin
+            if size:
+                spans.append((int(self.starts[part]) + skipped, size))
+            begin += size
+            part += 1
+        return spans
+
+    def _assemble(self, spans: list[tuple[int, int]]) -> Block:
+        inputs = np.zeros(self.length, dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        lengths = [size for _, size in spans]
+        at = 0
+        for start, size in spans:
+            inputs[at : at + size] = self.store.tokens[start : start + size]
+            labels[at : at + size] = self.store.tokens[start + 1 : start + size + 1]
+            at += size
+        if at < self.length:
+            lengths.append(self.length - at)
+        positions = np.concatenate([np.arange(size, dtype=np.int64) for size in lengths])
+        return Block(input_ids=inputs, labels=labels, position_ids=positions, document_lengths=tuple(lengths))
+
+    def _stream_block(self, number: int) -> Block:
+        spans = self._spans(number * self.length, (number + 1) * self.length + 1)
+        stream = np.concatenate([self.store.tokens[start : start + size] for start, size in spans]).astype(np.int64)
+        size = len(stream) - 1
+        inputs = np.zeros(self.length, dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        inputs[:size], labels[:size] = stream[:-1], stream[1:]
+        positions = np.arange(self.length, dtype=np.int64)
+        return Block(input_ids=inputs, labels=labels, position_ids=positions, document_lengths=(self.length,))
+
+
+def _best_fit(starts: Any, targets: Any, length: int) -> tuple[Any, Any, Any]:
+    """Return the parts' starts and sizes in the order of their blocks, and each block's first part.
+
+    Open blocks are kept by the room they have left; the bits of ``rooms`` say which rooms occur, so that the smallest
+    that is large enough is found in one step.
+    """
+    whole = targets // length
+    part_starts = np.concatenate([np.repeat(starts, whole) + length * _counts_up(whole), starts + whole * length])
+    sizes = np.concatenate([np.full(int(whole.sum()), length, dtype=np.int64), targets % length])
+    part_starts, sizes = part_starts[sizes > 0], sizes[sizes > 0]
+    order = np.argsort(-sizes, kind="stable")
+    block_of = np.empty(len(order), dtype=np.int64)
+    full = int((sizes == length).sum())
+    block_of[:full] = np.arange(full)
+    open_blocks: list[list[int]] = [[] for _ in range(length + 1)]
+    blocks, rooms = full, 0
+    for place in range(full, len(order)):
+        size = int(sizes[order[place]])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            block = open_blocks[room].pop()
+            if not open_blocks[room]:
+                rooms &= ~(1 << room)
+        else:
+            block, room, blocks = blocks, length, blocks + 1
+        block_of[place] = block
+        if room > size:
+            open_blocks[room - size].append(block)
+            rooms |= 1 << (room - size)
+    by_block = np.argsort(block_of, kind="stable")
+    first_part = np.searchsorted(block_of[by_block], np.arange(blocks + 1))
+    return part_starts[order][by_block], sizes[order][by_block], first_part
+
+
+def _counts_up(counts: Any) -> Any:
+    """Return 0, 1, ... count - 1 for each count, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)

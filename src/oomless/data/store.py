@@ -1,0 +1,204 @@
+"""Text tokenised once: a memory-mapped file of ids, keyed by what went into it.
+
+    <key>/tokens.bin     all ids, one document after the other, 16 bits each where the vocabulary allows
+          documents.npy  where each document begins, and the end
+          header.json    counts and checksums
+
+The key is a hash of the files' contents, the tokenizer and the settings. A store is written beside its place and renamed
+into it, so it is whole or absent, and two runs that make the same one do not disturb each other. Opening verifies the
+checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oomless.config import DataSource
+from oomless.data.encode import Encoder
+from oomless.data.read import Pieces, TextFile, find_files, read_documents
+from oomless.errors import DataError
+from oomless.units import format_bytes
+
+FORMAT = 1
+_READ_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenStore:
+    """The tokens of one source."""
+
+    name: str
+    key: str
+    tokens: Any
+    """All ids: [tokens], uint16 or uint32, memory-mapped."""
+
+    starts: Any
+    """Where each document begins, and the end: [documents + 1], int64."""
+
+    text_bytes: int
+    skipped: Counter[str]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.starts) - 1
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.skipped.items()))
+        return (
+            f"{self.name}: {self.documents:,} documents, {len(self.tokens):,} tokens, {format_bytes(self.text_bytes)}"
+            + (f"; passed over: {skipped}" if skipped else "")
+        )
+
+
+def source_name(source: DataSource) -> str:
+    """Return what the source is called."""
+    return source.name or Path(source.path).name or source.path
+
+
+def open_store(
+    source: DataSource,
+    encoder: Encoder,
+    cache_dir: Path,
+    *,
+    encoding_errors: str = "strict",
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenStore:
+    """Return the tokens of ``source``, tokenising its files if the cache does not hold them yet.
+
+    ``progress`` is told done and total bytes of the files while they are tokenised.
+
+    Raises:
+        DataError: the text cannot be read, changed meanwhile, or the cache is damaged or cannot be written.
+    """
+    files, skipped = find_files(source)
+    stamps = [_stamp(file) for file in files]
+    key = _key(files, source, encoder, encoding_errors)
+    folder = cache_dir / key
+    if not folder.is_dir():
+        try:
+            _build(folder, files, source, encoder, encoding_errors, progress)
+        except OSError as error:
+            raise DataError(
+                f"the token cache {cache_dir} could not be written: {error.strerror or error}. Make room, or set cache_dir "
+                "to a disk that has some."
+            ) from error
+        if stamps != [_stamp(file) for file in files]:
+            shutil.rmtree(folder)
+            raise DataError(f"files of {source.path} changed while they were read: start again when they are at rest")
+    return _open(folder, source, skipped)
+
+
+def _stamp(file: TextFile) -> tuple[int, int]:
+    status = file.path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _key(files: list[TextFile], source: DataSource, encoder: Encoder, encoding_errors: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [FORMAT, encoder.serialised, encoder.eos, encoder.start, encoder.cut, source.text_field, encoding_errors]
+    digest.update(json.dumps(settings).encode())
+    for file in files:
+        try:
+            content = _checksum(file.path)
+        except OSError as error:
+            raise DataError(f"{file.path} cannot be read: {error.strerror or error}") from error
+        digest.update(f"{file.suffix} {file.compression} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_READ_AT_ONCE):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _build(
+    folder: Path,
+    files: list[TextFile],
+    source: DataSource,
+    encoder: Encoder,
+    encoding_errors: str,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        total_bytes = sum(file.size_bytes for file in files)
+
+        def documents() -> Iterator[Pieces]:
+            done = 0
+            for file in files:
+
+                def tell(position: int, before: int = done) -> None:
+                    if progress is not None:
+                        progress(before + position, total_bytes)
+
+                yield from read_documents(file, source, encoding_errors, tell)
+                done += file.size_bytes
+
+        dtype = np.uint16 if encoder.vocabulary <= 1 << 16 else np.uint32
+        starts, position = [0], 0
+        with (temporary / "tokens.bin").open("wb") as file:
+            for ids, is_last in encoder.documents(documents(), dtype):
+                file.write(ids.data)
+                position += len(ids)
+                if is_last:
+                    starts.append(position)
+        np.save(temporary / "documents.npy", np.array(starts, dtype=np.int64))
+        header = {
+            "format": FORMAT,
+            "dtype": np.dtype(dtype).name,
+            "tokens": position,
+            "text_bytes": total_bytes,
+            "checksums": {name: _checksum(temporary / name) for name in ("tokens.bin", "documents.npy")},
+        }
+        (temporary / "header.json").write_text(json.dumps(header, indent=2), encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another run that made the same one was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(folder: Path, source: DataSource, skipped: Counter[str]) -> TokenStore:
+    try:
+        header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+        for name, expected in header["checksums"].items():
+            if _checksum(folder / name) != expected:
+                raise ValueError(f"{name} is not what was written")
+        starts = np.load(folder / "documents.npy", allow_pickle=False)
+        shape = (header["tokens"],)
+        path = folder / "tokens.bin"
+        tokens = np.memmap(path, header["dtype"], "r", shape=shape) if shape[0] else np.zeros(0, header["dtype"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the token cache {folder} is damaged ({error}): remove that folder and start again") from error
+    if len(tokens) == 0:
+        raise DataError(f"{source.path} holds no text")
+    return TokenStore(
+        name=source_name(source),
+        key=folder.name,
+        tokens=tokens,
+        starts=starts,
+        text_bytes=header["text_bytes"],
+        skipped=skipped,
+    )

@@ -1,0 +1,59 @@
+"""The attention of every model that oomless builds: transformers' interface, served by ``ops.attention``.
+
+transformers lets an attention function be registered under a name and chosen for one model by
+``attn_implementation``. A registered function without a mask function of the same name is given no mask at all, so no
+T x T mask is ever built; the documents of a packed block arrive as the keyword ``document_lengths``, which the models
+hand through to their attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from oomless.ops.attention import packed_attention
+
+NAME = "oomless"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    document_lengths: tuple[tuple[int, ...], ...] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally inside each document; shapes as in ``packed_attention``.
+
+    Raises:
+        ValueError: a mask is given: this attention knows causal documents only.
+    """
+    if attention_mask is not None:
+        raise ValueError("packed attention takes document_lengths, not a mask")
+    output = packed_attention(
+        query,
+        key,
+        value,
+        document_lengths=document_lengths,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+    )
+    return output, None
+
+
+def register() -> None:
+    """Make ``attn_implementation="oomless"`` known to transformers."""
+    AttentionInterface.register(NAME, attention_forward)

@@ -1,0 +1,144 @@
+"""A ready model on the device, one tensor at a time.
+
+The module tree is made on the meta device, then each parameter is allocated on the device in its final dtype and
+filled from the checkpoint through the host, one tensor at a time: the device never holds more than the model, the host
+never more than one tensor. A rehearsal runs the same code and fills nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from oomless.errors import ModelError
+from oomless.memory.device import Device
+from oomless.models import attention
+from oomless.models.spec import ModelSpec
+
+
+def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype) -> Any:
+    """Return the model of ``spec`` on ``device``, its parameters allocated but not filled, its buffers right.
+
+    Raises:
+        ModelError: transformers cannot build the architecture, or its attention cannot be replaced.
+    """
+    attention.register()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                spec.config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=spec.trust_remote_code
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"transformers cannot build {spec.name}: {error}") from error
+    with device.phase("load"):
+        _materialise(model, device)
+    model.config.use_cache = False
+    return model
+
+
+def _materialise(model: Any, device: Device) -> None:
+    """Allocate every parameter and buffer on ``device``; tied ones stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(_empty_like(parameter, device))
+                made[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            module._buffers[name] = _empty_like(buffer, device)
+    device.label(made.values(), "weights")
+    model.initialize_weights()
+    device.label(model.buffers(), "weights")
+
+
+def _empty_like(tensor: Tensor, device: Device) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device.torch_device)
+
+
+def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
+    """Fill ``model`` from the safetensors in ``spec.folder``.
+
+    Raises:
+        ModelError: files are missing or damaged, a parameter is in none of them, or has another shape there.
+    """
+    if spec.folder is None:
+        raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    found = set()
+    with device.phase("load"), torch.no_grad():
+        for name, tensor in _checkpoint_tensors(spec.folder, device):
+            if name not in wanted:
+                continue
+            if wanted[name].shape != tensor.shape:
+                raise ModelError(
+                    f"{name} is {tuple(tensor.shape)} in {spec.folder} but {tuple(wanted[name].shape)} by its "
+                    "config.json: the two do not belong together"
+                )
+            with device.host():
+                tensor = tensor.to(wanted[name].dtype)
+            wanted[name].copy_(tensor)
+            found.add(id(wanted[name]))
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in found and isinstance(tensor, nn.Parameter)]
+    if missing:
+        _load_through_transformers(wanted, missing, spec, device)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of the Hugging Face checkpoint in ``folder``.
+
+    Raises:
+        ModelError: there are none, or the index names files that are not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged: {error!r}") from error
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise ModelError(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch the model again")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        hint = ""
+        if any(folder.glob("*.bin")):
+            hint = " Its .bin files are pickles, which can run code: convert them to safetensors first."
+        raise ModelError(f"{folder} holds no model.safetensors.{hint}")
+    return [single]
+
+
+def _checkpoint_tensors(folder: Path, device: Device) -> Iterator[tuple[str, Tensor]]:
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    with device.host():
+                        tensor = file.get_tensor(name)
+                    yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _load_through_transformers(wanted: dict[str, Tensor], missing: list[str], spec: ModelSpec, device: Device) -> None:
+    """Fill ``wanted`` from checkpoints that transformers stores under other names (experts by one, older layouts)."""
+    with device.host():
+        host_model, report = AutoModelForCausalLM.from_pretrained(
+            spec.folder, dtype="auto", output_loading_info=True, trust_remote_code=spec.trust_remote_code
+        )
+        absent = sorted(set(missing) & set(report["missing_keys"]))
+        if absent:
+            shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            raise ModelError(f"the weights in {spec.folder} lack {shown}")
+        source = host_model.state_dict()
+        with torch.no_grad():
+            for name in missing:
+                wanted[name].copy_(source[name].to(wanted[name].dtype))

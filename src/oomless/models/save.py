@@ -1,0 +1,108 @@
+"""Model files in the Hugging Face layout, written one tensor at a time.
+
+A tensor goes from the device to the host, to the file, and is forgotten: saving needs no second copy of anything on the
+device, and of one tensor on the host. The format is safetensors' own: the header's length, a JSON header, the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from oomless.memory.device import Device
+
+SHARD_BYTES = 5 * 10**9
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open ``path`` for writing and have its bytes on the disk when the context ends."""
+    with path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], device: Device) -> None:
+    """Write ``tensors``, which lie on ``device`` or the host, to the safetensors file ``path``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with durable(path) as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for tensor in tensors.values():
+            host = device.fetch(tensor).contiguous()
+            file.write(host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else b"")
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path, device: Device) -> None:
+    """Write ``tensors`` as ``model.safetensors``, or in shards of at most ``SHARD_BYTES`` with an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], device)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file_name, shard, device)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with durable(folder / "model.safetensors.index.json", "w") as file:
+        json.dump({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, file, indent=2)
+
+
+def model_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the tensors of ``model`` under the names of its published checkpoints, tied ones once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return reverted
+
+
+def save_model(model: Any, folder: Path, device: Device, *, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write config, generation config and weights of ``model`` (or ``tensors`` instead) as transformers loads them."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_weights(model_tensors(model) if tensors is None else tensors, folder, device)

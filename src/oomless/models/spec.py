@@ -1,0 +1,104 @@
+"""What a config.json says, wherever it was found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oomless.errors import ModelError, nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A model that is known by its config; ``folder`` is ``None`` where there are no weights to load."""
+
+    name: str
+    config: Any
+    """The ``transformers.PreTrainedConfig``."""
+
+    folder: Path | None
+    trust_remote_code: bool = False
+
+
+def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
+    """Return the spec of a local folder, of a config.json, or of a Hugging Face name (its files are downloaded).
+
+    Raises:
+        ModelError: nothing is there, or what is there is not a config that this transformers knows.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return ModelSpec(
+            name=name, config=read_config(path, trust_remote_code), folder=None, trust_remote_code=trust_remote_code
+        )
+    folder = path if path.is_dir() else _download(name)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"a model folder holds a config.json; there is none in {folder}")
+    config = read_config(folder / "config.json", trust_remote_code)
+    return ModelSpec(name=name, config=config, folder=folder, trust_remote_code=trust_remote_code)
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config in the file ``path``.
+
+    Raises:
+        ModelError: the file is not JSON, or of an architecture that this transformers does not know.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model config {path} cannot be read as JSON: {error}") from error
+    if not isinstance(mapping, dict) or "model_type" not in mapping:
+        raise ModelError(f"a model config is a JSON object with a model_type; {path} is not")
+    model_type = str(mapping["model_type"])
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+        import transformers
+
+        raise ModelError(
+            f"{path} is of architecture {model_type!r}, which transformers {transformers.__version__} does not know as "
+            f"a causal language model.{nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} Update transformers, "
+            "choose another model, or give --trust-remote-code if its own code is to run."
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers validates configs with many exception types
+        raise ModelError(f"the model config {path} is not valid: {error}") from error
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
+        )
+    except HFValidationError as error:
+        raise ModelError(f"there is no model folder {name!r}, and it is no Hugging Face name either") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"there is no folder {name!r}, and it could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}). Check the name and the network, log in if the model is gated, or give a folder."
+        ) from error
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the fast tokenizer in a folder or under a Hugging Face name.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # every tokenizer class raises its own
+        raise ModelError(f"no tokenizer could be read from {name!r}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"oomless needs a fast tokenizer (tokenizer.json); {name!r} has only a Python one")
+    return tokenizer

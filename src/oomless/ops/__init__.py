@@ -1,0 +1,1 @@
+"""Memory-lean autograd functions; torch only."""

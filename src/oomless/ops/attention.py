@@ -1,0 +1,199 @@
+"""Causal attention inside each document of a packed block, without a mask.
+
+Replaces scaled dot-product attention with a block-diagonal T x T mask. Documents are attended to one by one, so nothing
+of size T x T exists, and no time goes into pairs that may not see each other. Where there is one document per block it
+is one batched call.
+
+What no fused kernel does (soft-capped scores, attention sinks, a sliding window shorter than the document) is computed
+from plain products over chunks of queries, each of which keeps only its inputs and is computed again in backward.
+
+Shapes in names: B blocks, H heads, G key-value heads, T tokens, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Kernel = Literal["auto", "flash", "efficient", "math"]
+SCORE_BYTES = 32 << 20
+
+_kernel: ContextVar[Kernel] = ContextVar("attention_kernel", default="auto")
+
+
+@contextmanager
+def attention_kernel(kernel: Kernel) -> Iterator[None]:
+    """Have attention call the named CUDA kernel's own op, also on fake CPU tensors, so that a rehearsal books it.
+
+    ``auto`` leaves the choice to PyTorch.
+    """
+    token = _kernel.set(kernel)
+    try:
+        yield
+    finally:
+        _kernel.reset(token)
+
+
+def kernel_for(capability: tuple[int, int], dtype: torch.dtype, head_width: int) -> Kernel:
+    """Return the kernel that PyTorch takes on a CUDA GPU for causal attention without a mask.
+
+    Flash needs compute capability 8.0, 16-bit inputs and heads of at most 256; the memory-efficient kernel takes the
+    rest. (cuDNN's kernel on compute capability 9.0 keeps the same tensors as flash.)
+    """
+    if capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16) and head_width <= 256:
+        return "flash"
+    return "efficient"
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    document_lengths: tuple[tuple[int, ...], ...] | None = None,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return causal attention within documents: [B, T, H, D].
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, G, T, D] with H a multiple of G.
+        value: as ``key``.
+        document_lengths: for each block, the lengths of its documents in order; None means one document per block.
+        scale: multiplies the products of queries and keys.
+        sliding_window: a token sees itself and at most this many less one before it.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        sinks: [H], a learnt score per head that takes part in the softmax and has no value.
+        dropout: probability of dropping an attention weight.
+
+    Raises:
+        ValueError: a block's lengths do not sum to T.
+    """
+    length = query.shape[2]
+    if document_lengths is not None:
+        for lengths in document_lengths:
+            if sum(lengths) != length:
+                raise ValueError(f"document lengths must sum to the block's {length} tokens; got {sum(lengths)}")
+    whole = document_lengths is None or all(len(lengths) == 1 for lengths in document_lengths)
+    if whole:
+        return _document(query, key, value, scale, sliding_window, softcap, sinks, dropout)
+    assert document_lengths is not None
+    rows = []
+    for row, lengths in enumerate(document_lengths):
+        parts, start = [], 0
+        for size in lengths:
+            q, k, v = (states[row : row + 1, :, start : start + size] for states in (query, key, value))
+            parts.append(_document(q, k, v, scale, sliding_window, softcap, sinks, dropout))
+            start += size
+        rows.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Causal attention over one document per row: [B, T, H, D]."""
+    windowed = window is not None and query.shape[2] > window
+    if softcap is None and sinks is None and not windowed:
+        return _fused(query, key, value, scale, dropout).transpose(1, 2)
+    reach = window if window is not None and windowed else query.shape[2]
+    per_query = query.shape[0] * query.shape[1] * min(query.shape[2], 2 * reach) * 4
+    queries = max(1, min(reach, SCORE_BYTES // per_query))
+    parts = []
+    for start in range(0, query.shape[2], queries):
+        stop = min(start + queries, query.shape[2])
+        first = max(0, start - reach + 1)
+        part = checkpoint(
+            _scores_attention,
+            *(query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], sinks),
+            *(start - first, reach, scale, softcap, dropout),
+            use_reentrant=False,
+            preserve_rng_state=dropout > 0,
+        )
+        parts.append(part)
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    kernel = _kernel.get()
+    groups = query.shape[1] // key.shape[1]
+    native_groups = kernel == "flash" or (
+        kernel == "auto"
+        and query.is_cuda
+        and query.dtype != torch.float32
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+    if groups > 1 and not native_groups:
+        key, value = _repeated(key, groups), _repeated(value, groups)
+    if kernel == "flash":
+        output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout, True, False, scale=scale
+        )[0]
+        return output
+    if kernel == "efficient":
+        output = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, dropout, True, scale=scale
+        )[0]
+        return output
+    if kernel == "math":
+        output = torch.ops.aten._scaled_dot_product_attention_math(query, key, value, None, dropout, True, scale=scale)[
+            0
+        ]
+        return output
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=groups > 1 and native_groups
+    )
+
+
+def _repeated(states: Tensor, groups: int) -> Tensor:
+    """Return [B, G, T, D] with every head ``groups`` times: [B, G * groups, T, D]."""
+    B, G, T, D = states.shape
+    return states[:, :, None].expand(B, G, groups, T, D).reshape(B, G * groups, T, D)
+
+
+def _scores_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    offset: int,
+    reach: int,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attention of some queries from plain products; query i sees keys i + offset - reach + 1 to i + offset."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = _repeated(key, groups), _repeated(value, groups)
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    place = torch.arange(query.shape[2], device=query.device)[:, None] + offset
+    seen = torch.arange(key.shape[2], device=query.device)[None]
+    scores = scores.masked_fill((seen > place) | (seen <= place - reach), -torch.inf)
+    if sinks is not None:
+        sink_scores = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, sink_scores], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ value if dropout else weights @ value

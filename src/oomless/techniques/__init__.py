@@ -1,0 +1,1 @@
+"""One file for each way to spend less memory, each applied to the one model it is given."""

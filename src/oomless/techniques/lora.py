@@ -1,0 +1,113 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; DoRA, Liu et al. 2024), through peft.
+
+Saves: gradients and optimizer state of the adapted matrices; only r x (in + out) numbers train for each. Costs: a
+second, thin matrix product, its activations, and what a low rank cannot express. peft's layers are put into the one
+model given, in place; ``lm_head`` and ``embed_tokens`` beside LoRA are trained as they are, without peft's copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError
+from oomless.memory.device import Device
+
+ADAPTER = "default"
+
+
+def inject(model: Any, config: TrainConfig, device: Device) -> None:
+    """Put LoRA layers into ``model``, in the dtype of the matrices that they adapt.
+
+    Raises:
+        ConfigError: ``lora_target_modules`` matches no linear layer, or names the head or the embedding.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapter = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=_targets(model, str(config.lora_target_modules)),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
+        warnings.simplefilter("ignore", FutureWarning)
+        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
+
+
+def _targets(model: Any, wanted: str) -> list[str]:
+    head = model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+    ]
+    if wanted == "all-linear":
+        return linear
+    endings = [ending.strip() for ending in wanted.split(",")]
+    for ending in endings:
+        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ConfigError(
+                f"lora_target_modules: {ending!r} names no linear layer of this model's body; it has {', '.join(known)} "
+                "(lm_head and embed_tokens are trained whole: add them to trainable)"
+            )
+    return [name for name in linear if any(name == e or name.endswith(f".{e}") for e in endings)]
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether the parameter ``name`` belongs to an adapter."""
+    return ".lora_" in name
+
+
+def checkpoint_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Return what trains beside and inside the adapters, under the names of peft's ``adapter_model.safetensors``."""
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            name = name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
+            found[f"base_model.model.{name.replace(f'.{ADAPTER}.weight', '.weight')}"] = parameter
+    return found
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write peft's ``adapter_config.json``; matrices that are trained whole are its ``modules_to_save``."""
+    whole = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and not is_adapter(n)}
+    adapter = copy.deepcopy(model.peft_config[ADAPTER])
+    adapter.modules_to_save = sorted({name.rpartition(".")[0] for name in whole}) or None
+    adapter.base_model_name_or_path = model.config._name_or_path
+    adapter.inference_mode = True
+    adapter.save_pretrained(folder)
+
+
+def merge(model: Any) -> None:
+    """Add every adapter into its matrix, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+
+
+def plain_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the tensors of a merged model under the names of the plain model, tied ones once."""
+    tensors = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not is_adapter(name) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name.replace(".base_layer.", ".")] = tensor.detach()
+    return tensors

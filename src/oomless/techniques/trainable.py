@@ -1,0 +1,153 @@
+"""Train only some parts.
+
+Saves: gradients and optimizer state of everything else, and the activations below the lowest trainable layer, because
+autograd keeps nothing for what needs no gradient. Costs: what the frozen parts could have learnt.
+
+A *tied* model (Llama 3.2 1B, Gemma) has one matrix as ``embed_tokens`` and ``lm_head``. "Train lm_head but not
+embed_tokens" is then no setting of flags but a choice, which the user makes with ``tied_weights``:
+
+``shared``  the one matrix is trained. Its gradient is the true one, from both of its uses, so backward runs through the
+            whole model down to the embedding.
+``untied``  lm_head becomes a matrix of its own: vocabulary x width more weights on the device and in the checkpoint,
+            whose config.json then says ``tie_word_embeddings: false``. With lm_head alone backward ends at the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError
+from oomless.memory.device import Device
+from oomless.techniques import lora
+from oomless.units import format_bytes
+
+NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainableRow:
+    """One line of the parameter table: a module kind and what of it trains."""
+
+    name: str
+    parameters: int
+    trainable: int
+    dtype: str
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether the model's input and output embeddings are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def apply(model: Any, config: TrainConfig, device: Device) -> None:
+    """Make exactly the parts that ``config.trainable`` names require gradients, untying and adding LoRA as asked.
+
+    Raises:
+        ConfigError: a part names nothing in the model, or the choice for a tied matrix is missing or moot.
+    """
+    parts = config.trainable_parts
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    wanted = {"full": [model], "lm_head": [head], "embed_tokens": [embedding], "lora": []}
+    modules: list[nn.Module] = []
+    for part in parts:
+        modules += wanted[part] if part in wanted else _matching(model, part)
+    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
+    if is_tied(model):
+        _decide_tied(model, config, device, modules)
+        if config.tied_weights == "untied" and ("lm_head" in parts or "full" in parts):
+            parameters.add(id(head.weight))
+        if config.tied_weights == "untied" and not _covers(embedding, modules):
+            parameters.discard(id(embedding.weight))
+    elif config.tied_weights is not None:
+        raise ConfigError(
+            "tied_weights is for models whose embed_tokens and lm_head are one matrix; this one has two: remove it"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in parameters)
+    if "lora" in parts:
+        lora.inject(model, config, device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"trainable: {config.trainable!r} leaves nothing to train")
+
+
+def _matching(model: Any, pattern: str) -> list[nn.Module]:
+    found = [module for name, module in model.named_modules() if name and fnmatchcase(name, pattern)]
+    if not any(True for module in found for _ in module.parameters()):
+        examples = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
+        raise ConfigError(
+            f"trainable: {pattern!r} is neither {', '.join(NAMED_PARTS)} nor a pattern that matches a module of this "
+            f"model; its modules are named like {', '.join(examples[:: max(1, len(examples) // 4)][:4])}"
+        )
+    return found
+
+
+def _covers(target: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether ``target`` is one of ``modules`` or inside one of them."""
+    return any(child is target for module in modules for child in module.modules())
+
+
+def _decide_tied(model: Any, config: TrainConfig, device: Device, modules: list[nn.Module]) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    wants_embedding, wants_head = _covers(embedding, modules), _covers(head, modules)
+    weight = embedding.weight
+    more_bytes = weight.numel() * weight.element_size()
+    if not (wants_embedding or wants_head):
+        if config.tied_weights is not None:
+            raise ConfigError("tied_weights has no effect: neither embed_tokens nor lm_head is trained; remove it")
+        return
+    if wants_embedding != wants_head and config.tied_weights is None:
+        part = "lm_head" if wants_head else "embed_tokens"
+        reach = "ends at the head" if wants_head else "runs through the whole model, as with shared"
+        raise ConfigError(
+            f"this model's embed_tokens and lm_head are one matrix ({weight.shape[0]} x {weight.shape[1]}), so "
+            f"training {part} alone needs a choice. tied_weights: shared trains the one matrix, from both of its uses; backward "
+            f"runs through the whole model. tied_weights: untied gives lm_head a matrix of its own: "
+            f"{format_bytes(more_bytes)} more weights, and backward {reach}."
+        )
+    if config.tied_weights == "untied":
+        untie(model, device)
+
+
+def untie(model: Any, device: Device) -> None:
+    """Give ``lm_head`` its own copy of the shared matrix and say so in the model's config."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    device.label([head.weight], "weights")
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def table(model: Any) -> list[TrainableRow]:
+    """Return the parameter table: the model's parameters by kind of module, layers taken together, tied ones once."""
+    rows: dict[str, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        kind = ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
+        row = rows.setdefault(kind, [0, 0, parameter.dtype])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() if parameter.requires_grad else 0
+    return [
+        TrainableRow(name=kind, parameters=total, trainable=trains, dtype=str(dtype).removeprefix("torch."))
+        for kind, (total, trains, dtype) in rows.items()
+    ]
+
+
+def embedding_parameters(model: Any) -> list[nn.Parameter]:
+    """Return the distinct matrices of ``embed_tokens`` and ``lm_head``."""
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.weight)
+    return matrices
+
+
+def body_trains(model: Any) -> bool:
+    """Return whether any parameter before ``lm_head`` trains, so that the body's forward must build a graph."""
+    body: nn.Module = model.base_model
+    return any(parameter.requires_grad for parameter in body.parameters())

@@ -1,0 +1,138 @@
+"""From a config to a model, an optimizer and a step that are ready to run.
+
+The rehearsal assembles through here as well, with nothing to fill the weights from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oomless import optim
+from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
+from oomless.errors import ConfigError, HardwareError
+from oomless.memory.device import CudaDevice, Device
+from oomless.models import build
+from oomless.models.spec import ModelSpec
+from oomless.optim.base import MemoryLeanOptimizer
+from oomless.techniques import checkpointing, trainable
+from oomless.training.precision import LossScale, choose_dtype
+from oomless.training.step import TrainingStep
+from oomless.units import parse_bytes
+
+_OPTIMIZER_ARGUMENTS = {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "momentum": "momentum"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembly:
+    """What a run trains with."""
+
+    model: Any
+    optimizer: MemoryLeanOptimizer
+    loss_scale: LossScale
+    step: TrainingStep
+
+
+def open_device(name: str) -> Device:
+    """Return the device that ``gpu`` names: auto, cpu, cuda, cuda:1 or a size such as virtual:256MiB.
+
+    Raises:
+        HardwareError: the name is none of these, or no such GPU is visible.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return Device()
+    kind, _, rest = name.partition(":")
+    if kind == "virtual":
+        from oomless.memory.virtual_gpu import VirtualGPU
+
+        try:
+            return VirtualGPU(parse_bytes(rest))
+        except ValueError as error:
+            raise HardwareError(f"a virtual GPU is named by its size, such as virtual:256MiB; got {name!r}") from error
+    if kind != "cuda" or not (rest == "" or rest.isdigit()):
+        raise HardwareError(f"gpu is auto, cpu, cuda, cuda:1 or virtual:256MiB; got {name!r}")
+    if not torch.cuda.is_available() or int(rest or 0) >= torch.cuda.device_count():
+        raise HardwareError(f"no GPU answers to {name!r}: PyTorch sees {torch.cuda.device_count()}; use --gpu cpu")
+    return CudaDevice(int(rest or 0))
+
+
+def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool) -> Assembly:
+    """Build the model of ``spec`` on ``device`` with everything that ``config`` asks for.
+
+    ``fill`` loads the weights; without it they are left as they are allocated, for a rehearsal or a checkpoint to come.
+
+    Raises:
+        ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
+    """
+    check_length(spec, config)
+    model = build.build(spec, device=device, dtype=choose_dtype(config.dtype, device))
+    if fill:
+        build.load_weights(model, spec, device=device)
+    trainable.apply(model, config, device)
+    if config.gradient_checkpointing:
+        checkpointing.apply(model)
+    optimizer = _optimizer(model, config)
+    state = [tensor for p in model.parameters() if p.requires_grad for tensor in optimizer.state_tensors(p).values()]
+    device.label(state, "optimizer state")
+    loss_scale = LossScale(model.dtype, device)
+    step = TrainingStep(
+        model,
+        optimizer,
+        loss_scale,
+        device,
+        max_grad_norm=config.max_grad_norm,
+        loss_chunk_bytes=config.loss_chunk_bytes,
+    )
+    return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
+
+
+def check_length(spec: ModelSpec, config: TrainConfig) -> None:
+    """Check that the model's positions reach as far as ``max_seq_length``.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    longest = getattr(spec.config.get_text_config(), "max_position_embeddings", None)
+    if longest and config.max_seq_length > longest:
+        raise ConfigError(
+            f"max_seq_length must be at most the model's max_position_embeddings, {longest}; got {config.max_seq_length}"
+        )
+
+
+def _optimizer(model: Any, config: TrainConfig) -> MemoryLeanOptimizer:
+    settings = {_OPTIMIZER_ARGUMENTS[key]: getattr(config, key) for key in OPTIMIZER_DEFAULTS[config.optimizer]}
+    return optim.build(
+        config.optimizer,
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        **settings,
+    )
+
+
+def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: matrices decay, vectors do not; embed_tokens and lm_head have their own rate.
+
+    Raises:
+        ConfigError: ``embedding_learning_rate`` is given but neither embed_tokens nor lm_head trains.
+    """
+    embeddings = {id(parameter) for parameter in trainable.embedding_parameters(model)}
+    groups: dict[tuple[bool, bool], list[Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in embeddings, parameter.ndim > 1), []).append(parameter)
+    if config.embedding_learning_rate is not None and not any(embedding for embedding, _ in groups):
+        raise ConfigError("embedding_learning_rate has no effect: neither embed_tokens nor lm_head trains; remove it")
+    embedding_rate = config.embedding_learning_rate or config.learning_rate
+    return [
+        {
+            "params": parameters,
+            "lr": embedding_rate if embedding else config.learning_rate,
+            "peak_lr": embedding_rate if embedding else config.learning_rate,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (embedding, decays), parameters in groups.items()
+    ]

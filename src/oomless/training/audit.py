@@ -1,0 +1,86 @@
+"""The trainability audit: what was asked to train does, and nothing else does.
+
+Before step 1 every trainable parameter must be in exactly one group of the optimizer. After the first steps each must
+have had a gradient and have moved, and no other may have. Movement is seen by a checksum (the sum of the tensor's bits
+as integers), so the audit keeps no copy of any weight. A parameter may need a few steps to move: LoRA's first matrix
+has no gradient until the second has moved, an expert none until a token is sent to it, and fp16 skips steps that
+overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from oomless.errors import AuditError
+
+PATIENCE_STEPS = 5
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+class TrainabilityAudit:
+    """Watches the first steps of a run; ``after_step`` returns ``True`` when it has seen all it needs."""
+
+    def __init__(self, model: Any, optimizer: Optimizer) -> None:
+        self.named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
+        self.optimizer = optimizer
+        self.steps = 0
+        self._check_groups()
+        self.before = {name: checksum(self._stored(parameter)) for name, parameter in self.named}
+        self.unmoved = {name for name, parameter in self.named if parameter.requires_grad}
+        self.without_gradient = set(self.unmoved)
+
+    def _check_groups(self) -> None:
+        times: dict[int, int] = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                times[id(parameter)] = times.get(id(parameter), 0) + 1
+        for name, parameter in self.named:
+            expected = 1 if parameter.requires_grad else 0
+            if times.get(id(parameter), 0) != expected:
+                raise AuditError(
+                    f"{name} must be in {expected} of the optimizer's groups; it is in {times.get(id(parameter), 0)}"
+                )
+
+    def _stored(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor that moves first: the fp32 master copy where there is one."""
+        master: Tensor = self.optimizer.state.get(parameter, {}).get("master", parameter)
+        return master
+
+    def before_update(self) -> None:
+        """Look at the gradients that the optimizer is about to use."""
+        self.without_gradient -= {name for name, parameter in self.named if parameter.grad is not None}
+
+    def after_step(self) -> bool:
+        """Compare every parameter with its start.
+
+        Raises:
+            AuditError: a frozen parameter moved, or a trainable one has no gradient or did not move in time.
+        """
+        self.steps += 1
+        if self.without_gradient:
+            raise AuditError(_report("should train but have no gradient", self.without_gradient))
+        moved = {name for name, parameter in self.named if checksum(self._stored(parameter)) != self.before[name]}
+        frozen = {name for name, parameter in self.named if not parameter.requires_grad}
+        if moved & frozen:
+            raise AuditError(_report("should be frozen but moved", moved & frozen))
+        self.unmoved -= moved
+        if self.unmoved and self.steps >= PATIENCE_STEPS:
+            raise AuditError(_report(f"should train but did not move in {self.steps} steps", self.unmoved))
+        return not self.unmoved
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the sum of the tensor's bits, read as integers of its width."""
+    bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+def _report(what: str, names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return f"the run was stopped: {len(listed)} parameters {what}: {', '.join(listed[:8])}{more}"
