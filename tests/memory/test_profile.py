@@ -68,11 +68,7 @@ def categories_at_the_end_of(profile, phase):
     """Return the bytes of each category after the last event of the first stretch of ``phase``; no zeros."""
     phases = profile.timeline.phases
     last = next(i for i in range(len(phases)) if phases[i] == phase and phases[i + 1] != phase)
-    return {
-        category: values[last]
-        for category, values in profile.timeline.bytes_by_category.items()
-        if values[last]
-    }
+    return {category: values[last] for category, values in profile.timeline.bytes_by_category.items() if values[last]}
 
 
 def test_categories_worked_out_by_hand(gpu):
@@ -101,9 +97,7 @@ def test_what_dies_in_its_phase_was_temporary_and_a_gradient_was_one_from_birth(
     profile = gpu.profile(max_points=None)
     temporaries = profile.timeline.bytes_by_category["temporaries"]
     by_phase = {
-        phase: max(
-            value for value, of in zip(temporaries, profile.timeline.phases, strict=True) if of == phase
-        )
+        phase: max(value for value, of in zip(temporaries, profile.timeline.phases, strict=True) if of == phase)
         for phase in profile.phases
     }
     assert by_phase["load"] == by_phase["loss"] == 0

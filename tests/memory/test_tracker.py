@@ -130,9 +130,7 @@ def test_storage_resized_to_nothing_and_back(tracked):
     view.untyped_storage().resize_(KIB)
     assert tracked.allocated_bytes == KIB
     x.untyped_storage().resize_(2 * KIB)
-    assert tracked.events == [KIB, -KIB, KIB, 2 * KIB, -KIB], (
-        "CUDA takes the new before it gives the old back"
-    )
+    assert tracked.events == [KIB, -KIB, KIB, 2 * KIB, -KIB], "CUDA takes the new before it gives the old back"
     del x, view
     assert tracked.allocated_bytes == 0
 
@@ -177,9 +175,7 @@ def test_storages_that_only_a_cycle_holds_go_with_the_collector(tracked):
 def test_gradient_is_taken_over_not_copied(tracked):
     w = kibibyte().requires_grad_()
     (w * 2.0).sum().backward()
-    assert tracked.peak_bytes == 2 * KIB + 8, (
-        "w and its gradient; the product died before, the sum and its gradient"
-    )
+    assert tracked.peak_bytes == 2 * KIB + 8, "w and its gradient; the product died before, the sum and its gradient"
     assert w.grad is not None
 
 

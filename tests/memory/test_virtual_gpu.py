@@ -81,9 +81,7 @@ def train(gpu, architecture, *, dtype, checkpointing, optimizer, eager=False, sh
                 tokens = gpu.put(tokens)
                 with gpu.phase("forward"):
                     mask = torch.zeros(batch, 1, length, length, dtype=dtype) if eager else None
-                    hidden = model.model(
-                        input_ids=tokens, attention_mask=mask, use_cache=False
-                    ).last_hidden_state
+                    hidden = model.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
                 with gpu.phase("loss"):
                     logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
                     loss = nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten())
@@ -158,9 +156,7 @@ def test_fake_equals_real_at_every_event(architecture, dtype, checkpointing, opt
     ids=["attention with a mask", "odd length", "batch of three", "accumulation"],
 )
 def test_fake_equals_real_in_other_shapes(options):
-    real, fake = both_worlds(
-        "llama", dtype=torch.bfloat16, checkpointing=False, optimizer="for-loop", **options
-    )
+    real, fake = both_worlds("llama", dtype=torch.bfloat16, checkpointing=False, optimizer="for-loop", **options)
     assert real == fake
 
 
@@ -322,9 +318,7 @@ def test_put_and_fetch_copy_into_the_other_memory(gpu):
     assert (gpu.usage().allocated_bytes, gpu.host_allocated_bytes) == (6 * KIB, 6 * KIB)
     with gpu.host():
         inside = gpu.put(back)
-    assert (gpu.usage().allocated_bytes, gpu.host_allocated_bytes) == (8 * KIB, 6 * KIB), (
-        "put means the device"
-    )
+    assert (gpu.usage().allocated_bytes, gpu.host_allocated_bytes) == (8 * KIB, 6 * KIB), "put means the device"
     assert inside.shape == (1024,)
 
 
@@ -428,9 +422,7 @@ def test_fully_sharded_parameters_are_booked_as_they_come_and_go():
                 assert gpu.usage().allocated_bytes == whole_bytes // 4
                 for _ in range(2):
                     model(torch.ones(4, 256)).sum().backward()
-                    assert gpu.usage().allocated_bytes == 2 * whole_bytes // 4, (
-                        "the gradients are sharded too"
-                    )
+                    assert gpu.usage().allocated_bytes == 2 * whole_bytes // 4, "the gradients are sharded too"
                     for parameter in model.parameters():
                         parameter.grad = None
                     assert gpu.usage().allocated_bytes == whole_bytes // 4

@@ -180,9 +180,7 @@ class Recorder:
 
     # What comes out.
 
-    def profile(
-        self, *, device: str, capacity_bytes: int, outside_bytes: int, max_points: int | None
-    ) -> MemoryProfile:
+    def profile(self, *, device: str, capacity_bytes: int, outside_bytes: int, max_points: int | None) -> MemoryProfile:
         """Return the record so far; of each stretch of events the timeline has the highest."""
         allocated = self._allocated_after_each_event()
         peak_event = max(range(len(allocated)), key=allocated.__getitem__, default=None)
@@ -256,8 +254,7 @@ class Recorder:
             then_allocated, then_reserved = highest.get(name, (0, 0))
             highest[name] = (max(then_allocated, now_allocated), max(then_reserved, now_reserved))
         return {
-            name: PhasePeak(allocated_bytes=bytes_[0], reserved_bytes=bytes_[1])
-            for name, bytes_ in highest.items()
+            name: PhasePeak(allocated_bytes=bytes_[0], reserved_bytes=bytes_[1]) for name, bytes_ in highest.items()
         }
 
     @staticmethod

@@ -174,9 +174,7 @@ class VirtualGPU(Device):
 
     def _require_active(self, method: str) -> None:
         if not self._is_active():
-            raise RuntimeError(
-                f"VirtualGPU.{method} books memory and works only inside active(); enter it first"
-            )
+            raise RuntimeError(f"VirtualGPU.{method} books memory and works only inside active(); enter it first")
 
     # What the device holds.
 
