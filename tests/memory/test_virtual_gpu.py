@@ -2,6 +2,7 @@
 
 import functools
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,6 +402,12 @@ def test_empty_cache_gives_reserved_memory_back():
         assert gpu.usage().reserved_bytes >= 16 << 20
         gpu.empty_cache()
     assert gpu.usage().reserved_bytes == 0
+
+
+def test_the_documented_example_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "virtual_gpu.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert "'weights': 1073807360" in capsys.readouterr().out
 
 
 # Sharded over several GPUs.
