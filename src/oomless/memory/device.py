@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Phase = Literal["load", "forward", "loss", "backward", "optimizer", "evaluation", "save", "other"]
 Category = Literal[
@@ -65,6 +65,9 @@ class Device:
 
     def label(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Say what ``tensors`` are for, for the record of memory."""
+
+    def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+        """Know the modules, gradients and optimizer state from now on, for the record of memory."""
 
     def put(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``tensor``, which lies on the host, on the device and in ``dtype`` (default: its own)."""

@@ -1,0 +1,313 @@
+"""Books every tensor storage that is created and freed, in a ledger of bytes.
+
+A ``TorchDispatchMode`` sees each operator after autograd and after composite operators were taken apart, in
+forward, backward and recomputation alike, for real and for fake tensors. A storage that an operator returns
+for the first time is booked; it is released by a weak reference's callback at the moment it dies, also where
+only C++ kept it alive (a storage keeps its one Python object until it dies, so the weak reference is never
+early). Bytes belong to storages: views and in-place operators book nothing.
+
+What has no operator of its own:
+
+- ``torch.tensor``, ``as_tensor``, ``from_numpy`` end in ``lift_fresh``, which is booked; ``copy.deepcopy``,
+  ``torch.load`` and safetensors end in ``set_``, which books a storage not seen before. So host tensors have
+  to be made inside ``Device.host()``, or outside of the mode.
+- ``torch.frombuffer`` and ``from_dlpack`` never appear; a view of what was not booked is not booked.
+- ``UntypedStorage.resize_`` (FSDP2 frees and refills parameters with it) is caught by an attribute on the one
+  storage object, so no class of torch is changed.
+
+Autograd sums two gradients of one tensor in place, unless a dispatch mode is active: then it adds out of
+place, and the books would hold one tensor more than a run without the mode. ``_sums_gradients`` recognises
+that addition by the reference counts that torch itself looks at (measured once on a known graph), and hands
+the old booking to the sum. Only the books are touched, never the computation.
+
+Cost (CPU time on one core, torch 2.13, least of five runs): calling a dispatch mode that does nothing takes
+4 µs per operator; the tracker takes less than 2 µs more where nothing is new, and 7 µs more for a new
+storage, its end included. The obvious alternative, ``torch.distributed._tools.mem_tracker``, takes 40 to 60
+µs more, and patches ``UntypedStorage.resize_``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
+_BOOKED_THOUGH_ALIASING = frozenset(
+    {
+        aten.lift_fresh.default,
+        aten.set_.source_Storage,
+        aten.set_.source_Storage_storage_offset,
+    }
+)
+_ALIASING_UNDECLARED = frozenset({aten._unsafe_view.default})
+_RESIZING = frozenset({"aten::resize_", "aten::resize_as_"})
+
+
+class Ledger(Protocol):
+    """Where bytes are written down: a device's allocator, or a count of host memory."""
+
+    def allocate(self, size_bytes: int, operation: object) -> Any:
+        """Book ``size_bytes`` (more than none) for ``operation`` and return what ``free`` takes.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room.
+        """
+
+    def free(self, allocation: Any) -> None:
+        """Take back what ``allocate`` returned."""
+
+
+class Booking(weakref.ref[torch.UntypedStorage]):
+    """One storage in the books: a weak reference to it, and what its ledger knows it by."""
+
+    __slots__ = ("allocation", "key", "ledger", "size_bytes", "tracker")
+    tracker: StorageTracker
+    key: int
+    size_bytes: int
+    ledger: Ledger
+    allocation: Any
+
+    def resize(self, size_bytes: int) -> None:
+        """Stand in for ``storage.resize_``: take the new memory before giving the old back, as CUDA does."""
+        storage = self()
+        assert storage is not None
+        self.tracker._rebook(self, size_bytes, "storage.resize_")
+        torch.UntypedStorage.resize_(storage, size_bytes)
+
+
+class _Rule(Enum):
+    NOTHING_NEW = auto()
+    NEW_STORAGES = auto()
+    MAY_RESIZE = auto()
+
+
+@functools.cache
+def _rule(func: Any) -> _Rule:
+    """Say from an operator's schema whether what it returns can be, or can lie in, new memory."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or func in _BOOKED_THOUGH_ALIASING:
+        return _Rule.NEW_STORAGES
+    if schema.name in _RESIZING or any(argument.is_out for argument in schema.arguments):
+        return _Rule.MAY_RESIZE
+    if func in _ALIASING_UNDECLARED or all(returned.alias_info is not None for returned in schema.returns):
+        return _Rule.NOTHING_NEW
+    if not any("Tensor" in str(returned.type) for returned in schema.returns):
+        return _Rule.NOTHING_NEW
+    return _Rule.NEW_STORAGES
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Yield the dense tensors in what an operator returned; of a sparse tensor, its parts."""
+    if isinstance(result, Tensor):
+        if result.layout is torch.strided:
+            yield result
+        elif result.layout is torch.sparse_coo:
+            yield from (result._indices(), result._values())
+    elif isinstance(result, (tuple, list)):
+        for item in result:
+            yield from _tensors(item)
+    elif isinstance(result, dict):
+        yield from _tensors(list(result.values()))
+
+
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages that hold ``tensor``; of a wrapper such as ``DTensor``, those of its parts."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        for part in _tensors(tensor):
+            yield part.untyped_storage()
+    else:
+        for name in flatten()[0]:
+            yield from storages(getattr(tensor, name))
+
+
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Books new storages in ``ledger``, which may be exchanged at any time, while the mode is active.
+
+    A failed booking (``torch.OutOfMemoryError`` from the ledger) drops what the operator returned and is
+    raised from the operator's call, as by CUDA. Unlike on CUDA the operator has run by then: random numbers
+    are drawn.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ledger = ledger
+        self._bookings: dict[int, Booking] = {}
+        self._dead: deque[Booking] = deque()
+        # A storage can die at any moment, also while this thread is inside the ledger (garbage collection).
+        self._lock = threading.Lock()
+        self._reference_counts = _reference_counts_of_a_summed_gradient()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # The guard that this asks for costs more per operator than the booking.
+
+    def find(self, tensor: Tensor) -> list[Booking]:
+        """Return the bookings of the storages that hold ``tensor``; none for memory that was never booked."""
+        found = (self._bookings.get(id(storage)) for storage in storages(tensor))
+        return [booking for booking in found if booking is not None]
+
+    def settle(self) -> None:
+        """Release what died while the ledger was busy."""
+        while self._dead and self._lock.acquire(blocking=False):
+            try:
+                while self._dead:
+                    booking = self._dead.popleft()
+                    booking.ledger.free(booking.allocation)
+            finally:
+                self._lock.release()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and book what is new in its result."""
+        if types and not _PLAIN_TYPES.issuperset(types):
+            return NotImplemented  # A wrapper runs first; the operators on its parts come here.
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        rule = _rule(func)
+        if rule is _Rule.NOTHING_NEW:
+            return result
+        if func is aten.add.Tensor and not kwargs and self._sums_gradients(args):
+            self._hand_over(args[0], result)
+            return result
+        error = self._book(result, func, rule)
+        if error is None:
+            return result
+        # The traceback holds this frame, which must not hold what C++ would have dropped, nor the error.
+        del result, args, kwargs
+        try:
+            raise error
+        finally:
+            del error
+
+    def _book(self, result: Any, operation: object, rule: _Rule) -> torch.OutOfMemoryError | None:
+        """Book every storage in ``result`` that is new; return the error if one does not fit."""
+        try:
+            if type(result) is Tensor and result.layout is torch.strided:
+                self._book_tensor(result, operation, rule)
+            else:
+                for tensor in _tensors(result):
+                    self._book_tensor(tensor, operation, rule)
+        except torch.OutOfMemoryError as error:
+            return error.with_traceback(None)
+        return None
+
+    def _book_tensor(self, tensor: Tensor, operation: object, rule: _Rule) -> None:
+        storage = tensor.untyped_storage()
+        booking = self._bookings.get(id(storage))
+        if booking is not None:
+            if rule is _Rule.MAY_RESIZE and storage.nbytes() != booking.size_bytes:
+                self._rebook(booking, storage.nbytes(), operation)
+        elif rule is _Rule.NEW_STORAGES and not tensor.is_meta:
+            size_bytes = storage.nbytes()
+            allocation = self._allocate(self.ledger, size_bytes, operation)
+            self._enter(storage, self.ledger, size_bytes, allocation)
+
+    def _allocate(self, ledger: Ledger, size_bytes: int, operation: object) -> Any:
+        """Return the ledger's allocation, or ``None`` for an empty storage, which takes no memory."""
+        if self._dead:
+            self.settle()
+        if not size_bytes:
+            return None
+        with self._lock:
+            allocation = ledger.allocate(size_bytes, operation)
+        if self._dead:
+            self.settle()
+        return allocation
+
+    def _enter(self, storage: torch.UntypedStorage, ledger: Ledger, size_bytes: int, allocation: Any) -> None:
+        booking = Booking(storage, self._died)
+        booking.tracker = self
+        booking.key = id(storage)
+        booking.size_bytes = size_bytes
+        booking.ledger = ledger
+        booking.allocation = allocation
+        self._bookings[booking.key] = booking
+        storage.resize_ = booking.resize  # type: ignore[assignment, method-assign]
+
+    def _rebook(self, booking: Booking, size_bytes: int, operation: object) -> None:
+        allocation = self._allocate(booking.ledger, size_bytes, operation)
+        with self._lock:
+            if booking.allocation is not None:
+                booking.ledger.free(booking.allocation)
+            booking.allocation = allocation
+            booking.size_bytes = size_bytes
+
+    def _died(self, booking: Booking) -> None:
+        if self._bookings.get(booking.key) is booking:
+            del self._bookings[booking.key]
+        if booking.allocation is not None:
+            self._dead.append(booking)
+            self.settle()
+
+    def _sums_gradients(self, args: Sequence[Any]) -> bool:
+        """Say whether this addition is autograd's own sum of gradients, in place but for the mode."""
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+            return False
+        old, new = args
+        return (
+            isinstance(old, Tensor)
+            and isinstance(new, Tensor)
+            and old.shape == new.shape
+            and old.dtype == new.dtype
+            and _reference_counts(old) == self._reference_counts
+            and torch._prims_common.is_non_overlapping_and_dense_or_false(old)
+        )
+
+    def _hand_over(self, old: Tensor, result: Tensor) -> None:
+        """Let ``result`` take over the memory booked for ``old``, which dies when this operator returns."""
+        booking = self._bookings.pop(id(old.untyped_storage()), None)
+        if booking is not None:
+            self._enter(result.untyped_storage(), booking.ledger, booking.size_bytes, booking.allocation)
+            booking.allocation = None
+
+
+def _reference_counts(tensor: Tensor) -> tuple[int, int]:
+    """Return how many references C++ counts to ``tensor`` and to its storage."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the reference counts of the first operand of additions in a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, Tensor):
+            result.untyped_storage()
+        if func is aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+            self.counts.append(_reference_counts(args[0]))
+        return result
+
+
+@functools.cache
+def _reference_counts_of_a_summed_gradient() -> tuple[int, int]:
+    """Measure the counts of a gradient that only autograd holds, at the moment it is added to."""
+    with torch.enable_grad(), _Probe() as probe:
+        x = torch.zeros(2, requires_grad=True)
+        y = x * 1
+        torch.autograd.backward((y * y.detach() + y * y.detach()).sum())
+    counts: tuple[int, int]
+    (counts,) = probe.counts
+    return counts

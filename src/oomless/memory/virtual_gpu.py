@@ -1,0 +1,287 @@
+"""``VirtualGPU``: a device of N bytes on which the real build and training code runs, without a GPU.
+
+Tensors are plain CPU tensors or, with ``fake=True``, fake ones that hold nothing, so that a model of any
+size fits. The tracker books their storages in a simulation of CUDA's caching allocator, which rounds,
+caches, splits and fragments as the real one does and raises ``torch.OutOfMemoryError`` when the capacity is
+reached. Host and device are both CPU memory here; only the books tell them apart, so everything that moves
+between them has to go through ``put`` and ``fetch``, and what is made for the host has to be made inside
+``host()``.
+
+What it does not see: memory that a kernel takes for itself while it runs (the simulation books what operators
+return), and what lies outside the allocator, which is one number, ``outside_bytes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from oomless.memory.allocator import Block, CachingAllocator
+from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.device import Category, Device, MemoryUsage, Phase
+from oomless.memory.profile import MemoryProfile
+from oomless.memory.recorder import Allocation, Recorder, Watcher
+from oomless.memory.tracker import Ledger, StorageTracker
+from oomless.units import format_bytes
+
+
+class _HostLedger:
+    """Counts host memory, which has no end."""
+
+    def __init__(self) -> None:
+        self.allocated_bytes = 0
+        self.peak_allocated_bytes = 0
+
+    def allocate(self, size_bytes: int, operation: object) -> int:
+        self.allocated_bytes += size_bytes
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        return size_bytes
+
+    def free(self, allocation: int) -> None:
+        self.allocated_bytes -= allocation
+
+
+class _DeviceLedger:
+    """Books in the simulated allocator, fails when told to, and keeps a record when there is a recorder."""
+
+    def __init__(self, allocator: CachingAllocator, recorder: Recorder | None) -> None:
+        self.allocator = allocator
+        self.recorder = recorder
+        self.allocation_count = 0
+        self.failing_index: int | None = None
+
+    def allocate(self, size_bytes: int, operation: object) -> Block | Allocation:
+        index = self.allocation_count
+        self.allocation_count += 1
+        try:
+            if index == self.failing_index:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {format_bytes(size_bytes)}. "
+                    f"(Allocation {index}, which VirtualGPU.fail_at was told to fail.)"
+                )
+            block = self.allocator.allocate(size_bytes)
+        except torch.OutOfMemoryError:
+            if self.recorder is not None:
+                self.recorder.failed(size_bytes, operation)
+            raise
+        return block if self.recorder is None else self.recorder.allocated(block, size_bytes, operation)
+
+    def free(self, allocation: Block | Allocation) -> None:
+        if isinstance(allocation, Allocation):
+            assert self.recorder is not None
+            assert allocation.block is not None
+            self.allocator.free(allocation.block)
+            self.recorder.freed(allocation)
+        else:
+            self.allocator.free(allocation)
+
+
+class VirtualGPU(Device):
+    """A simulated GPU.
+
+    Args:
+        capacity_bytes: what the GPU has, ``outside_bytes`` included.
+        name: shown in reports.
+        settings: those of ``PYTORCH_CUDA_ALLOC_CONF``; default: PyTorch's defaults.
+        outside_bytes: taken outside the caching allocator (CUDA context, libraries).
+        compute_capability: of the GPU that is simulated, for those who choose kernels.
+        record_history: keep every event, for ``profile``; about 200 bytes of host memory for each.
+        fake: run under ``FakeTensorMode``: sizes are true, values do not exist, nothing is allocated.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        name: str = "virtual GPU",
+        settings: AllocatorSettings | None = None,
+        outside_bytes: int = 0,
+        compute_capability: tuple[int, int] = (8, 0),
+        record_history: bool = False,
+        fake: bool = False,
+    ) -> None:
+        self.name = name
+        self.capacity_bytes: int = capacity_bytes
+        self.outside_bytes = outside_bytes
+        self.compute_capability = compute_capability
+        self.allocator = CachingAllocator(capacity_bytes, settings or AllocatorSettings(), outside_bytes)
+        self._recorder = Recorder(self.allocator.statistics) if record_history else None
+        self._ledger = _DeviceLedger(self.allocator, self._recorder)
+        self._host_ledger = _HostLedger()
+        self._tracker = StorageTracker(self._ledger)
+        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        self._watcher: Watcher | None = None
+
+    @property
+    def fake(self) -> bool:
+        """Whether tensors have no values."""
+        return self._fake_mode is not None
+
+    # Where tensors lie.
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Book what is created inside, and enter the fake mode if this device has one; may be nested."""
+        if self._is_active():
+            yield
+            return
+        with ExitStack() as modes:
+            if self._fake_mode is not None:
+                modes.enter_context(self._fake_mode)
+            modes.enter_context(self._tracker)
+            yield
+
+    @contextmanager
+    def host(self) -> Iterator[None]:  # noqa: D102
+        with self._booking_in(self._host_ledger):
+            yield
+
+    def put(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a copy of ``tensor`` in new device memory, whichever memory it lies in.
+
+        Raises:
+            RuntimeError: outside of ``active()``.
+            torch.OutOfMemoryError: it does not fit.
+        """
+        self._require_active("put")
+        with self._booking_in(self._ledger):
+            return tensor.to(dtype or tensor.dtype, copy=True)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """Return a detached copy of ``tensor`` in new host memory.
+
+        Raises:
+            RuntimeError: outside of ``active()``.
+        """
+        self._require_active("fetch")
+        with self._booking_in(self._host_ledger):
+            return tensor.detach().to(tensor.dtype, copy=True)
+
+    @contextmanager
+    def _booking_in(self, ledger: Ledger) -> Iterator[None]:
+        before, self._tracker.ledger = self._tracker.ledger, ledger
+        try:
+            yield
+        finally:
+            self._tracker.ledger = before
+
+    def _is_active(self) -> bool:
+        return any(mode is self._tracker for mode in _get_current_dispatch_mode_stack())
+
+    def _require_active(self, method: str) -> None:
+        if not self._is_active():
+            raise RuntimeError(f"VirtualGPU.{method} books memory and works only inside active(); enter it first")
+
+    # What the device holds.
+
+    def usage(self) -> MemoryUsage:  # noqa: D102
+        self._tracker.settle()
+        statistics = self.allocator.statistics
+        return MemoryUsage(
+            allocated_bytes=statistics.allocated_bytes,
+            reserved_bytes=statistics.reserved_bytes,
+            peak_allocated_bytes=statistics.peak_allocated_bytes,
+            peak_reserved_bytes=statistics.peak_reserved_bytes,
+        )
+
+    @property
+    def host_allocated_bytes(self) -> int:
+        """Bytes of the tensors that lie in host memory and were booked there."""
+        self._tracker.settle()
+        return self._host_ledger.allocated_bytes
+
+    @property
+    def host_peak_allocated_bytes(self) -> int:
+        """The most that ``host_allocated_bytes`` was since ``reset_peak``."""
+        return self._host_ledger.peak_allocated_bytes
+
+    @property
+    def allocation_count(self) -> int:
+        """How many allocations were asked of the device so far; the index of the next."""
+        return self._ledger.allocation_count
+
+    def reset_peak(self) -> None:  # noqa: D102
+        self._tracker.settle()
+        self.allocator.reset_peak()
+        self._host_ledger.peak_allocated_bytes = self._host_ledger.allocated_bytes
+
+    def empty_cache(self) -> None:  # noqa: D102
+        self._tracker.settle()
+        self.allocator.empty_cache()
+
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """Change the capacity, as if another process took memory or gave it back."""
+        self.allocator.set_capacity(capacity_bytes)
+        self.capacity_bytes = capacity_bytes
+
+    def fail_at(self, allocation_index: int | None) -> None:
+        """Let the allocation with this index (see ``allocation_count``) fail once as if there were no room.
+
+        ``None`` takes it back.
+
+        Raises:
+            ValueError: that allocation was made already.
+        """
+        if allocation_index is not None and allocation_index < self.allocation_count:
+            raise ValueError(
+                "only an allocation to come can fail: allocation_index must be at least "
+                f"{self.allocation_count}; got {allocation_index}"
+            )
+        self._ledger.failing_index = allocation_index
+
+    # What it is for.
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:  # noqa: D102
+        if self._recorder is None:
+            yield
+            return
+        with self._recorder.phase(name):
+            try:
+                yield
+            finally:
+                if self._watcher is not None:
+                    self._watcher.scan()
+
+    def label(self, tensors: Iterable[Tensor], category: Category, *, overwrite: bool = True) -> None:
+        """Say what ``tensors`` are for; with ``overwrite=False`` only those not labelled so far."""
+        if self._recorder is not None:
+            for tensor in tensors:
+                for booking in self._tracker.find(tensor):
+                    allocation = booking.allocation
+                    if isinstance(allocation, Allocation) and (overwrite or allocation.category is None):
+                        allocation.category = category
+
+    def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+        """Know ``model``'s modules, gradients and ``optimizers``' state from now on, instead of any before.
+
+        Call it when it is settled which parameters train.
+        """
+        if self._recorder is not None:
+            if self._watcher is not None:
+                self._watcher.remove()
+            self._watcher = Watcher(self._recorder, self.label, model, optimizers)
+
+    def profile(self, max_points: int | None = 1000) -> MemoryProfile:
+        """Return the record so far.
+
+        Args:
+            max_points: how many events the timeline may have; ``None``: all.
+
+        Raises:
+            RuntimeError: this device keeps no history.
+        """
+        if self._recorder is None:
+            raise RuntimeError("a profile needs the history: make the VirtualGPU with record_history=True")
+        self._tracker.settle()
+        return self._recorder.profile(
+            device=self.name,
+            capacity_bytes=self.capacity_bytes,
+            outside_bytes=self.outside_bytes,
+            max_points=max_points,
+        )
