@@ -1,6 +1,7 @@
 """The books of storages: against hand counts, against torch's own CPU allocator, and through autograd."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -346,6 +347,49 @@ def test_an_error_that_was_handled_is_gone():
                 assert ledger.allocated_bytes == 0
     finally:
         gc.enable()
+
+
+class _CollectingLedger(Ledger):
+    """Lets a tensor die while it is busy, as Python's collector may at any allocation."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = []
+        self.busy = False
+
+    def allocate(self, size_bytes, operation):
+        self.busy = True
+        self.held.clear()
+        allocation = super().allocate(size_bytes, operation)
+        self.busy = False
+        return allocation
+
+    def free(self, allocation):
+        assert not self.busy
+        super().free(allocation)
+
+
+def test_a_storage_that_dies_inside_the_ledger_waits_its_turn():
+    ledger = _CollectingLedger()
+    with StorageTracker(ledger):
+        ledger.held.append(kibibyte())
+        kept = kibibyte(2)
+    assert ledger.events == [KIB, 2 * KIB, -KIB]
+    del kept
+    assert ledger.allocated_bytes == 0
+
+
+def test_storages_may_die_in_another_thread():
+    ledger = Ledger()
+    with StorageTracker(ledger):
+        held = [kibibyte() for _ in range(100)]
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        others = [kibibyte() for _ in range(100)]
+        thread.join()
+    assert ledger.allocated_bytes == 100 * KIB
+    del others
+    assert ledger.allocated_bytes == 0
 
 
 def test_the_tracker_keeps_nothing_alive():
