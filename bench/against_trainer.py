@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oomless.memory.virtual_gpu import VirtualGPU
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +32,7 @@ from transformers import (
 from oomless.config import DataSource, TrainConfig
 from oomless.data.loader import Loader, micro_batches
 from oomless.data.prepare import prepare
+from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.training import loop
 from provenance import write
 
@@ -124,6 +124,7 @@ def run_trainer(model: Path, config: TrainConfig, out: Path, blocks: Blocks) -> 
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
+        remove_unused_columns=False,
         seed=config.seed,
     )
     trainer = RecordingTrainer(model=network, args=arguments, train_dataset=blocks, callbacks=[recorder])

@@ -55,9 +55,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], device: Device)
     with durable(path) as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for tensor in tensors.values():
-            host = device.fetch(tensor).contiguous()
+        for host in to_host(tensors, device):
             file.write(host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else b"")
+
+
+def to_host(tensors: Mapping[str, Tensor], device: Device) -> Iterator[Tensor]:
+    """Yield each of ``tensors`` on the host, contiguous; the one before may be forgotten."""
+    for tensor in tensors.values():
+        yield device.fetch(tensor.contiguous())
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path, device: Device) -> None:
@@ -98,11 +103,11 @@ def model_tensors(model: Any) -> dict[str, Tensor]:
     return reverted
 
 
-def save_model(model: Any, folder: Path, device: Device, *, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write config, generation config and weights of ``model`` (or ``tensors`` instead) as transformers loads them."""
+def save_model(model: Any, folder: Path, tensors: Mapping[str, Tensor], device: Device) -> None:
+    """Write ``tensors`` with the config and generation config of ``model`` as transformers loads them."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    save_weights(model_tensors(model) if tensors is None else tensors, folder, device)
+    save_weights(tensors, folder, device)

@@ -7,16 +7,21 @@ makes the host wait.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def apply(model: Any) -> None:
     """Have every decoder layer of ``model`` keep only its input."""
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": has_dropout(model)}
-    )
+    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(model))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._gradient_checkpointing_func = function
+            module.gradient_checkpointing = True
 
 
 def has_dropout(model: Any) -> bool:

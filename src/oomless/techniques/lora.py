@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from oomless.config import TrainConfig
@@ -28,6 +29,7 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
         ConfigError: ``lora_target_modules`` matches no linear layer, or names the head or the embedding.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapter = LoraConfig(
@@ -42,10 +44,24 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     with warnings.catch_warnings():
         # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
         warnings.simplefilter("ignore", FutureWarning)
-        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _materialise(module, model.dtype, device)
     for parameter in trained:
         parameter.requires_grad_(True)
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
+
+
+def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
+    """Allocate and initialise what peft left on the meta device: A as an nn.Linear's weight, B as zeros."""
+    for half in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+        half.weight = nn.Parameter(torch.empty(half.weight.shape, dtype=dtype, device=device.torch_device))
+    layer.reset_lora_parameters(ADAPTER, True)
+    if layer.use_dora[ADAPTER]:
+        # B is zero, so the magnitudes of the sum are those of the matrix.
+        magnitudes = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=1).to(dtype)
+        layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(magnitudes)
 
 
 def _targets(model: Any, wanted: str) -> list[str]:

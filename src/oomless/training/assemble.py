@@ -76,8 +76,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     if config.gradient_checkpointing:
         checkpointing.apply(model)
     optimizer = _optimizer(model, config)
-    state = [tensor for p in model.parameters() if p.requires_grad for tensor in optimizer.state_tensors(p).values()]
-    device.label(state, "optimizer state")
+    device.watch(model, optimizer)
     loss_scale = LossScale(model.dtype, device)
     step = TrainingStep(
         model,

@@ -135,16 +135,14 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         if is_adapted(model):
             lora.save_config(model, folder)
-            tensors = {name: p.detach() for name, p in lora.checkpoint_parameters(model).items()}
-            save.write_safetensors(folder / "adapter_model.safetensors", tensors, device)
+            save.write_safetensors(folder / "adapter_model.safetensors", weights_to_save(model), device)
         else:
-            save.save_model(model, folder, device)
+            save.save_model(model, folder, weights_to_save(model), device)
         tokenizer.save_pretrained(folder)
         trainer = folder / "trainer"
         trainer.mkdir()
-        save.write_safetensors(
-            trainer / "optimizer.safetensors", _trainer_tensors(model, optimizer, loss_scale, device), device
-        )
+        tensors = trainer_tensors(model, optimizer, loss_scale) | random_state(device)
+        save.write_safetensors(trainer / "optimizer.safetensors", tensors, device)
         (trainer / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
         sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         (trainer / "checksums.json").write_text(json.dumps(sums, indent=2), encoding="utf-8")
@@ -162,20 +160,31 @@ def is_adapted(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def _trainer_tensors(
-    model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale, device: Device
-) -> dict[str, Tensor]:
+def weights_to_save(model: Any) -> dict[str, Tensor]:
+    """Return what a checkpoint keeps of the model: all of it, or with LoRA what trains."""
+    if is_adapted(model):
+        return {name: parameter.detach() for name, parameter in lora.checkpoint_parameters(model).items()}
+    return save.model_tensors(model)
+
+
+def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale) -> dict[str, Tensor]:
+    """Return what a checkpoint keeps beside the model, all on the device."""
     tensors = {
         f"parameter/{name}/{key}": tensor
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         for key, tensor in optimizer.state_tensors(parameter).items()
     }
-    tensors |= {f"loss_scale/{key}": tensor for key, tensor in loss_scale.tensors().items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if device.torch_device.type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state(device.torch_device)
-    return tensors
+    return tensors | {f"loss_scale/{key}": tensor for key, tensor in loss_scale.tensors().items()}
+
+
+def random_state(device: Device) -> dict[str, Tensor]:
+    """Return the state of the random generators, which lies on the host."""
+    with device.host():
+        states = {"random/cpu": torch.get_rng_state()}
+        if device.torch_device.type == "cuda":
+            states["random/cuda"] = torch.cuda.get_rng_state(device.torch_device)
+    return states
 
 
 def checksum(path: Path) -> str:

@@ -321,7 +321,7 @@ class Run:
         def fill(folder: Path) -> None:
             if checkpoint.is_adapted(model):
                 lora.merge(model)
-                save.save_model(model, folder, self.device, tensors=lora.plain_tensors(model))
+                save.save_model(model, folder, lora.plain_tensors(model), self.device)
                 self.tokenizer.save_pretrained(folder)
                 return
             for path in last.folder.iterdir():

@@ -1,0 +1,149 @@
+"""The rehearsal: the real build, steps, evaluation and save of a run, on a virtual GPU with tensors that hold nothing.
+
+There is no formula here. ``training.assemble`` builds what will train, ``training.step`` runs what will run, and the
+tracker books every storage in the simulated allocator. What a rehearsal adds is what only the real thing has:
+
+*Blocks.* Their tokens do not matter, but how documents lie in them does, because attention runs document by document. By
+default every block is one document, which needs most.
+
+*Kernels.* Where CUDA takes another attention kernel than the CPU, attention calls that kernel's own operator.
+
+*What lies outside the allocator*: the CUDA context and libraries, from the catalogue, and cuBLAS's workspace, which the
+allocator does hold and which is booked before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oomless.config import TrainConfig
+from oomless.data.loader import MicroBatch
+from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.profile import MemoryProfile
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models import save
+from oomless.models.spec import ModelSpec
+from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.training import checkpoint
+from oomless.training.assemble import Assembly, assemble
+from oomless.training.precision import choose_dtype
+
+UNLIMITED_BYTES = 1 << 50
+STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsal:
+    """What a rehearsal found."""
+
+    profile: MemoryProfile
+    device: VirtualGPU
+    parameters: int
+    trainable_parameters: int
+    out_of_memory: str | None
+    """The device's message where the capacity was reached, else ``None``."""
+
+
+def virtual_device(
+    capacity_bytes: int = UNLIMITED_BYTES,
+    *,
+    name: str = "virtual GPU",
+    compute_capability: tuple[int, int] = (8, 0),
+    outside_bytes: int = 0,
+    settings: AllocatorSettings | None = None,
+) -> VirtualGPU:
+    """Return a GPU to rehearse on: tensors hold nothing, and every event is kept."""
+    return VirtualGPU(
+        capacity_bytes,
+        name=name,
+        compute_capability=compute_capability,
+        outside_bytes=outside_bytes,
+        settings=settings,
+        record_history=True,
+        fake=True,
+    )
+
+
+def rehearse(
+    spec: ModelSpec,
+    config: TrainConfig,
+    device: VirtualGPU,
+    *,
+    kernel: Kernel | None = None,
+    document_lengths: Sequence[int] | None = None,
+    workspace_bytes: int = 0,
+    steps: int = STEPS,
+) -> Rehearsal:
+    """Run the training of ``config`` on ``device``: load, ``steps`` optimizer steps, an evaluation and a save.
+
+    Args:
+        spec: the model; its weights are not needed.
+        config: the run; its data is not read.
+        device: a virtual GPU, usually from ``virtual_device``.
+        kernel: the attention kernel; by default the one that the device's compute capability gets from PyTorch.
+        document_lengths: how documents lie in every block; by default one fills it.
+        workspace_bytes: what cuBLAS takes from the allocator at its first product.
+        steps: optimizer steps; from two on the peak is that of a long run.
+
+    Raises:
+        UserError: what is asked for does not fit together; the same as training would say.
+    """
+    lengths = tuple(document_lengths or (config.max_seq_length,))
+    failure = None
+    parts: Assembly | None = None
+    with device.active():
+        try:
+            chosen = kernel or kernel_for(
+                device.compute_capability, choose_dtype(config.dtype, device), _head_width(spec.config)
+            )
+            with attention_kernel(chosen):
+                parts = assemble(spec, config, device, fill=False)
+                workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
+                run_phases(parts, config, lengths, steps)
+        except torch.OutOfMemoryError as error:
+            failure = str(error)
+    model = parts.model if parts is not None else None
+    return Rehearsal(
+        profile=device.profile(),
+        device=device,
+        parameters=sum(p.numel() for p in model.parameters()) if model is not None else 0,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
+        out_of_memory=failure,
+    )
+
+
+def run_phases(parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], steps: int) -> None:
+    """Train ``steps`` steps, evaluate and save, on blocks whose documents have ``lengths``."""
+    device = parts.step.device
+    for _ in range(steps):
+        micro_batches = [
+            blank_batch(config.per_device_train_batch_size, lengths) for _ in range(config.gradient_accumulation_steps)
+        ]
+        parts.step.run(micro_batches)
+    parts.step.evaluate([blank_batch(config.per_device_eval_batch_size or 1, lengths)])
+    with device.phase("save"):
+        beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
+        for host in save.to_host(checkpoint.weights_to_save(parts.model) | beside, device):
+            del host
+
+
+def blank_batch(blocks: int, lengths: tuple[int, ...]) -> MicroBatch:
+    """Return a micro-batch of ``blocks`` blocks of no particular tokens, documents of ``lengths`` in each."""
+    length = sum(lengths)
+    tokens = torch.zeros(blocks, length, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=tokens,
+        labels=tokens,
+        position_ids=tokens,
+        document_lengths=(lengths,) * blocks,
+        target_count=blocks * length,
+    )
+
+
+def _head_width(config: Any) -> int:
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
