@@ -21,7 +21,6 @@ def test_resolved_yaml_reproduces_the_config():
         trainable="lora+lm_head",
         learning_rate="3e-4",
         tied_weights="untied",
-        tied_weights="untied",
     )
     assert config.learning_rate == 3e-4
     assert config.lora_r == 16
