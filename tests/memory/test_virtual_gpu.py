@@ -225,16 +225,17 @@ def test_a_full_device_ends_the_step_where_it_is_reached(where):
     """The capacity is what the step needs up to that part, so that the part itself runs out."""
     gpu = VirtualGPU(1 << 30)
     with gpu.active():
-        model = nn.Linear(1024, 1024, bias=False)
-        x = torch.ones(8 if where == "optimizer" else 1024, 1024)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        weight = nn.Parameter(torch.ones(4 << 20))  # 16 MiB, a segment of its own.
+        used = slice(1) if where == "optimizer" else slice(None)
+        x = torch.ones_like(weight[used])
+        optimizer = torch.optim.AdamW([weight], foreach=True)
 
         def step(parts=("forward", "backward", "optimizer")):
             try:
                 for part in parts:
                     reached.append(part)
                     if part == "forward":
-                        loss = model(x).square().mean()
+                        loss = (weight[used] * x).square().mean()
                     elif part == "backward":
                         loss.backward()
                     else:

@@ -21,7 +21,7 @@ that addition by the reference counts that torch itself looks at (measured once 
 the old booking to the sum. Only the books are touched, never the computation.
 
 Cost (CPU time on one core, torch 2.13, least of five runs): calling a dispatch mode that does nothing takes
-4 µs per operator; the tracker takes less than 2 µs more where nothing is new, and 7 µs more for a new
+4 µs per operator; the tracker takes less than 2 µs more where nothing is new, and 6 to 7 µs more for a new
 storage, its end included. The obvious alternative, ``torch.distributed._tools.mem_tracker``, takes 40 to 60
 µs more, and patches ``UntypedStorage.resize_``.
 """
