@@ -23,6 +23,7 @@ import torch
 from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
 from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.device import Device
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
@@ -98,7 +99,7 @@ def rehearse(
     with device.active():
         try:
             chosen = kernel or kernel_for(
-                device.compute_capability, choose_dtype(config.dtype, device), _head_width(spec.config)
+                device.compute_capability or (8, 0), choose_dtype(config.dtype, device), _head_width(spec.config)
             )
             with attention_kernel(chosen):
                 parts = assemble(spec, config, device, fill=False)
@@ -121,20 +122,22 @@ def run_phases(parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], s
     device = parts.step.device
     for _ in range(steps):
         micro_batches = [
-            blank_batch(config.per_device_train_batch_size, lengths) for _ in range(config.gradient_accumulation_steps)
+            blank_batch(config.per_device_train_batch_size, lengths, device)
+            for _ in range(config.gradient_accumulation_steps)
         ]
         parts.step.run(micro_batches)
-    parts.step.evaluate([blank_batch(config.per_device_eval_batch_size or 1, lengths)])
+    parts.step.evaluate([blank_batch(config.per_device_eval_batch_size or 1, lengths, device)])
     with device.phase("save"):
         beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
         for host in save.to_host(checkpoint.weights_to_save(parts.model) | beside, device):
             del host
 
 
-def blank_batch(blocks: int, lengths: tuple[int, ...]) -> MicroBatch:
+def blank_batch(blocks: int, lengths: tuple[int, ...], device: Device) -> MicroBatch:
     """Return a micro-batch of ``blocks`` blocks of no particular tokens, documents of ``lengths`` in each."""
     length = sum(lengths)
-    tokens = torch.zeros(blocks, length, dtype=torch.int64)
+    with device.host():
+        tokens = torch.zeros(blocks, length, dtype=torch.int64)
     return MicroBatch(
         input_ids=tokens,
         labels=tokens,

@@ -41,10 +41,10 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
         target_modules=_targets(model, str(config.lora_target_modules)),
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device("meta"):
         # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
         warnings.simplefilter("ignore", FutureWarning)
-        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             _materialise(module, model.dtype, device)

@@ -227,8 +227,9 @@ class Run:
             factor = learning_rate_factor(config.lr_scheduler_type, self.step, self.total_steps, config.warmup_ratio)
             for group in parts.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            blocks = self.loader.take(config.blocks_per_step)
-            batches = list(micro_batches(blocks, config.per_device_train_batch_size))
+            with self.device.host():
+                blocks = self.loader.take(config.blocks_per_step)
+                batches = list(micro_batches(blocks, config.per_device_train_batch_size))
             outcome = parts.step.run(batches, before_update=audit.before_update if audit else None)
             self.step += 1
             self.tokens += sum(batch.target_count for batch in batches)
