@@ -1,8 +1,47 @@
 """Train language models on the GPU you have, and do not run out of memory.
 
 Importing this package loads no torch, touches no GPU and sets no variable: public names load when used.
+
+    import oomless
+
+    config = oomless.TrainConfig(model="...", data=(oomless.DataSource(path="..."),), output_dir="...")
+    result = oomless.train(config)
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oomless.config import DataSource, TrainConfig
+    from oomless.models.attention import use_packed_attention
+    from oomless.training.loop import Listener, RunResult, train
+    from oomless.training.loss import causal_lm_loss
+
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "DataSource": "oomless.config",
+    "TrainConfig": "oomless.config",
+    "Listener": "oomless.training.loop",
+    "RunResult": "oomless.training.loop",
+    "train": "oomless.training.loop",
+    "causal_lm_loss": "oomless.training.loss",
+    "use_packed_attention": "oomless.models.attention",
+}
+__all__ = [
+    "DataSource",
+    "Listener",
+    "RunResult",
+    "TrainConfig",
+    "causal_lm_loss",
+    "train",
+    "use_packed_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'oomless' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

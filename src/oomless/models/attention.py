@@ -54,6 +54,12 @@ def attention_forward(
     return output, None
 
 
+def use_packed_attention(model: Any) -> None:
+    """Have ``model``, any Hugging Face model, attend with this function from now on."""
+    register()
+    model.set_attn_implementation(NAME)
+
+
 def register() -> None:
     """Make ``attn_implementation="oomless"`` known to transformers."""
     AttentionInterface.register(NAME, attention_forward)

@@ -14,7 +14,7 @@ from torch import Tensor
 from oomless.config import Packing
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.training.step import logit_transform
+from oomless.training.loss import logit_transform
 
 _LENGTH = 12
 _CUT = 5

@@ -8,7 +8,6 @@ body that does not train builds no graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
-from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.optim.base import MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
-from oomless.techniques.trainable import body_trains
+from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
 
 
@@ -57,7 +55,6 @@ class TrainingStep:
         self.max_grad_norm = max_grad_norm
         self.loss_chunk_bytes = loss_chunk_bytes
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
-        self.body_trains = body_trains(model)
 
     def run(self, micro_batches: Sequence[MicroBatch], *, before_update: Any = None) -> StepResult:
         """Train on ``micro_batches``, which together are one optimizer step."""
@@ -101,39 +98,8 @@ class TrainingStep:
 
     def _loss(self, batch: MicroBatch, scale: Tensor | float) -> Tensor:
         """Return ``scale`` times the summed cross-entropy of ``batch``."""
+        put = self.device.put
         with self.device.phase("forward"):
-            hidden = hidden_states(self.model, batch, self.device, with_graph=self.body_trains)
+            hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
         with self.device.phase("loss"):
-            head = self.model.get_output_embeddings()
-            softcap, logit_scale = logit_transform(self.model.config)
-            return linear_cross_entropy(
-                hidden.flatten(0, -2),
-                head.weight,
-                self.device.put(batch.labels).flatten(),
-                bias=head.bias,
-                scale=scale,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                chunk_bytes=self.loss_chunk_bytes,
-            )
-
-
-def hidden_states(model: Any, batch: MicroBatch, device: Device, *, with_graph: bool) -> Tensor:
-    """Return what the body of ``model`` hands to its head for ``batch``: [B, T, D]."""
-    with nullcontext() if with_graph else torch.no_grad():
-        output = model.base_model(
-            input_ids=device.put(batch.input_ids),
-            position_ids=device.put(batch.position_ids),
-            document_lengths=batch.document_lengths,
-            use_cache=False,
-        )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
-
-
-def logit_transform(config: Any) -> tuple[float | None, float]:
-    """Return the soft cap (or ``None``) and the factor that the architecture applies to its logits."""
-    text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    softcap: float | None = getattr(text, "final_logit_softcapping", None)
-    return softcap, scale
+            return head_loss(self.model, hidden, put(batch.labels), scale, self.loss_chunk_bytes)

@@ -1,0 +1,78 @@
+"""A causal language model's loss: its body, then its head with the cross-entropy, never all logits."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oomless.ops.linear_cross_entropy import linear_cross_entropy
+from oomless.techniques.trainable import body_trains
+
+CHUNK_BYTES = 64 << 20
+
+
+def causal_lm_loss(
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    document_lengths: tuple[tuple[int, ...], ...] | None = None,
+    scale: Tensor | float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Return ``scale`` times the summed cross-entropy of ``model``: fp32, 0-dim, for a training loop of one's own.
+
+    Args:
+        model: a Hugging Face causal language model.
+        input_ids: int64 [B, T], on the model's device.
+        labels: int64 [B, T], the token that each input should predict (already shifted), -100 for none.
+        position_ids: int64 [B, T]; by default 0 to T - 1.
+        document_lengths: for each block the lengths of its documents, none of which sees another; needs a model whose
+            attention is oomless's (``oomless.use_packed_attention``).
+        scale: a number or a 0-dim tensor, usually 1 / (predicted tokens of the optimizer step).
+        chunk_bytes: most bytes of logits held at once.
+    """
+    hidden = hidden_states(model, input_ids, position_ids, document_lengths)
+    return head_loss(model, hidden, labels, scale, chunk_bytes)
+
+
+def hidden_states(
+    model: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    document_lengths: tuple[tuple[int, ...], ...] | None,
+) -> Tensor:
+    """Return what the body of ``model`` hands to its head, [B, T, D]; without a graph where the body does not train."""
+    packed = {} if document_lengths is None else {"document_lengths": document_lengths}
+    with nullcontext() if body_trains(model) else torch.no_grad():
+        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def head_loss(model: Any, hidden: Tensor, labels: Tensor, scale: Tensor | float, chunk_bytes: int) -> Tensor:
+    """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``."""
+    head = model.get_output_embeddings()
+    softcap, logit_scale = logit_transform(model.config)
+    return linear_cross_entropy(
+        hidden.flatten(0, -2),
+        head.weight,
+        labels.flatten(),
+        bias=head.bias,
+        scale=scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def logit_transform(config: Any) -> tuple[float | None, float]:
+    """Return the soft cap (or ``None``) and the factor that the architecture applies to its logits."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    softcap: float | None = getattr(text, "final_logit_softcapping", None)
+    return softcap, scale
