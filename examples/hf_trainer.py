@@ -39,6 +39,7 @@ def main(model_name: str, text_path: str, output_dir: str, steps: int = 10) -> f
             gradient_accumulation_steps=2,
             learning_rate=1e-3,
             report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=blocks,
     )

@@ -20,15 +20,16 @@ from oomless.training.loss import causal_lm_loss
 @pytest.mark.parametrize("packing", ["documents", "best_fit"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma2", "qwen2", "qwen3"])
 def test_alone_and_packed(make_checkpoint, corpus, tmp_path, architecture, packing):
-    folder = make_checkpoint(architecture)
+    folder = make_checkpoint(architecture, max_position_embeddings=8192)
     store = open_store(DataSource(path=str(corpus)), Encoder(load_tokenizer(str(folder))), tmp_path)
-    short = np.flatnonzero(np.diff(store.starts) <= 120)[:12]
-    assert len(short) > 3
+    short = np.argsort(np.diff(store.starts), kind="stable")[:6]
+    short.sort()
+    longest = int(np.diff(store.starts)[short].max())
     model = build.build(resolve(str(folder)), device=Device(), dtype=torch.float32)
     build.load_weights(model, resolve(str(folder)), device=Device())
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     # One block holds them all, so that no document is cut.
-    blocks = list(PackedBlocks(store, short, 12 * 120, packing))
+    blocks = list(PackedBlocks(store, short, 6 * longest, packing))
     assert len(blocks) == 1
     batch = collate(blocks)
     lengths = batch.document_lengths[0]
