@@ -1,0 +1,31 @@
+"""The docs say what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from oomless.report.reference import reference
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_reference_is_current():
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == reference()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_exist(page):
+    from oomless.config import TrainConfig
+
+    known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__} | {"help", "config", "all"}
+    commands = re.findall(r"oomless train[^\n`]*(?:\\\n[^\n`]*)*", page.read_text(encoding="utf-8"))
+    for option in re.findall(r"--([a-z-]+)", " ".join(commands)):
+        assert option in known, option
