@@ -7,6 +7,7 @@ never more than one tensor. A rehearsal runs the same code and fills nothing.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,11 @@ def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype) -> Any:
         ModelError: transformers cannot build the architecture, or its attention cannot be replaced.
     """
     attention.register()
+    config = copy.deepcopy(spec.config)  # what is done to the model may change its config
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                spec.config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=spec.trust_remote_code
+                config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=spec.trust_remote_code
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {spec.name}: {error}") from error

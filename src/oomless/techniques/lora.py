@@ -12,7 +12,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+# Imported here and not where used: its modules make tensors, which must be neither fake nor booked.
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from oomless.config import TrainConfig
@@ -28,9 +31,6 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     Raises:
         ConfigError: ``lora_target_modules`` matches no linear layer, or names the head or the embedding.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapter = LoraConfig(
         r=config.lora_r,
@@ -111,8 +111,6 @@ def save_config(model: Any, folder: Path) -> None:
 
 def merge(model: Any) -> None:
     """Add every adapter into its matrix, in place."""
-    from peft.tuners.lora import LoraLayer
-
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)

@@ -72,12 +72,13 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     model = build.build(spec, device=device, dtype=choose_dtype(config.dtype, device))
     if fill:
         build.load_weights(model, spec, device=device)
-    trainable.apply(model, config, device)
-    if config.gradient_checkpointing:
-        checkpointing.apply(model)
-    optimizer = _optimizer(model, config)
+    with device.phase("load"):
+        trainable.apply(model, config, device)
+        if config.gradient_checkpointing:
+            checkpointing.apply(model)
+        optimizer = _optimizer(model, config)
+        loss_scale = LossScale(model.dtype, device)
     device.watch(model, optimizer)
-    loss_scale = LossScale(model.dtype, device)
     step = TrainingStep(
         model,
         optimizer,

@@ -1,0 +1,191 @@
+"""A plan on the terminal, and the timeline of a rehearsal as a page or a picture."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from oomless.memory.profile import CATEGORIES, MemoryProfile
+from oomless.planning.plan import Plan
+from oomless.units import GiB, format_bytes
+
+BAR_WIDTH = 40
+COLOURS = {
+    "weights": "#4477aa",
+    "gradients": "#ee6677",
+    "optimizer state": "#228833",
+    "saved activations": "#ccbb44",
+    "logits and loss": "#66ccee",
+    "quantisation": "#aa3377",
+    "temporaries": "#888888",
+}
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Print whether the plan fits, its bars, what happens at the peak and the headroom."""
+    target, profile = plan.target, plan.profile
+    verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
+    console.print(
+        f"{plan.model} on {target.name}: {verdict}. It needs {format_bytes(plan.needed_bytes)} of the "
+        f"{format_bytes(target.usable_bytes)} that are usable "
+        f"({'headroom' if plan.headroom_bytes >= 0 else 'short by'} {format_bytes(abs(plan.headroom_bytes))}).",
+        highlight=False,
+    )
+    console.print(f"{plan.parameters:,} parameters, {plan.trainable_parameters:,} train", highlight=False, style="dim")
+    console.print(_bars(plan))
+    if profile.peak is not None:
+        where = f" in {profile.peak.module}" if profile.peak.module else ""
+        console.print(
+            f"peak: {format_bytes(profile.peak_allocated_bytes)} allocated, reached in the {profile.peak.phase} phase{where}, "
+            f"when {profile.peak.operation} asked for {format_bytes(profile.peak.size_bytes)}",
+            highlight=False,
+        )
+    phases = ", ".join(f"{name} {format_bytes(peak.allocated_bytes)}" for name, peak in profile.phases.items())
+    console.print(f"peak of each phase: {phases}", highlight=False)
+    if not plan.fits:
+        _print_failure(console, plan)
+    for note in target.notes:
+        console.print(note, style="dim", highlight=False)
+
+
+def _print_failure(console: Console, plan: Plan) -> None:
+    if plan.stopped_at is not None:
+        where = f" in {plan.stopped_at.module}" if plan.stopped_at.module else ""
+        console.print(
+            f"it would stop in the {plan.stopped_at.phase} phase{where}, where {plan.stopped_at.operation} asks for "
+            f"{format_bytes(plan.stopped_at.size_bytes)}. PyTorch would say:",
+            highlight=False,
+        )
+        console.print(f"  {plan.out_of_memory}", highlight=False, style="dim")
+    if plan.batch_cannot_help:
+        console.print(
+            f"[bold]No batch size and no sequence length can help:[/] weights, gradients and optimizer state alone are "
+            f"{format_bytes(plan.fixed_bytes)}.",
+            highlight=False,
+        )
+
+
+def _bars(plan: Plan) -> Table:
+    """Return the breakdown at the peak: bars in proportion to the larger of what is needed and what the GPU has."""
+    profile = plan.profile
+    rows: list[tuple[str, int]] = [(c, profile.peak_bytes_by_category.get(c, 0)) for c in CATEGORIES]
+    rows.append(("cached but unused", plan.needed_bytes - profile.peak_allocated_bytes))
+    rows.append(("outside the allocator", plan.target.outside_bytes))
+    full = max(plan.target.capacity_bytes, sum(size for _, size in rows))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for name, size in rows:
+        if size:
+            colour = COLOURS.get(name, "#bbbbbb")
+            table.add_row(name, format_bytes(size), f"[{colour}]{'█' * max(1, round(BAR_WIDTH * size / full))}[/]")
+    total = sum(size for _, size in rows)
+    table.add_row("together", format_bytes(total), f"of {format_bytes(plan.target.capacity_bytes)}", style="bold")
+    return table
+
+
+def write_timeline(profile: MemoryProfile, path: Path) -> None:
+    """Write the timeline of a rehearsal to ``path``, a page for ``.html`` or a picture for ``.png``.
+
+    Raises:
+        ValueError: the suffix is neither.
+        ImportError: matplotlib, which draws the picture, is not installed.
+    """
+    if path.suffix == ".html":
+        path.write_text(_page(profile), encoding="utf-8")
+    elif path.suffix == ".png":
+        _picture(profile, path)
+    else:
+        raise ValueError(f"a timeline is written as .html or .png; got {path.name}")
+
+
+def _picture(profile: MemoryProfile, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.add_subplot()
+    timeline = profile.timeline
+    shown = [c for c in CATEGORIES if any(timeline.bytes_by_category[c])]
+    axes.stackplot(
+        timeline.events,
+        [[size / GiB for size in timeline.bytes_by_category[c]] for c in shown],
+        labels=shown,
+        colors=[COLOURS[c] for c in shown],
+    )
+    axes.plot(timeline.events, [size / GiB for size in timeline.reserved_bytes], "k--", linewidth=0.8, label="reserved")
+    for event, phase in _phase_starts(profile):
+        axes.axvline(event, color="black", linewidth=0.2)
+        axes.annotate(phase, (event, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=6)
+    axes.set(xlabel="allocations and frees, in order", ylabel="GiB", title=f"Rehearsal on {profile.device}")
+    axes.legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _phase_starts(profile: MemoryProfile) -> list[tuple[int, str]]:
+    timeline = profile.timeline
+    starts: list[tuple[int, str]] = []
+    for event, phase in zip(timeline.events, timeline.phases, strict=True):
+        if not starts or starts[-1][1] != phase:
+            starts.append((event, phase))
+    # Only phases that last long enough to be read.
+    span = max(1, timeline.events[-1] - timeline.events[0]) if timeline.events else 1
+    following = [event for event, _ in starts[1:]] + [timeline.events[-1] if timeline.events else 0]
+    return [start for start, end in zip(starts, following, strict=True) if end - start[0] > span / 60]
+
+
+def _page(profile: MemoryProfile) -> str:
+    """Return a page of its own, without anything from elsewhere: a stacked area, readable with the pointer."""
+    timeline = profile.timeline
+    data: dict[str, Any] = {
+        "events": timeline.events,
+        "phases": timeline.phases,
+        "reserved": timeline.reserved_bytes,
+        "series": [
+            {"name": c, "colour": COLOURS[c], "bytes": timeline.bytes_by_category[c]}
+            for c in CATEGORIES
+            if any(timeline.bytes_by_category[c])
+        ],
+    }
+    title = html.escape(f"Rehearsal on {profile.device}: peak {format_bytes(profile.peak_allocated_bytes)}")
+    encoded = json.dumps(data).replace("<", "\\u003c")
+    return _TEMPLATE.replace("TITLE", title).replace("DATA", encoded)
+
+
+_TEMPLATE = """<!doctype html>
+<meta charset="utf-8"><title>TITLE</title>
+<style>
+body{font:14px system-ui,sans-serif;margin:2em;color:#222;background:#fff}
+canvas{width:100%;height:420px;border:1px solid #ccc}
+#legend span{display:inline-block;margin-right:1.2em}
+#legend i{display:inline-block;width:.9em;height:.9em;margin-right:.4em}
+#read{min-height:3em;font-variant-numeric:tabular-nums}
+</style>
+<h1 style="font-size:1.2em">TITLE</h1><div id="legend"></div><canvas></canvas><div id="read">Move over the picture.</div>
+<script>
+const d=DATA,c=document.querySelector("canvas"),g=c.getContext("2d"),n=d.events.length;
+const total=d.events.map((_,i)=>d.series.reduce((s,x)=>s+x.bytes[i],0)),top_=Math.max(...total,...d.reserved)*1.05||1;
+const gib=b=>(b/2**30).toFixed(3)+" GiB";
+for(const s of d.series)legend.innerHTML+=`<span><i style="background:${s.colour}"></i>${s.name}</span>`;
+legend.innerHTML+="<span>- - reserved</span>";
+function draw(mark){
+ c.width=c.clientWidth*devicePixelRatio;c.height=c.clientHeight*devicePixelRatio;
+ const x=i=>i/(n-1||1)*c.width,y=b=>c.height*(1-b/top_),base=new Array(n).fill(0);
+ for(const s of d.series){g.fillStyle=s.colour;g.beginPath();
+  for(let i=0;i<n;i++)g.lineTo(x(i),y(base[i]));
+  for(let i=n-1;i>=0;i--){g.lineTo(x(i),y(base[i]+s.bytes[i]))}
+  g.fill();for(let i=0;i<n;i++)base[i]+=s.bytes[i]}
+ g.setLineDash([6,4]);g.beginPath();d.reserved.forEach((b,i)=>g.lineTo(x(i),y(b)));g.stroke();g.setLineDash([]);
+ if(mark!==undefined){g.beginPath();g.moveTo(x(mark),0);g.lineTo(x(mark),c.height);g.stroke()}
+}
+c.onmousemove=e=>{const i=Math.round(e.offsetX/c.clientWidth*(n-1));draw(i);
+ read.textContent=`${d.phases[i]}: ${gib(total[i])} allocated, ${gib(d.reserved[i])} reserved - `+
+ d.series.filter(s=>s.bytes[i]).map(s=>`${s.name} ${gib(s.bytes[i])}`).join(", ")};
+onresize=()=>draw();draw();
+</script>
+"""

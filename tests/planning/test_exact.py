@@ -1,0 +1,96 @@
+"""The rehearsal against the real CPU run in the same tracker: equal to the byte."""
+
+import itertools
+
+import pytest
+import torch
+
+from oomless.config import DataSource, TrainConfig
+from oomless.memory.profile import CATEGORIES
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.spec import resolve
+from oomless.planning.rehearse import rehearse, run_phases, virtual_device
+from oomless.training.assemble import assemble
+
+LENGTHS = (20, 1, 43)
+TRAINABLE = [
+    {"trainable": "full"},
+    {"trainable": "lm_head", "tied_weights": "untied"},
+    {"trainable": "embed_tokens", "tied_weights": "shared"},
+    {"trainable": "lora+lm_head", "tied_weights": "shared", "lora_r": 4},
+    {"trainable": "model.layers.1.*"},
+]
+ROUTES = [
+    {"optimizer": "adamw", "dtype": "fp32"},
+    {"optimizer": "sgd", "dtype": "bf16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    {"optimizer": "adamw", "dtype": "fp16", "per_device_train_batch_size": 3, "loss_chunk_bytes": 1 << 16},
+]
+CASES = [
+    (architecture, trainable | route)
+    for architecture, trainable, route in itertools.product(
+        ("llama", "gemma", "gemma2", "qwen2", "qwen3"), TRAINABLE, ROUTES
+    )
+]
+
+
+def both_profiles(folder, settings, lengths=LENGTHS):
+    spec = resolve(str(folder))
+    config = TrainConfig(
+        model=str(folder),
+        data=(DataSource(path="none"),),
+        output_dir="none",
+        max_seq_length=sum(lengths),
+        **settings,
+    )
+    real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
+    with real.active():
+        run_phases(assemble(spec, config, real, fill=True), config, lengths, steps=2)
+    fake = rehearse(spec, config, virtual_device(), kernel="auto", document_lengths=lengths)
+    return real.profile(max_points=None), fake.device.profile(max_points=None)
+
+
+def identify(case):
+    return "-".join(str(value) for value in case.values()) if isinstance(case, dict) else case
+
+
+@pytest.mark.parametrize(("architecture", "settings"), CASES, ids=identify)
+def test_fake_is_real_to_the_byte(make_checkpoint, architecture, settings):
+    real, fake = both_profiles(make_checkpoint(architecture, tied=True), settings)
+    assert fake.peak_allocated_bytes == real.peak_allocated_bytes
+    assert fake.peak_reserved_bytes == real.peak_reserved_bytes
+    assert fake.peak_bytes_by_category == real.peak_bytes_by_category
+    assert fake.phases == real.phases
+    for profile in (real, fake):
+        timeline = profile.timeline
+        sums = [sum(sizes) for sizes in zip(*(timeline.bytes_by_category[c] for c in CATEGORIES), strict=True)]
+        assert tuple(sums) == timeline.allocated_bytes
+        assert max(timeline.allocated_bytes) == profile.peak_allocated_bytes
+
+
+def test_a_change_is_seen(make_checkpoint):
+    """The comparison can fail: one more token per block changes the peak."""
+    folder = make_checkpoint("llama", tied=True)
+    first, _ = both_profiles(folder, TRAINABLE[0] | ROUTES[0])
+    _, second = both_profiles(folder, TRAINABLE[0] | ROUTES[0], lengths=(20, 1, 44))
+    assert first.peak_allocated_bytes != second.peak_allocated_bytes
+
+
+def test_parameters_are_counted(make_checkpoint):
+    folder = make_checkpoint("llama", tied=True)
+    config = TrainConfig(
+        model=str(folder),
+        data=(DataSource(path="none"),),
+        output_dir="none",
+        max_seq_length=32,
+        trainable="lm_head",
+        tied_weights="untied",
+    )
+    found = rehearse(resolve(str(folder)), config, virtual_device())
+    assert found.trainable_parameters == 512 * 64
+    assert found.parameters == sum(p.numel() for p in torch.nn.ParameterList(_model(folder).parameters())) + 512 * 64
+
+
+def _model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
