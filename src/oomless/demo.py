@@ -22,7 +22,7 @@ from oomless.training.loop import RunResult, train
 from oomless.units import format_bytes
 
 CODE_BYTES = 3_000_000
-VOCABULARY = 4096
+VOCABULARY = 2048
 SEQUENCE = 256
 PROMPT = "The following sections describe the standard"
 
@@ -38,7 +38,7 @@ def run_demo(console: Console, output_dir: Path | None = None) -> RunResult:
     listener = TerminalListener(console)
     try:
         console.print("[bold]3/4[/] pretraining it on Python code: the model that you would bring")
-        first = train(_config(folder, "blank", "code", "pretrained", max_steps=90, learning_rate=4e-3), listener)
+        first = train(_config(folder, "blank", "code", "pretrained", max_steps=110, learning_rate=4e-3), listener)
         console.print("[bold]4/4[/] [bold green]continued pretraining[/] on Python's reference manual: the main job")
         listener.close()
         second = train(
@@ -109,6 +109,7 @@ def make_model(folder: Path, text: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -135,6 +136,7 @@ def make_model(folder: Path, text: Path) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.token_to_id("<|endoftext|>"),
     )
+    logging.disable_progress_bar()
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -142,7 +144,9 @@ def sample(model_dir: Path, prompt: str, *, max_new_tokens: int = 48, seed: int 
     """Return ``prompt`` as the model in ``model_dir`` goes on with it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
     torch.manual_seed(seed)

@@ -16,6 +16,7 @@ from oomless.memory.device import Category
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import ModelSpec
+from oomless.ops.attention import Kernel
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
 
 FIXED: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
@@ -36,6 +37,9 @@ class Target:
     """What cuBLAS takes from the allocator."""
 
     compute_capability: tuple[int, int]
+    kernel: Kernel | None = None
+    """The attention kernel; by default the one that this compute capability gets from PyTorch."""
+
     notes: tuple[str, ...] = ()
     """Where these figures come from, and how sure they are."""
 
@@ -125,7 +129,7 @@ def plan(spec: ModelSpec, config: TrainConfig, target: Target, settings: Allocat
             outside_bytes=target.outside_bytes,
             settings=settings,
         )
-        return rehearse(spec, config, device, workspace_bytes=target.workspace_bytes)
+        return rehearse(spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes)
 
     free = run(UNLIMITED_BYTES)
     shown, stopped_at, message = free, None, None

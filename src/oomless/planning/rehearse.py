@@ -3,8 +3,9 @@
 There is no formula here. ``training.assemble`` builds what will train, ``training.step`` runs what will run, and the
 tracker books every storage in the simulated allocator. What a rehearsal adds is what only the real thing has:
 
-*Blocks.* Their tokens do not matter, but how documents lie in them does, because attention runs document by document. By
-default every block is one document, which needs most.
+*Blocks.* Their tokens do not matter, but how documents lie in them does, because attention runs document by document.
+By default a packed block holds two documents: from two on each layer keeps the documents' outputs and their
+concatenation, and further ones add only the rounding of small tensors.
 
 *Kernels.* Where CUDA takes another attention kernel than the CPU, attention calls that kernel's own operator.
 
@@ -86,14 +87,14 @@ def rehearse(
         config: the run; its data is not read.
         device: a virtual GPU, usually from ``virtual_device``.
         kernel: the attention kernel; by default the one that the device's compute capability gets from PyTorch.
-        document_lengths: how documents lie in every block; by default one fills it.
+        document_lengths: how documents lie in every block; by default two fill it, or one where they are concatenated.
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
         steps: optimizer steps; from two on the peak is that of a long run.
 
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
     """
-    lengths = tuple(document_lengths or (config.max_seq_length,))
+    lengths = tuple(document_lengths or usual_lengths(config))
     failure = None
     parts: Assembly | None = None
     with device.active():
@@ -131,6 +132,13 @@ def run_phases(parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], s
         beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
         for host in save.to_host(checkpoint.weights_to_save(parts.model) | beside, device):
             del host
+
+
+def usual_lengths(config: TrainConfig) -> tuple[int, ...]:
+    """Return how documents are taken to lie in a block where the data is not known."""
+    if config.packing == "concatenate":
+        return (config.max_seq_length,)
+    return (config.max_seq_length // 3, config.max_seq_length - config.max_seq_length // 3)
 
 
 def blank_batch(blocks: int, lengths: tuple[int, ...], device: Device) -> MicroBatch:
