@@ -14,46 +14,26 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from typing import NamedTuple
 
 import torch
 
+from oomless.memory.allocator_growth import SMALL_REQUEST, DeviceMemory, TraceEvent, round_up
 from oomless.memory.allocator_settings import INTERVALS, AllocatorSettings
 from oomless.memory.allocator_state import (
-    AllocatorStatistics,
     Block,
     BlockView,
-    ExpandableRange,
     OomFacts,
     Pool,
     SegmentView,
     cuda_size,
     out_of_memory_message,
 )
-from oomless.units import MiB
 
 SMALLEST_BLOCK = 512
-SMALL_REQUEST = MiB
-SMALL_SEGMENT = 2 * MiB
-LARGE_REQUEST = 10 * MiB
-LARGE_ROUNDING = 2 * MiB
 LARGEST_REQUEST = 1 << 60
-_FIRST_ADDRESS = 0x7F00_0000_0000
 
 
-class TraceEvent(NamedTuple):
-    """One entry of the history, as in a CUDA memory snapshot; of an ``oom``, ``address`` is the device's free bytes."""
-
-    action: str
-    address: int
-    size_bytes: int
-    stream: int
-    time_us: int
-    note: object
-    category: str | None
-
-
-class CachingAllocator:
+class CachingAllocator(DeviceMemory):
     """The caching allocator of one GPU.
 
     Args:
@@ -73,18 +53,12 @@ class CachingAllocator:
         record_history: bool = False,
         history_limit: int | None = None,
     ) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.outside_bytes = outside_bytes
-        self.settings = settings = settings or AllocatorSettings()
-        self.statistics = AllocatorStatistics()
-        self.history: deque[TraceEvent] | None = deque(maxlen=history_limit) if record_history else None
-        self._usable_bytes = capacity_bytes
-        self._clock_us = 0
-        self._next_address = _FIRST_ADDRESS
+        history: deque[TraceEvent] | None = deque(maxlen=history_limit) if record_history else None
+        settings = settings or AllocatorSettings()
+        super().__init__(capacity_bytes, settings, outside_bytes, history)
         self._pools: dict[tuple[int, bool], Pool] = {}
         self._active: dict[int, Block] = {}
         self._waiting: dict[int, Block] = {}
-        self._large_searches = 0
         # What every call asks of the settings.
         self._expandable = settings.expandable_segments
         self._divisions = settings.roundup_power2_divisions if max(settings.roundup_power2_divisions) > 1 else None
@@ -172,19 +146,6 @@ class CachingAllocator:
                 elif not block.is_split:
                     self._release(block)
 
-    def set_capacity(self, capacity_bytes: int) -> None:
-        """Let another process take memory or give it back: what is held stays, the next growth may fail.
-
-        The GPU's total, which messages print and of which ``memory_fraction`` is a share, only ever rises.
-        """
-        self._usable_bytes = capacity_bytes
-        self.capacity_bytes = max(self.capacity_bytes, capacity_bytes)
-
-    @property
-    def free_bytes(self) -> int:
-        """What the device has left, as ``cudaMemGetInfo`` reports it."""
-        return max(0, self._usable_bytes - self.outside_bytes - self.statistics.reserved.current)
-
     def reset_peak(self) -> None:
         """Set the peaks of ``statistics`` to what is held now."""
         self.statistics.reset_peak()
@@ -205,22 +166,8 @@ class CachingAllocator:
             power = size_bytes.bit_length() - 1
             divisions = self._divisions[min(max(0, power - 20), INTERVALS - 1)]
             if divisions > 1 and size_bytes > SMALLEST_BLOCK * divisions:
-                return _up(size_bytes, (1 << power) // divisions)
+                return round_up(size_bytes, (1 << power) // divisions)
         return (size_bytes + SMALLEST_BLOCK - 1) & -SMALLEST_BLOCK
-
-    def segment_size(self, size_bytes: int) -> int:
-        """Return the size of the segment that is made for a request already rounded."""
-        if size_bytes <= SMALL_REQUEST:
-            return SMALL_SEGMENT
-        if size_bytes < LARGE_REQUEST:
-            return self.settings.large_segment_bytes
-        return _up(size_bytes, LARGE_ROUNDING)
-
-    @property
-    def allowed_bytes(self) -> int | None:
-        """What ``memory_fraction`` lets the allocator hold; None: no such limit."""
-        fraction = self.settings.memory_fraction
-        return int(fraction * self.capacity_bytes) if fraction < 1 else None
 
     # Finding a block
 
@@ -341,30 +288,6 @@ class CachingAllocator:
         # A fraction below 1 is an ordinary limit, which is looked at first.
         return self.allowed_bytes is None and self.statistics.reserved.current + segment_bytes > self.capacity_bytes
 
-    def _from_device(self, pool: Pool, size: int, note: object) -> Block | None:
-        segment_bytes, allowed = self.segment_size(size), self.allowed_bytes
-        if allowed is not None and self.statistics.reserved.current + segment_bytes > allowed:
-            return None
-        if self._expandable:
-            return self._from_range(pool, size, note)
-        if segment_bytes > self.free_bytes:
-            return None
-        block = Block(self._place(segment_bytes), segment_bytes, pool)
-        books = self.statistics
-        books.segments.increase(1)
-        books.reserved.increase(segment_bytes)
-        books.num_device_alloc += 1
-        if self._max_split is not None and segment_bytes >= self._max_split:
-            books.oversize_segments.increase(1)
-        self._record("segment_alloc", block.address, segment_bytes, pool.stream, note)
-        return block
-
-    def _place(self, size_bytes: int) -> int:
-        """Return an address for a new segment, above all before it."""
-        address = self._next_address
-        self._next_address += _up(size_bytes, LARGE_ROUNDING)
-        return address
-
     def _release_oversize(self, pool: Pool, size: int) -> bool:
         """Give back one cached oversize block that is large enough, or several, the largest first, until they are."""
         limit = self._max_split
@@ -383,17 +306,6 @@ class CachingAllocator:
                 released += length
                 self._release(block)
         return released >= wanted
-
-    def _release(self, block: Block) -> None:
-        """Give the segment that a free ``block`` fills back to the device."""
-        books, size = self.statistics, block.size_bytes
-        self._record("segment_free", block.address, size, block.pool.stream)
-        block.pool.remove(block)
-        books.num_device_free += 1
-        books.segments.change(-1)
-        books.reserved.change(-size)
-        if self._max_split is not None and size >= self._max_split:
-            books.oversize_segments.change(-1)
 
     def _collect_garbage(self) -> None:
         """Give back the large blocks that searches passed over most often, until less than the threshold is held."""
@@ -418,91 +330,6 @@ class CachingAllocator:
                     target -= block.size_bytes
                     self._release(block)
             cached = [block for block, age in zip(cached, ages, strict=True) if age < average]
-
-    # Expandable segments
-
-    def _from_range(self, pool: Pool, size: int, note: object) -> Block | None:
-        """Map pages at the lowest address where ``size`` fits; None where memory runs out (pages mapped so far stay)."""
-        block = self._lowest_fit(pool, size)
-        if not block.mapped and not self._map(block, min(block.size_bytes, size), note):
-            return None
-        while block.size_bytes < size:
-            behind = block.next
-            assert behind is not None
-            if not self._map(behind, min(size - block.size_bytes, behind.size_bytes), note):
-                return None
-            block = behind  # it has taken in the mapped block before it
-        pool.remove(block)
-        return block
-
-    def _lowest_fit(self, pool: Pool, size: int) -> Block:
-        for _, unmapped in pool.unmapped:
-            before = unmapped.previous
-            start = before if before is not None and before.is_free else unmapped
-            room, block = 0, start
-            while room < size:
-                room += block.size_bytes
-                following = block.next
-                if following is None or not following.is_free:
-                    break
-                block = following
-            if room >= size:
-                return start
-        page = SMALL_SEGMENT if pool.small else self.settings.large_segment_bytes
-        # Room for an eighth more than the device has, so that pages freed at the front can be used again at the end.
-        length = _up(self.capacity_bytes + self.capacity_bytes // 8, page)
-        addresses = ExpandableRange(self._place(length), length, page)
-        block = Block(addresses.address, length, pool, addresses)
-        block.mapped = False
-        pool.insert_unmapped(block)
-        return block
-
-    def _map(self, block: Block, size: int, note: object) -> bool:
-        """Back the first ``size`` bytes of an unmapped ``block`` with whole pages and merge it with mapped neighbours."""
-        assert block.range is not None
-        mapped = _up(size, block.range.page_bytes)
-        if mapped > self.free_bytes:
-            return False
-        pool = block.pool
-        pool.remove_unmapped(block)
-        if mapped < block.size_bytes:
-            pool.insert_unmapped(block.cut(mapped))
-        block.mapped = True
-        self._record("segment_map", block.address, mapped, pool.stream, note)
-        block.absorb(block.previous)
-        block.absorb(block.next)
-        block.age_base = self._large_searches
-        pool.insert(block)
-        self.statistics.reserved.increase(mapped)
-        self.statistics.num_device_alloc += 1
-        return True
-
-    def _unmap(self, block: Block) -> None:
-        """Give the whole pages of a free ``block`` back; what is left of it at either end stays mapped."""
-        assert block.range is not None
-        page, base, pool = block.range.page_bytes, block.range.address, block.pool
-        begin = base + _up(block.address - base, page)
-        end = base + (block.address - base + block.size_bytes) // page * page
-        if begin >= end:
-            return
-        pool.remove(block)
-        if begin > block.address:
-            pages = block.cut(begin - block.address)
-            block.age_base = self._large_searches
-            pool.insert(block)
-            block = pages
-        if block.size_bytes > end - begin:
-            rest = block.cut(end - begin)
-            rest.age_base = self._large_searches
-            pool.insert(rest)
-        block.mapped = False
-        block.absorb(block.previous)
-        block.absorb(block.next)
-        if block.is_split:
-            pool.insert_unmapped(block)  # a range of which nothing is mapped any more goes back altogether
-        self.statistics.reserved.change(begin - end)
-        self.statistics.num_device_free += 1
-        self._record("segment_unmap", begin, end - begin, pool.stream)
 
     # Words
 
@@ -533,19 +360,6 @@ class CachingAllocator:
         error.oom_facts = facts  # type: ignore[attr-defined]
         return error
 
-    def _record(
-        self,
-        action: str,
-        address: int,
-        size_bytes: int,
-        stream: int,
-        note: object = None,
-        category: str | None = None,
-    ) -> None:
-        if self.history is not None:
-            self._clock_us += 1
-            self.history.append(TraceEvent(action, address, size_bytes, stream, self._clock_us, note, category))
-
 
 def oom_facts(error: torch.OutOfMemoryError) -> OomFacts | None:
     """Return what a simulated out-of-memory error was about; None for one that CUDA raised."""
@@ -574,7 +388,3 @@ def _view(head: Block) -> SegmentView:
         is_expandable=head.range is not None,
         blocks=tuple(blocks),
     )
-
-
-def _up(size_bytes: int, step: int) -> int:
-    return -(-size_bytes // step) * step
