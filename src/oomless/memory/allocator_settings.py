@@ -146,6 +146,27 @@ class AllocatorSettings:
         of_cuda = cls.parse(cuda).to_dict()
         return cls(**(cls.parse(general).to_dict() | {field: of_cuda[field] for field in _CUDA_ONLY}))
 
+    def to_text(self) -> str:
+        """Return what ``parse`` would read these settings from; only what differs from the defaults."""
+        options = {
+            "large_segment_size_mb": self.large_segment_bytes // MiB,
+            "max_split_size_mb": _optional_mebibytes(self.max_split_size_bytes),
+            "max_non_split_rounding_mb": _optional_mebibytes(self.max_non_split_rounding_bytes),
+            "roundup_power2_divisions": "["
+            + ",".join(f"{1 << power}:{count}" for power, count in enumerate(self.roundup_power2_divisions))
+            + "]",
+            "garbage_collection_threshold": self.garbage_collection_threshold,
+            "expandable_segments": self.expandable_segments,
+            "per_process_memory_fraction": self.memory_fraction,
+            "throw_on_cudamalloc_oom": self.refuse_early,
+        }
+        default = AllocatorSettings()
+        return ",".join(
+            f"{key}:{options[key]}"
+            for key, (field, _) in _READERS.items()
+            if getattr(self, field) != getattr(default, field)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -164,6 +185,10 @@ def _whole(text: str) -> int:
 
 def _mebibytes(text: str) -> int:
     return _whole(text) * MiB
+
+
+def _optional_mebibytes(size_bytes: int | None) -> int | None:
+    return None if size_bytes is None else size_bytes // MiB
 
 
 def _share(text: str) -> float:
