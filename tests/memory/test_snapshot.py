@@ -51,6 +51,15 @@ def test_the_history_in_the_order_of_torch():
     assert "segment_unmap" in actions(worked("expandable_segments:True"))
 
 
+def test_large_segments_go_back_before_small_ones():
+    allocator = CachingAllocator(GiB, record_history=True)
+    for block in [allocator.allocate(size) for size in (1, 2 * MiB)]:
+        allocator.free(block)
+    allocator.empty_cache()
+    given_back = [event.size_bytes for event in allocator.history if event.action == "segment_free"]
+    assert given_back == [20 * MiB, 2 * MiB]
+
+
 def test_the_history_can_be_bounded_or_left_out():
     assert actions(worked(history_limit=2)) == ["segment_free", "oom"]
     allocator = CachingAllocator(GiB)

@@ -159,9 +159,7 @@ class CachingAllocator(DeviceMemory):
     # Sizes
 
     def round_size(self, size_bytes: int) -> int:
-        """Return what a request of ``size_bytes`` is rounded up to."""
-        if size_bytes < SMALLEST_BLOCK:
-            return SMALLEST_BLOCK
+        """Return what a request of ``size_bytes``, 1 or more, is rounded up to."""
         if self._divisions is not None:
             power = size_bytes.bit_length() - 1
             divisions = self._divisions[min(max(0, power - 20), INTERVALS - 1)]
@@ -293,19 +291,18 @@ class CachingAllocator(DeviceMemory):
         limit = self._max_split
         if limit is None:
             return False
-        wanted = max(size, limit)
-        place = bisect_left(pool.free, (wanted,))
+        place = bisect_left(pool.free, (size,))  # whatever stands from here on is oversize, or best fit had taken it
         if place < len(pool.free) and pool.free[place][2].range is None:
             self._release(pool.free[place][2])
             return True
         released = 0
         for length, _, block in reversed(pool.free[:place]):
-            if released >= wanted or length < limit:
+            if released >= size or length < limit:
                 break
             if block.range is None:
                 released += length
                 self._release(block)
-        return released >= wanted
+        return released >= size
 
     def _collect_garbage(self) -> None:
         """Give back the large blocks that searches passed over most often, until less than the threshold is held."""
