@@ -1,476 +1,387 @@
 """PyTorch's CUDA caching allocator, simulated byte for byte.
 
-The rules are those of ``CUDACachingAllocator.cpp`` in torch 2.11 to 2.13; ``docs/allocator.md`` states each with what it
-does not cover. A *segment* is what the allocator gets from the device, a *block* is a part of it. Blocks of a segment form
-a chain in address order; free ones also stand in their pool, sorted by size and then address, where best fit finds them.
+The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` in torch 2.11 to 2.13; ``docs/allocator.md`` states each of them
+and what is not covered. A *segment* is what the allocator gets from the device at once, a *block* is a part of it. Blocks of
+a segment form a chain in address order; free ones also stand in their pool, sorted by size and then address, where best fit
+finds them. With expandable segments a segment is a range of addresses larger than the device, of which whole pages are
+backed by memory or not.
 
-With expandable segments a segment is a range of addresses larger than the device. Its blocks are mapped (backed by
-memory, in whole pages) or not; growing maps the pages behind the last block.
+Cost: a few microseconds for an allocation or a free, and a tuple of history for each if that is recorded. The alternative,
+a formula for the peak of reserved memory, cannot know how a run's own order of sizes fragments it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections import deque
 
 import torch
 
+from oomless.memory.allocator_growth import SMALL_REQUEST, DeviceMemory, TraceEvent, round_up
 from oomless.memory.allocator_settings import INTERVALS, AllocatorSettings
-from oomless.units import GiB, KiB, MiB
+from oomless.memory.allocator_state import (
+    Block,
+    BlockView,
+    OomFacts,
+    Pool,
+    SegmentView,
+    cuda_size,
+    out_of_memory_message,
+)
 
 SMALLEST_BLOCK = 512
-SMALL_REQUEST = MiB
-SMALL_SEGMENT = 2 * MiB
-LARGE_REQUEST = 10 * MiB
-LARGE_ROUNDING = 2 * MiB
-UNSPLIT_SLACK = 20 * MiB
-_ADDRESS_STEP = 1 << 41
+LARGEST_REQUEST = 1 << 60
 
 
-@dataclass(slots=True, eq=False)
-class Block:
-    """A part of a segment; ``allocated``, or free in its pool, or not backed by memory (``mapped`` is False)."""
+class CachingAllocator(DeviceMemory):
+    """The caching allocator of one GPU.
 
-    address: int
-    size_bytes: int
-    pool: Pool
-    segment: Segment
-    requested_bytes: int = 0
-    allocated: bool = False
-    mapped: bool = True
-    previous: Block | None = None
-    next: Block | None = None
-    free_calls_at_insert: int = 0
-    note: object = None
+    Args:
+        capacity_bytes: the GPU's total memory.
+        settings: default: PyTorch's defaults.
+        outside_bytes: of the capacity, what this process holds outside the allocator (context, libraries).
+        record_history: keep every event in ``history``.
+        history_limit: keep only this many of the latest events; None: all.
+    """
 
-    @property
-    def is_split(self) -> bool:
-        """Whether the segment has other blocks."""
-        return self.previous is not None or self.next is not None
-
-
-@dataclass(slots=True, eq=False)
-class Segment:
-    """What was got from the device at once, or an expandable range of addresses."""
-
-    address: int
-    size_bytes: int
-    first: Block | None = None
-    expandable: bool = False
-
-    def blocks(self) -> Iterator[Block]:
-        """Yield the blocks in address order."""
-        block = self.first
-        while block is not None:
-            yield block
-            block = block.next
-
-
-@dataclass(slots=True, eq=False)
-class Pool:
-    """The free blocks of one stream and one kind, small or large."""
-
-    small: bool
-    stream: int
-    free: list[tuple[int, int, Block]] = field(default_factory=list)
-    unmapped: list[tuple[int, Block]] = field(default_factory=list)
-    free_calls: int = 0
-
-
-@dataclass(slots=True)
-class AllocatorStatistics:
-    """What is held, in bytes, kept up to date; peaks are those since ``reset_peak``."""
-
-    allocated_bytes: int = 0
-    reserved_bytes: int = 0
-    requested_bytes: int = 0
-    inactive_split_bytes: int = 0
-    peak_allocated_bytes: int = 0
-    peak_reserved_bytes: int = 0
-    peak_requested_bytes: int = 0
-    peak_inactive_split_bytes: int = 0
-    total_allocated_bytes: int = 0
-    total_freed_bytes: int = 0
-    allocations: int = 0
-    retries: int = 0
-    out_of_memory_errors: int = 0
-
-    def note_peaks(self) -> None:
-        """Raise the peaks to what is held now."""
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        self.peak_requested_bytes = max(self.peak_requested_bytes, self.requested_bytes)
-        self.peak_inactive_split_bytes = max(self.peak_inactive_split_bytes, self.inactive_split_bytes)
-
-
-class CachingAllocator:
-    """The allocator of one GPU with ``capacity_bytes``, of which ``outside_bytes`` are taken outside of it."""
-
-    def __init__(self, capacity_bytes: int, settings: AllocatorSettings | None = None, outside_bytes: int = 0) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.outside_bytes = outside_bytes
-        self.settings = settings or AllocatorSettings()
-        self.statistics = AllocatorStatistics()
+    def __init__(
+        self,
+        capacity_bytes: int,
+        settings: AllocatorSettings | None = None,
+        outside_bytes: int = 0,
+        *,
+        record_history: bool = False,
+        history_limit: int | None = None,
+    ) -> None:
+        history: deque[TraceEvent] | None = deque(maxlen=history_limit) if record_history else None
+        settings = settings or AllocatorSettings()
+        super().__init__(capacity_bytes, settings, outside_bytes, history)
         self._pools: dict[tuple[int, bool], Pool] = {}
-        self._segments: dict[int, Segment] = {}
-        self._next_address = _ADDRESS_STEP
+        self._active: dict[int, Block] = {}
+        self._waiting: dict[int, Block] = {}
+        # What every call asks of the settings.
+        self._expandable = settings.expandable_segments
+        self._divisions = settings.roundup_power2_divisions if max(settings.roundup_power2_divisions) > 1 else None
+        self._max_split = settings.max_split_size_bytes
+        self._slack = settings.max_non_split_rounding_bytes or settings.large_segment_bytes
+        self._collects_garbage = settings.garbage_collection_threshold > 0 and settings.memory_fraction < 1
 
     # Asking and giving back
 
-    def allocate(self, size_bytes: int, *, stream: int = 0, note: object = None) -> Block:
-        """Return a block of at least ``size_bytes``; ``note`` is kept in it.
+    def allocate(self, size_bytes: int, *, stream: int = 0, note: object = None, category: str | None = None) -> Block:
+        """Return a block of at least ``size_bytes``; ``note`` and ``category`` stay with it and go into the history.
+
+        A request of 0 bytes gets a block of 0 bytes, which is booked nowhere.
 
         Raises:
-            torch.OutOfMemoryError: the device is full, in CUDA's own words.
+            ValueError: ``size_bytes`` is negative.
+            torch.OutOfMemoryError: the device is full, in CUDA's own words, with ``OomFacts`` as its ``oom_facts``.
         """
+        if size_bytes <= 0:
+            if size_bytes < 0:
+                raise ValueError(f"a block has 0 bytes or more; got {size_bytes}")
+            block = Block(0, 0, self._pool(stream, True))
+            block.allocated = True
+            return block
+        if size_bytes >= LARGEST_REQUEST:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than 1EB memory.")
         size = self.round_size(size_bytes)
         pool = self._pool(stream, size <= SMALL_REQUEST)
-        block = self._best_fit(pool, size)
-        if block is None:
-            block = self._grow(pool, size)
-        if block is None:
-            self.statistics.out_of_memory_errors += 1
-            raise torch.OutOfMemoryError(self.out_of_memory_message(size_bytes))
-        if self._should_split(block, size):
-            self._split(block, size)
-        block.allocated, block.requested_bytes, block.note = True, size_bytes, note
-        held = self.statistics
-        held.allocations += 1
-        held.allocated_bytes += block.size_bytes
-        held.total_allocated_bytes += block.size_bytes
-        held.requested_bytes += size_bytes
-        held.note_peaks()
+        found = self._best_fit(pool, size) or self._grow(pool, size, size_bytes, note)
+        block = self._carve(found, size)
+        block.allocated = True
+        block.requested_bytes = size_bytes
+        block.note = note
+        block.category = category
+        self._active[block.address] = block
+        if self.history is not None:
+            self._record("alloc", block.address, size_bytes, stream, note, category)
+        books = self.statistics
+        size = block.size_bytes
+        books.allocations.increase(1)
+        books.allocated.increase(size)
+        books.active_blocks.increase(1)
+        books.active.increase(size)
+        books.requested.increase(size_bytes)
+        if self._max_split is not None and size >= self._max_split:
+            books.oversize_allocations.increase(1)
         return block
 
     def free(self, block: Block) -> None:
-        """Give ``block`` back to its pool, merged with free neighbours."""
-        assert block.allocated, "a block is freed once"
-        held = self.statistics
-        held.allocated_bytes -= block.size_bytes
-        held.total_freed_bytes += block.size_bytes
-        held.requested_bytes -= block.requested_bytes
-        block.allocated, block.requested_bytes, block.note = False, 0, None
-        self._insert(self._merged(block))
-        held.note_peaks()
+        """Give ``block`` back; one that ``record_stream`` marked stays active until ``synchronize``.
+
+        Raises:
+            ValueError: it is not in use.
+        """
+        if not block.allocated:
+            raise ValueError(f"a block is freed once; the one at {block.address:#x} is not in use")
+        if block.size_bytes == 0:
+            block.allocated = False
+            return
+        self._request_free(block)
+        if block.streams is None:
+            self._complete_free(block)
+        else:
+            self._waiting[block.address] = block
+
+    def record_stream(self, block: Block, stream: int) -> None:
+        """Say that work on ``stream`` uses ``block`` too, as ``Tensor.record_stream`` does."""
+        if stream != block.pool.stream and block.size_bytes:
+            block.streams = (block.streams or set()) | {stream}
+
+    def synchronize(self) -> None:
+        """Let the work on all streams end, so that blocks that waited for it are free."""
+        while self._waiting:
+            _, block = self._waiting.popitem()
+            self._complete_free(block)
 
     def empty_cache(self) -> None:
-        """Give every segment without an allocated block back to the device; of expandable ones, every free page."""
-        for pool in self._pools.values():
+        """Give back every segment without a block in use; of expandable ones, every page that is free."""
+        self.statistics.num_sync_all_streams += 1
+        self.synchronize()
+        for pool in sorted(self._pools.values(), key=lambda pool: (pool.small, pool.stream)):
             for _, _, block in list(pool.free):
-                if block.segment.expandable:
+                if block.range is not None:
                     self._unmap(block)
                 elif not block.is_split:
                     self._release(block)
 
-    def set_capacity(self, capacity_bytes: int) -> None:
-        """Change the capacity, as when another process takes memory; what is held stays, growing may fail."""
-        self.capacity_bytes = capacity_bytes
-
     def reset_peak(self) -> None:
-        """Set the peaks to what is held now."""
-        held = self.statistics
-        held.peak_allocated_bytes = held.peak_reserved_bytes = held.peak_requested_bytes = 0
-        held.peak_inactive_split_bytes = 0
-        held.note_peaks()
+        """Set the peaks of ``statistics`` to what is held now."""
+        self.statistics.reset_peak()
 
-    def segments(self) -> list[Segment]:
-        """Return the segments in address order."""
-        return [self._segments[address] for address in sorted(self._segments)]
+    def segments(self) -> tuple[SegmentView, ...]:
+        """Return the segments in address order; of an expandable range, each mapped stretch is one."""
+        blocks = [*self._active.values(), *(block for pool in self._pools.values() for _, _, block in pool.free)]
+        heads = [block for block in blocks if block.previous is None or not block.previous.mapped]
+        return tuple(_view(head) for head in sorted(heads, key=lambda head: head.address))
 
     # Sizes
 
     def round_size(self, size_bytes: int) -> int:
-        """Return what a request of ``size_bytes`` is rounded up to."""
-        if size_bytes < SMALLEST_BLOCK:
-            return SMALLEST_BLOCK
-        interval = min(max(0, size_bytes.bit_length() - 21), INTERVALS - 1)
-        divisions = self.settings.roundup_power2_divisions[interval]
-        if divisions > 1 and size_bytes > SMALLEST_BLOCK * divisions:
-            floor = 1 << (size_bytes.bit_length() - 1)
-            return size_bytes if size_bytes == floor else _up(size_bytes, max(1, floor // divisions))
-        return _up(size_bytes, SMALLEST_BLOCK)
-
-    def segment_size(self, size: int) -> int:
-        """Return the size of the segment that is made for a rounded request."""
-        if size <= SMALL_REQUEST:
-            return SMALL_SEGMENT
-        if size < LARGE_REQUEST:
-            return self.settings.large_segment_bytes
-        return _up(size, LARGE_ROUNDING)
-
-    @property
-    def _limit_bytes(self) -> int:
-        limit = self.capacity_bytes - self.outside_bytes
-        fraction = self.settings.memory_fraction
-        return limit if fraction is None else min(limit, int(fraction * self.capacity_bytes))
+        """Return what a request of ``size_bytes``, 1 or more, is rounded up to."""
+        if self._divisions is not None:
+            power = size_bytes.bit_length() - 1
+            divisions = self._divisions[min(max(0, power - 20), INTERVALS - 1)]
+            if divisions > 1 and size_bytes > SMALLEST_BLOCK * divisions:
+                return round_up(size_bytes, (1 << power) // divisions)
+        return (size_bytes + SMALLEST_BLOCK - 1) & -SMALLEST_BLOCK
 
     # Finding a block
 
     def _pool(self, stream: int, small: bool) -> Pool:
         pool = self._pools.get((stream, small))
         if pool is None:
-            pool = self._pools[stream, small] = Pool(small, stream)
+            pool = self._pools[stream, small] = Pool(stream, small)
         return pool
 
     def _best_fit(self, pool: Pool, size: int) -> Block | None:
-        pool.free_calls += 1
-        place = bisect_left(pool.free, (size, 0))
-        if place == len(pool.free):
+        """Take the smallest free block that is large enough out of ``pool``, at the lowest address among equals."""
+        if self._collects_garbage and not pool.small:
+            self._large_searches += 1
+        free = pool.free
+        place = bisect_left(free, (size,))
+        if place == len(free):
             return None
-        if self.settings.expandable_segments:
-            # A block that can still grow counts as large as it can become, so that small holes are used first.
-            while place + 1 < len(pool.free) and _growable(pool.free[place + 1][2]) < _growable(pool.free[place][2]):
+        if self._expandable:
+            # A block counts as large as it can grow, so that holes are filled before the end of the range is used.
+            while place + 1 < len(free) and free[place + 1][2].growable_bytes < free[place][2].growable_bytes:
                 place += 1
-        block = pool.free[place][2]
-        largest = self.settings.max_split_size_bytes
-        if largest is not None:
-            if size < largest <= block.size_bytes:
+        block = free[place][2]
+        limit = self._max_split
+        if limit is not None:
+            if size < limit <= block.size_bytes:
                 return None
-            if size >= largest and block.size_bytes >= size + UNSPLIT_SLACK:
+            if size >= limit and block.size_bytes >= size + self._slack:
                 return None
-        self._remove(block)
+        del free[place]
         return block
 
-    def _should_split(self, block: Block, size: int) -> bool:
-        remaining = block.size_bytes - size
-        if block.pool.small or self.settings.expandable_segments:
-            return remaining >= SMALLEST_BLOCK
-        largest = self.settings.max_split_size_bytes
-        return (largest is None or size < largest) and remaining > SMALL_REQUEST
+    def _carve(self, block: Block, size: int) -> Block:
+        """Cut ``size`` off a block taken from its pool if the rules allow, and put the rest into the pool."""
+        books, rest_bytes = self.statistics, block.size_bytes - size
+        was_split = block.is_split
+        if block.pool.small or self._expandable:
+            cuts = rest_bytes >= SMALLEST_BLOCK
+        else:
+            cuts = rest_bytes > SMALL_REQUEST and (self._max_split is None or size < self._max_split)
+        if cuts:
+            rest = block.cut(size)
+            rest.age_base = self._large_searches
+            block.pool.insert(rest)
+            if block.range is None:
+                if was_split:
+                    books.inactive_split.change(-size)
+                else:
+                    books.inactive_split.increase(rest_bytes)
+                    books.inactive_split_blocks.increase(1)
+        elif was_split and block.range is None:
+            books.inactive_split.change(-block.size_bytes)
+            books.inactive_split_blocks.change(-1)
+        return block
 
-    def _split(self, block: Block, size: int) -> None:
-        """Cut ``block`` to ``size`` and put the rest into the pool."""
-        self._insert(self._cut(block, size))
+    def _request_free(self, block: Block) -> None:
+        block.allocated = False
+        block.pending = True
+        books = self.statistics
+        books.allocations.current -= 1
+        books.allocated.current -= block.size_bytes
+        if self._max_split is not None and block.size_bytes >= self._max_split:
+            books.oversize_allocations.change(-1)
+        if self.history is not None:
+            self._record(
+                "free_requested", block.address, block.requested_bytes, block.pool.stream, block.note, block.category
+            )
 
-    @staticmethod
-    def _cut(block: Block, size: int) -> Block:
-        """Cut ``block`` to ``size`` and return the rest, linked behind it."""
-        rest = Block(block.address + size, block.size_bytes - size, block.pool, block.segment, mapped=block.mapped)
-        rest.previous, rest.next, block.next = block, block.next, rest
-        if rest.next is not None:
-            rest.next.previous = rest
-        block.size_bytes = size
-        return rest
+    def _complete_free(self, block: Block) -> None:
+        """Put ``block`` into its pool, merged with free neighbours."""
+        if self.history is not None:
+            self._record(
+                "free_completed", block.address, block.requested_bytes, block.pool.stream, block.note, block.category
+            )
+        books, size = self.statistics, block.size_bytes
+        del self._active[block.address]
+        books.active_blocks.current -= 1
+        books.active.current -= size
+        books.requested.current -= block.requested_bytes
+        block.pending = False
+        block.streams = block.note = block.category = None
+        block.requested_bytes = 0
+        split_blocks = split_bytes = 0
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and (absorbed := block.absorb(neighbour)):
+                split_blocks -= 1
+                split_bytes -= absorbed
+        block.age_base = self._large_searches
+        block.pool.insert(block)
+        if block.range is None:
+            if block.previous is not None or block.next is not None:
+                split_blocks += 1
+                split_bytes += block.size_bytes
+            books.inactive_split_blocks.change(split_blocks)
+            books.inactive_split.change(split_bytes)
 
     # Growing
 
-    def _grow(self, pool: Pool, size: int) -> Block | None:
-        if self.settings.garbage_collection_threshold and self.settings.memory_fraction is not None:
+    def _grow(self, pool: Pool, size: int, requested_bytes: int, note: object) -> Block:
+        """Get a block from the device, freeing cached memory where that is needed."""
+        if self._collects_garbage:
             self._collect_garbage()
-        block = self._from_device(pool, size)
+        block = self._from_device(pool, size, note)
+        segment_bytes = self.segment_size(size)
+        if block is None and self.settings.refuse_early and self._refuses(segment_bytes):
+            self.statistics.num_oom_rejections += 1
+            raise self._out_of_memory(pool, size, requested_bytes, note, refused=True)
         if block is None and self._release_oversize(pool, size):
-            block = self._from_device(pool, size)
+            block = self._from_device(pool, size, note)
         if block is None:
             self.empty_cache()
-            self.statistics.retries += 1
-            block = self._from_device(pool, size)
+            self.statistics.num_alloc_retries += 1
+            block = self._from_device(pool, size, note)
+        if block is None:
+            raise self._out_of_memory(pool, size, requested_bytes, note, refused=False)
         return block
 
-    def _from_device(self, pool: Pool, size: int) -> Block | None:
-        if self.settings.expandable_segments:
-            return self._from_expandable(pool, size)
-        segment_bytes = self.segment_size(size)
-        if self.statistics.reserved_bytes + segment_bytes > self._limit_bytes:
-            return None
-        segment = self._new_segment(segment_bytes, expandable=False)
-        segment.first = Block(segment.address, segment_bytes, pool, segment)
-        self.statistics.reserved_bytes += segment_bytes
-        return segment.first
-
-    def _new_segment(self, size_bytes: int, *, expandable: bool) -> Segment:
-        segment = Segment(self._next_address, size_bytes, expandable=expandable)
-        self._next_address += _up(size_bytes, LARGE_ROUNDING)
-        self._segments[segment.address] = segment
-        return segment
+    def _refuses(self, segment_bytes: int) -> bool:
+        # A fraction below 1 is an ordinary limit, which is looked at first.
+        return self.allowed_bytes is None and self.statistics.reserved.current + segment_bytes > self.capacity_bytes
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Give unsplit blocks of at least the largest splittable size back until ``size`` is; whether that was enough."""
-        largest = self.settings.max_split_size_bytes
-        if largest is None:
+        """Give back one cached oversize block that is large enough, or several, the largest first, until they are."""
+        limit = self._max_split
+        if limit is None:
             return False
-        wanted = max(size, largest)
-        place = bisect_left(pool.free, (wanted, 0))
-        if place < len(pool.free):
-            if not pool.free[place][2].segment.expandable:
-                self._release(pool.free[place][2])
+        place = bisect_left(pool.free, (size,))  # whatever stands from here on is oversize, or best fit had taken it
+        if place < len(pool.free) and pool.free[place][2].range is None:
+            self._release(pool.free[place][2])
             return True
         released = 0
-        while released < wanted and pool.free and pool.free[-1][0] >= largest:
-            block = pool.free[-1][2]
-            released += block.size_bytes
-            self._release(block)
-        return released >= wanted
-
-    def _release(self, block: Block) -> None:
-        """Give the segment that ``block`` fills back to the device."""
-        self._remove(block)
-        del self._segments[block.segment.address]
-        self.statistics.reserved_bytes -= block.size_bytes
+        for length, _, block in reversed(pool.free[:place]):
+            if released >= size or length < limit:
+                break
+            if block.range is None:
+                released += length
+                self._release(block)
+        return released >= size
 
     def _collect_garbage(self) -> None:
-        """Give back the large blocks that were passed over longest, until the held memory is below the threshold."""
-        threshold = int(self.settings.garbage_collection_threshold * self._limit_bytes)
-        wanted = self.statistics.reserved_bytes - threshold
-        ages = {
-            block: pool.free_calls - block.free_calls_at_insert
-            for pool in self._pools.values()
+        """Give back the large blocks that searches passed over most often, until less than the threshold is held."""
+        allowed = self.allowed_bytes
+        assert allowed is not None
+        held = self.statistics.reserved
+        threshold = int(self.settings.garbage_collection_threshold * allowed)
+        target = held.current - threshold
+        cached = [
+            block
+            for _, pool in sorted(self._pools.items())
             if not pool.small
             for _, _, block in pool.free
-            if not block.is_split and not block.segment.expandable
-        }
-        freed = True
-        while wanted > 0 and freed and ages:
-            average = sum(ages.values()) / len(ages)
-            old = [block for block, age in ages.items() if age >= average]
-            freed = bool(old)
-            for block in old:
-                wanted -= block.size_bytes
-                del ages[block]
-                self._release(block)
-
-    # Expandable segments
-
-    def _page(self, pool: Pool) -> int:
-        return SMALL_SEGMENT if pool.small else self.settings.large_segment_bytes
-
-    def _from_expandable(self, pool: Pool, size: int) -> Block | None:
-        """Map pages behind the lowest free block that has addresses enough; ``None`` where memory does not reach."""
-        block = self._expandable_candidate(pool, size)
-        if not block.mapped and not self._map(block, min(block.size_bytes, size)):
-            return None
-        while block.size_bytes < size:
-            behind = block.next
-            assert behind is not None
-            if not self._map(behind, min(size - block.size_bytes, behind.size_bytes)):
-                return None
-            block = behind  # which has taken in the mapped block before it
-        self._remove(block)
-        return block
-
-    def _expandable_candidate(self, pool: Pool, size: int) -> Block:
-        for _, block in pool.unmapped:
-            before = block.previous
-            start = before if before is not None and not before.allocated else block
-            room, following = 0, start
-            while following is not None and not following.allocated and room < size:
-                room += following.size_bytes
-                following = following.next  # type: ignore[assignment]
-            if room >= size:
-                return start
-        segment = self._new_segment(_up(self.capacity_bytes * 9 // 8 + size, self._page(pool)), expandable=True)
-        segment.first = Block(segment.address, segment.size_bytes, pool, segment, mapped=False)
-        insort(pool.unmapped, (segment.address, segment.first), key=lambda entry: entry[0])
-        return segment.first
-
-    def _map(self, block: Block, size: int) -> bool:
-        """Back the first ``size`` bytes of ``block``, in whole pages, and merge it with its mapped neighbours."""
-        page, base = self._page(block.pool), block.segment.address
-        mapped = base + _up(block.address - base + size, page) - block.address
-        mapped = min(mapped, block.size_bytes)
-        if self.statistics.reserved_bytes + mapped > self._limit_bytes:
-            return False
-        self.statistics.reserved_bytes += mapped
-        block.pool.unmapped.remove((block.address, block))
-        if mapped < block.size_bytes:
-            rest = self._cut(block, mapped)
-            insort(block.pool.unmapped, (rest.address, rest), key=lambda entry: entry[0])
-        block.mapped = True
-        self._insert(self._merged(block))
-        return True
-
-    def _unmap(self, block: Block) -> None:
-        """Give the whole pages of a free ``block`` back; what is left of it at either end stays mapped."""
-        page, base = self._page(block.pool), block.segment.address
-        begin = base + _up(block.address - base, page)
-        end = base + (block.address + block.size_bytes - base) // page * page
-        if begin >= end:
-            return
-        self._remove(block)
-        if end < block.address + block.size_bytes:
-            self._insert(self._cut(block, end - block.address))
-        if begin > block.address:
-            rest = self._cut(block, begin - block.address)
-            self._insert(block)
-            block = rest
-        self.statistics.reserved_bytes -= block.size_bytes
-        block.mapped = False
-        block = self._merged(block)
-        insort(block.pool.unmapped, (block.address, block), key=lambda entry: entry[0])
-
-    # Chains and pools
-
-    def _merged(self, block: Block) -> Block:
-        """Merge ``block`` with free neighbours that are mapped as it is; they leave their pools."""
-        for neighbour in (block.previous, block.next):
-            if neighbour is None or neighbour.allocated or neighbour.mapped != block.mapped:
-                continue
-            if neighbour.mapped:
-                self._remove(neighbour)
-            else:
-                neighbour.pool.unmapped.remove((neighbour.address, neighbour))
-            if neighbour is block.previous:
-                block.address, block.previous = neighbour.address, neighbour.previous
-                if block.previous is not None:
-                    block.previous.next = block
-                else:
-                    block.segment.first = block
-            else:
-                block.next = neighbour.next
-                if block.next is not None:
-                    block.next.previous = block
-            block.size_bytes += neighbour.size_bytes
-        return block
-
-    def _insert(self, block: Block) -> None:
-        block.free_calls_at_insert = block.pool.free_calls
-        insort(block.pool.free, (block.size_bytes, block.address, block), key=lambda entry: entry[:2])
-        if block.is_split and not block.segment.expandable:
-            self.statistics.inactive_split_bytes += block.size_bytes
-
-    def _remove(self, block: Block) -> None:
-        free = block.pool.free
-        place = bisect_left(free, (block.size_bytes, block.address), key=lambda entry: entry[:2])
-        assert free[place][2] is block
-        del free[place]
-        if block.is_split and not block.segment.expandable:
-            self.statistics.inactive_split_bytes -= block.size_bytes
+            if not block.is_split and block.range is None
+        ]
+        while target > 0 and cached:
+            ages = [self._large_searches - block.age_base for block in cached]
+            average = sum(ages) / len(ages)
+            # The oldest is never younger than the average, so each round gives something back.
+            for block, age in zip(cached, ages, strict=True):
+                if age >= average:
+                    target -= block.size_bytes
+                    self._release(block)
+            cached = [block for block, age in zip(cached, ages, strict=True) if age < average]
 
     # Words
 
-    def out_of_memory_message(self, size_bytes: int) -> str:
-        """Return CUDA's message for a failed request of ``size_bytes``, as torch 2.13 words it."""
-        held = self.statistics
-        size = self.round_size(size_bytes)
-        asked = size if self.settings.expandable_segments else self.segment_size(size)
-        free = max(0, self.capacity_bytes - self.outside_bytes - held.reserved_bytes)
-        allowed = ""
-        if self.settings.memory_fraction is not None:
-            allowed = f"{cuda_size(int(self.settings.memory_fraction * self.capacity_bytes))} allowed; "
-        return (
-            f"CUDA out of memory. Tried to allocate {cuda_size(asked)}. GPU 0 has a total capacity of "
-            f"{cuda_size(self.capacity_bytes)} of which {cuda_size(free)} is free. Including non-PyTorch memory, this process "
-            f"has {cuda_size(self.outside_bytes + held.reserved_bytes)} memory in use. {allowed}Of the allocated memory "
-            f"{cuda_size(held.allocated_bytes)} is allocated by PyTorch, and "
-            f"{cuda_size(held.reserved_bytes - held.allocated_bytes)} is reserved by PyTorch but unallocated. If reserved but "
-            "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  "
-            "See documentation for Memory Management  "
-            "(https://pytorch.org/docs/stable/notes/cuda.html#environment-variables)"
+    def _out_of_memory(
+        self, pool: Pool, size: int, requested_bytes: int, note: object, *, refused: bool
+    ) -> torch.OutOfMemoryError:
+        books = self.statistics
+        facts = OomFacts(
+            requested_bytes=requested_bytes,
+            segment_bytes=self.segment_size(size),
+            capacity_bytes=self.capacity_bytes,
+            free_bytes=self.free_bytes,
+            allocated_bytes=books.allocated.current,
+            reserved_bytes=books.reserved.current,
+            outside_bytes=self.outside_bytes,
+            note=note,
         )
+        if refused:
+            message = (
+                "CUDA out of memory. Allocation was preemptively rejected because it would exceed "
+                f"per_process_memory_fraction limit. Requested size: {cuda_size(requested_bytes)}"
+            )
+        else:
+            books.num_ooms += 1
+            self._record("oom", facts.free_bytes, size, pool.stream, note)
+            message = out_of_memory_message(facts, self.allowed_bytes)
+        error = torch.OutOfMemoryError(message)
+        error.oom_facts = facts  # type: ignore[attr-defined]
+        return error
 
 
-def cuda_size(size_bytes: int) -> str:
-    """Return ``size_bytes`` as PyTorch's messages print it."""
-    for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
-        if size_bytes > unit:
-            return f"{size_bytes / unit:.2f} {name}"
-    return f"{size_bytes} bytes"
+def oom_facts(error: torch.OutOfMemoryError) -> OomFacts | None:
+    """Return what a simulated out-of-memory error was about; None for one that CUDA raised."""
+    return getattr(error, "oom_facts", None)
 
 
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _growable(block: Block) -> int:
-    behind = block.next
-    return block.size_bytes + (behind.size_bytes if behind is not None and not behind.mapped else 0)
+def _view(head: Block) -> SegmentView:
+    blocks = []
+    block: Block | None = head
+    while block is not None and block.mapped:
+        blocks.append(
+            BlockView(
+                address=block.address,
+                size_bytes=block.size_bytes,
+                requested_bytes=block.requested_bytes,
+                state="active_allocated" if block.allocated else "active_pending_free" if block.pending else "inactive",
+                note=block.note,
+                category=block.category,
+            )
+        )
+        block = block.next
+    return SegmentView(
+        address=head.address,
+        stream=head.pool.stream,
+        is_large=not head.pool.small,
+        is_expandable=head.range is not None,
+        blocks=tuple(blocks),
+    )

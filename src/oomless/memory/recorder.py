@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oomless.memory.allocator import AllocatorStatistics, Block
+from oomless.memory.allocator_state import AllocatorStatistics, Block
 from oomless.memory.device import Category, Phase
 from oomless.memory.profile import CATEGORIES, MemoryProfile, PhasePeak, Request, Timeline
 
