@@ -1,8 +1,8 @@
 """Known models by their public names: the ``config.json`` facts that planning needs, from ``model_configs/``.
 
 A config is stored in full, as transformers 5 writes it (``dtype``, ``rope_parameters``, ``layer_types``), so
-that no default of a transformers version can change it. Each carries the model's published parameter count, tied
-weights counted once; a test builds the real class on the meta device and compares.
+that no default of a transformers version can change it. Each carries the model's published parameter count,
+tied weights counted once; a test builds the real class on the meta device and compares.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """GPU memory that tensors do not explain, as figures with an uncertainty, read from ``overheads.yaml``.
 
-The allocator's simulation books tensors exactly. The rest cannot be computed: it depends on the driver, the CUDA
-version and the kernels that were loaded. It is kept here, item by item, so that a plan can print it and a
-measurement can correct it. ``low`` and ``high`` are the extremes of the readings, not a confidence interval.
+The allocator simulation books tensors exactly. The rest cannot be computed: it depends on driver, CUDA
+version and on the kernels loaded. It is kept here, item by item, so that a plan can print it and a
+measurement can correct it. ``low`` and ``high`` are the extremes of the readings, not a confidence
+interval.
 """
 
 from __future__ import annotations
