@@ -1,0 +1,26 @@
+"""Facts as data, each with its source: GPUs, what lies outside the allocator, and known models' configs.
+
+Plans are made from this without a download and without a GPU. Nothing here imports torch or transformers; the
+data lies in ``gpus.yaml``, ``overheads.yaml`` and ``model_configs/*.json`` beside the loaders.
+``docs/catalogue.md`` tells how an entry is made.
+"""
+
+from oomless.catalogue.gpus import Gpu, apple_gpu, gpu, gpus, recognise
+from oomless.catalogue.models import Model, model, model_config, models, parameters
+from oomless.catalogue.overheads import Overhead, overhead, overheads
+
+__all__ = [
+    "Gpu",
+    "Model",
+    "Overhead",
+    "apple_gpu",
+    "gpu",
+    "gpus",
+    "model",
+    "model_config",
+    "models",
+    "overhead",
+    "overheads",
+    "parameters",
+    "recognise",
+]

@@ -1,0 +1,128 @@
+import logging
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oomless import catalogue
+from oomless.errors import ModelError
+
+NEEDED_WITH_ANY_ARCHITECTURE = {"model_type", "architectures", "dtype", "vocab_size", "tie_word_embeddings"}
+
+
+@pytest.fixture
+def transformers_log(caplog, monkeypatch):
+    """What transformers says of a config; its own handler does not reach pytest."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog
+
+
+@pytest.mark.parametrize("name", catalogue.models())
+def test_the_real_class_has_the_published_number_of_parameters(name, transformers_log):
+    stored = catalogue.model_config(name)
+    config = AutoConfig.for_model(**catalogue.model_config(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == catalogue.parameters(name)
+    assert [type(model).__name__] == stored["architectures"]
+    assert {key: getattr(config, key) for key in stored if key != "dtype"} == {
+        key: value for key, value in stored.items() if key != "dtype"
+    }
+    assert config.dtype == getattr(torch, stored["dtype"])
+    assert not transformers_log.records
+
+
+@pytest.mark.parametrize("name", catalogue.models())
+def test_entries_are_complete(name):
+    entry = catalogue.model(name)
+    assert entry.config.keys() >= NEEDED_WITH_ANY_ARCHITECTURE
+    assert {
+        "rope_parameters",
+        "max_position_embeddings",
+    } <= entry.config.keys() or "n_positions" in entry.config
+    assert len(entry.config.get("layer_types", [])) in (0, entry.config.get("num_hidden_layers"))
+    assert entry.source
+    assert name.count("/") == 1
+
+
+def test_there_are_enough_models_of_every_family():
+    names = catalogue.models()
+    assert len(names) >= 50
+    for family in [
+        "Llama-2",
+        "Llama-3-",
+        "Llama-3.1",
+        "Llama-3.2",
+        "Llama-3.3",
+        "gemma-7b",
+        "gemma-2-",
+        "gemma-3-",
+    ]:
+        assert any(family in name for name in names), family
+    for family in [
+        "Qwen2.5",
+        "Qwen3-0.6B",
+        "Qwen3-Coder-480B",
+        "Kimi-K2",
+        "Mistral-7B",
+        "Mixtral",
+        "phi-4",
+        "Phi-3",
+    ]:
+        assert any(family in name for name in names), family
+    for family in [
+        "SmolLM2",
+        "TinyLlama",
+        "OLMo-2",
+        "DeepSeek-V3",
+        "DeepSeek-R1-Distill",
+        "gpt-oss",
+        "gpt2",
+        "pythia",
+    ]:
+        assert any(family in name for name in names), family
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        ("llama-3.2-1b", "meta-llama/Llama-3.2-1B"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B"),
+        ("unsloth/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        (" gemma-7b ", "google/gemma-7b"),
+        ("gpt2", "openai-community/gpt2"),
+    ],
+)
+def test_spellings(spelling, name):
+    assert catalogue.model(spelling).name == name
+    assert catalogue.model_config(spelling) == catalogue.model_config(name)
+
+
+def test_no_spelling_means_two_models():
+    spellings = [
+        name.lower()
+        for entry in map(catalogue.model, catalogue.models())
+        for name in (entry.name, *entry.also)
+    ]
+    assert len(spellings) == len(set(spellings))
+    for spelling in spellings:
+        catalogue.model(spelling.rpartition("/")[2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("meta-llama/Llama-3.2-1C", "meta-llama/Llama-3.2-1B"),
+        ("Qwen-2.5-7B", "Qwen2.5-7B"),
+        ("gema-7b", "gemma-7b"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest(wrong, near):
+    with pytest.raises(ModelError, match=f"does not know '{wrong}'. Did you mean '.*{near}'"):
+        catalogue.model_config(wrong)
+
+
+def test_a_config_is_the_callers_own():
+    catalogue.model_config("Llama-3.2-1B")["rope_parameters"]["factor"] = 0
+    assert catalogue.model_config("Llama-3.2-1B")["rope_parameters"]["factor"] == 32.0
