@@ -62,9 +62,7 @@ def test_spellings(spelling, name):
 
 
 def test_a_name_of_several_sizes_is_refused():
-    with pytest.raises(
-        HardwareError, match="several memory sizes: use one of 'RTX 3060 8GB', 'RTX 3060 12GB'"
-    ):
+    with pytest.raises(HardwareError, match="several memory sizes: use one of 'RTX 3060 8GB', 'RTX 3060 12GB'"):
         catalogue.gpu("RTX 3060")
 
 

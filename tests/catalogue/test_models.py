@@ -101,9 +101,7 @@ def test_spellings(spelling, name):
 
 def test_no_spelling_means_two_models():
     spellings = [
-        name.lower()
-        for entry in map(catalogue.model, catalogue.models())
-        for name in (entry.name, *entry.also)
+        name.lower() for entry in map(catalogue.model, catalogue.models()) for name in (entry.name, *entry.also)
     ]
     assert len(spellings) == len(set(spellings))
     for spelling in spellings:

@@ -51,9 +51,7 @@ def model(name: str) -> Model:
         ModelError: no model or several have this name.
     """
     folded = name.strip().lower()
-    spellings = {
-        spelling: entry for entry in _models_by_name().values() for spelling in (entry.name, *entry.also)
-    }
+    spellings = {spelling: entry for entry in _models_by_name().values() for spelling in (entry.name, *entry.also)}
     matches = [entry for spelling, entry in spellings.items() if folded == spelling.lower()] or [
         entry for spelling, entry in spellings.items() if folded == spelling.lower().rpartition("/")[2]
     ]
@@ -61,9 +59,7 @@ def model(name: str) -> Model:
     if len(distinct) == 1:
         return next(iter(distinct.values()))
     if distinct:
-        raise ModelError(
-            f"a short model name must mean one model; {name!r} means any of {', '.join(distinct)}"
-        )
+        raise ModelError(f"a short model name must mean one model; {name!r} means any of {', '.join(distinct)}")
     short_names = [spelling.rpartition("/")[2] for spelling in spellings]
     raise ModelError(
         f"a model is a folder, a config.json or a name from the catalogue, which does not know {name!r}."

@@ -28,6 +28,7 @@ from oomless.memory.device import Category, Device, MemoryUsage, Phase
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.recorder import Allocation, Recorder, Watcher
 from oomless.memory.tracker import Ledger, StorageTracker
+from oomless.units import format_bytes
 
 
 class _HostLedger:
@@ -60,7 +61,10 @@ class _DeviceLedger:
         self.allocation_count += 1
         try:
             if index == self.failing_index:
-                raise torch.OutOfMemoryError(self.allocator.out_of_memory_message(size_bytes))
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {format_bytes(size_bytes)}. "
+                    f"(Allocation {index}, which VirtualGPU.fail_at was told to fail.)"
+                )
             block = self.allocator.allocate(size_bytes)
         except torch.OutOfMemoryError:
             if self.recorder is not None:
@@ -106,7 +110,7 @@ class VirtualGPU(Device):
         self.capacity_bytes: int = capacity_bytes
         self.outside_bytes = outside_bytes
         self.compute_capability = compute_capability
-        self.allocator = CachingAllocator(capacity_bytes, settings, outside_bytes)
+        self.allocator = CachingAllocator(capacity_bytes, settings or AllocatorSettings(), outside_bytes)
         self._recorder = Recorder(self.allocator.statistics) if record_history else None
         self._ledger = _DeviceLedger(self.allocator, self._recorder)
         self._host_ledger = _HostLedger()
