@@ -1,0 +1,21 @@
+"""Optimizers for training under a hard memory limit; ``docs/optimizers.md`` compares them."""
+
+from oomless.optim.adamw import AdamW
+from oomless.optim.base import DEFAULT_SLICE_BYTES, SlicedOptimizer
+from oomless.optim.build import NAMES, build
+from oomless.optim.fused_backward import FusedBackward
+from oomless.optim.gradients import clip_coefficient, global_gradient_norm, nonfinite
+from oomless.optim.sgd import SGD
+
+__all__ = [
+    "DEFAULT_SLICE_BYTES",
+    "NAMES",
+    "SGD",
+    "AdamW",
+    "FusedBackward",
+    "SlicedOptimizer",
+    "build",
+    "clip_coefficient",
+    "global_gradient_norm",
+    "nonfinite",
+]

@@ -1,0 +1,270 @@
+"""What every optimizer here has in common: one parameter at a time, in slices, decided on the device.
+
+Three promises, which torch's own optimizers do not make together:
+
+- **No temporary beyond ``slice_bytes``.** A parameter is updated slice by slice, so that the largest matrix
+  (the embedding of a 256,000-word vocabulary) asks for no second tensor of its size. Slicing costs kernel
+  launches, not memory traffic.
+- **No wait for the device.** Step counters, the gradient's scale and the overflow flag are tensors on the
+  device. Nothing is read back, so a step also runs under ``FakeTensorMode``, where a rehearsal predicts its
+  memory.
+- **State is tensors only**, with stable names, restored bit for bit.
+
+``gradient_scale`` joins unscaling (1 / loss scale) and clipping (``clip_coefficient``) into one number that
+multiplies the gradient as it is read. Gradients are used up by a step: those in fp32 are scaled in place, as
+torch's fused optimizers do. Where ``found_inf`` is 1 a step changes nothing: no weight, no state, no counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oomless.optim.noise import noise_key
+from oomless.optim.precision import WeightPrecision, weight_precision
+from oomless.units import MiB
+
+DEFAULT_SLICE_BYTES = 64 * MiB
+SLICE_MULTIPLE = 256
+"""Slices start at multiples of this many elements, which keeps blocks of quantised state whole."""
+
+_SCALAR_BYTES = 4096
+"""Left over in each slice for a step's 0-dim tensors and tables."""
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+Group = dict[str, Any]
+State = dict[str, Tensor]
+
+
+class SlicedOptimizer(Optimizer):
+    """Base of the optimizers: loops, slices, state, checks. Subclasses give the state and the update.
+
+    Args:
+        parameters: tensors, or groups as for any ``torch.optim.Optimizer``. A group may also set
+            ``weight_precision`` (``precision.py``).
+        defaults: hyperparameters of groups that do not set them.
+        weight_precision: how sixteen-bit weights take updates; None for fp32 weights.
+        slice_bytes: upper bound of the temporaries of a step, in bytes.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a weight's dtype does not fit ``weight_precision``.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        defaults: dict[str, Any],
+        *,
+        weight_precision: str | None = None,
+        slice_bytes: int = DEFAULT_SLICE_BYTES,
+        seed: int = 0,
+    ) -> None:
+        if slice_bytes < 64 * SLICE_MULTIPLE:
+            raise ValueError(f"slice_bytes must be at least {64 * SLICE_MULTIPLE}; got {slice_bytes}")
+        self.slice_bytes = slice_bytes
+        self._index: dict[Tensor, int] = {}
+        super().__init__(parameters, {**defaults, "weight_precision": weight_precision, "seed": seed})
+
+    # -- what a subclass gives -------------------------------------------------------------------------------
+
+    def _check_group(self, group: Group) -> None:
+        """Raise a ValueError where a group's hyperparameters are out of range."""
+        require_range("lr", group["lr"], 0.0)
+        require_range("weight_decay", group["weight_decay"], 0.0)
+
+    def _new_moments(self, parameter: Tensor, group: Group) -> State:
+        """Return the first state of ``parameter``, without counter and weight precision."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        group: Group,
+        state: State,
+        gradient_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Update one parameter and its state in place; the counter has already moved."""
+        raise NotImplementedError
+
+    # -- the step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        gradient_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients; called first, its result is returned.
+            gradient_scale: 0-dim fp32 tensor on the device; multiplies every gradient as it is read.
+            found_inf: 0-dim fp32 tensor on the device; where it is 1 nothing changes.
+
+        Raises:
+            ValueError: a gradient is sparse, not contiguous, or of another shape than its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.step_parameter(
+                        parameter, parameter.grad, group, gradient_scale=gradient_scale, found_inf=found_inf
+                    )
+        return loss
+
+    @torch.no_grad()
+    def step_parameter(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        group: Group,
+        *,
+        gradient_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update one parameter of ``group`` with ``gradient``, which is used up; see ``step``."""
+        if (
+            gradient.layout != torch.strided
+            or not gradient.is_contiguous()
+            or gradient.shape != parameter.shape
+        ):
+            strides = gradient.stride() if gradient.layout == torch.strided else "none"
+            raise ValueError(
+                f"a gradient must be dense, contiguous and shaped as its parameter, {tuple(parameter.shape)}; "
+                f"got layout {gradient.layout}, shape {tuple(gradient.shape)}, strides {strides}"
+            )
+        if not self.state[parameter]:
+            self.state[parameter].update(self._new_state(parameter, group))
+        state: State = self.state[parameter]
+        state["step"].add_(1.0 if found_inf is None else 1.0 - found_inf)
+        self._update(parameter, gradient, group, state, gradient_scale, found_inf)
+
+    def _new_state(self, parameter: Tensor, group: Group) -> State:
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **self._new_moments(parameter, group),
+            **weight_precision_of(parameter, group).new_state(parameter),
+        }
+
+    # -- slices ----------------------------------------------------------------------------------------------
+
+    def _slices(self, count: int, temporary_bytes: int) -> Iterator[slice]:
+        """Cut ``count`` elements so that ``temporary_bytes`` per element stay within ``slice_bytes``."""
+        length = max(1, count)
+        if temporary_bytes:
+            length = (self.slice_bytes - _SCALAR_BYTES) // temporary_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE
+        for start in range(0, count, length):
+            yield slice(start, min(start + length, count))
+
+    def _noise_key(self, parameter: Tensor, group: Group, state: State) -> Tensor | None:
+        """Return the key of this step's random bits for ``parameter``, or None where none are needed."""
+        if not weight_precision_of(parameter, group).needs_noise:
+            return None
+        return noise_key(group["seed"], self._index[parameter], state["step"])
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of ``parameter`` by name; empty before its first step."""
+        return dict(self.state[parameter]) if parameter in self.state else {}
+
+    def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return the bytes of state that a parameter of this shape and dtype would have, with the defaults.
+
+        Nothing is allocated: the state is built on the meta device by the code that builds the real one.
+        """
+        parameter = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        group = {**self.defaults}
+        if dtype == torch.float32:
+            group["weight_precision"] = None
+        return sum(tensor.nbytes for tensor in self._new_state(parameter, group).values())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, bit for bit, on each parameter's device.
+
+        torch's own version would cast every state tensor to its parameter's dtype.
+
+        Raises:
+            ValueError: the groups differ in number or size, or a tensor does not fit its parameter.
+        """
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"the saved parameter groups have sizes {saved_sizes}; this optimizer's have {sizes}"
+            )
+        groups = []
+        states: dict[Tensor, State] = {}
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            loaded = {**group, **deepcopy(saved_group), "params": group["params"]}
+            self._check_group(loaded)
+            for parameter, identifier in zip(group["params"], saved_group["params"], strict=True):
+                if identifier in state_dict["state"]:
+                    states[parameter] = self._fitting_state(
+                        parameter, loaded, state_dict["state"][identifier]
+                    )
+            groups.append(loaded)
+        self.__setstate__({"state": self.state, "param_groups": groups})
+        self.state.clear()
+        self.state.update(states)
+
+    def _fitting_state(self, parameter: Tensor, group: Group, saved: State) -> State:
+        expected = self._new_state(parameter.detach().to("meta"), group)
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expected.items()}
+        saved_layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
+        if layout != saved_layout:
+            raise ValueError(
+                f"the saved state of parameter {self._index[parameter]} does not fit: it has "
+                f"{saved_layout}, needed is {layout}; resume with the optimizer and settings that wrote it"
+            )
+        return {name: tensor.to(parameter.device, copy=True) for name, tensor in saved.items()}
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for parameter in group["params"]:
+                if not parameter.is_contiguous():
+                    raise ValueError(f"parameters must be contiguous; got strides {parameter.stride()}")
+                weight_precision_of(parameter, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for parameter in group["params"]:
+            self._index[parameter] = len(self._index)
+
+
+def weight_precision_of(parameter: Tensor, group: Group) -> WeightPrecision:
+    """Return how ``parameter`` takes its updates.
+
+    Raises:
+        ValueError: the group's ``weight_precision`` is unknown or does not fit the parameter's dtype.
+    """
+    return weight_precision(group["weight_precision"], parameter.dtype)
+
+
+def require_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raise a ValueError unless ``value`` is a number with ``low <= value < high``."""
+    if isinstance(value, Tensor) or not low <= value < high:
+        raise ValueError(f"{name} must be a number from {low} to below {high}; got {value!r}")
