@@ -1,6 +1,8 @@
 """Optimizers for training under a hard memory limit; ``docs/optimizers.md`` compares them."""
 
+from oomless.optim.adafactor import Adafactor
 from oomless.optim.adamw import AdamW
+from oomless.optim.adamw_8bit import AdamW8bit
 from oomless.optim.base import DEFAULT_SLICE_BYTES, SlicedOptimizer
 from oomless.optim.build import NAMES, build
 from oomless.optim.fused_backward import FusedBackward
@@ -11,7 +13,9 @@ __all__ = [
     "DEFAULT_SLICE_BYTES",
     "NAMES",
     "SGD",
+    "Adafactor",
     "AdamW",
+    "AdamW8bit",
     "FusedBackward",
     "SlicedOptimizer",
     "build",

@@ -23,6 +23,7 @@ from oomless.optim.base import (
     SlicedOptimizer,
     State,
     require_range,
+    state_slice,
     weight_precision_of,
 )
 
@@ -69,59 +70,59 @@ class AdamW(SlicedOptimizer):
         precision = weight_precision_of(parameter, group)
         key = self._noise_key(parameter, group, state)
         divisor = None if gradient_scale is None else gradient_scale.reciprocal()
-        flat = {name: tensor.view(-1) for name, tensor in state.items() if name != "step"}
         weights, gradients = parameter.view(-1), gradient.view(-1)
         gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
-        temporary_bytes = max(precision.value_bytes + gradient_bytes, precision.peak_bytes)
-        for piece in self._slices(parameter.numel(), temporary_bytes):
-            part = {name: tensor[piece] for name, tensor in flat.items()}
+        update_bytes = precision.value_bytes + max(gradient_bytes, self._moment_bytes(state))
+        for piece in self._slices(parameter.numel(), max(update_bytes, precision.peak_bytes)):
+            part = state_slice(state, piece)
             value = precision.read(weights[piece], part)
-            fused_adamw(
-                value,
-                gradients[piece].float(),
-                part["first_moment"],
-                part["second_moment"],
-                state["step"],
-                group,
-                divisor,
-                found_inf,
-            )
+            self._update_slice(value, gradients[piece], part, group, divisor, found_inf)
             precision.write(weights[piece], part, value, key, piece.start)
 
+    def _update_slice(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        state: State,
+        group: Group,
+        gradient_divisor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        first, second = self._read_moments(state)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [value],
+            [gradient.float()],
+            [first],
+            [second],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=gradient_divisor,
+            found_inf=found_inf,
+        )
+        self._write_moments(state, first, second, found_inf)
 
-def fused_adamw(
-    value: Tensor,
-    gradient: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    step: Tensor,
-    group: Group,
-    gradient_divisor: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """Update fp32 ``value`` and its moments in place with torch's fused kernel; does nothing where found_inf
-    is 1.
+    def _moment_bytes(self, state: State) -> int:
+        """Return what the moments of ``state`` take in temporaries beside the gradient's, in bytes per
+        element.
 
-    ``gradient_divisor`` is 1 / gradient_scale, 0-dim; the kernel also stores the divided gradient.
-    """
-    beta1, beta2 = group["betas"]
-    torch._fused_adamw_(
-        [value],
-        [gradient],
-        [first_moment],
-        [second_moment],
-        [],
-        [step],
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-        grad_scale=gradient_divisor,
-        found_inf=found_inf,
-    )
+        The fp32 gradient of a slice and the coding of the moments do not exist at the same time.
+        """
+        return 0
+
+    def _read_moments(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return the moments of a slice in fp32."""
+        return state["first_moment"], state["second_moment"]
+
+    def _write_moments(self, state: State, first: Tensor, second: Tensor, found_inf: Tensor | None) -> None:
+        """Store moments that ``_read_moments`` returned and the update changed."""
 
 
 def check_adam_group(group: Group) -> None:

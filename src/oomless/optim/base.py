@@ -33,7 +33,7 @@ DEFAULT_SLICE_BYTES = 64 * MiB
 SLICE_MULTIPLE = 256
 """Slices start at multiples of this many elements, which keeps blocks of quantised state whole."""
 
-_SCALAR_BYTES = 4096
+SCALAR_BYTES = 4096
 """Left over in each slice for a step's 0-dim tensors and tables."""
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -144,7 +144,7 @@ class SlicedOptimizer(Optimizer):
         ):
             strides = gradient.stride() if gradient.layout == torch.strided else "none"
             raise ValueError(
-                f"a gradient must be dense, contiguous and shaped as its parameter, {tuple(parameter.shape)}; "
+                f"gradients must be dense, contiguous and shaped as the parameter, {tuple(parameter.shape)}; "
                 f"got layout {gradient.layout}, shape {tuple(gradient.shape)}, strides {strides}"
             )
         if not self.state[parameter]:
@@ -166,7 +166,7 @@ class SlicedOptimizer(Optimizer):
         """Cut ``count`` elements so that ``temporary_bytes`` per element stay within ``slice_bytes``."""
         length = max(1, count)
         if temporary_bytes:
-            length = (self.slice_bytes - _SCALAR_BYTES) // temporary_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE
+            length = (self.slice_bytes - SCALAR_BYTES) // temporary_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE
         for start in range(0, count, length):
             yield slice(start, min(start + length, count))
 
@@ -262,6 +262,32 @@ def weight_precision_of(parameter: Tensor, group: Group) -> WeightPrecision:
         ValueError: the group's ``weight_precision`` is unknown or does not fit the parameter's dtype.
     """
     return weight_precision(group["weight_precision"], parameter.dtype)
+
+
+def state_slice(state: State, piece: slice) -> State:
+    """Return the state of the elements in ``piece``, flat; the counter as it is, scales by their blocks."""
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        if name == "step":
+            return tensor
+        if name.endswith("_scale"):
+            return tensor[piece.start // SLICE_MULTIPLE : -(-piece.stop // SLICE_MULTIPLE)]
+        return tensor.view(-1)[piece]
+
+    return {name: cut(name, tensor) for name, tensor in state.items()}
+
+
+def weight_state_slice(state: State, piece: slice) -> State:
+    """Return what the weight's own precision keeps of the elements in ``piece``, flat."""
+    return {name: state[name].view(-1)[piece] for name in ("master", "correction") if name in state}
+
+
+def store_unless(found_inf: Tensor | None, target: Tensor, new: Tensor) -> None:
+    """Copy ``new`` to ``target``, or nothing where ``found_inf`` is 1; both have one dtype."""
+    if found_inf is None:
+        target.copy_(new)
+    else:
+        torch.where(found_inf.bool(), target, new, out=target)
 
 
 def require_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:

@@ -7,11 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 from oomless.errors import nearest
+from oomless.optim.adafactor import Adafactor
 from oomless.optim.adamw import AdamW
+from oomless.optim.adamw_8bit import AdamW8bit
 from oomless.optim.base import DEFAULT_SLICE_BYTES, Parameters, SlicedOptimizer
 from oomless.optim.sgd import SGD
 
-_CLASSES: dict[str, Callable[..., SlicedOptimizer]] = {"adamw": AdamW, "sgd": SGD}
+_CLASSES: dict[str, Callable[..., SlicedOptimizer]] = {
+    "adamw": AdamW,
+    "adamw_8bit": AdamW8bit,
+    "adafactor": Adafactor,
+    "sgd": SGD,
+}
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """The names that ``build`` knows."""
 

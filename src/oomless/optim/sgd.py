@@ -21,6 +21,7 @@ from oomless.optim.base import (
     SlicedOptimizer,
     State,
     require_range,
+    state_slice,
     weight_precision_of,
 )
 
@@ -68,12 +69,11 @@ class SGD(SlicedOptimizer):
         precision = weight_precision_of(parameter, group)
         key = self._noise_key(parameter, group, state)
         divisor = None if gradient_scale is None else gradient_scale.reciprocal()
-        flat = {name: tensor.view(-1) for name, tensor in state.items() if name != "step"}
         weights, gradients = parameter.view(-1), gradient.view(-1)
         gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
         temporary_bytes = max(precision.value_bytes + gradient_bytes, precision.peak_bytes)
         for piece in self._slices(parameter.numel(), temporary_bytes):
-            part = {name: tensor[piece] for name, tensor in flat.items()}
+            part = state_slice(state, piece)
             value = precision.read(weights[piece], part)
             torch._fused_sgd_(
                 [value],
