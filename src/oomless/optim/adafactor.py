@@ -5,10 +5,12 @@
 
 with β = 1 − t^(−0.8). α is ``lr``, or with ``relative_step`` max(ε2, RMS(w)) · min(lr, 1/√t). A tensor of one
 dimension keeps its whole second moment; one of three or more is a matrix of its last dimension.
- State: 4·(rows + columns) bytes for a matrix, 4 a parameter for a vector; plus that of the weight's precision
+
+State: 4·(rows + columns) bytes for a matrix, 4 a parameter for a vector; plus that of the weight's precision
 and 4 for the step counter. No parameter-sized state at all makes this the leanest optimizer for sixteen-bit
 weights.
- Written anew because torch's reads two numbers back from the device for each parameter and step, holds the
+
+Written anew because torch's reads two numbers back from the device for each parameter and step, holds the
 whole update, and has neither sixteen-bit precision nor an overflow flag. Here the update is never held: the
 gradient is read three times (for R and C, for RMS(U), for the update), each time in slices of whole rows.
 Clipping U by its RMS bounds every update, so that clipping by the global norm, which a fused backward pass
@@ -26,8 +28,8 @@ from oomless.optim.base import (
     DEFAULT_SLICE_BYTES,
     SCALAR_BYTES,
     Group,
+    MemoryLeanOptimizer,
     Parameters,
-    SlicedOptimizer,
     State,
     require_range,
     store_unless,
@@ -36,8 +38,8 @@ from oomless.optim.base import (
 )
 
 
-class Adafactor(SlicedOptimizer):
-    """Adafactor without momentum. Further arguments: see ``SlicedOptimizer``.
+class Adafactor(MemoryLeanOptimizer):
+    """Adafactor without momentum. Further arguments: see ``MemoryLeanOptimizer``.
 
     Slices are two rows at least, also where that is more than ``slice_bytes``.
 
@@ -180,7 +182,7 @@ class Adafactor(SlicedOptimizer):
 
 
 def _direction(rows: Tensor, piece: slice, state: State) -> Tensor:
-    """Return U = g/√V of some rows in a new fp32 tensor, before clipping and for the gradient as it is stored."""
+    """Return U = g/√V of some rows in a new fp32 tensor, before clipping, from the gradient as stored."""
     if "second_moment" in state:
         return state["second_moment"].view(-1, 1)[piece].rsqrt().mul_(rows[piece])
     row, column = state["row_moment"], state["column_moment"]

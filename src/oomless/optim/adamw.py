@@ -13,14 +13,16 @@ others 0; plus 4 for each tensor's step counter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from oomless.optim.base import (
     DEFAULT_SLICE_BYTES,
     Group,
+    MemoryLeanOptimizer,
     Parameters,
-    SlicedOptimizer,
     State,
     require_range,
     state_slice,
@@ -28,8 +30,8 @@ from oomless.optim.base import (
 )
 
 
-class AdamW(SlicedOptimizer):
-    """AdamW with fp32 moments; equals torch's on fp32 weights. Arguments: see ``SlicedOptimizer``."""
+class AdamW(MemoryLeanOptimizer):
+    """AdamW with fp32 moments; equals torch's on fp32 weights. Arguments: see ``MemoryLeanOptimizer``."""
 
     def __init__(
         self,
@@ -43,10 +45,20 @@ class AdamW(SlicedOptimizer):
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            **self._extra_defaults(),
+        }
         super().__init__(
             parameters, defaults, weight_precision=weight_precision, slice_bytes=slice_bytes, seed=seed
         )
+
+    def _extra_defaults(self) -> dict[str, Any]:
+        """Return the hyperparameters that a subclass adds to each group."""
+        return {}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -8,7 +8,8 @@ Three promises, which torch's own optimizers do not make together:
 - **No wait for the device.** Step counters, the gradient's scale and the overflow flag are tensors on the
   device. Nothing is read back, so a step also runs under ``FakeTensorMode``, where a rehearsal predicts its
   memory.
-- **State is tensors only**, with stable names, restored bit for bit.
+- **State is tensors only**, with stable names, restored bit for bit. It is allocated when the optimizer is
+  made: a run that does not fit fails before it has trained, and its second step needs no more than its first.
 
 ``gradient_scale`` joins unscaling (1 / loss scale) and clipping (``clip_coefficient``) into one number that
 multiplies the gradient as it is read. Gradients are used up by a step: those in fp32 are scaled in place, as
@@ -36,12 +37,15 @@ SLICE_MULTIPLE = 256
 SCALAR_BYTES = 4096
 """Left over in each slice for a step's 0-dim tensors and tables."""
 
+WEIGHT_STATE_NAMES = frozenset({"master", "correction"})
+"""State that belongs to the weight's own precision."""
+
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
 State = dict[str, Tensor]
 
 
-class SlicedOptimizer(Optimizer):
+class MemoryLeanOptimizer(Optimizer):
     """Base of the optimizers: loops, slices, state, checks. Subclasses give the state and the update.
 
     Args:
@@ -147,8 +151,6 @@ class SlicedOptimizer(Optimizer):
                 f"gradients must be dense, contiguous and shaped as the parameter, {tuple(parameter.shape)}; "
                 f"got layout {gradient.layout}, shape {tuple(gradient.shape)}, strides {strides}"
             )
-        if not self.state[parameter]:
-            self.state[parameter].update(self._new_state(parameter, group))
         state: State = self.state[parameter]
         state["step"].add_(1.0 if found_inf is None else 1.0 - found_inf)
         self._update(parameter, gradient, group, state, gradient_scale, found_inf)
@@ -179,8 +181,18 @@ class SlicedOptimizer(Optimizer):
     # -- state -----------------------------------------------------------------------------------------------
 
     def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the state of ``parameter`` by name; empty before its first step."""
-        return dict(self.state[parameter]) if parameter in self.state else {}
+        """Return the state of ``parameter`` by name; the tensors themselves, not copies."""
+        return dict(self.state[parameter])
+
+    def load_state_tensors(self, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Copy what ``state_tensors`` returned into the state of ``parameter``, bit for bit.
+
+        Raises:
+            ValueError: the names, dtypes or shapes differ: another optimizer or other settings wrote it.
+        """
+        self._check_layout(parameter, tensors)
+        for name, tensor in tensors.items():
+            self.state[parameter][name].copy_(tensor)
 
     def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return the bytes of state that a parameter of this shape and dtype would have, with the defaults.
@@ -208,34 +220,33 @@ class SlicedOptimizer(Optimizer):
             raise ValueError(
                 f"the saved parameter groups have sizes {saved_sizes}; this optimizer's have {sizes}"
             )
-        groups = []
-        states: dict[Tensor, State] = {}
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            loaded = {**group, **deepcopy(saved_group), "params": group["params"]}
-            self._check_group(loaded)
-            for parameter, identifier in zip(group["params"], saved_group["params"], strict=True):
-                if identifier in state_dict["state"]:
-                    states[parameter] = self._fitting_state(
-                        parameter, loaded, state_dict["state"][identifier]
-                    )
-            groups.append(loaded)
+        groups = [
+            {**group, **deepcopy(saved), "params": group["params"]}
+            for group, saved in zip(self.param_groups, saved_groups, strict=True)
+        ]
+        tensors: dict[Tensor, State] = {}
+        for group, saved in zip(groups, saved_groups, strict=True):
+            self._check_group(group)
+            for parameter, identifier in zip(group["params"], saved["params"], strict=True):
+                tensors[parameter] = state_dict["state"].get(identifier, {})
+                self._check_layout(parameter, tensors[parameter])
+        for parameter, state in tensors.items():
+            self.load_state_tensors(parameter, state)
         self.__setstate__({"state": self.state, "param_groups": groups})
-        self.state.clear()
-        self.state.update(states)
 
-    def _fitting_state(self, parameter: Tensor, group: Group, saved: State) -> State:
-        expected = self._new_state(parameter.detach().to("meta"), group)
-        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expected.items()}
-        saved_layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
-        if layout != saved_layout:
+    def _check_layout(self, parameter: Tensor, tensors: State) -> None:
+        needed, given = (
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+            for state in (self.state[parameter], tensors)
+        )
+        if needed != given:
             raise ValueError(
-                f"the saved state of parameter {self._index[parameter]} does not fit: it has "
-                f"{saved_layout}, needed is {layout}; resume with the optimizer and settings that wrote it"
+                f"a saved state must fit its parameter; parameter {self._index[parameter]} needs {needed}; got "
+                f"{given}; resume with the optimizer and settings that wrote it"
             )
-        return {name: tensor.to(parameter.device, copy=True) for name, tensor in saved.items()}
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``.
+        """Add a group of parameters and allocate their state; see ``torch.optim.Optimizer.add_param_group``.
 
         Raises:
             ValueError: as the constructor.
@@ -253,6 +264,7 @@ class SlicedOptimizer(Optimizer):
             raise
         for parameter in group["params"]:
             self._index[parameter] = len(self._index)
+            self.state[parameter] = self._new_state(parameter, group)
 
 
 def weight_precision_of(parameter: Tensor, group: Group) -> WeightPrecision:
@@ -279,7 +291,7 @@ def state_slice(state: State, piece: slice) -> State:
 
 def weight_state_slice(state: State, piece: slice) -> State:
     """Return what the weight's own precision keeps of the elements in ``piece``, flat."""
-    return {name: state[name].view(-1)[piece] for name in ("master", "correction") if name in state}
+    return {name: tensor.view(-1)[piece] for name, tensor in state.items() if name in WEIGHT_STATE_NAMES}
 
 
 def store_unless(found_inf: Tensor | None, target: Tensor, new: Tensor) -> None:

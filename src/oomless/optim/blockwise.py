@@ -2,13 +2,15 @@
 
     first moment    x = s · sign(c)·(c/127)²     c = −127 … 127      s = largest |x| of the block
     second moment   x = s · (c/255)⁴             c = 0 … 255         s = largest x of the block
- Adam divides by √v, so small second moments must not round to zero: with the fourth power the smallest code
+
+Adam divides by √v, so small second moments must not round to zero: with the fourth power the smallest code
 stands for 2.4e-10 of the block's largest (1.5e-5 under the root), and the step between neighbours at the top
 is 1.6 %. Two square roots and a multiplication make the code; there is no table to search and to keep in
 memory.
 
 Cost: 1 + 4/256 = 1.015625 bytes a value. A last block that is not full has a scale of its own.
- Alternatives, compared in ``docs/optimizers.md``: the dynamic-exponent table of 8-bit Adam (Dettmers et al.,
+
+Alternatives, compared in ``docs/optimizers.md``: the dynamic-exponent table of 8-bit Adam (Dettmers et al.,
 2022, as in bitsandbytes) and FlashOptim's softsign and square root with blocks of 32.
 """
 

@@ -10,14 +10,20 @@ from oomless.errors import nearest
 from oomless.optim.adafactor import Adafactor
 from oomless.optim.adamw import AdamW
 from oomless.optim.adamw_8bit import AdamW8bit
-from oomless.optim.base import DEFAULT_SLICE_BYTES, Parameters, SlicedOptimizer
+from oomless.optim.base import DEFAULT_SLICE_BYTES, MemoryLeanOptimizer, Parameters
+from oomless.optim.muon import Muon
+from oomless.optim.projected import Apollo, ApolloMini, GaLore
 from oomless.optim.sgd import SGD
 
-_CLASSES: dict[str, Callable[..., SlicedOptimizer]] = {
+_CLASSES: dict[str, Callable[..., MemoryLeanOptimizer]] = {
     "adamw": AdamW,
     "adamw_8bit": AdamW8bit,
     "adafactor": Adafactor,
     "sgd": SGD,
+    "apollo": Apollo,
+    "apollo_mini": ApolloMini,
+    "galore": GaLore,
+    "muon": Muon,
 }
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """The names that ``build`` knows."""
@@ -44,7 +50,7 @@ def build(
     slice_bytes: int = DEFAULT_SLICE_BYTES,
     seed: int = 0,
     **settings: Any,
-) -> SlicedOptimizer:
+) -> MemoryLeanOptimizer:
     """Return the optimizer called ``name`` over ``parameters`` (tensors, or groups as for torch's
     optimizers).
 
@@ -74,7 +80,7 @@ def build(
     )
 
 
-def _class(name: str) -> Callable[..., SlicedOptimizer]:
+def _class(name: str) -> Callable[..., MemoryLeanOptimizer]:
     if name not in _CLASSES:
         raise ValueError(f"an optimizer is one of {', '.join(NAMES)}; got {name!r}.{nearest(name, NAMES)}")
     return _CLASSES[name]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oomless.optim.base import SlicedOptimizer
+from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.gradients import nonfinite_gradients
 
 
@@ -45,7 +45,7 @@ class FusedBackward:
 
     def __init__(
         self,
-        optimizer: SlicedOptimizer,
+        optimizer: MemoryLeanOptimizer,
         *,
         check_overflow: bool = False,
         max_gradient_norm: float | None = None,

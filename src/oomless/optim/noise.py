@@ -48,6 +48,12 @@ def noise_key(seed: int, parameter_index: int, step: Tensor) -> Tensor:
     return _hash_(torch.stack(halves), None)
 
 
+def random_signs(key: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return an fp32 matrix of +1 and -1, equally likely."""
+    bits = noise_16_bits(key, 0, shape[0] * shape[1]).view(shape)
+    return bits.bitwise_and_(1).float().mul_(2.0).sub_(1.0)
+
+
 def noise_16_bits(key: Tensor, start: int, count: int) -> Tensor:
     """Return ``count`` uniform int16 values (all 65,536 equally likely) for the elements from ``start`` on.
 

@@ -9,9 +9,10 @@ name             bytes a parameter  what happens
 ===============  =================  =======================================================================
 ``master``       + 4                An fp32 copy takes the update; the weight is that copy rounded to nearest.
 ``correction``   + 1                A signed byte beside the weight; the value is ``w + c/128 * ulp(w)/2``.
-                                    16 significant bits with bf16, 19 with fp16. As FlashOptim publishes it
-                                    ("ULP-based weight splitting"), here with steps of 1/128 instead of 1/127
-                                    so that reading and writing back without a change changes no bit.
+                                    Error below 2^-15 of the weight (bf16), 2^-18 (fp16). As FlashOptim
+                                    publishes it ("ULP-based weight splitting"), here with steps of 1/128
+                                    instead of 1/127 so that reading and writing back without a change changes
+                                    no bit.
 ``stochastic``   + 0                bf16 only. Rounds up with a probability equal to the distance from the
                                     lower neighbour: right on average, at the price of noise (``noise.py``).
 ``plain``        + 0                Rounds to nearest. Small updates are lost: training stalls.
@@ -115,7 +116,9 @@ class _Stochastic(WeightPrecision):
         assert key is not None
         # A NaN's bits may overflow into those of zero when noise is added; infinity's cannot.
         bits = value.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
-        bits.add_(noise_16_bits(key, start, value.numel())).add_(1 << 15).bitwise_and_(-1 << 16)
+        bits.add_(noise_16_bits(key, start, value.numel()).view(bits.shape)).add_(1 << 15).bitwise_and_(
+            -1 << 16
+        )
         weight.copy_(value)
 
 
@@ -144,9 +147,8 @@ class _Correction(WeightPrecision):
 def _correction_unit(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return half the distance between ``value``'s neighbours in ``dtype``, over 128; ``value`` is fp32."""
     power_of_two = value.view(torch.int32).bitwise_and(_EXPONENT_FIELD).view(torch.float32)
-    # Below the smallest normal number neighbours stay equally far; bf16's own limit is that of fp32, where
-    # the unit would underflow: it is coarser there.
-    smallest = 2.0**-14 if dtype == torch.float16 else 2.0**-100
+    # Below the smallest normal number neighbours stay equally far.
+    smallest = torch.finfo(dtype).tiny
     return power_of_two.clamp_(min=smallest).mul_(2.0 ** -SIGNIFICAND_BITS[dtype] / _CODES)
 
 

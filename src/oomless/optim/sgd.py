@@ -17,8 +17,8 @@ from torch import Tensor
 from oomless.optim.base import (
     DEFAULT_SLICE_BYTES,
     Group,
+    MemoryLeanOptimizer,
     Parameters,
-    SlicedOptimizer,
     State,
     require_range,
     state_slice,
@@ -26,8 +26,8 @@ from oomless.optim.base import (
 )
 
 
-class SGD(SlicedOptimizer):
-    """SGD with momentum, as ``torch.optim.SGD``. Arguments: see ``SlicedOptimizer``."""
+class SGD(MemoryLeanOptimizer):
+    """SGD with momentum, as ``torch.optim.SGD``. Arguments: see ``MemoryLeanOptimizer``."""
 
     def __init__(
         self,

@@ -1,14 +1,15 @@
-"""What the optimizer tests share: small models, a counter of live temporaries."""
+"""A counter of the temporaries that are alive at the same time."""
 
 import weakref
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class PeakTemporaries(TorchDispatchMode):
-    """Counts the bytes of storages that are born inside and alive at the same time."""
+    """Counts the bytes of the storages that are born inside and alive at the same time."""
 
     def __init__(self):
         super().__init__()
@@ -40,31 +41,6 @@ class PeakTemporaries(TorchDispatchMode):
         self.live_bytes -= self._alive.pop(identifier)
 
 
-def parameters_of(shapes, dtype, seed=0, scale=0.02):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter((torch.randn(shape, generator=generator) * scale).to(dtype)) for shape in shapes
-    ]
-
-
-def give_gradients(parameters, seed, scale=1.0):
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for parameter in parameters:
-        parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
-
-
-def everything(optimizer):
-    """Copies of all weights and all state, for bit-wise comparison."""
-    result = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            result.append(parameter.detach().clone())
-            result += [tensor.clone() for tensor in optimizer.state_tensors(parameter).values()]
-    return result
-
-
-def equal_bits(first, second):
-    return len(first) == len(second) and all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        for a, b in zip(first, second, strict=True)
-    )
+@pytest.fixture
+def peak_temporaries():
+    return PeakTemporaries()
