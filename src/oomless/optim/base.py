@@ -241,8 +241,8 @@ class MemoryLeanOptimizer(Optimizer):
         )
         if needed != given:
             raise ValueError(
-                f"a saved state must fit its parameter; parameter {self._index[parameter]} needs {needed}; got "
-                f"{given}; resume with the optimizer and settings that wrote it"
+                f"a saved state must fit its parameter; number {self._index[parameter]} needs {needed}; "
+                f"got {given}; resume with the optimizer and settings that wrote it"
             )
 
     def add_param_group(self, param_group: Group) -> None:

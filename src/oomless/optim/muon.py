@@ -1,6 +1,6 @@
 """Muon (Jordan et al., 2024): momentum made orthogonal, for the matrices inside the layers. Experimental.
 
-    b ← μ·b + (1−μ)·g       u = (1−μ)·g + μ·b  (Nesterov; else b)       w ← (1 − lr·λ)·w − lr·s·NewtonSchulz(u)
+    b ← μ·b + (1−μ)·g      u = (1−μ)·g + μ·b  (Nesterov; else b)      w ← (1 − lr·λ)·w − lr·s·orthogonal(u)
 
 Five Newton-Schulz iterations bring the singular values of the update near 1. s = 0.2·√(longer side) gives
 the update the RMS of a usual Adam step (Liu et al., 2025), so that AdamW's ``lr`` and ``weight_decay`` carry
