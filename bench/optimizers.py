@@ -1,11 +1,10 @@
 """Time and temporaries of one optimizer step, ours against torch's, on 33.2 M parameters.
 
-    python bench/optimizers.py [--rounds 15] [--device cpu] [--write bench/results/optimizers.md]
+    python bench/optimizers.py [--rounds 15] [--slice-mib 64 4] [--write bench/results/optimizers.md]
 
-All run in one process, in turn within each round, so that the machine's moods meet them alike; ``time`` is
-the median over the rounds of the ratio to ``torch.optim.AdamW(fused=True)`` in the same round.
-``temporaries`` are the bytes of the tensors born in a step and alive at once, as the dispatcher sees them.
-``state`` is counted from the state itself.
+Each optimizer takes turns with ``torch.optim.AdamW(fused=True)``, so that the machine's moods meet both
+alike; ``time`` is the median over the rounds of the ratio to it. ``temporaries`` are the bytes of the tensors
+born in a step and alive at once, as the dispatcher sees them. ``state`` is counted from the state itself.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,27 @@ def weights(dtype: torch.dtype, device: str) -> list[Tensor]:
     return parameters
 
 
-def candidates(device: str, slice_bytes: int) -> dict[str, torch.optim.Optimizer]:
-    found = {name: make(weights(torch.float32, device)) for name, make in THEIRS.items()}
+def candidates(device: str, slice_bytes: int) -> dict[str, Callable[[], torch.optim.Optimizer]]:
+    """Return how to make each optimizer, so that only two exist at a time."""
+    found = {name: partial(_theirs, make, device) for name, make in THEIRS.items()}
     for name, dtype, way in OURS:
         label = f"{name}, {str(dtype).removeprefix('torch.')}{f' + {way}' if way else ''}"
-        parameters = weights(dtype, device)
-        groups: list[dict[str, Any]] = [{"params": parameters[:1]}, {"params": parameters[1:]}]
-        if name == "muon":
-            groups[0]["orthogonalise"], groups[1]["orthogonalise"] = False, True
-        found[label] = build(name, groups, lr=1e-3, weight_precision=way, slice_bytes=slice_bytes)
+        found[label] = partial(_ours, name, dtype, way, device, slice_bytes)
     return found
+
+
+def _theirs(make: Callable[[list[Tensor]], torch.optim.Optimizer], device: str) -> torch.optim.Optimizer:
+    return make(weights(torch.float32, device))
+
+
+def _ours(
+    name: str, dtype: torch.dtype, way: str | None, device: str, slice_bytes: int
+) -> torch.optim.Optimizer:
+    parameters = weights(dtype, device)
+    groups: list[dict[str, Any]] = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    if name == "muon":
+        groups[0]["orthogonalise"], groups[1]["orthogonalise"] = False, True
+    return build(name, groups, lr=1e-3, weight_precision=way, slice_bytes=slice_bytes)
 
 
 def step_s(optimizer: torch.optim.Optimizer, device: str) -> float:
@@ -114,24 +125,8 @@ def step_s(optimizer: torch.optim.Optimizer, device: str) -> float:
 
 
 def table(device: str, rounds: int, slice_bytes: int) -> str:
-    optimizers = candidates(device, slice_bytes)
-    peaks, states = {}, {}
-    for label, optimizer in optimizers.items():
-        step_s(optimizer, device)
-        with Temporaries() as counter:
-            optimizer.step()
-        peaks[label] = counter.peak_bytes
-        states[label] = sum(
-            tensor.nbytes
-            for state in optimizer.state.values()
-            for tensor in state.values()
-            if isinstance(tensor, Tensor)
-        )
-    times: dict[str, list[float]] = {label: [] for label in optimizers}
-    for _ in range(rounds):
-        for label, optimizer in optimizers.items():
-            times[label].append(step_s(optimizer, device))
-    reference = times["torch AdamW fused"]
+    reference = candidates(device, slice_bytes)["torch AdamW fused"]()
+    step_s(reference, device)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     rows = [
         f"{COUNT:,} parameters, {machine} ({platform.machine()}), torch {torch.__version__}, "
@@ -140,11 +135,23 @@ def table(device: str, rounds: int, slice_bytes: int) -> str:
         "| optimizer | step, ms | time, ratio | temporaries | state, bytes a parameter |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for label, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+    for label, make in candidates(device, slice_bytes).items():
+        optimizer = make()
+        step_s(optimizer, device)
+        with Temporaries() as counter:
+            optimizer.step()
+        pairs = [(step_s(optimizer, device), step_s(reference, device)) for _ in range(rounds)]
+        state_bytes = sum(
+            tensor.nbytes
+            for state in optimizer.state.values()
+            for tensor in state.values()
+            if isinstance(tensor, Tensor)
+        )
+        milliseconds = 1e3 * statistics.median(own for own, _ in pairs)
+        ratio = statistics.median(own / other for own, other in pairs)
         rows.append(
-            f"| {label} | {1e3 * statistics.median(seconds):.1f} | {ratio:.2f} "
-            f"| {format_bytes(peaks[label])} | {states[label] / COUNT:.3f} |"
+            f"| {label} | {milliseconds:.1f} | {ratio:.2f} | {format_bytes(counter.peak_bytes)} "
+            f"| {state_bytes / COUNT:.3f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -153,10 +160,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--slice-mib", type=int, default=64)
+    parser.add_argument("--slice-mib", type=int, nargs="+", default=[64])
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    text = table(arguments.device, arguments.rounds, arguments.slice_mib * MiB)
+    text = "\n".join(table(arguments.device, arguments.rounds, size * MiB) for size in arguments.slice_mib)
     print(text)
     if arguments.write:
         arguments.write.write_text(text, encoding="utf-8")
