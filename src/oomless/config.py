@@ -55,9 +55,16 @@ LORA_DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
 }
+_ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "adamw": _ADAM,
+    "adamw_8bit": _ADAM,
+    "adafactor": {},
     "sgd": {"momentum": 0.9},
+    "apollo": _ADAM,
+    "apollo_mini": _ADAM,
+    "galore": _ADAM,
+    "muon": {**_ADAM, "momentum": 0.95},
 }
 
 
@@ -149,7 +156,8 @@ class TrainConfig:
 
     # Optimizer
     optimizer: str = "adamw"
-    """adamw or sgd."""
+    """adamw, adamw_8bit, adafactor, sgd, apollo, apollo_mini, galore or muon (experimental); docs/optimizers.md compares
+    them."""
 
     learning_rate: float = 2e-5
     """Peak learning rate."""
@@ -170,21 +178,24 @@ class TrainConfig:
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
 
     adam_beta1: float | None = None
-    """AdamW's first decay rate. [default: 0.9]"""
+    """First decay rate of Adam and its kin. [default: 0.9]"""
 
     adam_beta2: float | None = None
-    """AdamW's second decay rate. [default: 0.999]"""
+    """Second decay rate of Adam and its kin. [default: 0.999]"""
 
     adam_epsilon: float | None = None
-    """AdamW's epsilon. [default: 1e-8]"""
+    """Epsilon of Adam and its kin. [default: 1e-8]"""
 
     momentum: float | None = None
-    """SGD's momentum. [default: 0.9]"""
+    """Momentum of sgd and muon. [default: 0.9, muon 0.95]"""
 
     # Precision and memory
     dtype: Precision = "auto"
-    """Weights and arithmetic; trainable 16-bit weights keep an fp32 master copy. auto: bf16 or fp16 by what the GPU
-    can do, fp32 on a CPU."""
+    """Weights and arithmetic. auto: bf16 or fp16 by what the GPU can do, fp32 on a CPU."""
+
+    weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
+    """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding
+    (bf16), or not at all. [default: master]"""
 
     gpu: str = "auto"
     """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB."""
@@ -220,6 +231,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_ranges()
         self._fill_choice("LoRA", LORA_DEFAULTS, used="lora" in self.trainable_parts)
+        if self.weight_precision is not None and self.dtype == "fp32":
+            raise ConfigError("weight_precision has no effect on fp32 weights: remove it, or choose dtype bf16 or fp16")
+        if self.weight_precision == "stochastic" and self.dtype == "fp16":
+            raise ConfigError("weight_precision stochastic is for bf16; fp16 takes master or correction")
         if self.optimizer not in OPTIMIZER_DEFAULTS:
             known = ", ".join(OPTIMIZER_DEFAULTS)
             raise ConfigError(

@@ -1,22 +1,31 @@
-"""Optimizers whose state and temporaries are known; torch only."""
+"""Optimizers for training under a hard memory limit; ``docs/optimizers.md`` compares them."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import Any
-
+from oomless.optim.adafactor import Adafactor
 from oomless.optim.adamw import AdamW
-from oomless.optim.base import MemoryLeanOptimizer
+from oomless.optim.adamw_8bit import AdamW8bit
+from oomless.optim.base import DEFAULT_SLICE_BYTES, MemoryLeanOptimizer
+from oomless.optim.build import NAMES, build
+from oomless.optim.fused_backward import FusedBackward
+from oomless.optim.gradients import clip_coefficient, global_gradient_norm, nonfinite
+from oomless.optim.muon import Muon
+from oomless.optim.projected import Apollo, ApolloMini, GaLore
 from oomless.optim.sgd import SGD
 
-OPTIMIZERS: dict[str, type[MemoryLeanOptimizer]] = {"adamw": AdamW, "sgd": SGD}
-
-
-def build(name: str, groups: Iterable[dict[str, Any]], **settings: Any) -> MemoryLeanOptimizer:
-    """Return the optimizer called ``name`` over ``groups``.
-
-    Raises:
-        KeyError: there is none of that name.
-        TypeError: it has no such setting.
-    """
-    return OPTIMIZERS[name](groups, **settings)
+__all__ = [
+    "DEFAULT_SLICE_BYTES",
+    "NAMES",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "AdamW8bit",
+    "Apollo",
+    "ApolloMini",
+    "FusedBackward",
+    "GaLore",
+    "MemoryLeanOptimizer",
+    "Muon",
+    "build",
+    "clip_coefficient",
+    "global_gradient_norm",
+    "nonfinite",
+]

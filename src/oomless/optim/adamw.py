@@ -1,63 +1,143 @@
-"""AdamW (Loshchilov & Hutter 2019) with fp32 state: 8 bytes a parameter, 12 with an fp32 master of a 16-bit weight.
+"""AdamW (Loshchilov and Hutter, 2019) with fp32 moments, for fp32 and sixteen-bit weights.
 
-The update is PyTorch's fused kernel, which reads and writes every tensor once and allocates nothing.
+    m ← β1·m + (1−β1)·g        v ← β2·v + (1−β2)·g²
+    w ← (1 − lr·λ)·w − lr · m/(1−β1ᵗ) / (√(v/(1−β2ᵗ)) + ε)
+
+The arithmetic is torch's fused kernel, called on slices: one pass over memory, the counter, the scale and
+the overflow flag read on the device. fp32 weights with fp32 gradients need no temporaries at all and are not
+sliced. Sixteen-bit weights are widened a slice at a time (``precision.py``).
+
+State, in bytes a parameter: 8 (two moments), plus that of the weight's precision: master 4, correction 1,
+others 0; plus 4 for each tensor's step counter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from oomless.optim.base import MemoryLeanOptimizer
+from oomless.optim.base import (
+    DEFAULT_SLICE_BYTES,
+    Group,
+    MemoryLeanOptimizer,
+    Parameters,
+    State,
+    require_range,
+    state_slice,
+    weight_precision_of,
+)
 
 
 class AdamW(MemoryLeanOptimizer):
-    """AdamW with decoupled weight decay."""
+    """AdamW with fp32 moments; equals torch's on fp32 weights. Arguments: see ``MemoryLeanOptimizer``."""
 
     def __init__(
         self,
-        groups: Iterable[dict[str, Any]],
+        parameters: Parameters,
         *,
-        lr: float,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        weight_precision: str | None = None,
+        slice_bytes: int = DEFAULT_SLICE_BYTES,
+        seed: int = 0,
     ) -> None:
-        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            **self._extra_defaults(),
+        }
+        super().__init__(parameters, defaults, weight_precision=weight_precision, slice_bytes=slice_bytes, seed=seed)
 
-    def buffers(self) -> tuple[str, ...]:  # noqa: D102
-        return ("exp_avg", "exp_avg_sq")
+    def _extra_defaults(self) -> dict[str, Any]:
+        """Return the hyperparameters that a subclass adds to each group."""
+        return {}
 
-    def update(  # noqa: D102
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_adam_group(group)
+
+    def _new_moments(self, parameter: Tensor, group: Group) -> State:
+        return {
+            "first_moment": torch.zeros_like(parameter, dtype=torch.float32),
+            "second_moment": torch.zeros_like(parameter, dtype=torch.float32),
+        }
+
+    def _update(
         self,
-        weight: Tensor,
+        parameter: Tensor,
         gradient: Tensor,
-        buffers: list[Tensor],
-        step: Tensor,
-        group: dict[str, Any],
-        inverse_scale: Tensor | None,
+        group: Group,
+        state: State,
+        gradient_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        adamw(
-            [weight],
-            [gradient],
-            [buffers[0]],
-            [buffers[1]],
+        precision = weight_precision_of(parameter, group)
+        key = self._noise_key(parameter, group, state)
+        divisor = None if gradient_scale is None else gradient_scale.reciprocal()
+        weights, gradients = parameter.view(-1), gradient.view(-1)
+        gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
+        update_bytes = precision.value_bytes + max(gradient_bytes, self._moment_bytes(state))
+        for piece in self._slices(parameter.numel(), max(update_bytes, precision.peak_bytes)):
+            part = state_slice(state, piece)
+            value = precision.read(weights[piece], part)
+            self._update_slice(value, gradients[piece], part, group, divisor, found_inf)
+            precision.write(weights[piece], part, value, key, piece.start)
+
+    def _update_slice(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        state: State,
+        group: Group,
+        gradient_divisor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        first, second = self._read_moments(state)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [value],
+            [gradient.float()],
+            [first],
+            [second],
             [],
-            [step],
-            fused=True,
-            grad_scale=inverse_scale,
-            found_inf=found_inf,
+            [state["step"]],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.epsilon,
+            grad_scale=gradient_divisor,
+            found_inf=found_inf,
         )
+        self._write_moments(state, first, second, found_inf)
+
+    def _moment_bytes(self, state: State) -> int:
+        """Return what the moments of ``state`` take in temporaries beside the gradient's, in bytes per
+        element.
+
+        The fp32 gradient of a slice and the coding of the moments do not exist at the same time.
+        """
+        return 0
+
+    def _read_moments(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return the moments of a slice in fp32."""
+        return state["first_moment"], state["second_moment"]
+
+    def _write_moments(self, state: State, first: Tensor, second: Tensor, found_inf: Tensor | None) -> None:
+        """Store moments that ``_read_moments`` returned and the update changed."""
+
+
+def check_adam_group(group: Group) -> None:
+    """Raise a ValueError where ``betas`` or ``eps`` is out of range."""
+    beta1, beta2 = group["betas"]
+    require_range("betas[0]", beta1, 0.0, 1.0)
+    require_range("betas[1]", beta2, 0.0, 1.0)
+    require_range("eps", group["eps"], 0.0)

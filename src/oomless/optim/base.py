@@ -1,129 +1,302 @@
-"""What every optimizer here shares.
+"""What every optimizer here has in common: one parameter at a time, in slices, decided on the device.
 
-*State exists from the start.* It is allocated when the optimizer is made, not in the first step, so a run that does not
-fit fails before it has trained, and the second step needs no more than the first.
+Three promises, which torch's own optimizers do not make together:
 
-*Nothing waits for the device.* The factor that unscales and clips gradients, and the flag that says they overflowed,
-are 0-dim tensors that the update kernels read; where the flag is set they change nothing.
+- **No temporary beyond ``slice_bytes``.** A parameter is updated slice by slice, so that the largest matrix
+  (the embedding of a 256,000-word vocabulary) asks for no second tensor of its size. Slicing costs kernel
+  launches, not memory traffic.
+- **No wait for the device.** Step counters, the gradient's scale and the overflow flag are tensors on the
+  device. Nothing is read back, so a step also runs under ``FakeTensorMode``, where a rehearsal predicts its
+  memory.
+- **State is tensors only**, with stable names, restored bit for bit. It is allocated when the optimizer is
+  made: a run that does not fit fails before it has trained, and its second step needs no more than its first.
 
-*Temporaries are bounded.* An update never allocates a second tensor of the size of the embedding: what must be
-converted is converted a slice at a time.
-
-A 16-bit parameter keeps an fp32 master copy in the state (``master``): a typical update is far below what 16 bits can
-add to a weight. The master is what the optimizer updates; the parameter is rounded from it.
+``gradient_scale`` joins unscaling (1 / loss scale) and clipping (``clip_coefficient``) into one number that
+multiplies the gradient as it is read. Gradients are used up by a step: those in fp32 are scaled in place, as
+torch's fused optimizers do. Where ``found_inf`` is 1 a step changes nothing: no weight, no state, no counter.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-SLICE_BYTES = 64 << 20
+from oomless.optim.noise import noise_key
+from oomless.optim.precision import WeightPrecision, weight_precision
+from oomless.units import MiB
+
+DEFAULT_SLICE_BYTES = 64 * MiB
+SLICE_MULTIPLE = 256
+"""Slices start at multiples of this many elements, which keeps blocks of quantised state whole."""
+
+SCALAR_BYTES = 4096
+"""Left over in each slice for a step's 0-dim tensors and tables."""
+
+WEIGHT_STATE_NAMES = frozenset({"master", "correction"})
+"""State that belongs to the weight's own precision."""
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+Group = dict[str, Any]
+State = dict[str, Tensor]
 
 
 class MemoryLeanOptimizer(Optimizer):
-    """Base of the optimizers: holds state, slices 16-bit parameters and hands fp32 slices to ``update``."""
+    """Base of the optimizers: loops, slices, state, checks. Subclasses give the state and the update.
+
+    Args:
+        parameters: tensors, or groups as for any ``torch.optim.Optimizer``. A group may also set
+            ``weight_precision`` (``precision.py``).
+        defaults: hyperparameters of groups that do not set them.
+        weight_precision: how sixteen-bit weights take updates; None for fp32 weights.
+        slice_bytes: upper bound of the temporaries of a step, in bytes.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a weight's dtype does not fit ``weight_precision``.
+    """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any], slice_bytes: int = SLICE_BYTES
-    ) -> None:
-        self.slice_elements = max(1, slice_bytes // 4)
-        super().__init__(groups, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state."""
-        super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            state = {"step": torch.zeros((), device=parameter.device)}
-            if parameter.dtype != torch.float32:
-                state["master"] = parameter.detach().to(torch.float32)
-            state |= {name: torch.zeros_like(parameter, dtype=torch.float32) for name in self.buffers()}
-            self.state[parameter] = state
-
-    @abstractmethod
-    def buffers(self) -> tuple[str, ...]:
-        """Names of the fp32 state tensors of a parameter's shape."""
-
-    @abstractmethod
-    def update(
         self,
-        weight: Tensor,
+        parameters: Parameters,
+        defaults: dict[str, Any],
+        *,
+        weight_precision: str | None = None,
+        slice_bytes: int = DEFAULT_SLICE_BYTES,
+        seed: int = 0,
+    ) -> None:
+        if slice_bytes < 64 * SLICE_MULTIPLE:
+            raise ValueError(f"slice_bytes must be at least {64 * SLICE_MULTIPLE}; got {slice_bytes}")
+        self.slice_bytes = slice_bytes
+        self._index: dict[Tensor, int] = {}
+        super().__init__(parameters, {**defaults, "weight_precision": weight_precision, "seed": seed})
+
+    # -- what a subclass gives -------------------------------------------------------------------------------
+
+    def _check_group(self, group: Group) -> None:
+        """Raise a ValueError where a group's hyperparameters are out of range."""
+        require_range("lr", group["lr"], 0.0)
+        require_range("weight_decay", group["weight_decay"], 0.0)
+
+    def _new_moments(self, parameter: Tensor, group: Group) -> State:
+        """Return the first state of ``parameter``, without counter and weight precision."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        parameter: Tensor,
         gradient: Tensor,
-        buffers: list[Tensor],
-        step: Tensor,
-        group: dict[str, Any],
-        inverse_scale: Tensor | None,
+        group: Group,
+        state: State,
+        gradient_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Update fp32 ``weight`` and ``buffers`` in place from ``gradient`` / ``inverse_scale``, all of one shape."""
+        """Update one parameter and its state in place; the counter has already moved."""
+        raise NotImplementedError
+
+    # -- the step --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, *, gradient_scale: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> None:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        gradient_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
-            gradient_scale: 0-dim fp32 on the device; multiplies the gradients.
-            found_inf: 0-dim fp32 on the device; where it is 1 the step changes nothing.
+            closure: computes the loss and its gradients; called first, its result is returned.
+            gradient_scale: 0-dim fp32 tensor on the device; multiplies every gradient as it is read.
+            found_inf: 0-dim fp32 tensor on the device; where it is 1 nothing changes.
+
+        Raises:
+            ValueError: a gradient is sparse, not contiguous, or of another shape than its parameter.
         """
-        inverse = None if gradient_scale is None else 1 / gradient_scale
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_parameter(parameter, group, inverse, found_inf)
+                    self.step_parameter(
+                        parameter, parameter.grad, group, gradient_scale=gradient_scale, found_inf=found_inf
+                    )
+        return loss
 
-    def _step_parameter(
-        self, parameter: nn.Parameter, group: dict[str, Any], inverse: Tensor | None, found_inf: Tensor | None
+    @torch.no_grad()
+    def step_parameter(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        group: Group,
+        *,
+        gradient_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
-        state = self.state[parameter]
-        assert parameter.grad is not None
-        buffers = [state[name] for name in self.buffers()]
-        if "master" not in state:
-            self.update(parameter.detach(), parameter.grad, buffers, state["step"].clone(), group, inverse, found_inf)
-        else:
-            flat = [t.view(-1) for t in (parameter.detach(), parameter.grad, state["master"], *buffers)]
-            for start in range(0, parameter.numel(), self.slice_elements):
-                weight, gradient, master, *parts = (t[start : start + self.slice_elements] for t in flat)
-                self.update(master, gradient.float(), parts, state["step"].clone(), group, inverse, found_inf)
-                weight.copy_(master)
-        state["step"] += 1 if found_inf is None else 1 - found_inf
+        """Update one parameter of ``group`` with ``gradient``, which is used up; see ``step``."""
+        if gradient.layout != torch.strided or not gradient.is_contiguous() or gradient.shape != parameter.shape:
+            strides = gradient.stride() if gradient.layout == torch.strided else "none"
+            raise ValueError(
+                f"gradients must be dense, contiguous and shaped as the parameter, {tuple(parameter.shape)}; "
+                f"got layout {gradient.layout}, shape {tuple(gradient.shape)}, strides {strides}"
+            )
+        state: State = self.state[parameter]
+        state["step"].add_(1.0 if found_inf is None else 1.0 - found_inf)
+        self._update(parameter, gradient, group, state, gradient_scale, found_inf)
 
-    def state_tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return the state of ``parameter`` by name."""
+    def _new_state(self, parameter: Tensor, group: Group) -> State:
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **self._new_moments(parameter, group),
+            **weight_precision_of(parameter, group).new_state(parameter),
+        }
+
+    # -- slices ----------------------------------------------------------------------------------------------
+
+    def _slices(self, count: int, temporary_bytes: int) -> Iterator[slice]:
+        """Cut ``count`` elements so that ``temporary_bytes`` per element stay within ``slice_bytes``."""
+        length = max(1, count)
+        if temporary_bytes:
+            length = (self.slice_bytes - SCALAR_BYTES) // temporary_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE
+        for start in range(0, count, length):
+            yield slice(start, min(start + length, count))
+
+    def _noise_key(self, parameter: Tensor, group: Group, state: State) -> Tensor | None:
+        """Return the key of this step's random bits for ``parameter``, or None where none are needed."""
+        if not weight_precision_of(parameter, group).needs_noise:
+            return None
+        return noise_key(group["seed"], self._index[parameter], state["step"])
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of ``parameter`` by name; the tensors themselves, not copies."""
         return dict(self.state[parameter])
 
-    def load_state_tensors(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        """Fill the state of ``parameter`` from what ``state_tensors`` returned.
+    def load_state_tensors(self, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Copy what ``state_tensors`` returned into the state of ``parameter``, bit for bit.
 
         Raises:
-            ValueError: the names or shapes differ, so the tensors are another optimizer's.
+            ValueError: the names, dtypes or shapes differ: another optimizer or other settings wrote it.
         """
-        state = self.state[parameter]
-        shapes, given = ({name: t.shape for name, t in tensors.items()} for tensors in (state, tensors))
-        if shapes != given:
-            raise ValueError(f"this optimizer's state is {sorted(shapes)}; got {sorted(given)}")
+        self._check_layout(parameter, tensors)
         for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+            self.state[parameter][name].copy_(tensor)
+
+    def state_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return the bytes of state that a parameter of this shape and dtype would have, with the defaults.
+
+        Nothing is allocated: the state is built on the meta device by the code that builds the real one.
+        """
+        parameter = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        group = {**self.defaults}
+        if dtype == torch.float32:
+            group["weight_precision"] = None
+        return sum(tensor.nbytes for tensor in self._new_state(parameter, group).values())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, bit for bit, on each parameter's device.
+
+        torch's own version would cast every state tensor to its parameter's dtype.
+
+        Raises:
+            ValueError: the groups differ in number or size, or a tensor does not fit its parameter.
+        """
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(f"the saved parameter groups have sizes {saved_sizes}; this optimizer's have {sizes}")
+        groups = [
+            {**group, **deepcopy(saved), "params": group["params"]}
+            for group, saved in zip(self.param_groups, saved_groups, strict=True)
+        ]
+        tensors: dict[Tensor, State] = {}
+        for group, saved in zip(groups, saved_groups, strict=True):
+            self._check_group(group)
+            for parameter, identifier in zip(group["params"], saved["params"], strict=True):
+                tensors[parameter] = state_dict["state"].get(identifier, {})
+                self._check_layout(parameter, tensors[parameter])
+        for parameter, state in tensors.items():
+            self.load_state_tensors(parameter, state)
+        self.__setstate__({"state": self.state, "param_groups": groups})
+
+    def _check_layout(self, parameter: Tensor, tensors: State) -> None:
+        needed, given = (
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+            for state in (self.state[parameter], tensors)
+        )
+        if needed != given:
+            raise ValueError(
+                f"a saved state must fit its parameter; number {self._index[parameter]} needs {needed}; "
+                f"got {given}; resume with the optimizer and settings that wrote it"
+            )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters and allocate their state; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for parameter in group["params"]:
+                if not parameter.is_contiguous():
+                    raise ValueError(f"parameters must be contiguous; got strides {parameter.stride()}")
+                weight_precision_of(parameter, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for parameter in group["params"]:
+            self._index[parameter] = len(self._index)
+            self.state[parameter] = self._new_state(parameter, group)
 
 
-def global_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients together: 0-dim, fp32, accumulated in fp32 without a copy of any gradient."""
-    norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-        for parameter in parameters
-        if parameter.grad is not None
-    ]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+def weight_precision_of(parameter: Tensor, group: Group) -> WeightPrecision:
+    """Return how ``parameter`` takes its updates.
+
+    Raises:
+        ValueError: the group's ``weight_precision`` is unknown or does not fit the parameter's dtype.
+    """
+    return weight_precision(group["weight_precision"], parameter.dtype)
 
 
-def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """Return what gradients are multiplied by so that their global norm is at most ``max_norm``: 0-dim, at most 1."""
-    coefficient: Tensor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return coefficient
+def state_slice(state: State, piece: slice) -> State:
+    """Return the state of the elements in ``piece``, flat; the counter as it is, scales by their blocks."""
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        if name == "step":
+            return tensor
+        if name.endswith("_scale"):
+            return tensor[piece.start // SLICE_MULTIPLE : -(-piece.stop // SLICE_MULTIPLE)]
+        return tensor.view(-1)[piece]
+
+    return {name: cut(name, tensor) for name, tensor in state.items()}
+
+
+def weight_state_slice(state: State, piece: slice) -> State:
+    """Return what the weight's own precision keeps of the elements in ``piece``, flat."""
+    return {name: tensor.view(-1)[piece] for name, tensor in state.items() if name in WEIGHT_STATE_NAMES}
+
+
+def store_unless(found_inf: Tensor | None, target: Tensor, new: Tensor) -> None:
+    """Copy ``new`` to ``target``, or nothing where ``found_inf`` is 1; both have one dtype."""
+    if found_inf is None:
+        target.copy_(new)
+    else:
+        torch.where(found_inf.bool(), target, new, out=target)
+
+
+def require_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raise a ValueError unless ``value`` is a number with ``low <= value < high``."""
+    if isinstance(value, Tensor) or not low <= value < high:
+        raise ValueError(f"{name} must be a number from {low} to below {high}; got {value!r}")

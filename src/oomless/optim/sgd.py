@@ -1,52 +1,90 @@
-"""Stochastic gradient descent with momentum: 4 bytes a parameter, 8 with an fp32 master of a 16-bit weight.
+"""Stochastic gradient descent with momentum; the least state of all, for weights that tolerate one rate for
+all.
 
-The update is PyTorch's fused kernel. Weight decay is part of the gradient, as in PyTorch.
+    g ← g + λ·w        b ← μ·b + g        w ← w − lr·(g + μ·b  if nesterov else  b)
+
+Equals ``torch.optim.SGD`` (dampening 0): weight decay is added to the gradient, not decoupled. torch's fused
+kernel, called on slices. State, in bytes a parameter: 4 with momentum, 0 without; plus that of the weight's
+precision (``precision.py``) and 4 for each tensor's step counter. Transformers train poorly with it; it is
+here for the head alone, and as the floor of what state can cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
+import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
-from oomless.optim.base import MemoryLeanOptimizer
+from oomless.optim.base import (
+    DEFAULT_SLICE_BYTES,
+    Group,
+    MemoryLeanOptimizer,
+    Parameters,
+    State,
+    require_range,
+    state_slice,
+    weight_precision_of,
+)
 
 
 class SGD(MemoryLeanOptimizer):
-    """SGD with momentum."""
+    """SGD with momentum, as ``torch.optim.SGD``. Arguments: see ``MemoryLeanOptimizer``."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
-    ) -> None:
-        self.momentum = momentum
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-
-    def buffers(self) -> tuple[str, ...]:  # noqa: D102
-        return ("momentum",)
-
-    def update(  # noqa: D102
         self,
-        weight: Tensor,
+        parameters: Parameters,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        weight_precision: str | None = None,
+        slice_bytes: int = DEFAULT_SLICE_BYTES,
+        seed: int = 0,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(parameters, defaults, weight_precision=weight_precision, slice_bytes=slice_bytes, seed=seed)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        require_range("momentum", group["momentum"], 0.0, 1.0)
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("nesterov needs a momentum above 0; got 0; set momentum or drop nesterov")
+
+    def _new_moments(self, parameter: Tensor, group: Group) -> State:
+        if not group["momentum"]:
+            return {}
+        return {"momentum": torch.zeros_like(parameter, dtype=torch.float32)}
+
+    def _update(
+        self,
+        parameter: Tensor,
         gradient: Tensor,
-        buffers: list[Tensor],
-        step: Tensor,
-        group: dict[str, Any],
-        inverse_scale: Tensor | None,
+        group: Group,
+        state: State,
+        gradient_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        sgd(
-            [weight],
-            [gradient],
-            [buffers[0]],
-            fused=True,
-            grad_scale=inverse_scale,
-            found_inf=found_inf,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=self.momentum,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        precision = weight_precision_of(parameter, group)
+        key = self._noise_key(parameter, group, state)
+        divisor = None if gradient_scale is None else gradient_scale.reciprocal()
+        weights, gradients = parameter.view(-1), gradient.view(-1)
+        gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
+        temporary_bytes = max(precision.value_bytes + gradient_bytes, precision.peak_bytes)
+        for piece in self._slices(parameter.numel(), temporary_bytes):
+            part = state_slice(state, piece)
+            value = precision.read(weights[piece], part)
+            torch._fused_sgd_(
+                [value],
+                [gradients[piece].float()],
+                [part["momentum"]] if "momentum" in part else [],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+                is_first_step=False,
+                grad_scale=divisor,
+                found_inf=found_inf,
+            )
+            precision.write(weights[piece], part, value, key, piece.start)

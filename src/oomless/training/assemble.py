@@ -22,8 +22,6 @@ from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
 
-_OPTIMIZER_ARGUMENTS = {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "momentum": "momentum"}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
@@ -104,12 +102,12 @@ def check_length(spec: ModelSpec, config: TrainConfig) -> None:
 
 
 def _optimizer(model: Any, config: TrainConfig) -> MemoryLeanOptimizer:
-    settings = {_OPTIMIZER_ARGUMENTS[key]: getattr(config, key) for key in OPTIMIZER_DEFAULTS[config.optimizer]}
+    own = OPTIMIZER_DEFAULTS[config.optimizer]
+    settings: dict[str, Any] = {"momentum": config.momentum} if "momentum" in own else {}
+    if "adam_beta1" in own:
+        settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     return optim.build(
-        config.optimizer,
-        parameter_groups(model, config),
-        lr=config.learning_rate,
-        **settings,
+        config.optimizer, parameter_groups(model, config), lr=config.learning_rate, seed=config.seed, **settings
     )
 
 
@@ -117,14 +115,18 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
     """Return the optimizer's groups: matrices decay, vectors do not; embed_tokens and lm_head have their own rate.
 
     Raises:
-        ConfigError: ``embedding_learning_rate`` is given but neither embed_tokens nor lm_head trains.
+        ConfigError: ``embedding_learning_rate`` is given but neither embed_tokens nor lm_head trains, or
+            ``weight_precision`` but all that trains is fp32.
     """
     embeddings = {id(parameter) for parameter in trainable.embedding_parameters(model)}
-    groups: dict[tuple[bool, bool], list[Any]] = {}
+    groups: dict[tuple[bool, bool, bool], list[Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in embeddings, parameter.ndim > 1), []).append(parameter)
-    if config.embedding_learning_rate is not None and not any(embedding for embedding, _ in groups):
+            kind = (id(parameter) in embeddings, parameter.ndim > 1, parameter.dtype != torch.float32)
+            groups.setdefault(kind, []).append(parameter)
+    if config.weight_precision is not None and not any(sixteen_bit for _, _, sixteen_bit in groups):
+        raise ConfigError("weight_precision has no effect: all that trains is fp32; remove it")
+    if config.embedding_learning_rate is not None and not any(embedding for embedding, _, _ in groups):
         raise ConfigError("embedding_learning_rate has no effect: neither embed_tokens nor lm_head trains; remove it")
     embedding_rate = config.embedding_learning_rate or config.learning_rate
     return [
@@ -132,7 +134,9 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
             "params": parameters,
             "lr": embedding_rate if embedding else config.learning_rate,
             "peak_lr": embedding_rate if embedding else config.learning_rate,
-            "weight_decay": config.weight_decay if decays else 0.0,
+            "weight_decay": config.weight_decay if matrix else 0.0,
+            "weight_precision": (config.weight_precision or "master") if sixteen_bit else None,
+            **({"orthogonalise": matrix and not embedding} if config.optimizer == "muon" else {}),
         }
-        for (embedding, decays), parameters in groups.items()
+        for (embedding, matrix, sixteen_bit), parameters in groups.items()
     ]

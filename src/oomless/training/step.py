@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
-from oomless.optim.base import MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
+from oomless.optim import MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
 from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
 
