@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 import typing
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from oomless import __version__
 from oomless.config import TrainConfig, field_help, load_yaml, without_none
-from oomless.errors import TrainingError, UserError
+from oomless.errors import ConfigError, TrainingError, UserError
 
 app = typer.Typer(
     help="Train language models on the GPU you have, and do not run out of memory.",
@@ -97,31 +98,81 @@ def _number(value: Any) -> Any:
 
 def train(config: Path | None, **settings: Any) -> None:
     """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it."""
+    from oomless.planning.plan import predict
+    from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
     from oomless.training.loop import train as run
 
     console = Console()
     resolved = TrainConfig.from_mapping({**(load_yaml(config) if config else {}), **_given(settings)})
+    predicted = predict(resolved)
+    if predicted is not None:
+        print_plan(console, predicted)
     listener = TerminalListener(console)
     try:
         result = run(resolved, listener)
     finally:
         listener.close()
     print_result(console, result, f"oomless train --config {resolved.output_dir}/config.yaml --resume")
+    if predicted is not None:
+        print_prediction(console, predicted, result.peak_memory_bytes)
     if result.interrupted:
         raise typer.Exit(130)
 
 
-_config_option = typer.Option("--config", help="YAML with any of the settings below.", show_default=False)
-train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        inspect.Parameter(
-            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, _config_option]
-        ),
-        *_options(),
+def plan(config: Path | None, json: bool, timeline: Path | None, snapshot: Path | None, **settings: Any) -> None:
+    """Say before a run, and without a GPU, whether it fits one: the training step, rehearsed."""
+    from oomless.planning.plan import plan_training
+    from oomless.report.plan import print_plan, write_timeline
+
+    if timeline is not None and timeline.suffix not in (".html", ".png"):
+        raise ConfigError(f"a timeline is written as .html or .png; got {timeline.name}")
+    least = {"data": "-", "output_dir": "-"}
+    resolved = TrainConfig.from_mapping({**least, **(load_yaml(config) if config else {}), **_given(settings)})
+    answer = plan_training(resolved, snapshot=snapshot is not None)
+    if json:
+        print(dumps(answer.to_dict(), indent=2))
+    else:
+        print_plan(Console(), answer)
+    if timeline is not None:
+        write_timeline(answer.profile, timeline)
+    if snapshot is not None:
+        from oomless.memory.snapshot import write_snapshot
+
+        write_snapshot(answer.device.allocator, snapshot)
+
+
+def _command(function: Any, *own: tuple[str, Any, Any]) -> None:
+    """Add ``function`` as a command with its ``own`` options and one for every setting."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, annotation, default in own
     ]
+    function.__signature__ = inspect.Signature([*parameters, *_options()])
+    app.command()(function)
+
+
+_CONFIG = (
+    "config",
+    Annotated[Path | None, typer.Option("--config", help="YAML with any of the settings below.", show_default=False)],
+    None,
 )
-app.command()(train)
+_command(train, _CONFIG)
+_command(
+    plan,
+    _CONFIG,
+    ("json", Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")], False),
+    (
+        "timeline",
+        Annotated[Path | None, typer.Option("--timeline", help="Write memory over time as .html or .png.")],
+        None,
+    ),
+    (
+        "snapshot",
+        Annotated[Path | None, typer.Option("--snapshot", help="Write what PyTorch's memory visualiser opens.")],
+        None,
+    ),
+)
 
 
 @app.command()

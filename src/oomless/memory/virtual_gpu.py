@@ -65,7 +65,8 @@ class _DeviceLedger:
                     f"CUDA out of memory. Tried to allocate {format_bytes(size_bytes)}. "
                     f"(Allocation {index}, which VirtualGPU.fail_at was told to fail.)"
                 )
-            block = self.allocator.allocate(size_bytes)
+            note = str(operation) if self.allocator.history is not None else None
+            block = self.allocator.allocate(size_bytes, note=note)
         except torch.OutOfMemoryError:
             if self.recorder is not None:
                 self.recorder.failed(size_bytes, operation)
@@ -92,6 +93,7 @@ class VirtualGPU(Device):
         outside_bytes: taken outside the caching allocator (CUDA context, libraries).
         compute_capability: of the GPU that is simulated, for those who choose kernels.
         record_history: keep every event, for ``profile``; about 200 bytes of host memory for each.
+        snapshot_history: keep the allocator's own history as well, for ``snapshot.write_snapshot``.
         fake: run under ``FakeTensorMode``: sizes are true, values do not exist, nothing is allocated.
     """
 
@@ -104,13 +106,16 @@ class VirtualGPU(Device):
         outside_bytes: int = 0,
         compute_capability: tuple[int, int] = (8, 0),
         record_history: bool = False,
+        snapshot_history: bool = False,
         fake: bool = False,
     ) -> None:
         self.name = name
         self.capacity_bytes: int = capacity_bytes
         self.outside_bytes = outside_bytes
         self.compute_capability = compute_capability
-        self.allocator = CachingAllocator(capacity_bytes, settings or AllocatorSettings(), outside_bytes)
+        self.allocator = CachingAllocator(
+            capacity_bytes, settings or AllocatorSettings(), outside_bytes, record_history=snapshot_history
+        )
         self._recorder = Recorder(self.allocator.statistics) if record_history else None
         self._ledger = _DeviceLedger(self.allocator, self._recorder)
         self._host_ledger = _HostLedger()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oomless import catalogue
 from oomless.errors import ModelError, nearest
 
 
@@ -38,6 +39,21 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
         raise ModelError(f"a model folder holds a config.json; there is none in {folder}")
     config = read_config(folder / "config.json", trust_remote_code)
     return ModelSpec(name=name, config=config, folder=folder, trust_remote_code=trust_remote_code)
+
+
+def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
+    """Return the spec of a folder, a config.json or a known model, without its weights and without a download.
+
+    Raises:
+        ModelError: as ``resolve``; for a name that is neither here nor in the catalogue, with the nearest known.
+    """
+    from transformers import AutoConfig
+
+    if Path(name).expanduser().exists():
+        return resolve(name, trust_remote_code=trust_remote_code)
+    settings = dict(catalogue.model_config(name))
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return ModelSpec(name=catalogue.model(name).name, config=config, folder=None)
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:

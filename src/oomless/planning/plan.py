@@ -10,14 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from oomless import hardware
+from oomless.catalogue import overhead
 from oomless.config import TrainConfig
+from oomless.errors import HardwareError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.models.spec import ModelSpec
+from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
+from oomless.training.assemble import open_device
+from oomless.units import format_bytes
 
 FIXED: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
 
@@ -114,8 +119,55 @@ class Plan:
         }
 
 
-def plan(spec: ModelSpec, config: TrainConfig, target: Target, settings: AllocatorSettings | None = None) -> Plan:
-    """Rehearse ``config`` with ``spec`` on ``target`` and return what it needs.
+def target_for(text: str) -> Target:
+    """Return the GPU that ``text`` names: the catalogue's (T4), a size (24GiB), virtual:256MiB, or auto for the one here.
+
+    Raises:
+        HardwareError: it names none, several, or there is none here.
+    """
+    if text.startswith("virtual:"):
+        device = open_device(text)
+        return Target(
+            name=text,
+            capacity_bytes=device.capacity_bytes or 0,
+            outside_bytes=0,
+            workspace_bytes=0,
+            compute_capability=device.compute_capability or (8, 0),
+            kernel="auto",
+        )
+    found = hardware.resolve(text)
+    if found is None:
+        raise HardwareError(
+            "a plan is for a GPU and none is here: name one, such as --gpu T4, RTX4090, A100-40G or 24GiB"
+        )
+    if found.count > 1:
+        raise HardwareError(f"a plan is for one GPU so far; got {found}: name the GPU alone")
+    workspace = overhead("cublas workspace", found.gpu)
+    notes = [f"memory of {found.gpu.name}: {found.gpu.usable_source}"]
+    for item in found.outside_allocator:
+        low, high = format_bytes(item.bytes_low), format_bytes(item.bytes_high)
+        notes.append(
+            f"{item.name} outside the allocator: {format_bytes(item.bytes_expected)} ({low} to {high}); {item.source}"
+        )
+    return Target(
+        name=str(found),
+        capacity_bytes=found.gpu.usable_bytes,
+        outside_bytes=sum(item.bytes_expected for item in found.outside_allocator),
+        workspace_bytes=workspace.bytes_expected if workspace is not None else 0,
+        compute_capability=found.gpu.capability or (8, 0),
+        notes=tuple(notes),
+    )
+
+
+def plan(
+    spec: ModelSpec,
+    config: TrainConfig,
+    target: Target,
+    settings: AllocatorSettings | None = None,
+    *,
+    snapshot: bool = False,
+) -> Plan:
+    """Rehearse ``config`` with ``spec`` on ``target`` and return what it needs; ``snapshot`` keeps what one is made of.
 
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
@@ -128,6 +180,7 @@ def plan(spec: ModelSpec, config: TrainConfig, target: Target, settings: Allocat
             compute_capability=target.compute_capability,
             outside_bytes=target.outside_bytes,
             settings=settings,
+            snapshot=snapshot,
         )
         return rehearse(spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes)
 
@@ -152,3 +205,22 @@ def plan(spec: ModelSpec, config: TrainConfig, target: Target, settings: Allocat
         trainable_parameters=free.trainable_parameters,
         device=shown.device,
     )
+
+
+def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:
+    """Return the plan of ``config`` for the GPU that it names; model and GPU may both be the catalogue's.
+
+    Raises:
+        UserError: model, GPU or settings do not fit together.
+    """
+    spec = resolve_for_plan(config.model, trust_remote_code=config.trust_remote_code)
+    return plan(spec, config, target_for(config.gpu), snapshot=snapshot)
+
+
+def predict(config: TrainConfig) -> Plan | None:
+    """Return the plan of a training that is about to start here; ``None`` on a plain CPU, which has no such limit."""
+    device = open_device(config.gpu)
+    if device.capacity_bytes is None:
+        return None
+    spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
+    return plan(spec, config, target_for(config.gpu if config.gpu.startswith("virtual:") else "auto"))

@@ -57,8 +57,9 @@ def virtual_device(
     compute_capability: tuple[int, int] = (8, 0),
     outside_bytes: int = 0,
     settings: AllocatorSettings | None = None,
+    snapshot: bool = False,
 ) -> VirtualGPU:
-    """Return a GPU to rehearse on: tensors hold nothing, and every event is kept."""
+    """Return a GPU to rehearse on: tensors hold nothing, and every event is kept (also for a ``snapshot``)."""
     return VirtualGPU(
         capacity_bytes,
         name=name,
@@ -66,6 +67,7 @@ def virtual_device(
         outside_bytes=outside_bytes,
         settings=settings,
         record_history=True,
+        snapshot_history=snapshot,
         fake=True,
     )
 

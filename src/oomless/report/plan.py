@@ -53,6 +53,16 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print(note, style="dim", highlight=False)
 
 
+def print_prediction(console: Console, plan: Plan, measured_bytes: int) -> None:
+    """Print predicted against measured peak."""
+    predicted = plan.profile.peak_allocated_bytes
+    console.print(
+        f"peak allocated: predicted {format_bytes(predicted)}, measured {format_bytes(measured_bytes)} "
+        f"({(predicted - measured_bytes) / max(1, measured_bytes):+.2%})",
+        highlight=False,
+    )
+
+
 def _print_failure(console: Console, plan: Plan) -> None:
     if plan.stopped_at is not None:
         where = f" in {plan.stopped_at.module}" if plan.stopped_at.module else ""
