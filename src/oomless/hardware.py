@@ -71,7 +71,12 @@ def detect() -> Hardware | None:
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         first = devices[0]
         return Hardware(
-            gpu=recognise(first.name, first.total_memory, (first.major, first.minor)),
+            gpu=recognise(
+                first.name,
+                first.total_memory,
+                (first.major, first.minor),
+                vendor="amd" if torch.version.hip else "nvidia",
+            ),
             count=sum(device.name == first.name for device in devices),
             detected=True,
         )
