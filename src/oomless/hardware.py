@@ -35,8 +35,8 @@ class Hardware:
         if self.capacity_bytes <= 0:
             outside_bytes = self.gpu.usable_bytes - self.capacity_bytes
             raise HardwareError(
-                f"a GPU must hold more than the {format_bytes(outside_bytes)} that lie outside PyTorch's allocator; "
-                f"got {format_bytes(self.gpu.usable_bytes)}: name a larger size"
+                f"a GPU must hold more than the {format_bytes(outside_bytes)} that lie outside PyTorch's "
+                f"allocator; got {format_bytes(self.gpu.usable_bytes)}: name a larger size"
             )
 
     @property
