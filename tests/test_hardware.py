@@ -59,6 +59,11 @@ def test_capacity_leaves_out_what_lies_outside_the_allocator():
     assert resolve("apple:16GiB").capacity_bytes == catalogue.gpu("apple:16GiB").usable_bytes
 
 
+def test_a_gpu_that_holds_nothing_is_refused():
+    with pytest.raises(HardwareError, match=r"more than the 542.72 MiB that lie outside .* got 256.00 MiB"):
+        resolve("256MiB")
+
+
 @pytest.mark.parametrize("name", ["T4", "V100-32GB", "P100", "RTX 2080 Ti"])
 def test_bf16_is_refused_before_capability_8(name):
     with pytest.raises(HardwareError, match=r"capability 8.0 or later; .* has [67]\.\d: use fp16"):

@@ -14,6 +14,7 @@ from typing import Literal
 
 from oomless.catalogue import Gpu, Overhead, apple_gpu, gpu, overhead, recognise
 from oomless.errors import HardwareError
+from oomless.units import format_bytes
 
 _COUNT_AND_NAME = re.compile(r"(\d+)\s*[x×*]\s*(\S.*)", re.IGNORECASE)
 
@@ -31,6 +32,12 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise HardwareError(f"the number of GPUs must be at least 1; got {self.count} of {self.gpu.name}")
+        if self.capacity_bytes <= 0:
+            outside_bytes = self.gpu.usable_bytes - self.capacity_bytes
+            raise HardwareError(
+                f"a GPU must hold more than the {format_bytes(outside_bytes)} that lie outside PyTorch's "
+                f"allocator; got {format_bytes(self.gpu.usable_bytes)}: name a larger size"
+            )
 
     @property
     def outside_allocator(self) -> tuple[Overhead, ...]:
@@ -71,7 +78,12 @@ def detect() -> Hardware | None:
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         first = devices[0]
         return Hardware(
-            gpu=recognise(first.name, first.total_memory, (first.major, first.minor)),
+            gpu=recognise(
+                first.name,
+                first.total_memory,
+                (first.major, first.minor),
+                vendor="amd" if torch.version.hip else "nvidia",
+            ),
             count=sum(device.name == first.name for device in devices),
             detected=True,
         )

@@ -115,6 +115,9 @@ def test_recognise_accepts_what_it_does_not_know():
     assert (gpu.name, gpu.usable_bytes, gpu.capability) == ("Voodoo 2", 12 * MiB, (3, 5))
     assert not gpu.supports_bf16
     assert gpu.source == "not in the catalogue"
+    assert catalogue.overhead("context", gpu).bytes_expected > 0
+    radeon = catalogue.recognise("Radeon RX 7900 XTX", 24 * GiB, (11, 0), vendor="amd")
+    assert catalogue.overhead("cublas workspace", radeon).bytes_low == 32 * MiB
 
 
 @pytest.mark.parametrize("gpu", catalogue.gpus(), ids=NAMES)

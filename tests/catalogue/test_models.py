@@ -1,13 +1,22 @@
+import inspect
 import logging
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from oomless import catalogue
 from oomless.errors import ModelError
 
-NEEDED_WITH_ANY_ARCHITECTURE = {"model_type", "architectures", "dtype", "vocab_size", "tie_word_embeddings"}
+# Fields on which neither memory nor work depends, or that follow from stored ones: no entry needs them.
+NOT_NEEDED_TO_PLAN = """
+    bos_token_id eos_token_id pad_token_id initializer_range use_cache pretraining_tp is_decoder
+    router_aux_loss_coef router_jitter_noise output_router_logits classifier_dropout swiglu_alpha swiglu_limit
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention
+    use_bidirectional_attention rope_interleave partial_rotary_factor num_nextn_predict_layers
+    qk_head_dim head_dim sliding_window _sliding_window_pattern max_window_layers no_rope_layer_interval
+"""
 
 
 @pytest.fixture
@@ -33,13 +42,24 @@ def test_the_real_class_has_the_published_number_of_parameters(name, transformer
 
 
 @pytest.mark.parametrize("name", catalogue.models())
-def test_entries_are_complete(name):
+def test_nothing_is_misspelt_and_nothing_is_left_to_a_default(name):
+    stored = catalogue.model_config(name)
+    config = AutoConfig.for_model(**catalogue.model_config(name))
+    field_of_key = {key: config.attribute_map.get(key, key) for key in stored}
+    fields = type(config)().to_dict().keys()
+    modelling = inspect.getsource(inspect.getmodule(AutoModelForCausalLM._model_mapping[type(config)]))
+    for key, field in field_of_key.items():
+        assert field in fields or f'"{key}"' in modelling, (
+            f"{key} is no field of a {config.model_type} config"
+        )
+    of_any_config = PreTrainedConfig().to_dict().keys()
+    assert fields - of_any_config - set(field_of_key.values()) <= set(NOT_NEEDED_TO_PLAN.split())
+    assert stored.keys() >= {"model_type", "architectures", "dtype", "tie_word_embeddings"}
+
+
+@pytest.mark.parametrize("name", catalogue.models())
+def test_entries_hold_together(name):
     entry = catalogue.model(name)
-    assert entry.config.keys() >= NEEDED_WITH_ANY_ARCHITECTURE
-    assert {
-        "rope_parameters",
-        "max_position_embeddings",
-    } <= entry.config.keys() or "n_positions" in entry.config
     assert len(entry.config.get("layer_types", [])) in (0, entry.config.get("num_hidden_layers"))
     assert entry.source
     assert name.count("/") == 1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+
+@cache
 def read_yaml(name: str) -> Any:
-    """Return what the YAML file ``name`` of this package holds."""
-    return yaml.safe_load(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+    """Return what the YAML file ``name`` of this package holds; it is shared, so it must not be changed."""
+    return yaml.load(files(__package__).joinpath(name).read_text(encoding="utf-8"), Loader=_LOADER)
 
 
 def read_json_folder(name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from oomless.errors import HardwareError, nearest
 from oomless.units import GiB, format_bytes, parse_bytes
 
 Capability = tuple[int, int]
+Vendor = Literal["nvidia", "amd", "apple"]
 
 _BF16_SINCE: Capability = (8, 0)
 _ASSUMED_CAPABILITY: Capability = (8, 0)
@@ -42,7 +43,7 @@ class Gpu:
     aliases: tuple[str, ...] = ()
     """Other names that mean this entry, the driver's among them; an alias may stand in several entries."""
 
-    vendor: Literal["nvidia", "amd", "apple"] = "nvidia"
+    vendor: Vendor = "nvidia"
 
     capability: Capability | None
     """CUDA compute capability (for AMD what PyTorch reports in its place); ``None`` for Apple."""
@@ -124,7 +125,9 @@ def gpu(name: str) -> Gpu:
     )
 
 
-def recognise(driver_name: str, total_memory_bytes: int, capability: Capability) -> Gpu:
+def recognise(
+    driver_name: str, total_memory_bytes: int, capability: Capability, vendor: Vendor = "nvidia"
+) -> Gpu:
     """Return the catalogue's entry for a device that is present, with the device's own memory and capability.
 
     Of several sizes under one name the nearest is taken; a device that the catalogue does not know comes back
@@ -135,7 +138,9 @@ def recognise(driver_name: str, total_memory_bytes: int, capability: Capability)
     if matches:
         found = min(matches, key=lambda entry: abs(entry.usable_bytes - total_memory_bytes))
     else:
-        found = replace(_gpu_of_size(total_memory_bytes), name=driver_name, source="not in the catalogue")
+        found = replace(
+            _gpu_of_size(total_memory_bytes), name=driver_name, vendor=vendor, source="not in the catalogue"
+        )
     return replace(
         found,
         usable_bytes=total_memory_bytes,
