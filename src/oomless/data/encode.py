@@ -2,9 +2,9 @@
 
 A long document is encoded in pieces. Where it is cut matters: the ids of the pieces must decode to the text. Most
 byte-level tokenizers split before a line's first letter anyway, so a cut there changes nothing. Tokenizers in
-SentencePiece's manner put a space before every text they are given; for them each later piece is encoded behind a line
-end whose own ids are then taken off again. Which of the two the tokenizer needs is found by trying, and a tokenizer for
-which neither gives the text back encodes its documents whole.
+SentencePiece's manner put a space before every text they are given; for them each later piece is encoded behind an
+anchor, a character that merges with nothing, whose own ids are then taken off again. What the tokenizer needs is found
+by trying, and a tokenizer for which nothing gives the text back encodes its documents whole.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from oomless.errors import DataError, ModelError
 
 BATCH_CHARACTERS = 1 << 20
 WHOLE_DOCUMENT_CHARACTERS = 1 << 26
-_ANCHOR = "\n"
+_ANCHORS = ("", "\0", "\n")
 _LINE_START = re.compile(r"\n(?=\S)")
 _WORD_START = re.compile(r"(?<=\S)(?= \S)")
 _PROBE = ("def first():\n    return 'one'\n", "Second line, 第二行, naïve\n", "  indented\n", "last")
+_HARD_PROBE = ("a", "\n\n", "\n b", "  c", " ", "\r\n", "天", "\u0301!", "\0", "1")
 
 
 class Encoder:
@@ -46,33 +47,35 @@ class Encoder:
         special = self.tokenizer.encode("", add_special_tokens=True).ids
         self.start: list[int] = [tokenizer.bos_token_id] if tokenizer.bos_token_id in special else []
         self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        self.anchor_ids = self._plain([_ANCHOR])[0]
-        self.cut = self._way_to_cut()
+        self.anchor = next((anchor for anchor in _ANCHORS if self._fits(anchor)), None)
+        """What later pieces are encoded behind; None where documents must stay whole."""
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _way_to_cut(self) -> str | None:
-        whole = self._plain(["".join(_PROBE)])[0]
-        for way in ("direct", "anchored"):
-            ids: list[int] = []
-            for number, text in enumerate(_PROBE):
-                ids += self._piece_ids(self._plain([self._dressed(text, number, way)])[0], number, way)
-            if self.tokenizer.decode(ids, skip_special_tokens=False) == self.tokenizer.decode(
-                whole, skip_special_tokens=False
-            ) and len(ids) <= len(whole):
-                return way
-        return None
+    def _behind(self, anchor: str, texts: list[str]) -> list[list[int]]:
+        """Return the ids that ``texts`` have behind ``anchor``, without the anchor's."""
+        anchor_ids = self._plain([anchor])[0] if anchor else []
+        kept = len(anchor_ids)
+        encoded = self._plain([anchor + text for text in texts])
+        for text, ids in zip(texts, encoded, strict=True):
+            if ids[:kept] != anchor_ids:
+                raise DataError(
+                    f"a long document cannot be encoded in parts where {text[:20]!r} begins: split its file there"
+                )
+        return [ids[kept:] for ids in encoded]
 
-    @staticmethod
-    def _dressed(text: str, number: int, way: str | None) -> str:
-        return _ANCHOR + text if way == "anchored" and number > 0 else text
-
-    def _piece_ids(self, ids: list[int], number: int, way: str | None) -> list[int]:
-        if way == "anchored" and number > 0:
-            kept = len(self.anchor_ids)
-            return ids[kept:] if ids[:kept] == self.anchor_ids else ids
-        return ids
+    def _fits(self, anchor: str) -> bool:
+        for probe in (_PROBE, _HARD_PROBE):
+            whole = self._plain(["".join(probe)])[0]
+            try:
+                ids = sum([*self._plain([probe[0]]), *self._behind(anchor, list(probe[1:]))], [])
+            except DataError:
+                return False
+            texts = self.tokenizer.decode_batch([ids, whole], skip_special_tokens=False)
+            if texts[0] != texts[1] or (probe is _PROBE and len(ids) > len(whole)):
+                return False
+        return True
 
     def documents(
         self, documents: Iterable[Pieces], dtype: type[np.unsignedinteger[Any]]
@@ -92,20 +95,20 @@ class Encoder:
     def _encode(
         self, batch: list[tuple[str, int, bool]], dtype: type[np.unsignedinteger[Any]]
     ) -> Iterator[tuple[Any, bool]]:
-        encoded = self._plain([self._dressed(text, number, self.cut) for text, number, _ in batch])
-        for (_, number, is_last), ids in zip(batch, encoded, strict=True):
-            start = self.start if number == 0 else []
-            end = [self.eos] if is_last else []
-            yield np.array([*start, *self._piece_ids(ids, number, self.cut), *end], dtype=dtype), is_last
+        first = iter(self._plain([text for text, number, _ in batch if number == 0]))
+        later = iter(self._behind(self.anchor or "", [text for text, number, _ in batch if number > 0]))
+        for _, number, is_last in batch:
+            ids = next(later) if number else [*self.start, *next(first)]
+            yield np.array([*ids, self.eos] if is_last else ids, dtype=dtype), is_last
 
     def _cut_pieces(self, pieces: Pieces) -> Iterator[tuple[int, str, bool]]:
         """Yield ``(number, text, is_last)``: the document cut where encoding the parts gives the whole back."""
         number, rest = 0, ""
-        limit = PIECE_CHARACTERS if self.cut else WHOLE_DOCUMENT_CHARACTERS
+        limit = WHOLE_DOCUMENT_CHARACTERS if self.anchor is None else PIECE_CHARACTERS
         for piece in pieces:
             rest += piece
             while len(rest) >= 2 * limit:
-                if self.cut is None:
+                if self.anchor is None:
                     raise DataError(
                         f"a document is longer than {WHOLE_DOCUMENT_CHARACTERS:,} characters, and this tokenizer cannot "
                         "encode a document in parts: split the file into several documents"

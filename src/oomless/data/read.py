@@ -13,15 +13,16 @@ import gzip
 import io
 import json
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from oomless.config import DataSource
 from oomless.errors import DataError, nearest
@@ -166,7 +167,7 @@ def find_files(source: DataSource) -> tuple[list[TextFile], Counter[str]]:
         raise DataError(f"data names a file, a folder with files or a glob that matches some; {source.path!r} is none")
     files = [_text_file(p) for p in paths]
     known = [file for file in files if file.suffix in TEXT_SUFFIXES | RECORD_SUFFIXES]
-    skipped = Counter(file.suffix or "no suffix" for file in files if file not in known)
+    skipped = Counter(file.suffix or "no suffix" for file in files) - Counter(file.suffix for file in known)
     if not known:
         raise DataError(
             f"{source.path} holds no file of a known kind (it has {', '.join(sorted(skipped))}): oomless reads .txt, .md, "
@@ -195,33 +196,39 @@ def read_documents(file: TextFile, source: DataSource, encoding_errors: str, pro
     Raises:
         DataError: the file cannot be read, decoded or decompressed, or a record lacks its text.
     """
+    with _errors_named(file), file.path.open("rb") as raw:
+        if file.suffix == ".parquet":
+            yield from _parquet_documents(file, raw, source, progress)
+        elif file.suffix in (".jsonl", ".ndjson"):
+            yield from _json_documents(file, raw, source, encoding_errors, progress)
+        else:
+            yield _text_pieces(file, raw, encoding_errors, progress)
+
+
+@contextmanager
+def _errors_named(file: TextFile) -> Iterator[None]:
     try:
-        with file.path.open("rb") as raw:
-            if file.suffix == ".parquet":
-                yield from _parquet_documents(file, raw, source, progress)
-                return
-            stream = _decompressed(file, raw)
-            if file.suffix in (".jsonl", ".ndjson"):
-                yield from _json_documents(file, raw, stream, source, encoding_errors, progress)
-            else:
-                yield _text_pieces(file, raw, stream, encoding_errors, progress)
-    except (OSError, EOFError, zstandard.ZstdError, pyarrow.ArrowException) as error:
+        yield
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"{file.path} cannot be read to its end: {error}") from error
 
 
 def _decompressed(file: TextFile, raw: IO[bytes]) -> IO[bytes]:
     if file.compression == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
-    if file.compression == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    if file.compression == ".zst":  # Arrow's reader, unlike zstandard's, notices that a file is truncated
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), PIECE_CHARACTERS)
     return raw
 
 
-def _text_pieces(file: TextFile, raw: IO[bytes], stream: IO[bytes], encoding_errors: str, progress: Progress) -> Pieces:
+def _text_pieces(file: TextFile, raw: IO[bytes], encoding_errors: str, progress: Progress) -> Pieces:
     decoder = codecs.getincrementaldecoder("utf-8")(encoding_errors)
+    stream = _decompressed(file, raw)
     offset = 0
-    while True:
-        chunk = stream.read(PIECE_CHARACTERS)
+    chunk = b"-"
+    while chunk:
+        with _errors_named(file):
+            chunk = stream.read(PIECE_CHARACTERS)
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -229,8 +236,6 @@ def _text_pieces(file: TextFile, raw: IO[bytes], stream: IO[bytes], encoding_err
             raise _not_utf8(file, offset - pending + error.start, error) from error
         if text:
             yield text
-        if not chunk:
-            return
         offset += len(chunk)
         progress(raw.tell())
 
@@ -243,10 +248,10 @@ def _not_utf8(file: TextFile, offset: int, error: UnicodeDecodeError, where: str
 
 
 def _json_documents(
-    file: TextFile, raw: IO[bytes], stream: IO[bytes], source: DataSource, encoding_errors: str, progress: Progress
+    file: TextFile, raw: IO[bytes], source: DataSource, encoding_errors: str, progress: Progress
 ) -> Iterator[Pieces]:
     offset = 0
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(_decompressed(file, raw), start=1):
         where = f"{file.path}, line {number}"
         try:
             text = line.decode("utf-8", encoding_errors)
@@ -290,6 +295,11 @@ def _record_pieces(where: str, record: dict[str, Any], field: str) -> Pieces:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{where}: the field {field!r} must be text; got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise DataError(f"{where}: the field {field!r} holds U+{half:04X}, half of a character: correct it") from error
     return (text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS))
 
 

@@ -107,7 +107,15 @@ def _stamp(file: TextFile) -> tuple[int, int]:
 
 def _key(files: list[TextFile], source: DataSource, encoder: Encoder, encoding_errors: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    settings = [FORMAT, encoder.serialised, encoder.eos, encoder.start, encoder.cut, source.text_field, encoding_errors]
+    settings = [
+        FORMAT,
+        encoder.serialised,
+        encoder.eos,
+        encoder.start,
+        encoder.anchor,
+        source.text_field,
+        encoding_errors,
+    ]
     digest.update(json.dumps(settings).encode())
     for file in files:
         try:
