@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from oomless.optim.base import MemoryLeanOptimizer
+from oomless.optim.base import SLICE_BYTES, MemoryLeanOptimizer
 
 
 class AdamW(MemoryLeanOptimizer):
@@ -26,9 +26,10 @@ class AdamW(MemoryLeanOptimizer):
         beta2: float = 0.999,
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        slice_bytes: int = SLICE_BYTES,
     ) -> None:
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay}, slice_bytes)
 
     def buffers(self) -> tuple[str, ...]:  # noqa: D102
         return ("exp_avg", "exp_avg_sq")

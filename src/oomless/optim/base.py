@@ -7,7 +7,8 @@ fit fails before it has trained, and the second step needs no more than the firs
 are 0-dim tensors that the update kernels read; where the flag is set they change nothing.
 
 *Temporaries are bounded.* An update never allocates a second tensor of the size of the embedding: what must be
-converted is converted a slice at a time.
+converted is converted a slice at a time. Slices are whole vectors of the CPU's kernels, whose scalar tails round
+differently, so that the size of a slice changes no result.
 
 A 16-bit parameter keeps an fp32 master copy in the state (``master``): a typical update is far below what 16 bits can
 add to a weight. The master is what the optimizer updates; the parameter is rounded from it.
@@ -24,15 +25,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 SLICE_BYTES = 64 << 20
+VECTOR_ELEMENTS = 64
 
 
 class MemoryLeanOptimizer(Optimizer):
-    """Base of the optimizers: holds state, slices 16-bit parameters and hands fp32 slices to ``update``."""
+    """Base of the optimizers: holds state, slices 16-bit parameters and hands fp32 slices to ``update``.
+
+    ``slice_bytes`` is the most that one step allocates for the fp32 copy of 16-bit gradients (at least 256).
+    """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any], slice_bytes: int = SLICE_BYTES
     ) -> None:
-        self.slice_elements = max(1, slice_bytes // 4)
+        self.slice_elements = max(1, slice_bytes // 4 // VECTOR_ELEMENTS) * VECTOR_ELEMENTS
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -66,7 +71,7 @@ class MemoryLeanOptimizer(Optimizer):
     def step(  # type: ignore[override]
         self, *, gradient_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> None:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient; what the gradients hold afterwards is undefined.
 
         Args:
             gradient_scale: 0-dim fp32 on the device; multiplies the gradients.
@@ -102,18 +107,26 @@ class MemoryLeanOptimizer(Optimizer):
         """Fill the state of ``parameter`` from what ``state_tensors`` returned.
 
         Raises:
-            ValueError: the names or shapes differ, so the tensors are another optimizer's.
+            ValueError: names, shapes or dtypes differ, so the tensors are another optimizer's.
         """
         state = self.state[parameter]
-        shapes, given = ({name: t.shape for name, t in tensors.items()} for tensors in (state, tensors))
-        if shapes != given:
-            raise ValueError(f"this optimizer's state is {sorted(shapes)}; got {sorted(given)}")
+        own, given = ({n: (tuple(t.shape), t.dtype) for n, t in sorted(ts.items())} for ts in (state, tensors))
+        if own != given:
+            raise ValueError(f"the tensors of this optimizer's state must be {own}; got {given}")
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse: PyTorch's would round the fp32 state to the dtype of its parameter.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("fp32 state must stay fp32; use load_state_tensors for each parameter")
+
 
 def global_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients together: 0-dim, fp32, accumulated in fp32 without a copy of any gradient."""
+    """Return the norm of all gradients together: 0-dim, fp32, accumulated in fp32; on CUDA without any copy."""
     norms = [
         torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         for parameter in parameters

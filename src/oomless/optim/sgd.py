@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum: 4 bytes a parameter, 8 with an fp32 master of a 16-bit weight.
+"""Stochastic gradient descent: 4 bytes a parameter for momentum (none without), 4 more for a 16-bit weight's master.
 
 The update is PyTorch's fused kernel. Weight decay is part of the gradient, as in PyTorch.
 """
@@ -11,20 +11,26 @@ from typing import Any
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from oomless.optim.base import MemoryLeanOptimizer
+from oomless.optim.base import SLICE_BYTES, MemoryLeanOptimizer
 
 
 class SGD(MemoryLeanOptimizer):
     """SGD with momentum."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        slice_bytes: int = SLICE_BYTES,
     ) -> None:
         self.momentum = momentum
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay}, slice_bytes)
 
     def buffers(self) -> tuple[str, ...]:  # noqa: D102
-        return ("momentum",)
+        return ("momentum",) if self.momentum else ()
 
     def update(  # noqa: D102
         self,
@@ -39,7 +45,7 @@ class SGD(MemoryLeanOptimizer):
         sgd(
             [weight],
             [gradient],
-            [buffers[0]],
+            [*buffers] if buffers else [None],
             fused=True,
             grad_scale=inverse_scale,
             found_inf=found_inf,
