@@ -5,7 +5,9 @@ of size T x T exists, and no time goes into pairs that may not see each other. W
 is one batched call.
 
 What no fused kernel does (soft-capped scores, attention sinks, a sliding window shorter than the document) is computed
-from plain products over chunks of queries, each of which keeps only its inputs and is computed again in backward.
+from plain products over chunks of queries, each of which keeps only its inputs and is computed again in backward: three
+more products than the two forward and five backward of a fused kernel. A chunk's scores, in all their copies, take at
+most ``SCORE_BYTES`` (more only where one query's alone do).
 
 Shapes in names: B blocks, H heads, G key-value heads, T tokens, D width of a head.
 """
@@ -23,7 +25,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Kernel = Literal["auto", "flash", "efficient", "math"]
-SCORE_BYTES = 32 << 20
+SCORE_BYTES = 192 << 20
+SCORE_COPIES = 6
 
 _kernel: ContextVar[Kernel] = ContextVar("attention_kernel", default="auto")
 
@@ -78,26 +81,24 @@ def packed_attention(
         dropout: probability of dropping an attention weight.
 
     Raises:
-        ValueError: a block's lengths do not sum to T.
+        ValueError: there are not as many tuples of lengths as blocks, or one's are not positive or do not sum to T.
     """
-    length = query.shape[2]
+    blocks, _, length, _ = query.shape
     if document_lengths is not None:
+        if len(document_lengths) != blocks:
+            raise ValueError(f"there must be document lengths for all {blocks} blocks; got {len(document_lengths)}")
         for lengths in document_lengths:
-            if sum(lengths) != length:
-                raise ValueError(f"document lengths must sum to the block's {length} tokens; got {sum(lengths)}")
-    whole = document_lengths is None or all(len(lengths) == 1 for lengths in document_lengths)
-    if whole:
+            if sum(lengths) != length or min(lengths) < 1:
+                raise ValueError(f"document lengths must be positive and sum to {length} tokens; got {lengths}")
+    if document_lengths is None or all(len(lengths) == 1 for lengths in document_lengths):
         return _document(query, key, value, scale, sliding_window, softcap, sinks, dropout)
-    assert document_lengths is not None
     rows = []
-    for row, lengths in enumerate(document_lengths):
-        parts, start = [], 0
-        for size in lengths:
-            q, k, v = (states[row : row + 1, :, start : start + size] for states in (query, key, value))
-            parts.append(_document(q, k, v, scale, sliding_window, softcap, sinks, dropout))
-            start += size
-        rows.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+    # Not slices: the gradient of each would be a tensor of the whole block, mostly zeros.
+    for lengths, *states in zip(document_lengths, *(torch.split(t, 1) for t in (query, key, value)), strict=True):
+        documents = zip(*(torch.split(t, lengths, dim=2) for t in states), strict=True)
+        parts = [_document(q, k, v, scale, sliding_window, softcap, sinks, dropout) for q, k, v in documents]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
 
 
 def _document(
@@ -115,15 +116,15 @@ def _document(
     if softcap is None and sinks is None and not windowed:
         return _fused(query, key, value, scale, dropout).transpose(1, 2)
     reach = window if window is not None and windowed else query.shape[2]
-    per_query = query.shape[0] * query.shape[1] * min(query.shape[2], 2 * reach) * 4
+    per_query = query.shape[0] * query.shape[1] * min(query.shape[2], 2 * reach) * 4 * SCORE_COPIES
     queries = max(1, min(reach, SCORE_BYTES // per_query))
     parts = []
-    for start in range(0, query.shape[2], queries):
-        stop = min(start + queries, query.shape[2])
-        first = max(0, start - reach + 1)
+    for number, chunk in enumerate(torch.split(query, queries, dim=2)):
+        start = number * queries
+        stop, first = start + chunk.shape[2], max(0, start - reach + 1)
         part = checkpoint(
             _scores_attention,
-            *(query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], sinks),
+            *(chunk, key[:, :, first:stop], value[:, :, first:stop], sinks),
             *(start - first, reach, scale, softcap, dropout),
             use_reentrant=False,
             preserve_rng_state=dropout > 0,
@@ -135,12 +136,11 @@ def _document(
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     kernel = _kernel.get()
     groups = query.shape[1] // key.shape[1]
-    native_groups = kernel == "flash" or (
-        kernel == "auto"
-        and query.is_cuda
-        and query.dtype != torch.float32
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    if kernel == "auto" and query.is_cuda:
+        capability = torch.cuda.get_device_capability(query.device)
+        native_groups = kernel_for(capability, query.dtype, query.shape[3]) == "flash"
+    else:
+        native_groups = kernel == "flash"
     if groups > 1 and not native_groups:
         key, value = _repeated(key, groups), _repeated(value, groups)
     if kernel == "flash":
@@ -149,8 +149,9 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: flo
         )[0]
         return output
     if kernel == "efficient":
+        for_backward = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
         output = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, dropout, True, scale=scale
+            query, key, value, None, for_backward, dropout, True, scale=scale
         )[0]
         return output
     if kernel == "math":
@@ -181,19 +182,23 @@ def _scores_attention(
     dropout: float,
 ) -> Tensor:
     """Attention of some queries from plain products; query i sees keys i + offset - reach + 1 to i + offset."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = _repeated(key, groups), _repeated(value, groups)
-    scores = query @ key.transpose(-1, -2) * scale
+    B, H, queries, D = query.shape
+    G, keys = key.shape[1:3]
+    # A group's queries are rows of one product with its key head, which need not be repeated.
+    rows = query.reshape(B, G, H // G * queries, D)
+    scores = (rows * (scale if softcap is None else scale / softcap)) @ key.transpose(-1, -2)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    place = torch.arange(query.shape[2], device=query.device)[:, None] + offset
-    seen = torch.arange(key.shape[2], device=query.device)[None]
-    scores = scores.masked_fill((seen > place) | (seen <= place - reach), -torch.inf)
+        scores = scores.tanh_() * softcap
+    place = torch.arange(queries, device=query.device)[:, None] + offset
+    seen = torch.arange(keys, device=query.device)[None]
+    hidden = (seen > place) | (seen <= place - reach)
+    scores.masked_fill_(hidden.repeat(H // G, 1), -torch.inf)
     if sinks is not None:
-        sink_scores = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
-        scores = torch.cat([scores, sink_scores], dim=-1)
+        sink_scores = sinks.view(1, G, H // G, 1).expand(B, G, H // G, queries).reshape(B, G, -1, 1)
+        scores = torch.cat([scores, sink_scores.to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    return F.dropout(weights, dropout) @ value if dropout else weights @ value
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return (weights @ value).view(B, H, queries, D)

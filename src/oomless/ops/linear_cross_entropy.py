@@ -47,7 +47,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     chunk_bytes: int = 64 << 20,
 ) -> Tensor:
-    """Return ``scale`` times the summed cross-entropy of a linear head: fp32, 0-dim.
+    """Return ``scale`` times the summed cross-entropy of a linear head: 0-dim, fp32 (fp64 for a head in fp64).
 
     Args:
         hidden: [N, D], in the dtype of ``weight``.
@@ -59,10 +59,10 @@ def linear_cross_entropy(
         logit_scale: multiplies the logits first.
         chunk_bytes: most bytes of logits, in all their copies, held at once; at least one row or column is.
     """
-    scale_tensor = torch.as_tensor(scale, dtype=torch.float32, device=hidden.device)
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, scale_tensor, softcap, logit_scale, chunk_bytes
-    )
+    # Inside an autograd function gradients are always off, and its inputs say that they need one even under no_grad.
+    work = _Work(hidden, weight, bias, targets, softcap, logit_scale, chunk_bytes, torch.is_grad_enabled())
+    scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, scale_tensor, work)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -73,15 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        targets_N: Tensor,
         scale: Tensor,
-        softcap: float | None,
-        logit_scale: float,
-        chunk_bytes: int,
+        work: _Work,
     ) -> Tensor:
-        work = _Work(hidden_ND, weight_VD, bias_V, targets_N, softcap, logit_scale, chunk_bytes)
-        needs = ctx.needs_input_grad[:3]
-        if needs[1] and weight_VD.dtype in (torch.float16, torch.bfloat16):
+        needs = [work.gradients and needed for needed in ctx.needs_input_grad[:3]]
+        if needs[1] and not work.single:
             loss, ctx.gradients = work.by_columns(scale, *needs)
         else:
             loss, ctx.gradients = work.by_rows(scale, *needs)
@@ -93,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy gives its gradients once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if made is None else made.mul_(gradient) for made in gradients), *(None,) * 5)
+        return (*(None if made is None else made.mul_(gradient) for made in gradients), None, None)
 
 
 class _Work:
@@ -108,20 +104,23 @@ class _Work:
         softcap: float | None,
         logit_scale: float,
         chunk_bytes: int,
+        gradients: bool,
     ) -> None:
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
         self.tokens, self.vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
-        self.softcap, self.logit_scale = softcap, logit_scale
-        self.kept_N = (targets_N != IGNORED).float()
-        self.targets_N = targets_N.clamp_min(0)
+        self.softcap, self.logit_scale, self.gradients = softcap, logit_scale, gradients
         self.single = weight_VD.dtype in (torch.float32, torch.float64)
-        per_logit = weight_VD.element_size() + (0 if self.single else 4) + (4 if softcap else 0)
+        self.exact = weight_VD.dtype if self.single else torch.float32
+        self.kept_N = (targets_N != IGNORED).to(self.exact)
+        self.targets_N = targets_N.clamp_min(0)
+        own, exact = weight_VD.element_size(), self.exact.itemsize
+        per_logit = own + (0 if self.single else exact) + (exact if softcap else 0)
         self.logits_at_once = max(1, chunk_bytes // per_logit)
 
     def _buffers(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return flat room for a chunk's logits in the head's dtype, in fp32, and for the soft cap's slope."""
         low = self.weight_VD.new_empty(size)
-        full = low if self.single else low.new_empty(size, dtype=torch.float32)
+        full = low if self.single else low.new_empty(size, dtype=self.exact)
         return low, full, torch.empty_like(full) if self.softcap else None
 
     def _logits(
@@ -132,9 +131,10 @@ class _Work:
         low, full, slope = (b if b is None else b[: shape[0] * shape[1]].view(shape) for b in buffers)
         assert low is not None
         assert full is not None
-        torch.mm(hidden, weight.t(), out=low)
-        if bias is not None:
-            low.add_(bias)
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=low)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=low)
         if not self.single:
             full.copy_(low)
         if self.logit_scale != 1.0:
@@ -160,9 +160,9 @@ class _Work:
         """Go through the tokens; return the summed loss and the gradients asked for."""
         hidden_grad = torch.empty_like(self.hidden_ND) if for_hidden else None
         weight_grad = torch.zeros_like(self.weight_VD) if for_weight else None
-        bias_grad = torch.zeros_like(self.bias_V) if for_bias and self.bias_V is not None else None
-        loss = self.hidden_ND.new_zeros((), dtype=torch.float32)
-        rows = min(self.tokens, max(1, self.logits_at_once // self.vocabulary))
+        bias_grad = torch.zeros_like(self.bias_V, dtype=self.exact) if for_bias and self.bias_V is not None else None
+        loss = self.hidden_ND.new_zeros((), dtype=self.exact)
+        rows = max(1, min(self.tokens, self.logits_at_once // self.vocabulary))
         buffers = self._buffers(rows * self.vocabulary)
         for start in range(0, self.tokens, rows):
             part = slice(start, start + rows)
@@ -174,7 +174,7 @@ class _Work:
             loss += ((sums.log() - target_logits) * kept).sum()
             if not (for_hidden or for_weight or for_bias):
                 continue
-            factor = (kept * scale).to(full.dtype)
+            factor = kept * scale
             full.mul_((factor / sums)[:, None])
             full.scatter_add_(1, targets, -factor[:, None])
             gradient = self._to_gradient(low, full, slope)
@@ -183,17 +183,17 @@ class _Work:
             if weight_grad is not None:
                 weight_grad.addmm_(gradient.t(), hidden)
             if bias_grad is not None:
-                bias_grad += gradient.sum(dim=0)
-        return loss, (hidden_grad, weight_grad, bias_grad)
+                bias_grad += gradient.sum(dim=0, dtype=self.exact)
+        return loss, (hidden_grad, weight_grad, None if bias_grad is None else bias_grad.to(self.weight_VD.dtype))
 
     def by_columns(
         self, scale: Tensor, for_hidden: bool, for_weight: bool, for_bias: bool
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Go through the vocabulary twice; return the summed loss and the gradients asked for."""
-        hidden_grad = torch.zeros_like(self.hidden_ND, dtype=torch.float32) if for_hidden else None
+        hidden_grad = torch.zeros_like(self.hidden_ND, dtype=self.exact) if for_hidden else None
         weight_grad = torch.empty_like(self.weight_VD)
         bias_grad = torch.empty_like(self.bias_V) if for_bias and self.bias_V is not None else None
-        columns = min(self.vocabulary, max(1, self.logits_at_once // self.tokens))
+        columns = min(self.vocabulary, max(1, self.logits_at_once // max(1, self.tokens)))
         buffers = self._buffers(self.tokens * columns)
         parts = [slice(start, min(start + columns, self.vocabulary)) for start in range(0, self.vocabulary, columns)]
         largest = torch.full_like(self.kept_N, -torch.inf)
@@ -229,4 +229,4 @@ class _Work:
         """Return each target's column in the chunk [N, 1] (any, where it lies outside), and 1 where it lies inside."""
         columns = self.targets_N - part.start
         inside = (columns >= 0) & (columns < part.stop - part.start)
-        return columns.clamp(0, part.stop - part.start - 1)[:, None], inside.float()
+        return columns.clamp(0, part.stop - part.start - 1)[:, None], inside.to(self.exact)
