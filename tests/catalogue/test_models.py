@@ -49,9 +49,7 @@ def test_nothing_is_misspelt_and_nothing_is_left_to_a_default(name):
     fields = type(config)().to_dict().keys()
     modelling = inspect.getsource(inspect.getmodule(AutoModelForCausalLM._model_mapping[type(config)]))
     for key, field in field_of_key.items():
-        assert field in fields or f'"{key}"' in modelling, (
-            f"{key} is no field of a {config.model_type} config"
-        )
+        assert field in fields or f'"{key}"' in modelling, f"{key} is no field of a {config.model_type} config"
     of_any_config = PreTrainedConfig().to_dict().keys()
     assert fields - of_any_config - set(field_of_key.values()) <= set(NOT_NEEDED_TO_PLAN.split())
     assert stored.keys() >= {"model_type", "architectures", "dtype", "tie_word_embeddings"}

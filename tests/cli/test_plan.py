@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.cli.test_cli import ENVIRONMENT, ROOT, oomless, plain
 
 EIGHT_GIGABYTES = ("--gpu", "8GiB", "--max-seq-length", "128")
@@ -46,7 +47,9 @@ def test_timeline_and_snapshot(make_checkpoint, tmp_path):
     assert out[1].read_bytes().startswith(b"\x89PNG")
     from torch.cuda._memory_viz import trace_plot
 
-    assert "alloc" in trace_plot(pickle.loads(out[2].read_bytes()))
+    recorded = pickle.loads(out[2].read_bytes())
+    assert {"alloc", "free_completed", "segment_alloc"} <= {entry["action"] for entry in recorded["device_traces"][0]}
+    assert trace_plot(recorded).startswith("\n<!DOCTYPE html>")
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,7 @@ def gpu(name: str) -> Gpu:
     )
 
 
-def recognise(
-    driver_name: str, total_memory_bytes: int, capability: Capability, vendor: Vendor = "nvidia"
-) -> Gpu:
+def recognise(driver_name: str, total_memory_bytes: int, capability: Capability, vendor: Vendor = "nvidia") -> Gpu:
     """Return the catalogue's entry for a device that is present, with the device's own memory and capability.
 
     Of several sizes under one name the nearest is taken; a device that the catalogue does not know comes back
