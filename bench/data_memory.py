@@ -1,7 +1,7 @@
 """Tokenise gigabytes of text and see how much memory it takes.
 
-    python bench/data_memory.py                                  2 GB of each kind; writes results/data_memory.json
-    python bench/data_memory.py --megabytes 120 --dry            less, and nothing is written
+    python bench/data_memory.py                           2 GB of text; writes results/data_memory.json
+    python bench/data_memory.py --megabytes 120 --dry     less, and nothing is written
 
 Each kind is made in a temporary folder of words drawn at random by their frequency in the standard library, then given
 to ``open_store`` in a fresh process. Measured are the process's peak resident bytes over those before the call
@@ -115,7 +115,7 @@ def measure(folder: Path, tokenizer_folder: Path, cache_dir: Path) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--megabytes", type=int, default=2000)
+    parser.add_argument("--megabytes", type=int, default=2000, help="of text in all")
     parser.add_argument("--dry", action="store_true", help="write no result")
     parser.add_argument("--measure", nargs=3, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -128,7 +128,8 @@ def main() -> None:
         tokenizer().save_pretrained(root / "tokenizer")
         for kind in options.kinds:
             with tempfile.TemporaryDirectory(dir=root) as place:
-                folder = make(kind, Path(place) / "text", options.megabytes * 10**6)
+                size_bytes = options.megabytes * 10**6 // len(options.kinds)
+                folder = make(kind, Path(place) / "text", size_bytes)
                 command = [sys.executable, __file__, "--measure", folder, root / "tokenizer", Path(place) / "cache"]
                 printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             result = json.loads(printed)
