@@ -9,7 +9,8 @@ token but the first of its document is predicted exactly once, whatever the pack
                  decreasing (Ding et al. 2024, "Fewer truncations improve language modeling") and blocks are padded
 ``concatenate``  one stream; documents follow each other as if they were one, and attention covers the block
 
-What is left at the end of a block is padding: it predicts nothing and is a document of its own.
+What is left at the end of a block is padding: it predicts nothing and is a document of its own (in ``concatenate``, the
+end of the last block's).
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class PackedBlocks:
     @property
     def targets(self) -> int:
         """How many tokens one pass over the blocks predicts."""
-        return max(0, int(self.ends[-1]) - (self.packing == "concatenate"))
+        last = int(self.ends[-1]) if len(self.ends) else 0
+        return max(0, last - (self.packing == "concatenate"))
 
     def __iter__(self) -> Iterator[Block]:
         return (self[number] for number in range(len(self)))

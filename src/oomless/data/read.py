@@ -277,7 +277,9 @@ def _parquet_documents(file: TextFile, raw: IO[bytes], source: DataSource, progr
             while chunk := stream.read(1 << 20):
                 unpacked.write(chunk)
             unpacked.seek(0)
-        table = pyarrow.parquet.ParquetFile(unpacked if file.compression else raw)
+        table = pyarrow.parquet.ParquetFile(  # without a buffer, Arrow reads the column of a whole row group at once
+            unpacked if file.compression else raw, buffer_size=1 << 20, pre_buffer=False
+        )
         names = table.schema_arrow.names
         if source.text_field not in names:
             raise _no_field(str(file.path), source.text_field, names)

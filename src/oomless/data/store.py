@@ -5,8 +5,8 @@
           header.json    counts and checksums
 
 The key is a hash of the files' contents, the tokenizer and the settings. A store is written beside its place and renamed
-into it, so it is whole or absent, and two runs that make the same one do not disturb each other. Opening verifies the
-checksums.
+into it, so it is whole or absent, and two runs that make the same one do not disturb each other; what a killed run left
+is removed after a day. Opening verifies the checksums.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ from oomless.units import format_bytes
 
 FORMAT = 1
 _READ_AT_ONCE = 1 << 22
+_UNFINISHED = ".unfinished"
+_ABANDONED_AFTER_S = 24 * 60 * 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,9 +147,10 @@ def _build(
     encoding_errors: str,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    temporary = folder.with_name(f".{uuid.uuid4().hex}{_UNFINISHED}")
+    temporary.mkdir()
     try:
         total_bytes = sum(file.size_bytes for file in files)
 
@@ -186,6 +192,15 @@ def _build(
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove what runs that were killed left unfinished: nothing has been written there for a day."""
+    for left in cache_dir.glob(f".*{_UNFINISHED}"):
+        with suppress(OSError):  # another run may remove it at the same time
+            last_written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            if last_written < time.time() - _ABANDONED_AFTER_S:
+                shutil.rmtree(left)
 
 
 def _open(folder: Path, source: DataSource, skipped: Counter[str]) -> TokenStore:

@@ -1,0 +1,231 @@
+"""Block k is a function of the seed and k; shares hold everywhere; the loader resumes exactly; held-out is apart."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oomless.config import DataSource, TrainConfig
+from oomless.data.loader import Loader, collate, micro_batches
+from oomless.data.mix import BlockStream
+from oomless.data.pack import IGNORED
+from oomless.data.prepare import prepare
+from oomless.errors import CheckpointError, ConfigError, DataError
+
+
+def make_stream(sizes, weights, *, seed=3, shuffle=True):
+    """Return a stream whose blocks are (source, number)."""
+    sources = [[(source, number) for number in range(size)] for source, size in enumerate(sizes)]
+    return BlockStream(sources, weights, seed=seed, shuffle=shuffle, fingerprint="made")
+
+
+mixes = st.integers(1, 5).flatmap(
+    lambda count: st.tuples(
+        st.lists(st.integers(1, 30), min_size=count, max_size=count),
+        st.lists(st.one_of(st.floats(0.01, 100), st.integers(1, 9)), min_size=count, max_size=count),
+    )
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(mix=mixes, seed=st.integers(0, 2**31), numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=20))
+def test_a_block_is_a_function_of_seed_and_number(mix, seed, numbers):
+    used, fresh = make_stream(*mix, seed=seed), None
+    forwards = [used.block(number) for number in numbers]
+    for number, block in zip(numbers, forwards, strict=True):
+        fresh = make_stream(*mix, seed=seed)
+        assert fresh.block(number) == block
+
+
+@settings(deadline=None, max_examples=100)
+@given(mix=mixes, start=st.integers(0, 10**9), length=st.integers(1, 2000))
+def test_shares_hold_over_any_range(mix, start, length):
+    """Off by less than a block for each rounding on the way to the source."""
+    stream = make_stream(*mix)
+    counts = Counter(stream.block(number)[0] for number in range(start, start + length))
+    for source, share in enumerate(stream.shares):
+        assert abs(counts[source] - share * length) <= 1 + source + 1e-3
+
+
+@settings(deadline=None, max_examples=100)
+@given(mix=mixes)
+def test_every_pass_over_a_source_is_a_permutation(mix):
+    stream = make_stream(*mix)
+    passed = {source: [] for source in range(len(stream.sources))}
+    for number in range(1500):
+        source, index = stream.block(number)
+        passed[source].append(index)
+    for source, indices in passed.items():
+        size = len(stream.sources[source])
+        whole = [indices[at : at + size] for at in range(0, len(indices) - size + 1, size)]
+        assert all(sorted(turn) == list(range(size)) for turn in whole)
+
+
+def test_passes_differ_and_so_do_seeds():
+    stream = make_stream([50], [1.0])
+    first, second = ([stream.block(turn * 50 + number) for number in range(50)] for turn in (0, 1))
+    other = make_stream([50], [1.0], seed=4)
+    assert first != second
+    assert first != [other.block(number) for number in range(50)]
+
+
+def test_without_shuffling_order_is_that_of_the_text():
+    stream = make_stream([3], [1.0], shuffle=False)
+    assert [stream.block(number)[1] for number in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@settings(deadline=None, max_examples=200)
+@given(mix=mixes)
+def test_an_epoch_is_one_pass_over_the_heaviest_source(mix):
+    """Of equal ones, the longest; to within the block that its share may round to."""
+    sizes, weights = mix
+    stream = make_stream(sizes, weights)
+    main = max(range(len(sizes)), key=lambda source: (weights[source], sizes[source]))
+    count = sum(stream.block(number)[0] == main for number in range(stream.blocks_per_epoch))
+    assert abs(count - sizes[main]) <= 1 + main
+    assert stream.blocks_per_epoch == max(1, round(sizes[main] * sum(weights) / weights[main]))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def prepared(corpus, tokenizer, cache_dir):
+    def make(**changes):
+        values = dict(data=(DataSource(path=str(corpus)),), eval_fraction=0.1, max_seq_length=32, gpu="cpu")
+        return prepare(TrainConfig(model="none", output_dir="none", **{**values, **changes}), tokenizer, cache_dir)
+
+    return make
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        np.array_equal(a.input_ids, b.input_ids)
+        and np.array_equal(a.labels, b.labels)
+        and a.document_lengths == b.document_lengths
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_take_gives_the_same_blocks_in_any_portions(prepared):
+    stream = prepared().train
+    expected = Loader(stream).take(40)
+    for portions in ([1] * 40, [7, 0, 13, 20], [39, 1]):
+        loader = Loader(stream)
+        assert same([block for count in portions for block in loader.take(count)], expected)
+
+
+@pytest.mark.parametrize("packing", ["documents", "best_fit", "concatenate"])
+def test_resuming_is_exact(prepared, packing):
+    expected = Loader(prepared(packing=packing).train).take(50)
+    first = Loader(prepared(packing=packing).train)
+    begun = first.take(23)
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = Loader(prepared(packing=packing).train)
+    resumed.load_state_dict(state)
+    assert same(begun + resumed.take(27), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=7),
+        dict(max_seq_length=33),
+        dict(packing="best_fit"),
+        dict(eval_fraction=0.2),
+        dict(shuffle=False),
+        "text",
+    ],
+)
+def test_a_place_in_other_data_is_refused(prepared, change, tmp_path, corpus):
+    state = Loader(prepared().train).state_dict()
+    if change == "text":
+        (tmp_path / "other.jsonl").write_bytes(corpus.read_bytes() + b'{"text": "more"}\n')
+        change = dict(data=(DataSource(path=str(tmp_path / "other.jsonl")),))
+    loader = Loader(prepared(**change).train)
+    with pytest.raises(CheckpointError, match="differs from when the checkpoint was written"):
+        loader.load_state_dict(state)
+    assert loader.position == 0
+
+
+def test_micro_batches(prepared):
+    blocks = Loader(prepared().train).take(7)
+    batches = list(micro_batches(blocks, 3))
+    assert [len(batch.input_ids) for batch in batches] == [3, 3, 1]
+    joined = collate(blocks)
+    assert joined.input_ids.shape == joined.labels.shape == joined.position_ids.shape == (7, 32)
+    assert joined.target_count == sum(batch.target_count for batch in batches)
+    assert joined.target_count == sum(int((block.labels != IGNORED).sum()) for block in blocks)
+    for row, block in enumerate(blocks):
+        assert joined.input_ids[row].tolist() == block.input_ids.tolist()
+        assert joined.labels[row].tolist() == block.labels.tolist()
+        assert joined.position_ids[row].tolist() == block.position_ids.tolist()
+        assert joined.document_lengths[row] == block.document_lengths
+
+
+def test_held_out_documents_are_whole_apart_and_always_the_same(prepared, texts, tokenizer):
+    def parts(data):
+        def starts(blocks):
+            return set(blocks.starts.tolist())
+
+        return starts(data.train.sources[0]), starts(data.evaluation["library.jsonl"])
+
+    for fraction, held_out in ((0.1, 6), (0.5, 30), (0.001, 1), (0.999, 59)):
+        train, evaluation = parts(prepared(eval_fraction=fraction))
+        assert len(evaluation) == held_out
+        assert len(train) == len(texts) - held_out
+        assert not train & evaluation
+        assert (train, evaluation) == parts(prepared(eval_fraction=fraction))
+    assert parts(prepared(seed=1))[1] != parts(prepared(seed=2))[1]
+
+
+def test_what_is_held_out_and_what_trains_is_all_there_is(prepared, texts, tokenizer):
+    """Targets add up: every token of every document but its first is in exactly one of the two."""
+    data = prepared()
+    targets = data.train.sources[0].targets + data.evaluation["library.jsonl"].targets
+    assert targets == sum(len(tokenizer(text).input_ids) for text in texts)
+
+
+def test_separate_evaluation_data_and_weights(prepared, corpus, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 500}"}}\n' * 20)
+    data = prepared(
+        data=(DataSource(path=str(tmp_path / "a.jsonl"), weight=3), DataSource(path=str(tmp_path / "b.jsonl"))),
+        eval_data=(DataSource(path=str(corpus), name="library"),),
+        eval_fraction=0.0,
+    )
+    assert list(data.evaluation) == ["library"]
+    first = Counter(int(block.input_ids[5]) for block in Loader(data.train).take(400))
+    assert sorted(first.values())[-1] > 200
+    assert data.train.shares == [0.75, 0.25]
+
+
+def test_nothing_can_be_held_out_of_one_document(prepared, tmp_path):
+    (tmp_path / "one.txt").write_text("text " * 100)
+    source = (DataSource(path=str(tmp_path / "one.txt")),)
+    with pytest.raises(DataError, match="one document, of which none can be held out"):
+        prepared(data=source)
+    assert prepared(data=source, eval_fraction=0.0).evaluation == {}
+
+
+def test_empty_documents_alone_teach_nothing(prepared, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3)
+    with pytest.raises(DataError, match="holds no text to learn from"):
+        prepared(data=(DataSource(path=str(tmp_path / "empty.jsonl")),), eval_fraction=0.0)
+
+
+def test_sources_of_one_name(prepared, corpus):
+    with pytest.raises(ConfigError, match=r"two sources are called 'library\.jsonl'"):
+        prepared(data=(DataSource(path=str(corpus)),) * 2)
