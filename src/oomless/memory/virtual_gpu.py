@@ -18,13 +18,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.allocator_state import Block
 from oomless.memory.device import Category, Device, MemoryUsage, Phase
+from oomless.memory.fake_mode import QuickFakeMode
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.recorder import Allocation, Recorder, Watcher
 from oomless.memory.tracker import Ledger, StorageTracker
@@ -120,7 +120,7 @@ class VirtualGPU(Device):
         self._ledger = _DeviceLedger(self.allocator, self._recorder)
         self._host_ledger = _HostLedger()
         self._tracker = StorageTracker(self._ledger)
-        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
 
     @property
