@@ -104,7 +104,7 @@ def measure(folder: Path, tokenizer_folder: Path, cache_dir: Path) -> dict[str, 
     store = open_store(DataSource(path=str(folder)), encoder, cache_dir)
     seconds = time.perf_counter() - started
     return {
-        "text_bytes": store.text_bytes,
+        "file_bytes": store.text_bytes,
         "documents": store.documents,
         "tokens": len(store.tokens),
         "peak_extra_bytes": resident("VmHWM") - before,
@@ -133,7 +133,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--measure", folder, root / "tokenizer", Path(place) / "cache"]
                 printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             result = json.loads(printed)
-            result["megabytes_per_s"] = round(result["text_bytes"] / 1e6 / result["seconds"], 2)
+            result["megabytes_per_s"] = round(result["file_bytes"] / 1e6 / result["seconds"], 2)
             print(
                 f"{kind}: {result['text_bytes'] / 1e6:,.0f} MB, {result['megabytes_per_s']} MB/s, "
                 f"{result['peak_extra_bytes'] / 1e6:.0f} MB of memory"

@@ -174,8 +174,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; norms and biases get none."""
 
-    max_grad_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    max_grad_norm: float | None = None
+    """Global gradient norm above which gradients are scaled down; 0 turns it off. [default: 1, or 0 with
+    optimizer_in_backward]"""
 
     adam_beta1: float | None = None
     """First decay rate of Adam and its kin. [default: 0.9]"""
@@ -202,6 +203,10 @@ class TrainConfig:
 
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward."""
+
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as its gradient is complete, and free the gradient: the model's gradients never exist
+    together. Rules out max_grad_norm."""
 
     loss_chunk_bytes: int = 64 << 20
     """Most bytes that the loss holds of the logits at once."""
@@ -247,6 +252,13 @@ class TrainConfig:
                 others = {key: value for key, value in defaults.items() if key not in shared}
                 self._fill_choice(f"the optimizer {name}", others, used=False)
         self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
+        if self.max_grad_norm is None:
+            self._set("max_grad_norm", 0.0 if self.optimizer_in_backward else 1.0)
+        elif self.max_grad_norm and self.optimizer_in_backward:
+            raise ConfigError(
+                "optimizer_in_backward cannot clip by the global norm, which is known only after the first weights have been "
+                f"updated; got max_grad_norm {self.max_grad_norm}: leave it out, or choose adafactor, which clips each update"
+            )
         lengths = [n for n in ("max_steps", "num_train_epochs", "max_tokens") if getattr(self, n) is not None]
         if len(lengths) > 1:
             raise ConfigError(f"the run's length is given once; got {' and '.join(lengths)}: keep one")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from oomless.optim import NAMES, FusedBackward, build
+from oomless.optim import NAMES, FusedBackward, build, global_gradient_norm
 
 SETTINGS = {"muon": {"orthogonalise": True}}
 
@@ -32,17 +32,22 @@ def assert_same_weights(first, second):
         assert torch.equal(a, b)
 
 
+def fused_step(fused, network, number, scale=None):
+    with fused.updating(scale):
+        loss_of(network, number).backward()
+    return fused.finish()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_an_ordinary_step_with_tied_weights(name):
     fused_model, plain_model = model(), model()
-    fused = FusedBackward(optimizer_of(name, fused_model))
-    plain = optimizer_of(name, plain_model)
-    fused.gradient_scale = torch.tensor(0.5)
+    fused, plain = FusedBackward(optimizer_of(name, fused_model)), optimizer_of(name, plain_model)
     for number in range(5):
-        (2 * loss_of(fused_model, number)).backward()
+        norm, found_inf = fused_step(fused, fused_model, number, torch.tensor(0.5))
         assert all(parameter.grad is None for parameter in fused_model.parameters())
-        fused.finish()
-        (2 * loss_of(plain_model, number)).backward()
+        loss_of(plain_model, number).backward()
+        torch.testing.assert_close(norm, global_gradient_norm(plain_model.parameters()))
+        assert found_inf == 0.0
         plain.step(gradient_scale=torch.tensor(0.5))
         plain.zero_grad()
     assert_same_weights(fused_model, plain_model)
@@ -55,58 +60,54 @@ def test_accumulates_over_micro_batches():
     for number in range(3):
         loss_of(plain_model, number).backward()
     plain.step()
-    with fused.accumulate():
-        for number in range(2):
-            loss_of(fused_model, number).backward()
+    for number in range(2):
+        loss_of(fused_model, number).backward()
     assert all(map(torch.equal, before, fused_model.parameters()))
-    loss_of(fused_model, 2).backward()
-    fused.finish()
+    fused_step(fused, fused_model, 2)
     assert_same_weights(fused_model, plain_model)
 
 
 def test_a_second_gradient_without_finish_is_refused():
     network = model()
     fused = FusedBackward(optimizer_of("sgd", network))
-    loss_of(network, 0).backward()
-    with pytest.raises(RuntimeError, match=r"second gradient since the last FusedBackward.finish\(\)"):
-        loss_of(network, 1).backward()
-    assert fused.finish() is None
+    with fused.updating():
+        loss_of(network, 0).backward()
+        with pytest.raises(RuntimeError, match=r"second gradient since the last FusedBackward.finish\(\)"):
+            loss_of(network, 1).backward()
+    fused.finish()
+    with pytest.raises(RuntimeError, match="no parameter was updated"):
+        fused.finish()
 
 
 def test_reentrant_checkpointing_of_a_shared_weight_is_refused():
     shared = nn.Linear(8, 8)
-    FusedBackward(optimizer_of("sgd", shared))
+    fused = FusedBackward(optimizer_of("sgd", shared))
     hidden = torch.ones(2, 8, requires_grad=True)
     for _ in range(2):
         hidden = checkpoint(shared, hidden, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="non-reentrant checkpointing"):
+    with fused.updating(), pytest.raises(RuntimeError, match="non-reentrant checkpointing"):
         hidden.sum().backward()
 
 
 def test_overflow_is_judged_for_each_parameter():
     network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    fused = FusedBackward(optimizer_of("adamw", network), check_overflow=True)
+    fused = FusedBackward(optimizer_of("adamw", network))
     before = [parameter.detach().clone() for parameter in network.parameters()]
     network[0].weight.register_hook(lambda gradient: gradient / 0)
-    network(torch.ones(2, 4)).sum().backward()
+    with fused.updating():
+        network(torch.ones(2, 4)).sum().backward()
     assert torch.equal(network[0].weight, before[0])
     assert not torch.equal(network[1].weight, before[1])
-    assert fused.finish() == 1.0
-    assert fused.finish() is None
-
-
-def test_clipping_by_the_global_norm_is_refused():
-    with pytest.raises(ValueError, match="clipping by the global norm cannot be fused"):
-        FusedBackward(optimizer_of("sgd", model()), max_gradient_norm=1.0)
+    norm, found_inf = fused.finish()
+    assert not norm.isfinite()
+    assert found_inf == 1.0
 
 
 def test_learning_rate_schedulers_see_a_step():
     network = model()
     optimizer = optimizer_of("sgd", network)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
-    fused = FusedBackward(optimizer)
-    loss_of(network, 0).backward()
-    fused.finish()
+    fused_step(FusedBackward(optimizer), network, 0)
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 

@@ -145,7 +145,7 @@ class TestFrozenPartsCostNothing:
         saved = []
         batches = list(micro_batches(run.loader.take(2), 2))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-            run.assembly.step.accumulate(batches)
+            run.assembly.step.accumulate(batches, 1)
         # What the loss itself keeps: the head's gradient. Nothing of the body has a width of 64 x 96 or 2 x 64 tokens.
         assert all(shape in ((512, 64), ()) for shape in saved), saved
 
@@ -155,7 +155,7 @@ class TestFrozenPartsCostNothing:
         for name, module in run.assembly.model.named_modules():
             if name in ("model.layers.0.mlp", "model.layers.1.mlp"):
                 module.register_full_backward_hook(lambda *_, name=name: visited.add(name))
-        run.assembly.step.accumulate(list(micro_batches(run.loader.take(2), 2)))
+        run.assembly.step.accumulate(list(micro_batches(run.loader.take(2), 2)), 1)
         assert visited == {"model.layers.1.mlp"}
 
 

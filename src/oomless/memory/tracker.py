@@ -33,6 +33,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -170,6 +171,14 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     booking.ledger.free(booking.allocation)
             finally:
                 self._lock.release()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Release nothing inside, whatever dies (garbage collection can come at any moment), so that the books rest."""
+        self.settle()
+        with self._lock:
+            yield
+        self.settle()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -284,10 +284,10 @@ class VirtualGPU(Device):
         """
         if self._recorder is None:
             raise RuntimeError("a profile needs the history: make the VirtualGPU with record_history=True")
-        self._tracker.settle()
-        return self._recorder.profile(
-            device=self.name,
-            capacity_bytes=self.capacity_bytes,
-            outside_bytes=self.outside_bytes,
-            max_points=max_points,
-        )
+        with self._tracker.quiet():
+            return self._recorder.profile(
+                device=self.name,
+                capacity_bytes=self.capacity_bytes,
+                outside_bytes=self.outside_bytes,
+                max_points=max_points,
+            )

@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
+
 IGNORED = -100
 
 
@@ -46,6 +48,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = 64 << 20,
+    destination: GradientDestination = "new",
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of a linear head: 0-dim, fp32 (fp64 for a head in fp64).
 
@@ -58,9 +61,14 @@ def linear_cross_entropy(
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         logit_scale: multiplies the logits first.
         chunk_bytes: most bytes of logits, in all their copies, held at once; at least one row or column is.
+        destination: where the gradient of ``weight`` goes; unless "new" it is added to the ``.grad`` that is there as soon
+            as the loss is computed, and the loss must be what ``backward()`` is called on.
+
+    Raises:
+        ValueError: ``destination`` is not "new" and ``weight`` is not a leaf.
     """
     # Inside an autograd function gradients are always off, and its inputs say that they need one even under no_grad.
-    work = _Work(hidden, weight, bias, targets, softcap, logit_scale, chunk_bytes, torch.is_grad_enabled())
+    work = _Work(hidden, weight, bias, targets, softcap, logit_scale, chunk_bytes, torch.is_grad_enabled(), destination)
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, scale_tensor, work)  # type: ignore[no-untyped-call]
     return loss
@@ -76,11 +84,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: Tensor,
         work: _Work,
     ) -> Tensor:
-        needs = [work.gradients and needed for needed in ctx.needs_input_grad[:3]]
-        if needs[1] and not work.single:
-            loss, ctx.gradients = work.by_columns(scale, *needs)
+        for_hidden, for_weight, for_bias = (work.gradients and needed for needed in ctx.needs_input_grad[:3])
+        buffer = take_buffer(work.destination, weight_VD) if for_weight else None
+        if for_weight and not work.single:
+            loss, gradients = work.by_columns(scale, buffer, for_hidden, for_bias)
         else:
-            loss, ctx.gradients = work.by_rows(scale, *needs)
+            loss, gradients = work.by_rows(scale, buffer, for_hidden, for_weight, for_bias)
+        if gradients[1] is not None:
+            gradients[1] = deliver(work.destination, weight_VD, gradients[1])
+        ctx.gradients, ctx.scaled = gradients, (True, work.destination == "new", True)
         return loss * scale
 
     @staticmethod
@@ -89,7 +101,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy gives its gradients once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if made is None else made.mul_(gradient) for made in gradients), None, None)
+        return (
+            *(
+                made if made is None or not scaled else made.mul_(gradient)
+                for made, scaled in zip(gradients, ctx.scaled, strict=True)
+            ),
+            None,
+            None,
+        )
 
 
 class _Work:
@@ -105,10 +124,12 @@ class _Work:
         logit_scale: float,
         chunk_bytes: int,
         gradients: bool,
+        destination: GradientDestination,
     ) -> None:
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
         self.tokens, self.vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
         self.softcap, self.logit_scale, self.gradients = softcap, logit_scale, gradients
+        self.destination = destination
         self.single = weight_VD.dtype in (torch.float32, torch.float64)
         self.exact = weight_VD.dtype if self.single else torch.float32
         self.kept_N = (targets_N != IGNORED).to(self.exact)
@@ -155,11 +176,13 @@ class _Work:
         return full if self.single else low.copy_(full)
 
     def by_rows(
-        self, scale: Tensor, for_hidden: bool, for_weight: bool, for_bias: bool
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Go through the tokens; return the summed loss and the gradients asked for."""
+        self, scale: Tensor, buffer_VD: Tensor | None, for_hidden: bool, for_weight: bool, for_bias: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Go through the tokens; return the summed loss and the gradients asked for, the head's added to ``buffer_VD``."""
         hidden_grad = torch.empty_like(self.hidden_ND) if for_hidden else None
-        weight_grad = torch.zeros_like(self.weight_VD) if for_weight else None
+        weight_grad = buffer_VD
+        if for_weight and weight_grad is None:
+            weight_grad = torch.zeros_like(self.weight_VD)
         bias_grad = torch.zeros_like(self.bias_V, dtype=self.exact) if for_bias and self.bias_V is not None else None
         loss = self.hidden_ND.new_zeros((), dtype=self.exact)
         rows = max(1, min(self.tokens, self.logits_at_once // self.vocabulary))
@@ -184,14 +207,14 @@ class _Work:
                 weight_grad.addmm_(gradient.t(), hidden)
             if bias_grad is not None:
                 bias_grad += gradient.sum(dim=0, dtype=self.exact)
-        return loss, (hidden_grad, weight_grad, None if bias_grad is None else bias_grad.to(self.weight_VD.dtype))
+        return loss, [hidden_grad, weight_grad, None if bias_grad is None else bias_grad.to(self.weight_VD.dtype)]
 
     def by_columns(
-        self, scale: Tensor, for_hidden: bool, for_weight: bool, for_bias: bool
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Go through the vocabulary twice; return the summed loss and the gradients asked for."""
+        self, scale: Tensor, buffer_VD: Tensor | None, for_hidden: bool, for_bias: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Go through the vocabulary twice; return the summed loss and the gradients, the head's added to ``buffer_VD``."""
         hidden_grad = torch.zeros_like(self.hidden_ND, dtype=self.exact) if for_hidden else None
-        weight_grad = torch.empty_like(self.weight_VD)
+        weight_grad = torch.empty_like(self.weight_VD) if buffer_VD is None else buffer_VD
         bias_grad = torch.empty_like(self.bias_V) if for_bias and self.bias_V is not None else None
         columns = min(self.vocabulary, max(1, self.logits_at_once // max(1, self.tokens)))
         buffers = self._buffers(self.tokens * columns)
@@ -214,13 +237,15 @@ class _Work:
             places, inside = self._places(part)
             full.scatter_add_(1, places, -(factor * inside)[:, None])
             gradient = self._to_gradient(low, full, slope)
-            if for_weight:
+            if buffer_VD is None:
                 torch.mm(gradient.t(), self.hidden_ND, out=weight_grad[part])
+            else:
+                buffer_VD[part].addmm_(gradient.t(), self.hidden_ND)
             if hidden_grad is not None:
                 hidden_grad += gradient @ self.weight_VD[part]
             if bias_grad is not None:
                 bias_grad[part] = gradient.sum(dim=0)
-        return loss, (None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype), weight_grad, bias_grad)
+        return loss, [None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype), weight_grad, bias_grad]
 
     def _bias(self, part: slice) -> Tensor | None:
         return None if self.bias_V is None else self.bias_V[part]

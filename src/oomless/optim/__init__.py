@@ -6,7 +6,7 @@ from oomless.optim.adamw_8bit import AdamW8bit
 from oomless.optim.base import DEFAULT_SLICE_BYTES, MemoryLeanOptimizer
 from oomless.optim.build import NAMES, build
 from oomless.optim.fused_backward import FusedBackward
-from oomless.optim.gradients import clip_coefficient, global_gradient_norm, nonfinite
+from oomless.optim.gradients import clip_coefficient, global_gradient_norm
 from oomless.optim.muon import Muon
 from oomless.optim.projected import Apollo, ApolloMini, GaLore
 from oomless.optim.sgd import SGD
@@ -27,5 +27,4 @@ __all__ = [
     "build",
     "clip_coefficient",
     "global_gradient_norm",
-    "nonfinite",
 ]

@@ -1,4 +1,4 @@
-"""The norm of all gradients, its clipping coefficient and the overflow flag, all left on the device.
+"""The norm of all gradients and its clipping coefficient, left on the device.
 
 ``torch.nn.utils.clip_grad_norm_`` computes sixteen-bit norms in sixteen bits, and scales the gradients in
 another pass over memory. Here the norm is accumulated in fp32, and clipping is a number that the optimizer
@@ -25,44 +25,21 @@ def global_gradient_norm(parameters: Iterable[Tensor], *, slice_bytes: int = DEF
     Raises:
         ValueError: no parameter has a gradient.
     """
-    return _combined_norm(_gradients(parameters), 2.0, slice_bytes)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        raise ValueError("no parameter has a gradient; run a backward pass first")
+    norms = [
+        torch.linalg.vector_norm(part, dtype=torch.float32).to(gradients[0].device)
+        for gradient in gradients
+        for part in _parts(gradient, slice_bytes)
+    ]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """Return the factor, at most 1, that brings ``norm`` down to ``max_norm``: 0-dim fp32."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-@torch.no_grad()
-def nonfinite(parameters: Iterable[Tensor], *, slice_bytes: int = DEFAULT_SLICE_BYTES) -> Tensor:
-    """Return 1 where any gradient has an infinity or a NaN, else 0: 0-dim fp32, for ``step(found_inf=...)``.
-
-    Raises:
-        ValueError: no parameter has a gradient.
-    """
-    return nonfinite_gradients(_gradients(parameters), slice_bytes=slice_bytes)
-
-
-@torch.no_grad()
-def nonfinite_gradients(gradients: list[Tensor], *, slice_bytes: int = DEFAULT_SLICE_BYTES) -> Tensor:
-    """Return as ``nonfinite``, for gradients that are at hand as tensors."""
-    return _combined_norm(gradients, float("inf"), slice_bytes).isfinite().logical_not().float()
-
-
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-def _combined_norm(gradients: list[Tensor], order: float, slice_bytes: int) -> Tensor:
-    if not gradients:
-        raise ValueError("no parameter has a gradient; run a backward pass first")
-    norms = [
-        torch.linalg.vector_norm(part, order, dtype=torch.float32).to(gradients[0].device)
-        for gradient in gradients
-        for part in _parts(gradient, slice_bytes)
-    ]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
-    return total
 
 
 def _parts(gradient: Tensor, slice_bytes: int) -> Iterator[Tensor]:

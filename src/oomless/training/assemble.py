@@ -17,7 +17,7 @@ from oomless.memory.device import CudaDevice, Device
 from oomless.models import build
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import checkpointing, trainable
+from oomless.techniques import checkpointing, one_gradient_buffer, trainable
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
@@ -72,6 +72,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         build.load_weights(model, spec, device=device)
     with device.phase("load"):
         trainable.apply(model, config, device)
+        one_gradient_buffer.apply(model)
         if config.gradient_checkpointing:
             checkpointing.apply(model)
         optimizer = _optimizer(model, config)
@@ -82,8 +83,9 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         optimizer,
         loss_scale,
         device,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.max_grad_norm or 0.0,
         loss_chunk_bytes=config.loss_chunk_bytes,
+        in_backward=config.optimizer_in_backward,
     )
     return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
 

@@ -1,7 +1,7 @@
 """The trainability audit: what was asked to train does, and nothing else does.
 
 Before step 1 every trainable parameter must be in exactly one group of the optimizer. After the first steps each must
-have had a gradient and have moved, and no other may have. Movement is seen by a checksum (the sum of the tensor's bits
+have got a gradient and have moved, and no other may have. Movement is seen by a checksum (the sum of the tensor's bits
 as integers), so the audit keeps no copy of any weight. A parameter may need a few steps to move: LoRA's first matrix
 has no gradient until the second has moved, an expert none until a token is sent to it, and fp16 skips steps that
 overflow.
@@ -10,6 +10,7 @@ overflow.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class TrainabilityAudit:
         self.before = {name: checksum(self._stored(parameter)) for name, parameter in self.named}
         self.unmoved = {name for name, parameter in self.named if parameter.requires_grad}
         self.without_gradient = set(self.unmoved)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._got_gradient, name))  # type: ignore[no-untyped-call]
+            for name, parameter in self.named
+            if parameter.requires_grad
+        ]
 
     def _check_groups(self) -> None:
         times: dict[int, int] = {}
@@ -51,9 +57,8 @@ class TrainabilityAudit:
         master: Tensor = self.optimizer.state.get(parameter, {}).get("master", parameter)
         return master
 
-    def before_update(self) -> None:
-        """Look at the gradients that the optimizer is about to use."""
-        self.without_gradient -= {name for name, parameter in self.named if parameter.grad is not None}
+    def _got_gradient(self, name: str, parameter: Tensor) -> None:
+        self.without_gradient.discard(name)
 
     def after_step(self) -> bool:
         """Compare every parameter with its start.
@@ -71,6 +76,9 @@ class TrainabilityAudit:
         self.unmoved -= moved
         if self.unmoved and self.steps >= PATIENCE_STEPS:
             raise AuditError(_report(f"should train but did not move in {self.steps} steps", self.unmoved))
+        if not self.unmoved:
+            for hook in self._hooks:
+                hook.remove()
         return not self.unmoved
 
 

@@ -230,7 +230,7 @@ class Run:
             with self.device.host():
                 blocks = self.loader.take(config.blocks_per_step)
                 batches = list(micro_batches(blocks, config.per_device_train_batch_size))
-            outcome = parts.step.run(batches, before_update=audit.before_update if audit else None)
+            outcome = parts.step.run(batches)
             self.step += 1
             self.tokens += sum(batch.target_count for batch in batches)
             if audit is not None and not float(outcome.found_inf) and audit.after_step():
@@ -252,7 +252,7 @@ class Run:
     def _check_finite(self, loss: float, batches: Any) -> None:
         parts = self.assembly
         if parts.loss_scale.dynamic and float(parts.loss_scale.scale) < SMALLEST_SCALE:
-            raise explain_overflow(parts.model, lambda: parts.step.accumulate(batches[:1]))
+            raise explain_overflow(parts.model, lambda: parts.step.accumulate(batches[:1], 1))
         if not parts.loss_scale.dynamic and not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.step} is {loss}: the run was stopped before it could spoil a checkpoint. Lower "

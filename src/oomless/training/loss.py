@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oomless.ops.gradient_buffer import GradientDestination
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.techniques.trainable import body_trains
 
@@ -54,7 +55,14 @@ def hidden_states(
     return hidden
 
 
-def head_loss(model: Any, hidden: Tensor, labels: Tensor, scale: Tensor | float, chunk_bytes: int) -> Tensor:
+def head_loss(
+    model: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+    chunk_bytes: int,
+    destination: GradientDestination = "new",
+) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``."""
     head = model.get_output_embeddings()
     softcap, logit_scale = logit_transform(model.config)
@@ -67,6 +75,7 @@ def head_loss(model: Any, hidden: Tensor, labels: Tensor, scale: Tensor | float,
         softcap=softcap,
         logit_scale=logit_scale,
         chunk_bytes=chunk_bytes,
+        destination=destination,
     )
 
 

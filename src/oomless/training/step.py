@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
-from oomless.optim import MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
+from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
+from oomless.techniques import one_gradient_buffer
 from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
 
@@ -47,6 +48,7 @@ class TrainingStep:
         *,
         max_grad_norm: float,
         loss_chunk_bytes: int,
+        in_backward: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -55,26 +57,37 @@ class TrainingStep:
         self.max_grad_norm = max_grad_norm
         self.loss_chunk_bytes = loss_chunk_bytes
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+        self.fused = FusedBackward(optimizer) if in_backward else None
+        self._destination = one_gradient_buffer.head_destination(model)
 
-    def run(self, micro_batches: Sequence[MicroBatch], *, before_update: Any = None) -> StepResult:
+    def run(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on ``micro_batches``, which together are one optimizer step."""
-        loss = self.accumulate(micro_batches)
-        if before_update is not None:
-            before_update()
-        with self.device.phase("optimizer"):
-            norm = global_gradient_norm(self.parameters) / self.loss_scale.scale
-            found_inf = (~torch.isfinite(norm)).float()
-            coefficient = 1 / self.loss_scale.scale
-            if self.max_grad_norm:
-                coefficient = coefficient * clip_coefficient(norm, self.max_grad_norm)
-            self.optimizer.step(gradient_scale=coefficient, found_inf=found_inf)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.loss_scale.update(found_inf)
+        tokens = max(1, sum(batch.target_count for batch in micro_batches))
+        if self.fused is None:
+            loss = self.accumulate(micro_batches, tokens)
+            with self.device.phase("optimizer"):
+                norm, found_inf = self._update()
+        else:
+            loss = self.accumulate(micro_batches[:-1], tokens)
+            with self.fused.updating(1 / self.loss_scale.scale):
+                loss += self.accumulate(micro_batches[-1:], tokens)
+            norm, found_inf = self.fused.finish()
+            norm = norm / self.loss_scale.scale
+        self.loss_scale.update(found_inf)
         return StepResult(loss=loss, gradient_norm=norm, found_inf=found_inf)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Leave the step's scaled gradients in the parameters; return its mean loss, 0-dim."""
-        tokens = max(1, sum(batch.target_count for batch in micro_batches))
+    def _update(self) -> tuple[Tensor, Tensor]:
+        norm = global_gradient_norm(self.parameters) / self.loss_scale.scale
+        found_inf = (~torch.isfinite(norm)).float()
+        coefficient = 1 / self.loss_scale.scale
+        if self.max_grad_norm:
+            coefficient = coefficient * clip_coefficient(norm, self.max_grad_norm)
+        self.optimizer.step(gradient_scale=coefficient, found_inf=found_inf)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, found_inf
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], tokens: int) -> Tensor:
+        """Add the scaled gradients of the loss over ``tokens`` to those of the parameters; return the loss, 0-dim."""
         total = torch.zeros((), device=self.device.torch_device)
         self.model.train()
         for batch in micro_batches:
@@ -102,4 +115,4 @@ class TrainingStep:
         with self.device.phase("forward"):
             hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
         with self.device.phase("loss"):
-            return head_loss(self.model, hidden, put(batch.labels), scale, self.loss_chunk_bytes)
+            return head_loss(self.model, hidden, put(batch.labels), scale, self.loss_chunk_bytes, self._destination)
