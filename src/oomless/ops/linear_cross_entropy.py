@@ -197,16 +197,20 @@ class _Work:
             loss += ((sums.log() - target_logits) * kept).sum()
             if not (for_hidden or for_weight or for_bias):
                 continue
-            factor = kept * scale
-            full.mul_((factor / sums)[:, None])
-            full.scatter_add_(1, targets, -factor[:, None])
+            # What multiplies a whole row goes on the product's smaller side, unless 16 bits need it before they round.
+            factor = (kept * scale / sums)[:, None]
+            full.scatter_add_(1, targets, -sums[:, None])
+            if not self.single:
+                full.mul_(factor)
             gradient = self._to_gradient(low, full, slope)
             if hidden_grad is not None:
                 torch.mm(gradient, self.weight_VD, out=hidden_grad[part])
+                if self.single:
+                    hidden_grad[part].mul_(factor)
             if weight_grad is not None:
-                weight_grad.addmm_(gradient.t(), hidden)
+                weight_grad.addmm_(gradient.t(), hidden * factor)
             if bias_grad is not None:
-                bias_grad += gradient.sum(dim=0, dtype=self.exact)
+                bias_grad += (gradient.t() @ factor)[:, 0] if self.single else gradient.sum(dim=0, dtype=self.exact)
         return loss, [hidden_grad, weight_grad, None if bias_grad is None else bias_grad.to(self.weight_VD.dtype)]
 
     def by_columns(
