@@ -58,12 +58,19 @@ def test_every_setting_has_help():
         ({"trainable": "full+lm_head"}, "full already trains everything"),
         ({"trainable": "lm_head+"}, "parts joined by +"),
         ({"eval_data": "e", "eval_fraction": 0.1}, "eval_data or eval_fraction, not both"),
+        ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "cannot clip by the global norm"),
         ({"warmup_ratio": 1}, "warmup_ratio must be at least 0 and below 1"),
     ],
 )
 def test_one_clear_error(settings, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make(**settings)
+
+
+def test_clipping_is_off_where_updates_run_in_backward():
+    assert make().max_grad_norm == 1.0
+    assert make(optimizer_in_backward=True).max_grad_norm == 0.0
+    assert make(optimizer_in_backward=True, max_grad_norm=0).max_grad_norm == 0.0
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "must be a mapping")])

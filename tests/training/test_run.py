@@ -139,6 +139,32 @@ def test_accumulation_is_exact(make_checkpoint, corpus, tmp_path, architecture):
             torch.testing.assert_close(weight, outcomes[0][1][name], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(gradient_accumulation_steps=2, optimizer="adafactor"),
+        dict(gradient_accumulation_steps=2, dtype="fp16"),
+        dict(trainable="lm_head", tied_weights="shared"),
+        dict(trainable="lora+lm_head+embed_tokens", optimizer="adamw_8bit"),
+    ],
+    ids=lambda s: "-".join(map(str, s.values())) or "full",
+)
+def test_updates_in_backward_are_the_same_updates(make_checkpoint, corpus, tmp_path, settings):
+    outcomes = []
+    for in_backward in (False, True):
+        out = tmp_path / str(in_backward)
+        model = make_checkpoint("llama", tied="lora" not in settings.get("trainable", ""))
+        loop.train(
+            config(model, corpus, out, optimizer_in_backward=in_backward, max_grad_norm=0, max_steps=5, **settings)
+        )
+        outcomes.append(([line["loss"] for line in metrics(out)], load_file(out / "model" / "model.safetensors")))
+    (losses, weights), (in_backward_losses, in_backward_weights) = outcomes
+    assert losses == in_backward_losses
+    assert weights.keys() == in_backward_weights.keys()
+    assert all(torch.equal(weights[name], in_backward_weights[name]) for name in weights)
+
+
 class TestFrozenPartsCostNothing:
     def test_no_graph_below_the_head(self, make_checkpoint, corpus, tmp_path, live_run):
         run, _ = live_run(config(make_checkpoint("llama"), corpus, tmp_path, trainable="lm_head"))
