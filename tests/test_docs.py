@@ -1,12 +1,14 @@
 """The docs say what the code does."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from oomless.report.reference import reference
+from oomless.units import format_bytes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +37,23 @@ def test_options_exist(page):
 def test_seed_cases_are_those_that_were_measured():
     made = (ROOT / "bench" / "results" / "seed_cases.md").read_text(encoding="utf-8").strip()
     assert made in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_what_was_measured_beside_the_trainer():
+    parity, speed = (
+        json.loads((ROOT / "bench" / "results" / f"trainer_{name}.json").read_text()) for name in ("parity", "speed")
+    )
+    difference = f"{parity['largest_difference']:.1e}"
+    rows = [f"| {parity['ours'][-1]:.4f} | {parity['trainer'][-1]:.4f} | largest difference of any step {difference} |"]
+    for case in ("full", "lm_head", "lm_head of a tied model"):
+        rates, peaks = speed[case]["tokens_per_second"], speed[case]["tracked_peak_bytes"]
+        rows.append(f"| {rates['ours']:,.0f} | {rates['trainer']:,.0f} | {speed[case]['speed_ratio']:.2f} x |")
+        peak_row = " | ".join(format_bytes(peaks[program]) for program in ("ours", "trainer"))
+        rows.append(f"| {peak_row} | {speed[case]['peak_ratio']:.2f} x |")
+    table = re.findall(
+        r"^\| (?:loss|everything|`lm_head`)[^|]*(\|.*\|)$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert table[-len(rows) :] == rows
 
 
 def test_a_seed_case_still_comes_out_as_written(monkeypatch):
