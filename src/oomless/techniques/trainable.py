@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from oomless.config import TrainConfig
-from oomless.errors import ConfigError
+from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
 from oomless.techniques import lora
 from oomless.units import format_bytes
@@ -82,7 +82,8 @@ def _matching(model: Any, pattern: str) -> list[nn.Module]:
         examples = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
         raise ConfigError(
             f"trainable: {pattern!r} is neither {', '.join(NAMED_PARTS)} nor a pattern that matches a module of this "
-            f"model; its modules are named like {', '.join(examples[:: max(1, len(examples) // 4)][:4])}"
+            f"model; its modules are named like {', '.join(examples[:: max(1, len(examples) // 4)][:4])}."
+            + nearest(pattern, NAMED_PARTS)
         )
     return found
 
