@@ -178,6 +178,12 @@ class TrainConfig:
     """Global gradient norm above which gradients are scaled down; 0 turns it off. [default: 1, or 0 with
     optimizer_in_backward]"""
 
+    label_smoothing_factor: float = 0.0
+    """Share of each target spread evenly over the vocabulary in training; evaluation is without."""
+
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, added to the training loss: keeps logits small."""
+
     adam_beta1: float | None = None
     """First decay rate of Adam and its kin. [default: 0.9]"""
 
@@ -309,7 +315,7 @@ class TrainConfig:
             1,
         )
         at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16}
-        at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum"), 0)
+        at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum", "z_loss"), 0)
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -324,7 +330,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a number above 0; got {value}")
-        for name in ("eval_fraction", "warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout", "momentum"):
+        for name in (
+            "eval_fraction",
+            "warmup_ratio",
+            "adam_beta1",
+            "adam_beta2",
+            "lora_dropout",
+            "momentum",
+            "label_smoothing_factor",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1; got {value}")

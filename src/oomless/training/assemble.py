@@ -85,6 +85,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         device,
         max_grad_norm=config.max_grad_norm or 0.0,
         loss_chunk_bytes=config.loss_chunk_bytes,
+        label_smoothing=config.label_smoothing_factor,
+        z_loss=config.z_loss,
         in_backward=config.optimizer_in_backward,
     )
     return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
