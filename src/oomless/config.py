@@ -204,6 +204,10 @@ class TrainConfig:
     """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding
     (bf16), or not at all. [default: master]"""
 
+    fp32_residual: bool | None = None
+    """Keep what flows between the layers in fp32, around 16-bit matrix products. [default: on for Gemma in fp16, which
+    overflows without, else off]"""
+
     gpu: str = "auto"
     """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB."""
 

@@ -17,7 +17,7 @@ from oomless.memory.device import CudaDevice, Device
 from oomless.models import build
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import checkpointing, one_gradient_buffer, trainable
+from oomless.techniques import checkpointing, fp32_residual, one_gradient_buffer, trainable
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
@@ -73,6 +73,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     with device.phase("load"):
         trainable.apply(model, config, device)
         one_gradient_buffer.apply(model)
+        if fp32_residual.wanted(model, config.fp32_residual):
+            fp32_residual.apply(model)
         if config.gradient_checkpointing:
             checkpointing.apply(model)
         optimizer = _optimizer(model, config)
