@@ -25,7 +25,8 @@ def wanted(model: Any, choice: bool | None) -> bool:
         ConfigError: it is asked for where it has no effect, or the model's norms cannot read fp32.
     """
     if choice is None:
-        return model.dtype == torch.float16 and model.config.get_text_config().model_type.startswith("gemma")
+        kind: str = model.config.get_text_config().model_type
+        return model.dtype == torch.float16 and kind.startswith("gemma")
     if choice and model.dtype == torch.float32:
         raise ConfigError("fp32_residual has no effect on fp32 weights: remove it, or choose dtype fp16")
     if choice and not _norms(model):
