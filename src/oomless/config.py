@@ -200,6 +200,10 @@ class TrainConfig:
     dtype: Precision = "auto"
     """Weights and arithmetic. auto: bf16 or fp16 by what the GPU can do, fp32 on a CPU."""
 
+    quantization: Literal["nf4", "int8"] | None = None
+    """Store the frozen linear layers in 4 bits (nf4, double quantisation) or 8 (int8), quantised while loading; needs
+    the extra `quantize`. [default: 16 bits]"""
+
     weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
     """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding
     (bf16), or not at all. [default: master]"""
@@ -246,6 +250,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_ranges()
         self._fill_choice("LoRA", LORA_DEFAULTS, used="lora" in self.trainable_parts)
+        if self.quantization is not None and "full" in self.trainable_parts:
+            raise ConfigError("quantization is for frozen layers, and trainable: full freezes none: remove one of them")
+        if self.quantization is not None and self.use_dora:
+            raise ConfigError(
+                "use_dora needs the norms of the weights that it adapts, which quantization rounds: remove one"
+            )
         if self.weight_precision is not None and self.dtype == "fp32":
             raise ConfigError("weight_precision has no effect on fp32 weights: remove it, or choose dtype bf16 or fp16")
         if self.weight_precision == "stochastic" and self.dtype == "fp16":

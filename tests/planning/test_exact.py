@@ -35,6 +35,14 @@ CASES = [
 ]
 
 
+QUANTIZED = [
+    {"trainable": "lm_head", "tied_weights": "untied", "quantization": "nf4", "dtype": "fp16"},
+    {"trainable": "lora+lm_head+embed_tokens", "quantization": "nf4", "dtype": "bf16", "gradient_checkpointing": True},
+    {"trainable": "model.layers.1.*", "quantization": "int8", "dtype": "bf16"},
+]
+CASES += itertools.product(("llama", "gemma", "qwen2"), QUANTIZED)
+
+
 def both_profiles(folder, settings, lengths=LENGTHS):
     spec = resolve(str(folder))
     config = TrainConfig(

@@ -17,7 +17,7 @@ from oomless.memory.device import CudaDevice, Device
 from oomless.models import build
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import checkpointing, fp32_residual, one_gradient_buffer, trainable
+from oomless.techniques import checkpointing, fp32_residual, one_gradient_buffer, quantization, trainable
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
@@ -67,10 +67,18 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
-    model = build.build(spec, device=device, dtype=choose_dtype(config.dtype, device))
+    kind = config.quantization
+    model = build.build(
+        spec,
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        prepare=kind and (lambda model: quantization.replace(model, kind, trainable.trained_modules(model, config))),
+    )
     if fill:
         build.load_weights(model, spec, device=device)
     with device.phase("load"):
+        if not fill:
+            quantization.rehearse_filling(model, device)
         trainable.apply(model, config, device)
         one_gradient_buffer.apply(model)
         if fp32_residual.wanted(model, config.fp32_residual):
