@@ -140,7 +140,7 @@ class CudaDevice(Device):
 
     def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
         if self._copies is None:
-            self._copies = torch.cuda.Stream(self.torch_device)
+            self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)

@@ -2,7 +2,7 @@
 
 Autograd keeps the activation's output besides, and the last projection keeps the product: half of what a gated MLP holds for
 backward. Here backward computes the activation again, in slices, and the product is offered for recomputation
-(``recompute.py``). Costs an elementwise pass. Results and gradients are those of autograd to the bit.
+(``recompute.py``). Costs an elementwise pass. The result is that of autograd to the bit.
 
 Shapes in names: N tokens (all leading dimensions), I width of the MLP.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from oomless.ops.recompute import offer
 
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 16 << 20
 COPIES = 5
 
 Activation = Callable[[Tensor], Tensor]

@@ -98,9 +98,10 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
         if work.saved is None:
-            raise RuntimeError("tiled gives its gradients once; run the forward pass again")
+            raise RuntimeError("the tensors that tiled saved have been freed; run the forward pass again")
         (x,) = work.saved.grad_fn.saved_tensors
-        work.saved = None
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            work.saved = None
         x_rows, gradient_rows = x.reshape(1, -1, x.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
         x_gradient = torch.empty_like(x_rows) if ctx.needs_input_grad[0] else None
         stand_ins = [parameter.detach().requires_grad_() for parameter in work.parameters]

@@ -86,7 +86,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
     eps = next((getattr(module, name) for name in _EPSILONS if isinstance(getattr(module, name, None), float)), None)
     if weight is None or weight.ndim != 1 or len(module._parameters) > 1 or eps is None or not _is_untouched(module):
         return None
-    with _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with _disable_current_modes(), torch.no_grad():
         x = _numbers(3, weight.shape[0]).to(torch.bfloat16)
         twin = copy.copy(module)
         twin._parameters = {"weight": nn.Parameter(_numbers(weight.shape[0]).to(torch.bfloat16))}
@@ -116,7 +116,7 @@ def gated_mlp(module: nn.Module) -> GatedMLP | None:
         parts = GatedMLP(None, "gate_up_proj", activation)
     else:
         return None
-    with _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with _disable_current_modes(), torch.no_grad():
         twin = copy.copy(module)
         twin._modules = {name: _linear(4, 12 if name == "gate_up_proj" else 6) for name in projections}
         twin._modules |= {"down_proj": _linear(6, 4), activation: module._modules[activation]}
