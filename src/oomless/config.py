@@ -218,6 +218,18 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward."""
 
+    gradient_checkpointing_layers: int | None = None
+    """Checkpoint only this many layers, the first that backward runs through. [default: all]"""
+
+    offload_activations: bool = False
+    """Keep the inputs of checkpointed layers in host memory between forward and backward; at most two are on the GPU."""
+
+    cheap_recompute: bool = False
+    """Compute norms and gated products again in backward instead of keeping them, which costs next to no time."""
+
+    mlp_tiles: int | None = None
+    """Run each MLP over the tokens in this many parts, of which one at a time takes memory. [default: whole]"""
+
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is complete, and free the gradient: the model's gradients never exist
     together. Rules out max_grad_norm."""
@@ -279,6 +291,11 @@ class TrainConfig:
                 "optimizer_in_backward cannot clip by the global norm, which is known only after the first weights have been "
                 f"updated; got max_grad_norm {self.max_grad_norm}: leave it out, or choose adafactor, which clips each update"
             )
+        for name in ("gradient_checkpointing_layers", "offload_activations"):
+            if getattr(self, name) and not self.gradient_checkpointing:
+                raise ConfigError(
+                    f"{name} has no effect without gradient_checkpointing: turn that on, or remove {name}"
+                )
         lengths = [n for n in ("max_steps", "num_train_epochs", "max_tokens") if getattr(self, n) is not None]
         if len(lengths) > 1:
             raise ConfigError(f"the run's length is given once; got {' and '.join(lengths)}: keep one")
@@ -324,11 +341,12 @@ class TrainConfig:
                 "gradient_accumulation_steps",
                 "per_device_eval_batch_size",
                 "max_steps",
+                "gradient_checkpointing_layers",
             )
             + ("max_tokens", "lora_r", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
             1,
         )
-        at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16}
+        at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16, "mlp_tiles": 2}
         at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum", "z_loss"), 0)
         for name, least in at_least.items():
             value = getattr(self, name)

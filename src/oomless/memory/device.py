@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,20 @@ class Device:
         """Return ``tensor``, which lies on the device, on the host."""
         return tensor.detach().cpu()
 
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        """Return new host memory of the shape and dtype of ``tensor`` that can be copied to and from beside computation."""
+        with self.host():
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:
+        """Begin to copy ``source`` into ``target``, one of which comes from ``pinned_like``.
+
+        Call what is returned before ``target`` is read, or ``source`` is freed or written: what computes from then on
+        comes after the copy. Copies come after each other, and after what was computed before.
+        """
+        target.copy_(source)
+        return _nothing_to_wait_for
+
     def usage(self) -> MemoryUsage:
         """Return what the device holds now and held at most: on a CPU, the process's resident memory."""
         status = Path("/proc/self/status").read_text()
@@ -97,6 +111,10 @@ class Device:
         """Give memory that is cached but unused back to the device."""
 
 
+def _nothing_to_wait_for() -> None:
+    """Stand for a copy that is complete when it has begun."""
+
+
 class CudaDevice(Device):
     """One CUDA GPU.
 
@@ -110,11 +128,24 @@ class CudaDevice(Device):
         self.torch_device = torch.device("cuda", index)
         self.capacity_bytes = properties.total_memory
         self.compute_capability = (properties.major, properties.minor)
+        self._copies: torch.cuda.Stream | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:  # noqa: D102
         with torch.cuda.device(self.torch_device):
             yield
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:  # noqa: D102
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+    def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+            done = self._copies.record_event()
+        return lambda: torch.cuda.current_stream(self.torch_device).wait_event(done)
 
     def usage(self) -> MemoryUsage:  # noqa: D102
         return MemoryUsage(

@@ -1,8 +1,9 @@
-"""Compute activations twice instead of keeping them (gradient checkpointing, Chen et al. 2016).
+"""Compute activations twice instead of keeping them (gradient checkpointing, Chen et al. 2016), layer by layer.
 
-Saves: everything that a layer keeps for backward except its input. Costs: one more forward of every layer, about a
-third more time. The random state is kept and set back only where the model has dropout, because reading it from a GPU
-makes the host wait.
+Saves: everything that a checkpointed layer keeps for backward except its input. Costs: one more forward of that layer; with
+every layer about a third more time. Where memory allows, fewer layers are checkpointed: the first ones, because backward
+comes by last there, when what the others kept is gone. The random state is kept and set back only where the model has
+dropout, because reading it from a GPU makes the host wait.
 """
 
 from __future__ import annotations
@@ -14,14 +15,46 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from oomless.errors import ConfigError
 
-def apply(model: Any) -> None:
-    """Have every decoder layer of ``model`` keep only its input."""
+
+def apply(model: Any, count: int | None = None) -> list[nn.Module]:
+    """Have the first ``count`` of the layers that backward runs through keep only their input; return those layers.
+
+    ``None`` means all of them.
+
+    Raises:
+        ConfigError: backward runs through fewer layers, or through none.
+    """
+    layers = layers_of_backward(model)
+    if not layers:
+        raise ConfigError(
+            "gradient_checkpointing has no effect: backward runs through no layer that can be checkpointed; remove it"
+        )
+    if count is not None and count > len(layers):
+        raise ConfigError(
+            f"gradient_checkpointing_layers must be at most {len(layers)}, the layers that backward runs through; "
+            f"got {count}"
+        )
+    chosen = layers[:count]
     function = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(model))
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module._gradient_checkpointing_func = function
-            module.gradient_checkpointing = True
+    for layer in chosen:
+        layer._gradient_checkpointing_func = function
+        layer.gradient_checkpointing = True
+    return chosen
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Return the layers of the body of ``model``, in forward's order."""
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def layers_of_backward(model: Any) -> list[Any]:
+    """Return the layers that keep something for backward: those that train or lie above something that does."""
+    order = {id(parameter): place for place, parameter in enumerate(model.base_model.parameters())}
+    lowest = min((order[id(p)] for p in model.base_model.parameters() if p.requires_grad), default=len(order))
+    layers = decoder_layers(model)
+    return [layer for layer in layers if max(order[id(parameter)] for parameter in layer.parameters()) >= lowest]
 
 
 def has_dropout(model: Any) -> bool:

@@ -17,7 +17,16 @@ from oomless.memory.device import CudaDevice, Device
 from oomless.models import build
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import checkpointing, fp32_residual, one_gradient_buffer, quantization, trainable
+from oomless.techniques import (
+    cheap_recompute,
+    checkpointing,
+    fp32_residual,
+    mlp_tiles,
+    offload_activations,
+    one_gradient_buffer,
+    quantization,
+    trainable,
+)
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
@@ -83,8 +92,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         one_gradient_buffer.apply(model)
         if fp32_residual.wanted(model, config.fp32_residual):
             fp32_residual.apply(model)
-        if config.gradient_checkpointing:
-            checkpointing.apply(model)
+        _save_activations(model, config, device)
         optimizer = _optimizer(model, config)
         loss_scale = LossScale(model.dtype, device)
     device.watch(model, optimizer)
@@ -100,6 +108,18 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         in_backward=config.optimizer_in_backward,
     )
     return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
+
+
+def _save_activations(model: Any, config: TrainConfig, device: Device) -> None:
+    """Apply the ways to keep less for backward, each on top of those before it."""
+    if config.gradient_checkpointing:
+        layers = checkpointing.apply(model, config.gradient_checkpointing_layers)
+        if config.offload_activations:
+            offload_activations.apply(layers, device)
+    if config.cheap_recompute:
+        cheap_recompute.apply(model)
+    if config.mlp_tiles is not None:
+        mlp_tiles.apply(model, config.mlp_tiles)
 
 
 def check_length(spec: ModelSpec, config: TrainConfig) -> None:
