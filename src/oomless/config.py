@@ -205,8 +205,8 @@ class TrainConfig:
     the extra `quantize`. [default: 16 bits]"""
 
     weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
-    """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding
-    (bf16), or not at all. [default: master]"""
+    """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding,
+    or not at all. [default: master]"""
 
     fp32_residual: bool | None = None
     """Keep what flows between the layers in fp32, around 16-bit matrix products. [default: on for Gemma in fp16, which
@@ -270,8 +270,6 @@ class TrainConfig:
             )
         if self.weight_precision is not None and self.dtype == "fp32":
             raise ConfigError("weight_precision has no effect on fp32 weights: remove it, or choose dtype bf16 or fp16")
-        if self.weight_precision == "stochastic" and self.dtype == "fp16":
-            raise ConfigError("weight_precision stochastic is for bf16; fp16 takes master or correction")
         if self.optimizer not in OPTIMIZER_DEFAULTS:
             known = ", ".join(OPTIMIZER_DEFAULTS)
             raise ConfigError(
