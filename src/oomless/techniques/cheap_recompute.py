@@ -150,7 +150,7 @@ def _numbers(*shape: int) -> Tensor:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     return linear
 
