@@ -27,7 +27,7 @@ ROUTES = [
     {"optimizer": "adafactor", "dtype": "bf16", "weight_precision": "stochastic", "optimizer_in_backward": True},
     {"optimizer": "adamw_8bit", "dtype": "bf16", "weight_precision": "correction", "gradient_accumulation_steps": 2},
 ]
-SAVING = {"gradient_checkpointing": True, "gradient_checkpointing_layers": 3, "offload_activations": True}
+SAVING = {"gradient_checkpointing": True, "checkpointed_layers": 3, "offload_activations": True}
 LEAN_ROUTES = [
     TRAINABLE[3] | SAVING | {"optimizer": "sgd", "dtype": "bf16", "cheap_recompute": True, "mlp_tiles": 3},
     {"optimizer": "adafactor", "dtype": "fp16", "cheap_recompute": True, "gradient_accumulation_steps": 2},

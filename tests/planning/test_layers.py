@@ -12,7 +12,7 @@ from oomless.planning.plan import plan, target_for
 
 @pytest.fixture
 def case(make_checkpoint):
-    folder = make_checkpoint("llama", tied=True, num_hidden_layers=4)
+    folder = make_checkpoint("llama", tied=True, num_hidden_layers=6)
     config = TrainConfig(
         model=str(folder),
         data=(DataSource(path="none"),),
@@ -35,17 +35,20 @@ def sized(capacity_bytes):
 
 def test_the_fewest(case):
     spec, config = case
-    everything = needed(spec, config, gradient_checkpointing=True)
-    nothing = needed(spec, config)
-    assert fewest_checkpointed_layers(spec, config, sized(nothing)) == config
-    target = sized((everything + nothing) // 2)
+    target = sized((needed(spec, config, gradient_checkpointing=True) + needed(spec, config)) // 2)
     found = fewest_checkpointed_layers(spec, config, target)
-    count = found.gradient_checkpointing_layers
-    assert 1 < count < 4
+    count = found.checkpointed_layers
+    assert 1 < count < 6
     assert plan(spec, found, target).fits
-    assert not plan(spec, replace(found, gradient_checkpointing_layers=count - 1), target).fits
-    everywhere = fewest_checkpointed_layers(spec, config, sized(everything))
-    assert everywhere == replace(config, gradient_checkpointing=True)
+    assert not plan(spec, replace(found, checkpointed_layers=count - 1), target).fits
+
+
+def test_none_all_and_too_many(case):
+    spec, config = case
+    everywhere = replace(config, gradient_checkpointing=True)
+    assert fewest_checkpointed_layers(spec, everywhere, sized(needed(spec, config))) == config
+    everything = needed(spec, everywhere)
+    assert fewest_checkpointed_layers(spec, config, sized(everything)) == everywhere
     assert fewest_checkpointed_layers(spec, config, sized(everything // 2)) is None
 
 

@@ -22,13 +22,13 @@ from oomless.training.loss import hidden_states
 CHECKPOINTED = {"gradient_checkpointing": True}
 WAYS = {
     "checkpointing": CHECKPOINTED,
-    "two layers": CHECKPOINTED | {"gradient_checkpointing_layers": 2},
+    "two layers": CHECKPOINTED | {"checkpointed_layers": 2},
     "offload": CHECKPOINTED | {"offload_activations": True},
     "cheap": {"cheap_recompute": True},
     "tiles": {"mlp_tiles": 3},
     "cheap, tiles": {"cheap_recompute": True, "mlp_tiles": 5},
     "all": CHECKPOINTED
-    | {"gradient_checkpointing_layers": 3, "offload_activations": True, "cheap_recompute": True, "mlp_tiles": 2},
+    | {"checkpointed_layers": 3, "offload_activations": True, "cheap_recompute": True, "mlp_tiles": 2},
 }
 LENGTHS = ((20, 1, 43), (64,))
 TOKENS = 64
@@ -166,7 +166,7 @@ def test_what_a_layer_keeps(make_checkpoint):
 
     plain = layer()
     assert layer(**CHECKPOINTED) == 2 * n * d
-    assert kept_bytes(folder, 4, **CHECKPOINTED, gradient_checkpointing_layers=3) == (
+    assert kept_bytes(folder, 4, **CHECKPOINTED, checkpointed_layers=3) == (
         kept_bytes(folder, 4, **CHECKPOINTED) - 2 * n * d + plain
     )
     # Of each of two norms: the fp32 copy, the rounded one and the output; instead the input. Of the MLP: two of four.
@@ -218,9 +218,9 @@ def test_what_has_no_effect_is_refused(make_checkpoint):
     gpu = VirtualGPU(1 << 40)
     refused(folder, gpu, "gradient_checkpointing has no effect", **head, **CHECKPOINTED)
     refused(folder, gpu, "cheap_recompute has no effect: backward runs", **head, cheap_recompute=True)
-    refused(folder, gpu, "at most 2, .* got 3", **CHECKPOINTED, gradient_checkpointing_layers=3)
+    refused(folder, gpu, "at most 2, .* got 3", **CHECKPOINTED, checkpointed_layers=3)
     upper = {"trainable": "model.layers.1.*"} | CHECKPOINTED
-    refused(folder, gpu, "at most 1, .* got 2", **upper, gradient_checkpointing_layers=2)
+    refused(folder, gpu, "at most 1, .* got 2", **upper, checkpointed_layers=2)
     refused(folder, gpu, "single checkpointed layer", **upper, offload_activations=True)
     refused(folder, Device(), "no effect on a CPU", **WAYS["offload"])
 
@@ -303,12 +303,12 @@ def test_the_model_can_die(make_checkpoint):
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing_layers", "offload_activations"])
+@pytest.mark.parametrize("name", ["checkpointed_layers", "offload_activations"])
 def test_belongs_to_checkpointing(name):
     with pytest.raises(ConfigError, match=f"{name} has no effect without gradient_checkpointing"):
         configure("m", **{name: 1 if name.endswith("layers") else True})
     config = configure("m", gradient_checkpointing=True)
     with pytest.raises(ConfigError, match="mlp_tiles must be at least 2; got 1"):
         replace(config, mlp_tiles=1)
-    with pytest.raises(ConfigError, match="gradient_checkpointing_layers must be at least 1; got 0"):
-        replace(config, gradient_checkpointing_layers=0)
+    with pytest.raises(ConfigError, match="checkpointed_layers must be at least 1; got 0"):
+        replace(config, checkpointed_layers=0)

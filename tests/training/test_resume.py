@@ -32,7 +32,7 @@ MODES = [
     dict(trainable="lora+lm_head+embed_tokens", lora_dropout=0.1, packing="concatenate"),
     dict(trainable="lora", use_dora=True, dtype="fp16", optimizer="sgd"),
     dict(trainable="model.layers.1.*+lm_head", tied_weights="untied", gradient_checkpointing=True),
-    dict(gradient_checkpointing=True, gradient_checkpointing_layers=1, cheap_recompute=True, mlp_tiles=2),
+    dict(gradient_checkpointing=True, checkpointed_layers=1, cheap_recompute=True, mlp_tiles=2),
 ]
 
 

@@ -27,7 +27,7 @@ def fewest_checkpointed_layers(
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
     """
-    plain = replace(config, gradient_checkpointing=False, gradient_checkpointing_layers=None, offload_activations=False)
+    plain = replace(config, gradient_checkpointing=False, checkpointed_layers=None, offload_activations=False)
     device = virtual_device()
     with device.active():
         layers = len(layers_of_backward(assemble(spec, plain, device, fill=False).model))
@@ -38,7 +38,7 @@ def fewest_checkpointed_layers(
         return replace(
             plain,
             gradient_checkpointing=True,
-            gradient_checkpointing_layers=None if count == layers else count,
+            checkpointed_layers=None if count == layers else count,
             offload_activations=config.offload_activations and count > 1,
         )
 
