@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oomless.config import DataSource, TrainConfig
     from oomless.models.attention import use_packed_attention
+    from oomless.planning.layers import fewest_checkpointed_layers
     from oomless.training.loop import Listener, RunResult, train
     from oomless.training.loss import causal_lm_loss
 
@@ -28,6 +29,7 @@ _HOMES = {
     "RunResult": "oomless.training.loop",
     "train": "oomless.training.loop",
     "causal_lm_loss": "oomless.training.loss",
+    "fewest_checkpointed_layers": "oomless.planning.layers",
     "use_packed_attention": "oomless.models.attention",
 }
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "RunResult",
     "TrainConfig",
     "causal_lm_loss",
+    "fewest_checkpointed_layers",
     "train",
     "use_packed_attention",
 ]

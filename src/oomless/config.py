@@ -214,7 +214,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward."""
 
-    gradient_checkpointing_layers: int | None = None
+    checkpointed_layers: int | None = None
     """Checkpoint only this many layers, the first that backward runs through. [default: all]"""
 
     offload_activations: bool = False
@@ -293,7 +293,7 @@ class TrainConfig:
                 "optimizer_in_backward cannot clip by the global norm, which is known only after the first weights have been "
                 f"updated; got max_grad_norm {self.max_grad_norm}: leave it out, or choose adafactor, which clips each update"
             )
-        for name in ("gradient_checkpointing_layers", "offload_activations"):
+        for name in ("checkpointed_layers", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:
                 raise ConfigError(
                     f"{name} has no effect without gradient_checkpointing: turn that on, or remove {name}"
@@ -343,7 +343,7 @@ class TrainConfig:
                 "gradient_accumulation_steps",
                 "per_device_eval_batch_size",
                 "max_steps",
-                "gradient_checkpointing_layers",
+                "checkpointed_layers",
             )
             + ("max_tokens", "lora_r", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
             1,

@@ -27,11 +27,18 @@ ROUTES = [
     {"optimizer": "adafactor", "dtype": "bf16", "weight_precision": "stochastic", "optimizer_in_backward": True},
     {"optimizer": "adamw_8bit", "dtype": "bf16", "weight_precision": "correction", "gradient_accumulation_steps": 2},
 ]
+SAVING = {"gradient_checkpointing": True, "checkpointed_layers": 3, "offload_activations": True}
+LEAN_ROUTES = [
+    TRAINABLE[3] | SAVING | {"optimizer": "sgd", "dtype": "bf16", "cheap_recompute": True, "mlp_tiles": 3},
+    {"optimizer": "adafactor", "dtype": "fp16", "cheap_recompute": True, "gradient_accumulation_steps": 2},
+    SAVING | {"optimizer": "adamw_8bit", "dtype": "fp16", "mlp_tiles": 2, "optimizer_in_backward": True},
+]
 CASES = [
     (architecture, trainable | route)
     for architecture, trainable, route in itertools.product(
         ("llama", "gemma", "gemma2", "qwen2", "qwen3"), TRAINABLE, ROUTES
     )
+    if not (trainable.get("tied_weights") == "untied" and route.get("gradient_checkpointing"))
 ]
 
 
@@ -75,6 +82,17 @@ def test_fake_is_real_to_the_byte(make_checkpoint, architecture, settings):
         sums = [sum(sizes) for sizes in zip(*(timeline.bytes_by_category[c] for c in CATEGORIES), strict=True)]
         assert tuple(sums) == timeline.allocated_bytes
         assert max(timeline.allocated_bytes) == profile.peak_allocated_bytes
+
+
+@pytest.mark.parametrize("route", LEAN_ROUTES, ids=identify)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
+def test_lean_activations_are_exact_too(make_checkpoint, architecture, route):
+    folder = make_checkpoint(architecture, tied=True, num_hidden_layers=4)
+    real, fake = both_profiles(folder, route)
+    assert fake.peak_allocated_bytes == real.peak_allocated_bytes
+    assert fake.peak_reserved_bytes == real.peak_reserved_bytes
+    assert fake.peak_bytes_by_category == real.peak_bytes_by_category
+    assert fake.phases == real.phases
 
 
 def test_a_change_is_seen(make_checkpoint):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from oomless.ops.recompute import offer
 
-SLICE_BYTES = 16 << 20
+SLICE_BYTES = 32 << 20
 COPIES = 5
 
 Activation = Callable[[Tensor], Tensor]

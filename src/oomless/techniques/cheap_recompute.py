@@ -118,8 +118,14 @@ def gated_mlp(module: nn.Module) -> GatedMLP | None:
         return None
     with _disable_current_modes(), torch.no_grad():
         twin = copy.copy(module)
-        twin._modules = {name: _linear(4, 12 if name == "gate_up_proj" else 6) for name in projections}
-        twin._modules |= {"down_proj": _linear(6, 4), activation: module._modules[activation]}
+        matrices = {
+            "gate_proj": _numbers(6, 4),
+            "up_proj": _numbers(6, 4) + 1,
+            "gate_up_proj": _numbers(12, 4),
+            "down_proj": _numbers(4, 6),
+        }
+        twin._modules = {name: _linear(matrices[name]) for name in projections}
+        twin._modules[activation] = module._modules[activation]
         x = _numbers(1, 3, 4)
         wanted, made = _attempt(twin, x), twin._modules["down_proj"](parts.hidden(twin, x))  # type: ignore[misc]
         return parts if wanted is not None and torch.equal(wanted, made) else None
@@ -143,9 +149,9 @@ def _numbers(*shape: int) -> Tensor:
     return torch.sin(torch.arange(1.0, 1.0 + torch.Size(shape).numel()) ** 2).view(shape)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
-    linear.weight = nn.Parameter(_numbers(outputs, inputs))
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
     return linear
 
 

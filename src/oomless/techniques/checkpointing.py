@@ -33,8 +33,7 @@ def apply(model: Any, count: int | None = None) -> list[nn.Module]:
         )
     if count is not None and count > len(layers):
         raise ConfigError(
-            f"gradient_checkpointing_layers must be at most {len(layers)}, the layers that backward runs through; "
-            f"got {count}"
+            f"checkpointed_layers must be at most {len(layers)}, the layers that backward runs through; got {count}"
         )
     chosen = layers[:count]
     function = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(model))

@@ -113,7 +113,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
 def _save_activations(model: Any, config: TrainConfig, device: Device) -> None:
     """Apply the ways to keep less for backward, each on top of those before it."""
     if config.gradient_checkpointing:
-        layers = checkpointing.apply(model, config.gradient_checkpointing_layers)
+        layers = checkpointing.apply(model, config.checkpointed_layers)
         if config.offload_activations:
             offload_activations.apply(layers, device)
     if config.cheap_recompute:

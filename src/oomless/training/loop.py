@@ -39,7 +39,7 @@ from oomless.training.schedule import learning_rate_factor
 MAY_CHANGE_ON_RESUME = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
-    *("gradient_checkpointing_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
+    *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
