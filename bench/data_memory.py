@@ -135,7 +135,7 @@ def main() -> None:
             result = json.loads(printed)
             result["megabytes_per_s"] = round(result["file_bytes"] / 1e6 / result["seconds"], 2)
             print(
-                f"{kind}: {result['text_bytes'] / 1e6:,.0f} MB, {result['megabytes_per_s']} MB/s, "
+                f"{kind}: {result['file_bytes'] / 1e6:,.0f} MB, {result['megabytes_per_s']} MB/s, "
                 f"{result['peak_extra_bytes'] / 1e6:.0f} MB of memory"
             )
             results[kind] = result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
 import typing
@@ -204,6 +205,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; what the user got wrong is one message and exit code 2."""
+    # bitsandbytes, which peft imports, advises every CPU user to install a package that oomless has no use for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

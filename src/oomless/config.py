@@ -178,6 +178,12 @@ class TrainConfig:
     """Global gradient norm above which gradients are scaled down; 0 turns it off. [default: 1, or 0 with
     optimizer_in_backward]"""
 
+    label_smoothing_factor: float = 0.0
+    """Share of each target spread evenly over the vocabulary in training; evaluation is without."""
+
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, added to the training loss: keeps logits small."""
+
     adam_beta1: float | None = None
     """First decay rate of Adam and its kin. [default: 0.9]"""
 
@@ -194,9 +200,17 @@ class TrainConfig:
     dtype: Precision = "auto"
     """Weights and arithmetic. auto: bf16 or fp16 by what the GPU can do, fp32 on a CPU."""
 
+    quantization: Literal["nf4", "int8"] | None = None
+    """Store the frozen linear layers in 4 bits (nf4, double quantisation) or 8 (int8), quantised while loading; needs
+    the extra `quantize`. [default: 16 bits]"""
+
     weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
-    """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding
-    (bf16), or not at all. [default: master]"""
+    """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding,
+    or not at all. [default: master]"""
+
+    fp32_residual: bool | None = None
+    """Keep what flows between the layers in fp32, around 16-bit matrix products. [default: on for Gemma in fp16, which
+    overflows without, else off]"""
 
     gpu: str = "auto"
     """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB."""
@@ -248,10 +262,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_ranges()
         self._fill_choice("LoRA", LORA_DEFAULTS, used="lora" in self.trainable_parts)
+        if self.quantization is not None and "full" in self.trainable_parts:
+            raise ConfigError("quantization is for frozen layers, and trainable: full freezes none: remove one of them")
+        if self.quantization is not None and self.use_dora:
+            raise ConfigError(
+                "use_dora needs the norms of the weights that it adapts, which quantization rounds: remove one"
+            )
         if self.weight_precision is not None and self.dtype == "fp32":
             raise ConfigError("weight_precision has no effect on fp32 weights: remove it, or choose dtype bf16 or fp16")
-        if self.weight_precision == "stochastic" and self.dtype == "fp16":
-            raise ConfigError("weight_precision stochastic is for bf16; fp16 takes master or correction")
         if self.optimizer not in OPTIMIZER_DEFAULTS:
             known = ", ".join(OPTIMIZER_DEFAULTS)
             raise ConfigError(
@@ -327,7 +345,7 @@ class TrainConfig:
             1,
         )
         at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16, "mlp_tiles": 2}
-        at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum"), 0)
+        at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum", "z_loss"), 0)
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -342,7 +360,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a number above 0; got {value}")
-        for name in ("eval_fraction", "warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout", "momentum"):
+        for name in (
+            "eval_fraction",
+            "warmup_ratio",
+            "adam_beta1",
+            "adam_beta2",
+            "lora_dropout",
+            "momentum",
+            "label_smoothing_factor",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1; got {value}")

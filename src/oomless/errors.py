@@ -63,5 +63,5 @@ class GradientOverflowError(TrainingError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
     by_folded_name = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), list(by_folded_name), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), list(by_folded_name), n=1, cutoff=0.5)
     return f" Did you mean '{by_folded_name[close[0]]}'?" if close else ""

@@ -15,13 +15,16 @@ TOKENS, VOCABULARY, WIDTH = 13, 37, 7
 MIB = 1 << 20
 
 
-def plain(hidden, weight, targets, *, bias=None, scale=1.0, softcap=None, logit_scale=1.0):
-    """The lines in the head docstring."""
+def plain(
+    hidden, weight, targets, *, bias=None, scale=1.0, softcap=None, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0
+):
+    """The lines in the head docstring, with torch's own smoothing and the z-loss written out."""
     logits = F.linear(hidden, weight, bias)
     logits = (logits if logits.dtype == torch.float64 else logits.float()) * logit_scale
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
-    return scale * F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100, label_smoothing=label_smoothing)
+    return scale * (loss + z_loss * (logits.logsumexp(dim=1) ** 2)[targets != -100].sum())
 
 
 def make_inputs(tokens=TOKENS, vocabulary=VOCABULARY, width=WIDTH, dtype=torch.float32, seed=0):
@@ -85,6 +88,9 @@ def test_odd_shapes(shape, chunk_bytes):
         dict(scale=0.25),
         dict(scale=torch.tensor(17.0)),
         dict(scale=torch.tensor(0.5), softcap=5.0, logit_scale=0.5),
+        dict(label_smoothing=0.1),
+        dict(z_loss=1e-2),
+        dict(scale=0.5, softcap=5.0, logit_scale=0.5, label_smoothing=0.2, z_loss=1e-2),
     ],
     ids=str,
 )
@@ -100,13 +106,15 @@ def test_settings(settings, with_bias, chunk_bytes):
 @pytest.mark.parametrize("order", ["by_rows", "by_columns"])
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * TOKENS * 2, 64 * MIB])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_both_orders_of_work_give_the_plain_gradients(order, chunk_bytes, softcap):
+@pytest.mark.parametrize("extra", [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)], ids=str)
+def test_both_orders_of_work_give_the_plain_gradients(order, chunk_bytes, softcap, extra):
     inputs = make_inputs()
-    hidden, weight, bias, targets = inputs
-    work = _Work(hidden, weight, bias, targets, softcap, 0.5, chunk_bytes, gradients=True, destination="new")
+    targets = inputs[3]
+    settings = dict(softcap=softcap, logit_scale=0.5, label_smoothing=extra[0], z_loss=extra[1])
+    work = _Work(*inputs[:3], targets, chunk_bytes=chunk_bytes, gradients=True, destination="new", **settings)
     wanted = (True, True, True) if order == "by_rows" else (True, True)
     loss, gradients = getattr(work, order)(torch.tensor(2.0), None, *wanted)
-    expected = loss_and_gradients(plain, inputs, scale=2.0, softcap=softcap, logit_scale=0.5)
+    expected = loss_and_gradients(plain, inputs, scale=2.0, **settings)
     assert_same((loss * 2, list(gradients)), expected)
 
 

@@ -17,6 +17,7 @@ WEIGHTS = [
     (torch.bfloat16, "master"),
     (torch.bfloat16, "correction"),
     (torch.bfloat16, "stochastic"),
+    (torch.float16, "stochastic"),
     (torch.float16, "correction"),
 ]
 SETTINGS = {
@@ -374,7 +375,6 @@ def test_refuses(name, settings, message):
     ("dtype", "weight_precision", "message"),
     [
         (torch.bfloat16, None, "need a weight_precision"),
-        (torch.float16, "stochastic", "needs bfloat16"),
         (torch.float64, None, "weights are float32, bfloat16 or float16"),
     ],
 )

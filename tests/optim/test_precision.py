@@ -20,8 +20,7 @@ def every_finite_value(dtype):
 @pytest.mark.parametrize(
     ("dtype", "way"),
     [
-        *[(dtype, way) for dtype in SIXTEEN for way in ("master", "correction", "plain")],
-        (torch.bfloat16, "stochastic"),
+        *[(dtype, way) for dtype in SIXTEEN for way in ("master", "correction", "stochastic", "plain")],
     ],
 )
 def test_writing_back_what_was_read_changes_no_bit(dtype, way):
@@ -64,6 +63,7 @@ def test_small_updates_are_lost_by_plain_weights_only():
         (torch.bfloat16, "stochastic"),
         (torch.float16, "plain"),
         (torch.float16, "correction"),
+        (torch.float16, "stochastic"),
     ):
         weight = nn.Parameter(torch.full((4096,), 1.0, dtype=dtype))
         optimizer = SGD([weight], lr=5e-4, momentum=0.0, weight_precision=way)
@@ -76,32 +76,43 @@ def test_small_updates_are_lost_by_plain_weights_only():
     exact = {(dtype, way) for dtype in SIXTEEN for way in ("master", "correction")}
     for dtype, way in moved.keys() & exact:
         assert moved[dtype, way] == pytest.approx(0.15, abs=2**-8)
-    assert moved[torch.bfloat16, "stochastic"] == pytest.approx(0.15, rel=0.02)
+    for dtype in SIXTEEN:
+        assert moved[dtype, "stochastic"] == pytest.approx(0.15, rel=0.02)
 
 
-def test_stochastic_rounding_is_right_on_average():
+@pytest.mark.parametrize(
+    ("dtype", "lower", "neighbours_apart"),
+    [
+        (torch.bfloat16, 1.0, 2.0**-7),
+        (torch.float16, 1.0, 2.0**-10),
+        (torch.float16, -2.0 + 2.0**-10, 2.0**-10),
+        (torch.float16, 2.0**-24 * 5, 2.0**-24),
+        (torch.float16, -0.046875, 2.0**-15),
+    ],
+)
+def test_stochastic_rounding_is_right_on_average(dtype, lower, neighbours_apart):
     """1,000 roundings between two neighbours: the mean is the value, within five standard errors."""
-    neighbours_apart = 2.0**-7
     fraction = torch.linspace(0.0, 1.0, 101)[:-1]
-    value = 1.0 + fraction * neighbours_apart
-    precision = weight_precision("stochastic", torch.bfloat16)
+    value = lower + fraction * neighbours_apart
+    precision = weight_precision("stochastic", dtype)
     total = torch.zeros_like(value)
     for step in range(1000):
-        weight = torch.ones_like(value, dtype=torch.bfloat16)
+        weight = torch.ones_like(value, dtype=dtype)
         precision.write(weight, {}, value.clone(), noise_key(1, 2, torch.tensor(float(step))), 0)
-        assert ((weight == 1.0) | (weight == 1.0 + neighbours_apart)).all()
+        assert ((weight == lower) | (weight == lower + neighbours_apart)).all()
         total += weight.float()
-    up = (total / 1000 - 1.0) / neighbours_apart
+    up = (total / 1000 - lower) / neighbours_apart
     standard_error = (fraction * (1 - fraction) / 1000).sqrt()
     assert ((up - fraction).abs() <= 5 * standard_error + 1e-3).all()
 
 
-def test_stochastic_rounding_keeps_infinity_and_nan_visible():
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_stochastic_rounding_keeps_infinity_and_nan_visible(dtype):
     value = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0])
     value.view(torch.int32)[2] = 0x7FFFFFFF
-    weight = torch.zeros(4, dtype=torch.bfloat16)
+    weight = torch.zeros(4, dtype=dtype)
     key = noise_key(0, 0, torch.tensor(1.0))
-    weight_precision("stochastic", torch.bfloat16).write(weight, {}, value, key, 0)
+    weight_precision("stochastic", dtype).write(weight, {}, value, key, 0)
     assert weight.isfinite().tolist() == [False, False, False, True]
 
 

@@ -23,7 +23,7 @@ TRAINABLE = [
 ROUTES = [
     {"optimizer": "adamw", "dtype": "fp32"},
     {"optimizer": "sgd", "dtype": "bf16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
-    {"optimizer": "adamw", "dtype": "fp16", "per_device_train_batch_size": 3, "loss_chunk_bytes": 1 << 16},
+    {"dtype": "fp16", "fp32_residual": True, "per_device_train_batch_size": 3, "loss_chunk_bytes": 1 << 16},
     {"optimizer": "adafactor", "dtype": "bf16", "weight_precision": "stochastic", "optimizer_in_backward": True},
     {"optimizer": "adamw_8bit", "dtype": "bf16", "weight_precision": "correction", "gradient_accumulation_steps": 2},
 ]
@@ -40,6 +40,14 @@ CASES = [
     )
     if not (trainable.get("tied_weights") == "untied" and route.get("gradient_checkpointing"))
 ]
+
+
+QUANTIZED = [
+    {"trainable": "lm_head", "tied_weights": "untied", "quantization": "nf4", "dtype": "fp16"},
+    {"trainable": "lora+lm_head+embed_tokens", "quantization": "nf4", "dtype": "bf16", "gradient_checkpointing": True},
+    {"trainable": "model.layers.1.*", "quantization": "int8", "dtype": "bf16"},
+]
+CASES += itertools.product(("llama", "gemma", "qwen2"), QUANTIZED)
 
 
 def both_profiles(folder, settings, lengths=LENGTHS):

@@ -31,6 +31,8 @@ MODES = [
     dict(trainable="full", optimizer="muon"),
     dict(trainable="lora+lm_head+embed_tokens", lora_dropout=0.1, packing="concatenate"),
     dict(trainable="lora", use_dora=True, dtype="fp16", optimizer="sgd"),
+    dict(trainable="lora+lm_head+embed_tokens", quantization="nf4", dtype="bf16", weight_precision="correction"),
+    dict(trainable="lm_head", quantization="int8"),
     dict(trainable="model.layers.1.*+lm_head", tied_weights="untied", gradient_checkpointing=True),
     dict(gradient_checkpointing=True, checkpointed_layers=1, cheap_recompute=True, mlp_tiles=2),
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention
 from oomless.models.spec import ModelSpec
+from oomless.techniques import quantization
 
 
-def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype) -> Any:
+def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype, prepare: Callable[[Any], None] | None = None) -> Any:
     """Return the model of ``spec`` on ``device``, its parameters allocated but not filled, its buffers right.
+
+    ``prepare`` may replace modules of the model while it is on the meta device.
 
     Raises:
         ModelError: transformers cannot build the architecture, or its attention cannot be replaced.
@@ -39,8 +43,11 @@ def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype) -> Any:
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {spec.name}: {error}") from error
+    if prepare is not None:
+        prepare(model)
     with device.phase("load"):
         _materialise(model, device)
+        quantization.prepare(model, device)
     model.config.use_cache = False
     return model
 
@@ -73,24 +80,32 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     """
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    quantized = {f"{name}.weight": layer for name, layer in quantization.quantized_layers(model)}
+    inside = {id(buffer) for layer in quantized.values() for buffer in layer.buffers()}
+    wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside}
     found = set()
     with device.phase("load"), torch.no_grad():
-        for name, tensor in _checkpoint_tensors(spec.folder, device):
+        for name, tensor in checkpoint_tensors(spec.folder, device):
             if name not in wanted:
                 continue
-            if wanted[name].shape != tensor.shape:
-                raise ModelError(
-                    f"{name} is {tuple(tensor.shape)} in {spec.folder} but {tuple(wanted[name].shape)} by its "
-                    "config.json: the two do not belong together"
-                )
+            _check_shape(name, tensor, tuple(wanted[name].shape), spec.folder)
             with device.host():
                 tensor = tensor.to(wanted[name].dtype)
             wanted[name].copy_(tensor)
             found.add(id(wanted[name]))
+        for name, tensor in checkpoint_tensors(spec.folder, device, list(quantized)):
+            _check_shape(name, tensor, quantized[name].shape, spec.folder)
+            quantized[name].fill(device.put(tensor, model.dtype))
     missing = [name for name, tensor in wanted.items() if id(tensor) not in found and isinstance(tensor, nn.Parameter)]
     if missing:
         _load_through_transformers(wanted, missing, spec, device)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], folder: Path) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ModelError(
+            f"{name} is {tuple(tensor.shape)} in {folder} but {shape} by its config.json: the two do not belong together"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -118,16 +133,30 @@ def weight_files(folder: Path) -> list[Path]:
     return [single]
 
 
-def _checkpoint_tensors(folder: Path, device: Device) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    with device.host():
-                        tensor = file.get_tensor(name)
-                    yield name, tensor
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+def checkpoint_tensors(
+    folder: Path, device: Device, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors, on the host, of the checkpoint in ``folder``: all as they lie, or ``names`` in their order.
+
+    Raises:
+        ModelError: a file is damaged, or does not hold one of ``names``.
+    """
+    with ExitStack() as stack:
+        places: dict[str, Any] = {}
+        for path in weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+            places |= dict.fromkeys(file.keys(), file)
+        for name in places if names is None else names:
+            if name not in places:
+                raise ModelError(
+                    f"{folder} holds no {name}, under this name: quantization needs the layers' own weights"
+                )
+            with device.host():
+                tensor = places[name].get_tensor(name)
+            yield name, tensor
 
 
 def _load_through_transformers(wanted: dict[str, Tensor], missing: list[str], spec: ModelSpec, device: Device) -> None:

@@ -7,9 +7,11 @@ device, and of one tensor on the host. The format is safetensors' own: the heade
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from oomless.memory.device import Device
+from oomless.models.build import checkpoint_tensors
+from oomless.techniques import lora, quantization
 
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -33,6 +37,23 @@ _DTYPE_NAMES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class LateTensor:
+    """A tensor of the host that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        """Return the number of elements, as a tensor does."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """Return the bytes of one element, as a tensor does."""
+        return self.dtype.itemsize
+
+
 @contextmanager
 def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open ``path`` for writing and have its bytes on the disk when the context ends."""
@@ -42,7 +63,7 @@ def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.fsync(file.fileno())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], device: Device) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LateTensor], device: Device) -> None:
     """Write ``tensors``, which lie on ``device`` or the host, to the safetensors file ``path``."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -59,15 +80,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], device: Device)
             file.write(host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else b"")
 
 
-def to_host(tensors: Mapping[str, Tensor], device: Device) -> Iterator[Tensor]:
+def to_host(tensors: Mapping[str, Tensor | LateTensor], device: Device) -> Iterator[Tensor]:
     """Yield each of ``tensors`` on the host, contiguous; the one before may be forgotten."""
     for tensor in tensors.values():
-        yield device.fetch(tensor.contiguous())
+        yield tensor.make() if isinstance(tensor, LateTensor) else device.fetch(tensor.contiguous())
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path, device: Device) -> None:
+def save_weights(tensors: Mapping[str, Tensor | LateTensor], folder: Path, device: Device) -> None:
     """Write ``tensors`` as ``model.safetensors``, or in shards of at most ``SHARD_BYTES`` with an index."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Tensor | LateTensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -103,7 +124,31 @@ def model_tensors(model: Any) -> dict[str, Tensor]:
     return reverted
 
 
-def save_model(model: Any, folder: Path, tensors: Mapping[str, Tensor], device: Device) -> None:
+def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tensor | LateTensor]:
+    """Return the tensors of a quantised ``model``, the weights of its quantised layers as they lie in ``folder``.
+
+    They are in the model's dtype, adapters added in fp32, and each is made when it is written.
+    """
+    modules = dict(model.named_modules())
+
+    def late(name: str, layer: quantization.QuantizedLinear) -> LateTensor:
+        def make() -> Tensor:
+            ((_, tensor),) = checkpoint_tensors(folder, device, [f"{name}.weight"])
+            delta = lora.delta(modules[name])
+            with device.host():
+                if delta is None:
+                    return tensor.to(model.dtype).contiguous()
+                return (tensor.float() + device.fetch(delta).float()).to(model.dtype).contiguous()
+
+        return LateTensor(layer.shape, model.dtype, make)
+
+    layers = dict(quantization.quantized_layers(model))
+    packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
+    plain = {name: tensor for name, tensor in lora.plain_tensors(model).items() if name not in packed}
+    return plain | {f"{name}.weight": late(name, layer) for name, layer in layers.items()}
+
+
+def save_model(model: Any, folder: Path, tensors: Mapping[str, Tensor | LateTensor], device: Device) -> None:
     """Write ``tensors`` with the config and generation config of ``model`` as transformers loads them."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]

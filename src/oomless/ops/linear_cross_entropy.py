@@ -47,6 +47,8 @@ def linear_cross_entropy(
     scale: Tensor | float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     chunk_bytes: int = 64 << 20,
     destination: GradientDestination = "new",
 ) -> Tensor:
@@ -60,6 +62,9 @@ def linear_cross_entropy(
         scale: a number or a 0-dim tensor; multiplies loss and gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         logit_scale: multiplies the logits first.
+        label_smoothing: share of the target that is spread evenly over the vocabulary, as in torch's cross-entropy.
+        z_loss: weight of the squared logarithm of the softmax's denominator, added to every token's loss (PaLM,
+            Chowdhery et al. 2022).
         chunk_bytes: most bytes of logits, in all their copies, held at once; at least one row or column is.
         destination: where the gradient of ``weight`` goes; unless "new" it is added to the ``.grad`` that is there as soon
             as the loss is computed, and the loss must be what ``backward()`` is called on.
@@ -68,7 +73,19 @@ def linear_cross_entropy(
         ValueError: ``destination`` is not "new" and ``weight`` is not a leaf.
     """
     # Inside an autograd function gradients are always off, and its inputs say that they need one even under no_grad.
-    work = _Work(hidden, weight, bias, targets, softcap, logit_scale, chunk_bytes, torch.is_grad_enabled(), destination)
+    work = _Work(
+        hidden,
+        weight,
+        bias,
+        targets,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk_bytes=chunk_bytes,
+        gradients=torch.is_grad_enabled(),
+        destination=destination,
+    )
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, scale_tensor, work)  # type: ignore[no-untyped-call]
     return loss
@@ -120,8 +137,11 @@ class _Work:
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
+        *,
         softcap: float | None,
         logit_scale: float,
+        label_smoothing: float,
+        z_loss: float,
         chunk_bytes: int,
         gradients: bool,
         destination: GradientDestination,
@@ -129,6 +149,7 @@ class _Work:
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
         self.tokens, self.vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
         self.softcap, self.logit_scale, self.gradients = softcap, logit_scale, gradients
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.destination = destination
         self.single = weight_VD.dtype in (torch.float32, torch.float64)
         self.exact = weight_VD.dtype if self.single else torch.float32
@@ -191,15 +212,22 @@ class _Work:
             part = slice(start, start + rows)
             hidden, targets, kept = self.hidden_ND[part], self.targets_N[part, None], self.kept_N[part]
             low, full, slope = self._logits(hidden, self.weight_VD, self.bias_V, buffers)
-            full.sub_(full.amax(dim=1, keepdim=True))
-            target_logits = full.gather(1, targets)[:, 0]
+            largest = full.amax(dim=1, keepdim=True)
+            full.sub_(largest)
+            aims = self._aim(full.gather(1, targets)[:, 0], full.sum(dim=1) if self.label_smoothing else None)
             sums = full.exp_().sum(dim=1)
-            loss += ((sums.log() - target_logits) * kept).sum()
+            logs = sums.log()
+            denominators = logs + largest[:, 0]
+            loss += ((logs - aims + self.z_loss * denominators**2) * kept).sum()
             if not (for_hidden or for_weight or for_bias):
                 continue
             # What multiplies a whole row goes on the product's smaller side, unless 16 bits need it before they round.
             factor = (kept * scale / sums)[:, None]
-            full.scatter_add_(1, targets, -sums[:, None])
+            if self.z_loss:
+                full.mul_((1 + 2 * self.z_loss * denominators)[:, None])
+            full.scatter_add_(1, targets, (sums * (self.label_smoothing - 1))[:, None])
+            if self.label_smoothing:
+                full.sub_((sums * (self.label_smoothing / self.vocabulary))[:, None])
             if not self.single:
                 full.mul_(factor)
             gradient = self._to_gradient(low, full, slope)
@@ -225,21 +253,27 @@ class _Work:
         parts = [slice(start, min(start + columns, self.vocabulary)) for start in range(0, self.vocabulary, columns)]
         largest = torch.full_like(self.kept_N, -torch.inf)
         sums, target_logits = torch.zeros_like(self.kept_N), torch.zeros_like(self.kept_N)
+        totals = torch.zeros_like(self.kept_N) if self.label_smoothing else None
         for part in parts:
             _, full, _ = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
             places, inside = self._places(part)
             target_logits += full.gather(1, places)[:, 0] * inside
+            if totals is not None:
+                totals += full.sum(dim=1)
             larger = torch.maximum(largest, full.amax(dim=1))
             sums.mul_((largest - larger).exp_()).add_(full.sub_(larger[:, None]).exp_().sum(dim=1))
             largest = larger
         denominators = sums.log_().add_(largest)
-        loss = ((denominators - target_logits) * self.kept_N).sum()
+        loss = ((denominators - self._aim(target_logits, totals) + self.z_loss * denominators**2) * self.kept_N).sum()
         factor = self.kept_N * scale
+        steeper = factor * (1 + 2 * self.z_loss * denominators)
         for part in parts:
             low, full, slope = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
-            full.sub_(denominators[:, None]).exp_().mul_(factor[:, None])
+            full.sub_(denominators[:, None]).exp_().mul_(steeper[:, None])
             places, inside = self._places(part)
-            full.scatter_add_(1, places, -(factor * inside)[:, None])
+            full.scatter_add_(1, places, (factor * inside * (self.label_smoothing - 1))[:, None])
+            if self.label_smoothing:
+                full.sub_((factor * (self.label_smoothing / self.vocabulary))[:, None])
             gradient = self._to_gradient(low, full, slope)
             if buffer_VD is None:
                 torch.mm(gradient.t(), self.hidden_ND, out=weight_grad[part])
@@ -250,6 +284,12 @@ class _Work:
             if bias_grad is not None:
                 bias_grad[part] = gradient.sum(dim=0)
         return loss, [None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype), weight_grad, bias_grad]
+
+    def _aim(self, target_logits: Tensor, totals: Tensor | None) -> Tensor:
+        """Return the logit that each token should have [N], with smoothing some of the mean of all, whose sum is given."""
+        if totals is None:
+            return target_logits
+        return (1 - self.label_smoothing) * target_logits + (self.label_smoothing / self.vocabulary) * totals
 
     def _bias(self, part: slice) -> Tensor | None:
         return None if self.bias_V is None else self.bias_V[part]

@@ -13,8 +13,8 @@ name             bytes a parameter  what happens
                                     publishes it ("ULP-based weight splitting"), here with steps of 1/128
                                     instead of 1/127 so that reading and writing back without a change changes
                                     no bit.
-``stochastic``   + 0                bf16 only. Rounds up with a probability equal to the distance from the
-                                    lower neighbour: right on average, at the price of noise (``noise.py``).
+``stochastic``   + 0                Rounds up with a probability equal to the distance from the lower
+                                    neighbour: right on average, at the price of noise (``noise.py``).
 ``plain``        + 0                Rounds to nearest. Small updates are lost: training stalls.
 ===============  =================  =======================================================================
 
@@ -96,9 +96,9 @@ class _Plain(WeightPrecision):
 
 class _Stochastic(WeightPrecision):
     name = "stochastic"
-    dtypes = (torch.bfloat16,)
+    dtypes = (torch.bfloat16, torch.float16)
     value_bytes = 4
-    peak_bytes = 8
+    peak_bytes = 12
     needs_noise = True
 
     def read(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -106,9 +106,16 @@ class _Stochastic(WeightPrecision):
 
     def write(self, weight: Tensor, state: dict[str, Tensor], value: Tensor, key: Tensor | None, start: int) -> None:
         assert key is not None
+        noise = noise_16_bits(key, start, value.numel()).view(value.shape)
+        if weight.dtype == torch.float16:
+            # Neighbours become whole numbers, below 2,048 with 13 bits behind the point: as many as the noise is cut to.
+            apart = _neighbour_distance(value, weight.dtype)
+            value.div_(apart).add_(noise.bitwise_right_shift_(3), alpha=2.0**-13).add_(0.5).floor_()
+            weight.copy_(value.mul_(apart))
+            return
         # A NaN's bits may overflow into those of zero when noise is added; infinity's cannot.
         bits = value.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
-        bits.add_(noise_16_bits(key, start, value.numel()).view(bits.shape)).add_(1 << 15).bitwise_and_(-1 << 16)
+        bits.add_(noise).add_(1 << 15).bitwise_and_(-1 << 16)
         weight.copy_(value)
 
 
@@ -134,10 +141,15 @@ class _Correction(WeightPrecision):
 
 def _correction_unit(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return half the distance between ``value``'s neighbours in ``dtype``, over 128; ``value`` is fp32."""
+    return _neighbour_distance(value, dtype).mul_(0.5 / _CODES)
+
+
+def _neighbour_distance(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return how far the neighbours of ``value``, which is fp32, are apart in ``dtype``."""
     power_of_two = value.view(torch.int32).bitwise_and(_EXPONENT_FIELD).view(torch.float32)
     # Below the smallest normal number neighbours stay equally far.
     smallest = torch.finfo(dtype).tiny
-    return power_of_two.clamp_(min=smallest).mul_(2.0 ** -SIGNIFICAND_BITS[dtype] / _CODES)
+    return power_of_two.clamp_(min=smallest).mul_(2.0 ** (1 - SIGNIFICAND_BITS[dtype]))
 
 
 _FULL = WeightPrecision()
@@ -164,10 +176,8 @@ def weight_precision(name: str | None, dtype: torch.dtype) -> WeightPrecision:
         raise ValueError(
             f"weights in float32 take no weight_precision; got {name!r}; put them in a group of their own with None"
         )
-    if dtype not in SIGNIFICAND_BITS:
-        raise ValueError(f"weights are float32, bfloat16 or float16; got {dtype}")
-    if name is None:
+    if dtype in SIGNIFICAND_BITS:
         raise ValueError(
             f"weights in {dtype} need a weight_precision: master, correction, stochastic or plain; got None"
         )
-    raise ValueError(f"weight_precision={name!r} needs bfloat16 weights; got {dtype}; use 'correction' or 'master'")
+    raise ValueError(f"weights are float32, bfloat16 or float16; got {dtype}")

@@ -30,6 +30,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.techniques import trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
 from oomless.training.precision import choose_dtype
@@ -114,7 +115,7 @@ def rehearse(
     return Rehearsal(
         profile=device.profile(),
         device=device,
-        parameters=sum(p.numel() for p in model.parameters()) if model is not None else 0,
+        parameters=sum(row.parameters for row in trainable.table(model)) if model is not None else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
         out_of_memory=failure,
     )

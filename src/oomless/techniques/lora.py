@@ -69,7 +69,7 @@ def _targets(model: Any, wanted: str) -> list[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+        if isinstance(module, nn.Linear) and module is not head and not trains(module)
     ]
     if wanted == "all-linear":
         return linear
@@ -82,6 +82,11 @@ def _targets(model: Any, wanted: str) -> list[str]:
                 "(lm_head and embed_tokens are trained whole: add them to trainable)"
             )
     return [name for name in linear if any(name == e or name.endswith(f".{e}") for e in endings)]
+
+
+def trains(layer: nn.Linear) -> bool:
+    """Return whether the weight of ``layer`` trains; a quantised layer has none that could."""
+    return layer.weight is not None and layer.weight.requires_grad
 
 
 def is_adapter(name: str) -> bool:
@@ -116,8 +121,16 @@ def merge(model: Any) -> None:
             module.merge(safe_merge=True)
 
 
+def delta(layer: nn.Module) -> Tensor | None:
+    """Return what the adapter of ``layer`` adds to its matrix, or ``None`` where it has none."""
+    if not isinstance(layer, LoraLayer):
+        return None
+    added: Tensor = layer.get_delta_weight(ADAPTER)
+    return added.detach()
+
+
 def plain_tensors(model: Any) -> dict[str, Tensor]:
-    """Return the tensors of a merged model under the names of the plain model, tied ones once."""
+    """Return the tensors of a model, merged if it had adapters, under the names of the plain model, tied ones once."""
     tensors = {}
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -21,9 +21,9 @@ from typing import Any
 from torch import nn
 
 from oomless.config import TrainConfig
-from oomless.errors import ConfigError
+from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
-from oomless.techniques import lora
+from oomless.techniques import lora, quantization
 from oomless.units import format_bytes
 
 NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
@@ -53,10 +53,7 @@ def apply(model: Any, config: TrainConfig, device: Device) -> None:
     """
     parts = config.trainable_parts
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    wanted = {"full": [model], "lm_head": [head], "embed_tokens": [embedding], "lora": []}
-    modules: list[nn.Module] = []
-    for part in parts:
-        modules += wanted[part] if part in wanted else _matching(model, part)
+    modules = trained_modules(model, config)
     parameters = {id(parameter) for module in modules for parameter in module.parameters()}
     if is_tied(model):
         _decide_tied(model, config, device, modules)
@@ -76,13 +73,33 @@ def apply(model: Any, config: TrainConfig, device: Device) -> None:
         raise ConfigError(f"trainable: {config.trainable!r} leaves nothing to train")
 
 
+def trained_modules(model: Any, config: TrainConfig) -> list[nn.Module]:
+    """Return the modules that ``config.trainable`` names, each with everything inside it; LoRA's come later.
+
+    Raises:
+        ConfigError: a part names nothing in the model.
+    """
+    wanted = {
+        "full": [model],
+        "lm_head": [model.get_output_embeddings()],
+        "embed_tokens": [model.get_input_embeddings()],
+        "lora": [],
+    }
+    return [
+        module
+        for part in config.trainable_parts
+        for module in (wanted[part] if part in wanted else _matching(model, part))
+    ]
+
+
 def _matching(model: Any, pattern: str) -> list[nn.Module]:
     found = [module for name, module in model.named_modules() if name and fnmatchcase(name, pattern)]
     if not any(True for module in found for _ in module.parameters()):
         examples = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
         raise ConfigError(
             f"trainable: {pattern!r} is neither {', '.join(NAMED_PARTS)} nor a pattern that matches a module of this "
-            f"model; its modules are named like {', '.join(examples[:: max(1, len(examples) // 4)][:4])}"
+            f"model; its modules are named like {', '.join(examples[:: max(1, len(examples) // 4)][:4])}."
+            + nearest(pattern, NAMED_PARTS)
         )
     return found
 
@@ -127,13 +144,19 @@ def untie(model: Any, device: Device) -> None:
 def table(model: Any) -> list[TrainableRow]:
     """Return the parameter table: the model's parameters by kind of module, layers taken together, tied ones once."""
     rows: dict[str, list[Any]] = {}
-    for name, parameter in model.named_parameters():
+    found = [
+        (name, parameter.numel(), parameter.requires_grad, str(parameter.dtype).removeprefix("torch."))
+        for name, parameter in model.named_parameters()
+    ]
+    for name, layer in quantization.quantized_layers(model):
+        found.append((f"{name}.weight", layer.in_features * layer.out_features, False, layer.kind))
+    for name, count, trains, dtype in found:
         kind = ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
-        row = rows.setdefault(kind, [0, 0, parameter.dtype])
-        row[0] += parameter.numel()
-        row[1] += parameter.numel() if parameter.requires_grad else 0
+        row = rows.setdefault(kind, [0, 0, dtype])
+        row[0] += count
+        row[1] += count if trains else 0
     return [
-        TrainableRow(name=kind, parameters=total, trainable=trains, dtype=str(dtype).removeprefix("torch."))
+        TrainableRow(name=kind, parameters=total, trainable=trains, dtype=dtype)
         for kind, (total, trains, dtype) in rows.items()
     ]
 

@@ -20,9 +20,11 @@ from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
     cheap_recompute,
     checkpointing,
+    fp32_residual,
     mlp_tiles,
     offload_activations,
     one_gradient_buffer,
+    quantization,
     trainable,
 )
 from oomless.training.precision import LossScale, choose_dtype
@@ -74,12 +76,22 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
-    model = build.build(spec, device=device, dtype=choose_dtype(config.dtype, device))
+    kind = config.quantization
+    model = build.build(
+        spec,
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        prepare=kind and (lambda model: quantization.replace(model, kind, trainable.trained_modules(model, config))),
+    )
     if fill:
         build.load_weights(model, spec, device=device)
     with device.phase("load"):
+        if not fill:
+            quantization.rehearse_filling(model, device)
         trainable.apply(model, config, device)
         one_gradient_buffer.apply(model)
+        if fp32_residual.wanted(model, config.fp32_residual):
+            fp32_residual.apply(model)
         _save_activations(model, config, device)
         optimizer = _optimizer(model, config)
         loss_scale = LossScale(model.dtype, device)
@@ -91,6 +103,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         device,
         max_grad_norm=config.max_grad_norm or 0.0,
         loss_chunk_bytes=config.loss_chunk_bytes,
+        label_smoothing=config.label_smoothing_factor,
+        z_loss=config.z_loss,
         in_backward=config.optimizer_in_backward,
     )
     return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)

@@ -34,7 +34,7 @@ from oomless.memory.device import Device
 from oomless.models import build, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import lora
+from oomless.techniques import lora, quantization
 from oomless.training.precision import LossScale
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -136,6 +136,8 @@ def save_checkpoint(
         if is_adapted(model):
             lora.save_config(model, folder)
             save.write_safetensors(folder / "adapter_model.safetensors", weights_to_save(model), device)
+        elif quantization.is_quantized(model):
+            save.write_safetensors(folder / "trained.safetensors", weights_to_save(model), device)
         else:
             save.save_model(model, folder, weights_to_save(model), device)
         tokenizer.save_pretrained(folder)
@@ -161,10 +163,19 @@ def is_adapted(model: Any) -> bool:
 
 
 def weights_to_save(model: Any) -> dict[str, Tensor]:
-    """Return what a checkpoint keeps of the model: all of it, or with LoRA what trains."""
-    if is_adapted(model):
-        return {name: parameter.detach() for name, parameter in lora.checkpoint_parameters(model).items()}
+    """Return what a checkpoint keeps of the model: all of it, or with LoRA or quantised layers what trains."""
+    if trained := _trained(model):
+        return {name: parameter.detach() for name, parameter in trained.items()}
     return save.model_tensors(model)
+
+
+def _trained(model: Any) -> dict[str, nn.Parameter]:
+    """Return what trains, under its names in a checkpoint that keeps no more than that; else nothing."""
+    if is_adapted(model):
+        return lora.checkpoint_parameters(model)
+    if quantization.is_quantized(model):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {}
 
 
 def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale) -> dict[str, Tensor]:
@@ -256,10 +267,10 @@ def restore(
         CheckpointError: the checkpoint was made with other trainable parts or another optimizer.
     """
     with device.phase("load"), torch.no_grad():
-        if is_adapted(model):
-            parameters = lora.checkpoint_parameters(model)
-            for name, tensor in _read(checkpoint.folder / "adapter_model.safetensors", set(parameters), device):
-                parameters[name].copy_(tensor)
+        if trained := _trained(model):
+            file = "adapter_model.safetensors" if is_adapted(model) else "trained.safetensors"
+            for name, tensor in _read(checkpoint.folder / file, set(trained), device):
+                trained[name].copy_(tensor)
         else:
             saved = ModelSpec(name=spec.name, config=spec.config, folder=checkpoint.folder)
             build.load_weights(model, saved, device=device)

@@ -27,7 +27,7 @@ from oomless.errors import CheckpointError, ConfigError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import save
 from oomless.models.spec import load_tokenizer, resolve
-from oomless.techniques import lora, trainable
+from oomless.techniques import lora, quantization, trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
@@ -123,8 +123,9 @@ class Run:
         check_tokenizer(self.tokenizer, spec.config.get_text_config().vocab_size)
         cache_dir = Path(config.cache_dir) if config.cache_dir else run / "token-cache"
         self.data = prepare(config, self.tokenizer, cache_dir, listener.tokenising)
-        reload_base = start is None or "lora" in config.trainable_parts
+        reload_base = start is None or "lora" in config.trainable_parts or config.quantization is not None
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
+        self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
         self.total_steps = self._total_steps()
         self.step, self.tokens = 0, 0
@@ -321,6 +322,10 @@ class Run:
         model = self.assembly.model
 
         def fill(folder: Path) -> None:
+            if quantization.is_quantized(model):
+                save.save_model(model, folder, save.original_tensors(model, self.source, self.device), self.device)
+                self.tokenizer.save_pretrained(folder)
+                return
             if checkpoint.is_adapted(model):
                 lora.merge(model)
                 save.save_model(model, folder, lora.plain_tensors(model), self.device)

@@ -62,6 +62,9 @@ def head_loss(
     scale: Tensor | float,
     chunk_bytes: int,
     destination: GradientDestination = "new",
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``."""
     head = model.get_output_embeddings()
@@ -74,6 +77,8 @@ def head_loss(
         scale=scale,
         softcap=softcap,
         logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
         chunk_bytes=chunk_bytes,
         destination=destination,
     )

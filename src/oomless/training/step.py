@@ -48,6 +48,8 @@ class TrainingStep:
         *,
         max_grad_norm: float,
         loss_chunk_bytes: int,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         in_backward: bool = False,
     ) -> None:
         self.model = model
@@ -56,6 +58,8 @@ class TrainingStep:
         self.device = device
         self.max_grad_norm = max_grad_norm
         self.loss_chunk_bytes = loss_chunk_bytes
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self.fused = FusedBackward(optimizer) if in_backward else None
         self._destination = one_gradient_buffer.head_destination(model)
@@ -91,7 +95,9 @@ class TrainingStep:
         total = torch.zeros((), device=self.device.torch_device)
         self.model.train()
         for batch in micro_batches:
-            loss = self._loss(batch, self.loss_scale.scale / tokens)
+            loss = self._loss(
+                batch, self.loss_scale.scale / tokens, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+            )
             total += loss.detach() / self.loss_scale.scale
             with self.device.phase("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -99,7 +105,10 @@ class TrainingStep:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, int]:
-        """Return the summed cross-entropy over the predicted tokens of ``batches``, and their number."""
+        """Return the summed cross-entropy over the predicted tokens of ``batches``, and their number.
+
+        It is the plain one, whatever smoothing or z-loss the training adds, so that runs can be compared.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
         tokens = 0
         self.model.eval()
@@ -109,10 +118,11 @@ class TrainingStep:
                 tokens += batch.target_count
         return total, tokens
 
-    def _loss(self, batch: MicroBatch, scale: Tensor | float) -> Tensor:
-        """Return ``scale`` times the summed cross-entropy of ``batch``."""
+    def _loss(self, batch: MicroBatch, scale: Tensor | float, **added: float) -> Tensor:
+        """Return ``scale`` times the summed cross-entropy of ``batch``, with what ``head_loss`` may add to it."""
         put = self.device.put
         with self.device.phase("forward"):
             hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
         with self.device.phase("loss"):
-            return head_loss(self.model, hidden, put(batch.labels), scale, self.loss_chunk_bytes, self._destination)
+            labels = put(batch.labels)
+            return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)

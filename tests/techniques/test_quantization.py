@@ -1,0 +1,185 @@
+"""Quantised frozen layers: what is quantised, how much memory loading takes, training, saving."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from oomless.config import DataSource, TrainConfig
+from oomless.errors import ConfigError, ModelError
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.spec import resolve
+from oomless.ops.frozen_linear import packed_shapes
+from oomless.planning.rehearse import rehearse, virtual_device
+from oomless.techniques.quantization import QuantizedLinear, quantized_layers
+from oomless.training import loop
+from oomless.training.assemble import assemble
+from oomless.training.checkpoint import list_checkpoints
+
+PARTS = {
+    "lm_head": {"trainable": "lm_head"},
+    "lora": {"trainable": "lora", "lora_r": 4},
+    "all": {"trainable": "lora+lm_head+embed_tokens", "lora_r": 4},
+    "layer": {"trainable": "model.layers.1.*"},
+}
+
+
+def make_config(folder, corpus="none", out="none", **settings):
+    defaults = {
+        "quantization": "nf4",
+        "max_seq_length": 64,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "eval_fraction": 0.1,
+    }
+    return TrainConfig(
+        model=str(folder), data=(DataSource(path=str(corpus)),), output_dir=str(out), **{**defaults, **settings}
+    )
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "qwen2"])
+def test_only_frozen_layers_of_the_body_are_quantised(make_checkpoint, architecture, parts):
+    folder = make_checkpoint(architecture)
+    device = VirtualGPU(1 << 30)
+    with device.active():
+        model = assemble(
+            resolve(str(folder)), make_config(folder, dtype="bf16", **PARTS[parts]), device, fill=True
+        ).model
+    names = {name for name, _ in quantized_layers(model)}
+    layers = {0} if parts == "layer" else {0, 1}
+    assert len(names) == 7 * len(layers)
+    assert all(name.startswith(tuple(f"model.layers.{n}." for n in layers)) for name in names)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, layer in quantized_layers(model):
+        original = plain.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        assert (layer.packed.unpack(torch.float32) - original.weight).norm() < 0.11 * original.weight.float().norm()
+        assert (layer.bias is None) == (original.bias is None)
+        assert layer.bias is None or torch.equal(layer.bias, original.bias)
+
+
+class CountsHost(VirtualGPU):
+    """A virtual GPU whose books hold what lies on the host as well."""
+
+    @contextmanager
+    def host(self):
+        yield
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("books", [VirtualGPU, CountsHost], ids=["device", "device and host"])
+def test_loading_holds_the_quantised_model_and_one_weight(make_checkpoint, kind, books):
+    folder = make_checkpoint("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=6)
+    device = books(1 << 30, record_history=True)
+    settings = make_config(folder, trainable="lm_head", quantization=kind, dtype="bf16", optimizer="sgd", momentum=0.0)
+    with device.active():
+        model = assemble(resolve(str(folder)), settings, device, fill=True).model
+    rounded = lambda count: -(-count // 512) * 512  # noqa: E731
+    quantised = sum(
+        rounded(torch.Size(shape).numel() * dtype.itemsize)
+        for _, layer in quantized_layers(model)
+        for shape, dtype in packed_shapes(layer.shape, kind).values()
+    )
+    others = sum(rounded(p.nbytes) for p in {id(p): p for p in model.parameters()}.values())
+    largest = 2 * 512 * 256
+    head = 512 * 256  # its fp32 master copy and gradients come after the load
+    copies = {VirtualGPU: 1, CountsHost: 3}[books]  # on the host as the file has it (fp32), then on the device
+    load = device.profile().phases["load"].allocated_bytes
+    slack = 64 * 1024
+    assert quantised + others < load <= quantised + others + copies * largest + largest + 4 * head + slack
+    whole = sum(2 * layer.in_features * layer.out_features for _, layer in quantized_layers(model))
+    assert load < quantised + others + whole // 2
+
+
+@pytest.mark.parametrize("parts", ["lm_head", "all"])
+def test_trains_saves_the_original_weights_and_loads_in_transformers(make_checkpoint, corpus, tmp_path, parts):
+    folder = make_checkpoint("llama", dtype=torch.bfloat16)
+    result = loop.train(make_config(folder, corpus, tmp_path, dtype="bf16", **PARTS[parts]))
+    saved, original = load_file(result.model_dir / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert saved.keys() == original.keys()
+    for name, tensor in original.items():
+        trained = name == "lm_head.weight" or (parts == "all" and ("_proj" in name or "embed" in name))
+        assert torch.equal(saved[name], tensor) != trained, name
+    AutoModelForCausalLM.from_pretrained(result.model_dir)
+    kept = {path.name for path in list_checkpoints(tmp_path)[-1].folder.iterdir()}
+    assert ("adapter_model.safetensors" in kept, "trained.safetensors" in kept) == (parts == "all", parts != "all")
+    assert result.eval_after["library.jsonl"] < result.eval_before["library.jsonl"]
+
+
+def test_saved_model_is_the_live_one_but_for_the_rounding(make_checkpoint, corpus, tmp_path, monkeypatch):
+    folder = make_checkpoint("qwen3")
+    runs = []
+    original = loop.Run.__init__
+    monkeypatch.setattr(loop.Run, "__init__", lambda run, *given: (original(run, *given), runs.append(run))[0])
+    result = loop.train(make_config(folder, corpus, tmp_path, quantization="int8", **PARTS["all"]))
+    ids = torch.arange(1, 21)[None]
+    live = runs[0].assembly.model.eval()(ids, use_cache=False).logits
+    loaded = AutoModelForCausalLM.from_pretrained(result.model_dir).eval()(ids).logits
+    untouched = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert (loaded - live).norm() < 0.02 * live.norm()
+    assert (untouched - live).norm() > 0.1 * live.norm()
+
+
+def test_from_a_config_alone(make_checkpoint):
+    found = rehearse(
+        resolve(str(make_checkpoint("llama"))), make_config("x", dtype="bf16", trainable="lm_head"), virtual_device()
+    )
+    plain = AutoModelForCausalLM.from_pretrained(make_checkpoint("llama"))
+    assert found.parameters == sum(p.numel() for p in plain.parameters())
+    assert found.trainable_parameters == 512 * 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainable": "full"}, "full freezes none"),
+        ({"trainable": "lora", "use_dora": True}, "use_dora needs"),
+        ({"trainable": "lora", "quantization": "nf5"}, "Did you mean 'nf4'"),
+    ],
+    ids=str,
+)
+def test_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_mapping({"model": "x", "data": ["x"], "output_dir": "x", "quantization": "nf4", **settings})
+
+
+def test_nothing_frozen(make_checkpoint):
+    folder = make_checkpoint("llama")
+    with pytest.raises(ConfigError, match="no linear layer of this model's body is frozen"):
+        assemble(resolve(str(folder)), make_config(folder, trainable="model"), VirtualGPU(1 << 30), fill=True)
+
+
+def test_experts_that_are_one_tensor(make_checkpoint):
+    from transformers import AutoConfig
+
+    from oomless.models.spec import ModelSpec
+
+    moe = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        moe_intermediate_size=64,
+        num_experts=16,
+    )
+    with pytest.raises(ConfigError, match="experts are not linear layers"):
+        rehearse(ModelSpec(name="moe", config=moe, folder=None), make_config("x", trainable="lora"), virtual_device())
+
+
+def test_missing_weight(make_checkpoint, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = make_checkpoint("llama")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    device = VirtualGPU(1 << 30)
+    with device.active(), pytest.raises(ModelError, match=r"model.layers.0.mlp.up_proj.weight"):
+        assemble(resolve(str(tmp_path)), make_config(tmp_path, trainable="lora"), device, fill=True)
