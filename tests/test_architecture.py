@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "oomless"
 FLOORS = [
     {"errors", "units"},
-    {"catalogue"},
+    {"catalogue", "config_values"},
     {"config", "hardware"},
     {"ops", "optim", "memory"},
     {"techniques"},

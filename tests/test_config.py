@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from oomless.config import DataSource, TrainConfig, field_help, load_yaml
+from oomless.config import DataSource, TrainConfig
+from oomless.config_values import field_help, load_yaml
 from oomless.errors import ConfigError
 
 LEAST = {"model": "m", "data": "text", "output_dir": "out"}

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from oomless import __version__
-from oomless.config import TrainConfig, field_help, load_yaml, without_none
+from oomless.config import TrainConfig
+from oomless.config_values import field_help, load_yaml, without_none
 from oomless.errors import ConfigError, TrainingError, UserError
 
 app = typer.Typer(

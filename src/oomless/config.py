@@ -7,17 +7,12 @@ is made, and get their defaults then.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import textwrap
-import types
 import typing
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
+from oomless.config_values import coerce
 from oomless.errors import ConfigError, nearest
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
@@ -66,6 +61,7 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "galore": _ADAM,
     "muon": {**_ADAM, "momentum": 0.95},
 }
+OFFLOADABLE_OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +230,9 @@ class TrainConfig:
     """Update each weight as soon as its gradient is complete, and free the gradient: the model's gradients never exist
     together. Rules out max_grad_norm."""
 
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in pinned host memory; slices of it come to the GPU and go back at every step."""
+
     loss_chunk_bytes: int = 64 << 20
     """Most bytes that the loss holds of the logits at once."""
 
@@ -282,6 +281,11 @@ class TrainConfig:
                 others = {key: value for key, value in defaults.items() if key not in shared}
                 self._fill_choice(f"the optimizer {name}", others, used=False)
         self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
+        if self.offload_optimizer and self.optimizer not in OFFLOADABLE_OPTIMIZERS:
+            raise ConfigError(
+                f"offload_optimizer is for {', '.join(OFFLOADABLE_OPTIMIZERS)}, whose updates go slice by slice; got the "
+                f"optimizer {self.optimizer}: remove one of them"
+            )
         if self.max_grad_norm is None:
             self._set("max_grad_norm", 0.0 if self.optimizer_in_backward else 1.0)
         elif self.max_grad_norm and self.optimizer_in_backward:
@@ -400,53 +404,11 @@ class TrainConfig:
                 raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), kinds)}")
             if value is None:
                 continue
-            values[key] = _sources(key, value) if key in ("data", "eval_data") else _coerce(key, value, kinds[key])
+            values[key] = _sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, in the YAML or as --{missing[0].replace('_', '-')}")
         return cls(**values)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings in the YAML file ``path``.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping of settings.
-    """
-    import yaml
-
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the config {path} is not YAML: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"the config {path} must be a mapping of settings to values; got {type(mapping).__name__}")
-    return mapping
-
-
-@cache
-def field_help(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of the dataclass ``cls``."""
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
-    return {
-        field.target.id: inspect.cleandoc(doc.value.value).replace("\n", " ")
-        for field, doc in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-        and isinstance(doc.value.value, str)
-    }
-
-
-def without_none(kind: Any) -> Any:
-    """Return ``X`` for the annotation ``X | None``, and any other annotation as it is."""
-    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
-        return kind
-    (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
-    return kind
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -467,30 +429,5 @@ def _sources(key: str, value: Any) -> tuple[DataSource, ...]:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r} in {key}.{nearest(str(name), known)}")
         kinds = typing.get_type_hints(DataSource)
-        sources.append(DataSource(**{name: _coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
+        sources.append(DataSource(**{name: coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
     return tuple(sources)
-
-
-def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """Return ``value`` as ``kind``; YAML's ``2e-5`` is a string and its ``3`` an int where a float is meant."""
-    kind = without_none(kind)
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise ConfigError(
-                f"{key} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}"
-            )
-        return value
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{key} must be {_KIND_NAMES[kind]}; got {value!r}")
-    return value
-
-
-_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -31,9 +31,13 @@ def test_help_lists_every_setting():
     assert result.returncode == 0
     shown = set(re.findall(r"--([a-z0-9-]+)", plain(result.stdout)))
     expected = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
-    switches = {f"no-{n.replace('_', '-')}" for n, f in TrainConfig.__dataclass_fields__.items() if f.type == "bool"}
+    switches = {
+        f"no-{n.replace('_', '-')}"
+        for n, f in TrainConfig.__dataclass_fields__.items()
+        if f.type in ("bool", "bool | None")
+    }
     assert expected <= shown
-    assert shown <= expected | switches | {"config", "help", "no-use-rslora", "no-use-dora"}
+    assert shown <= expected | switches | {"config", "help"}
 
 
 def test_import_is_light():

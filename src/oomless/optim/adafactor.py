@@ -36,6 +36,7 @@ from oomless.optim.base import (
     weight_precision_of,
     weight_state_slice,
 )
+from oomless.optim.offload import HostMemory
 
 
 class Adafactor(MemoryLeanOptimizer):
@@ -64,6 +65,7 @@ class Adafactor(MemoryLeanOptimizer):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -73,7 +75,14 @@ class Adafactor(MemoryLeanOptimizer):
             "relative_step": relative_step,
             "weight_decay": weight_decay,
         }
-        super().__init__(parameters, defaults, weight_precision=weight_precision, slice_bytes=slice_bytes, seed=seed)
+        super().__init__(
+            parameters,
+            defaults,
+            weight_precision=weight_precision,
+            slice_bytes=slice_bytes,
+            seed=seed,
+            offload=offload,
+        )
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -107,6 +116,7 @@ class Adafactor(MemoryLeanOptimizer):
         rows = gradient.view(-1, gradient.shape[-1]) if gradient.dim() > 1 else gradient.view(-1, 1)
         weights = parameter.view(rows.shape)
         update_bytes = max(precision.value_bytes + 4, precision.peak_bytes, 8 if gradient.dim() < 2 else 0)
+        update_bytes += self._staged_bytes(parameter)
         pieces = list(self._row_slices(rows, update_bytes))
         self._update_moments(rows, pieces, group, state, gradient_scale, found_inf)
         squares = [_direction(rows, piece, state).square_().sum() for piece in pieces]
@@ -118,9 +128,9 @@ class Adafactor(MemoryLeanOptimizer):
         keep = torch.full_like(step_size, 1.0 - group["lr"] * group["weight_decay"])
         if found_inf is not None:
             keep = torch.where(found_inf.bool(), torch.ones_like(keep), keep)
-        for piece in pieces:
-            flat = slice(piece.start * rows.shape[1], piece.stop * rows.shape[1])
-            part = weight_state_slice(state, flat)
+        flats = (slice(piece.start * rows.shape[1], piece.stop * rows.shape[1]) for piece in pieces)
+        with_state = self._with_state(parameter, state, flats, weight_state_slice)
+        for piece, (flat, part) in zip(pieces, with_state, strict=True):
             value = precision.read(weights[piece].view(-1), part)
             update = _direction(rows, piece, state).mul_(step_size).view(-1)
             if found_inf is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from oomless.optim.base import (
     DEFAULT_SLICE_BYTES,
+    WEIGHT_STATE_NAMES,
     Group,
     MemoryLeanOptimizer,
     Parameters,
@@ -28,10 +29,15 @@ from oomless.optim.base import (
     state_slice,
     weight_precision_of,
 )
+from oomless.optim.offload import HostMemory
 
 
 class AdamW(MemoryLeanOptimizer):
     """AdamW with fp32 moments; equals torch's on fp32 weights. Arguments: see ``MemoryLeanOptimizer``."""
+
+    sliced_state = WEIGHT_STATE_NAMES | {
+        *("first_moment", "second_moment", "first_moment_scale", "second_moment_scale"),
+    }
 
     def __init__(
         self,
@@ -44,6 +50,7 @@ class AdamW(MemoryLeanOptimizer):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -52,7 +59,14 @@ class AdamW(MemoryLeanOptimizer):
             "weight_decay": weight_decay,
             **self._extra_defaults(),
         }
-        super().__init__(parameters, defaults, weight_precision=weight_precision, slice_bytes=slice_bytes, seed=seed)
+        super().__init__(
+            parameters,
+            defaults,
+            weight_precision=weight_precision,
+            slice_bytes=slice_bytes,
+            seed=seed,
+            offload=offload,
+        )
 
     def _extra_defaults(self) -> dict[str, Any]:
         """Return the hyperparameters that a subclass adds to each group."""
@@ -83,8 +97,9 @@ class AdamW(MemoryLeanOptimizer):
         weights, gradients = parameter.view(-1), gradient.view(-1)
         gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
         update_bytes = precision.value_bytes + max(gradient_bytes, self._moment_bytes(state))
-        for piece in self._slices(parameter.numel(), max(update_bytes, precision.peak_bytes)):
-            part = state_slice(state, piece)
+        staged_bytes = self._staged_bytes(parameter)
+        pieces = self._slices(parameter.numel(), max(update_bytes, precision.peak_bytes) + staged_bytes)
+        for piece, part in self._with_state(parameter, state, pieces, state_slice):
             value = precision.read(weights[piece], part)
             self._update_slice(value, gradients[piece], part, group, divisor, found_inf)
             precision.write(weights[piece], part, value, key, piece.start)

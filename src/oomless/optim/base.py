@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oomless.optim.noise import noise_key
+from oomless.optim.offload import SMALLEST_OFFLOADED, HostMemory, staged, to_host
 from oomless.optim.precision import WeightPrecision, weight_precision
 from oomless.units import MiB
 
@@ -55,10 +56,15 @@ class MemoryLeanOptimizer(Optimizer):
         weight_precision: how sixteen-bit weights take updates; None for fp32 weights.
         slice_bytes: upper bound of the temporaries of a step, in bytes.
         seed: of stochastic rounding.
+        offload: the device whose pinned host memory keeps the state of larger parameters (``offload.py``).
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a weight's dtype does not fit ``weight_precision``.
+        ValueError: a hyperparameter is out of range, a weight's dtype does not fit ``weight_precision``, or nothing of the
+            optimizer's state could be offloaded.
     """
+
+    sliced_state: frozenset[str] = WEIGHT_STATE_NAMES
+    """The state that the update reads slice by slice, and which can therefore lie on the host."""
 
     def __init__(
         self,
@@ -68,12 +74,20 @@ class MemoryLeanOptimizer(Optimizer):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         if slice_bytes < 64 * SLICE_MULTIPLE:
             raise ValueError(f"slice_bytes must be at least {64 * SLICE_MULTIPLE}; got {slice_bytes}")
         self.slice_bytes = slice_bytes
+        self._offload = offload
+        self._offloaded: dict[Tensor, int] = {}
         self._index: dict[Tensor, int] = {}
         super().__init__(parameters, {**defaults, "weight_precision": weight_precision, "seed": seed})
+        if offload is not None and not self._offloaded:
+            raise ValueError(
+                f"offloading has no effect: {type(self).__name__} keeps nothing of these parameters that could lie on the "
+                "host; leave it out"
+            )
 
     # -- what a subclass gives -------------------------------------------------------------------------------
 
@@ -151,6 +165,20 @@ class MemoryLeanOptimizer(Optimizer):
         state["step"].add_(1.0 if found_inf is None else 1.0 - found_inf)
         self._update(parameter, gradient, group, state, gradient_scale, found_inf)
 
+    def _place_state(self, parameter: Tensor, group: Group) -> State:
+        """Make the state of ``parameter`` where it belongs, without holding it where it does not."""
+        if self._offload is None or parameter.numel() < SMALLEST_OFFLOADED:
+            return self._new_state(parameter, group)
+        shapes = self._new_state(parameter.detach().to("meta"), group)
+        bytes_ = sum(tensor.nbytes for name, tensor in shapes.items() if name in self.sliced_state)
+        if not bytes_:
+            return self._new_state(parameter, group)
+        self._offloaded[parameter] = 3 * -(-bytes_ // parameter.numel())
+        host = self._offload.fetch(parameter)
+        with self._offload.host():
+            state = self._new_state(host, group)
+        return to_host(state, self.sliced_state, self._offload)
+
     def _new_state(self, parameter: Tensor, group: Group) -> State:
         return {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -167,6 +195,18 @@ class MemoryLeanOptimizer(Optimizer):
             length = (self.slice_bytes - SCALAR_BYTES) // temporary_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE
         for start in range(0, count, length):
             yield slice(start, min(start + length, count))
+
+    def _with_state(
+        self, parameter: Tensor, state: State, pieces: Iterable[slice], cut: Callable[[State, slice], State]
+    ) -> Iterator[tuple[slice, State]]:
+        """Yield each piece with its state on the device, as ``cut`` gives it."""
+        if self._offload is None or parameter not in self._offloaded:
+            return ((piece, cut(state, piece)) for piece in pieces)
+        return staged(pieces, lambda piece: cut(state, piece), self.sliced_state, self._offload)
+
+    def _staged_bytes(self, parameter: Tensor) -> int:
+        """Return what the slices of offloaded state that are on the device take, in bytes per element."""
+        return self._offloaded.get(parameter, 0)
 
     def _noise_key(self, parameter: Tensor, group: Group, state: State) -> Tensor | None:
         """Return the key of this step's random bits for ``parameter``, or None where none are needed."""
@@ -258,7 +298,7 @@ class MemoryLeanOptimizer(Optimizer):
             raise
         for parameter in group["params"]:
             self._index[parameter] = len(self._index)
-            self.state[parameter] = self._new_state(parameter, group)
+            self.state[parameter] = self._place_state(parameter, group)
 
 
 def weight_precision_of(parameter: Tensor, group: Group) -> WeightPrecision:

@@ -12,6 +12,7 @@ from oomless.optim.adamw import AdamW
 from oomless.optim.adamw_8bit import AdamW8bit
 from oomless.optim.base import DEFAULT_SLICE_BYTES, MemoryLeanOptimizer, Parameters
 from oomless.optim.muon import Muon
+from oomless.optim.offload import HostMemory
 from oomless.optim.projected import Apollo, ApolloMini, GaLore
 from oomless.optim.sgd import SGD
 
@@ -28,7 +29,7 @@ _CLASSES: dict[str, Callable[..., MemoryLeanOptimizer]] = {
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """The names that ``build`` knows."""
 
-_COMMON = {"parameters", "lr", "weight_decay", "weight_precision", "slice_bytes", "seed"}
+_COMMON = {"parameters", "lr", "weight_decay", "weight_precision", "slice_bytes", "seed", "offload"}
 
 
 def hyperparameters(name: str) -> frozenset[str]:
@@ -49,6 +50,7 @@ def build(
     weight_precision: str | None = None,
     slice_bytes: int = DEFAULT_SLICE_BYTES,
     seed: int = 0,
+    offload: HostMemory | None = None,
     **settings: Any,
 ) -> MemoryLeanOptimizer:
     """Return the optimizer called ``name`` over ``parameters`` (tensors, or groups as for torch's
@@ -61,6 +63,8 @@ def build(
         ValueError: the name is unknown, the optimizer does not use a setting, or a value is out of range.
     """
     optimizer_class = _class(name)
+    if offload is not None and "offload" not in inspect.signature(optimizer_class).parameters:
+        raise ValueError(f"the state of {name} cannot be offloaded: its updates do not go slice by slice")
     known = hyperparameters(name)
     given = {key: value for key, value in settings.items() if value is not None}
     for key in given:
@@ -76,6 +80,7 @@ def build(
         weight_precision=weight_precision,
         slice_bytes=slice_bytes,
         seed=seed,
+        **({} if offload is None else {"offload": offload}),
         **given,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from oomless.optim.base import (
     DEFAULT_SLICE_BYTES,
+    WEIGHT_STATE_NAMES,
     Group,
     MemoryLeanOptimizer,
     Parameters,
@@ -24,10 +25,13 @@ from oomless.optim.base import (
     state_slice,
     weight_precision_of,
 )
+from oomless.optim.offload import HostMemory
 
 
 class SGD(MemoryLeanOptimizer):
     """SGD with momentum, as ``torch.optim.SGD``. Arguments: see ``MemoryLeanOptimizer``."""
+
+    sliced_state = WEIGHT_STATE_NAMES | {"momentum"}
 
     def __init__(
         self,
@@ -40,9 +44,17 @@ class SGD(MemoryLeanOptimizer):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(parameters, defaults, weight_precision=weight_precision, slice_bytes=slice_bytes, seed=seed)
+        super().__init__(
+            parameters,
+            defaults,
+            weight_precision=weight_precision,
+            slice_bytes=slice_bytes,
+            seed=seed,
+            offload=offload,
+        )
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -70,8 +82,8 @@ class SGD(MemoryLeanOptimizer):
         weights, gradients = parameter.view(-1), gradient.view(-1)
         gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
         temporary_bytes = max(precision.value_bytes + gradient_bytes, precision.peak_bytes)
-        for piece in self._slices(parameter.numel(), temporary_bytes):
-            part = state_slice(state, piece)
+        pieces = self._slices(parameter.numel(), temporary_bytes + self._staged_bytes(parameter))
+        for piece, part in self._with_state(parameter, state, pieces, state_slice):
             value = precision.read(weights[piece], part)
             torch._fused_sgd_(
                 [value],

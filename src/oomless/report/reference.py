@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typing
 
-from oomless.config import DataSource, TrainConfig, field_help, without_none
+from oomless.config import DataSource, TrainConfig
+from oomless.config_values import field_help, without_none
 
 
 def reference() -> str:

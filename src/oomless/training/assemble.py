@@ -94,7 +94,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         if wide:
             fp32_residual.apply(model)
         _save_activations(model, config, device, norm_dtype=model.dtype if wide else None)
-        optimizer = _optimizer(model, config)
+        optimizer = _optimizer(model, config, device)
         loss_scale = LossScale(model.dtype, device)
     device.watch(model, optimizer)
     step = TrainingStep(
@@ -136,14 +136,24 @@ def check_length(spec: ModelSpec, config: TrainConfig) -> None:
         )
 
 
-def _optimizer(model: Any, config: TrainConfig) -> MemoryLeanOptimizer:
+def _optimizer(model: Any, config: TrainConfig, device: Device) -> MemoryLeanOptimizer:
+    if config.offload_optimizer and device.capacity_bytes is None:
+        raise ConfigError("offload_optimizer has no effect on a CPU, whose memory is the host's; remove it")
     own = OPTIMIZER_DEFAULTS[config.optimizer]
     settings: dict[str, Any] = {"momentum": config.momentum} if "momentum" in own else {}
     if "adam_beta1" in own:
         settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    return optim.build(
-        config.optimizer, parameter_groups(model, config), lr=config.learning_rate, seed=config.seed, **settings
-    )
+    try:
+        return optim.build(
+            config.optimizer,
+            parameter_groups(model, config),
+            lr=config.learning_rate,
+            seed=config.seed,
+            offload=device if config.offload_optimizer else None,
+            **settings,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from oomless.config import TrainConfig, load_yaml
+from oomless.config import TrainConfig
+from oomless.config_values import load_yaml
 from oomless.data.encode import check_tokenizer
 from oomless.data.loader import Loader, micro_batches
 from oomless.data.prepare import PreparedData, prepare
@@ -38,7 +39,7 @@ from oomless.training.schedule import learning_rate_factor
 MAY_CHANGE_ON_RESUME = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
-    *("checkpointed_layers", "offload_activations", "cheap_recompute", "mlp_tiles"),
+    *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
