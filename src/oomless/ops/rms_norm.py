@@ -30,7 +30,15 @@ SLICE_BYTES = 32 << 20
 COPIES = 5
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, round_first: bool = True, unit_offset: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    round_first: bool = True,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return the normalised ``x``: [..., D], contiguous.
 
     Args:
@@ -39,8 +47,11 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, round_first: bool = True,
         eps: added to the mean square.
         round_first: round to the dtype of ``x`` before the weight multiplies, not after it.
         unit_offset: multiply by 1 + weight.
+        dtype: of the result; by default what the lines above give.
     """
-    form = (eps, round_first, unit_offset)
+    if dtype is None:
+        dtype = torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
+    form = (eps, round_first, unit_offset, dtype)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return _forward(x, weight, *form)[0]
     result: Tensor = _RMSNorm.apply(x, weight, *form)  # type: ignore[no-untyped-call]
@@ -51,8 +62,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, round_first: bool = True,
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, round_first: bool, unit_offset: bool) -> Tensor:
-        result, scale_N = _forward(x, weight_D, eps, round_first, unit_offset)
+    def forward(
+        ctx: Any, x: Tensor, weight_D: Tensor, eps: float, round_first: bool, unit_offset: bool, dtype: torch.dtype
+    ) -> Tensor:
+        result, scale_N = _forward(x, weight_D, eps, round_first, unit_offset, dtype)
         ctx.save_for_backward(x, weight_D, scale_N)
         ctx.unit_offset = unit_offset
         return result
@@ -79,15 +92,16 @@ class _RMSNorm(torch.autograd.Function):
         return (
             None if x_gradient is None else x_gradient.view_as(x),
             None if weight_gradient is None else weight_gradient.to(weight_D.dtype),
-            *(None, None, None),
+            *(None, None, None, None),
         )
 
 
-def _forward(x: Tensor, weight_D: Tensor, eps: float, round_first: bool, unit_offset: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight_D: Tensor, eps: float, round_first: bool, unit_offset: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return the output, and the inverse root mean squares [N, 1]."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_ND = x.reshape(-1, x.shape[-1])
-    dtype = torch.promote_types(x.dtype, weight_D.dtype) if round_first else x.dtype
     result_ND = x_ND.new_empty(x_ND.shape, dtype=dtype)
     scale_N = x_ND.new_empty(x_ND.shape[0], 1, dtype=exact)
     factor_D = weight_D if round_first else weight_D.to(exact)

@@ -29,8 +29,10 @@ _EPSILONS = ("variance_epsilon", "eps")
 _ACTIVATIONS = ("act_fn", "activation_fn")
 
 
-def apply(model: Any) -> None:
+def apply(model: Any, *, norm_dtype: torch.dtype | None = None) -> None:
     """Replace the norms and gated MLPs of the body of ``model``; call after its layers were chosen for checkpointing.
+
+    ``norm_dtype`` is what norms give, where that is not what their own forward does (``fp32_residual``).
 
     Raises:
         ConfigError: backward runs through no layer, or no norm and no MLP was recognised.
@@ -41,7 +43,7 @@ def apply(model: Any) -> None:
         form = norm_form(module)
         mlp = gated_mlp(module)
         if form is not None:
-            module.forward = _Norm(module, form)
+            module.forward = _Norm(module, form, norm_dtype)
         elif mlp is not None:
             module.forward = _GatedMLP(module, mlp)
         found += form is not None or mlp is not None
@@ -162,12 +164,12 @@ def _keywords(form: NormForm) -> dict[str, bool]:
 class _Norm:
     """The forward of one norm."""
 
-    def __init__(self, module: nn.Module, form: NormForm) -> None:
+    def __init__(self, module: nn.Module, form: NormForm, dtype: torch.dtype | None) -> None:
         self.module = weakref.proxy(module)  # the module holds this: a strong reference would keep both from dying
-        self.form = form
+        self.form, self.dtype = form, dtype
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.module.weight, eps=self.form.eps, **_keywords(self.form))
+        return rms_norm(hidden_states, self.module.weight, eps=self.form.eps, dtype=self.dtype, **_keywords(self.form))
 
 
 class _GatedMLP:

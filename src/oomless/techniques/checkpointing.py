@@ -53,7 +53,7 @@ def layers_of_backward(model: Any) -> list[Any]:
     order = {id(parameter): place for place, parameter in enumerate(model.base_model.parameters())}
     lowest = min((order[id(p)] for p in model.base_model.parameters() if p.requires_grad), default=len(order))
     layers = decoder_layers(model)
-    return [layer for layer in layers if max(order[id(parameter)] for parameter in layer.parameters()) >= lowest]
+    return [layer for layer in layers if max((order[id(p)] for p in layer.parameters()), default=-1) >= lowest]
 
 
 def has_dropout(model: Any) -> bool:

@@ -90,9 +90,10 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
             quantization.rehearse_filling(model, device)
         trainable.apply(model, config, device)
         one_gradient_buffer.apply(model)
-        if fp32_residual.wanted(model, config.fp32_residual):
+        wide = fp32_residual.wanted(model, config.fp32_residual)
+        if wide:
             fp32_residual.apply(model)
-        _save_activations(model, config, device)
+        _save_activations(model, config, device, norm_dtype=model.dtype if wide else None)
         optimizer = _optimizer(model, config, device)
         loss_scale = LossScale(model.dtype, device)
     device.watch(model, optimizer)
@@ -110,14 +111,14 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
 
 
-def _save_activations(model: Any, config: TrainConfig, device: Device) -> None:
+def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtype: torch.dtype | None) -> None:
     """Apply the ways to keep less for backward, each on top of those before it."""
     if config.gradient_checkpointing:
         layers = checkpointing.apply(model, config.checkpointed_layers)
         if config.offload_activations:
             offload_activations.apply(layers, device)
     if config.cheap_recompute:
-        cheap_recompute.apply(model)
+        cheap_recompute.apply(model, norm_dtype=norm_dtype)
     if config.mlp_tiles is not None:
         mlp_tiles.apply(model, config.mlp_tiles)
 
