@@ -170,7 +170,9 @@ class Stopwatch:
 
     def ratio(self, technique: Technique) -> float:
         """Return the median of the step's time to that without the technique."""
-        both = [self._assembly(technique.without), self._assembly(technique.without | technique.settings)]
+        sides = [technique.without, technique.without | technique.settings]
+        dtype = "bf16" if "weight_precision" in sides[1] else "fp32"
+        both = [self._assembly({"dtype": dtype} | side) for side in sides]
         batch = [blank_batch(1, (512, 512), self.device)]
         ratios = []
         for _ in range(self.rounds + 1):
@@ -186,8 +188,7 @@ class Stopwatch:
         if settings.get("checkpointed_layers") == 0.5:
             settings = settings | {"checkpointed_layers": 2}
         common = {"model": str(self.model), "data": "-", "output_dir": "-", "max_seq_length": 1024, "gpu": "cpu"}
-        sixteen = {"dtype": "bf16"} if "weight_precision" in settings else {"dtype": "fp32"}
-        config = TrainConfig.from_mapping(common | sixteen | settings)
+        config = TrainConfig.from_mapping(common | settings)
         return assemble(resolve(str(self.model)), config, self.device, fill=True)
 
 

@@ -113,6 +113,10 @@ class TrainConfig:
     tied_weights: TiedWeights | None = None
     """For a model whose embed_tokens and lm_head are one matrix: train it as one (shared), or part them (untied)."""
 
+    trainable_rows: str | None = None
+    """Of the embed_tokens and lm_head that train, train only these rows: token ids and ranges, such as 5,128000-128007.
+    [default: all]"""
+
     lora_r: int | None = None
     """LoRA rank. [default: 16]"""
 
@@ -263,6 +267,10 @@ class TrainConfig:
         self._fill_choice("LoRA", LORA_DEFAULTS, used="lora" in self.trainable_parts)
         if self.quantization is not None and "full" in self.trainable_parts:
             raise ConfigError("quantization is for frozen layers, and trainable: full freezes none: remove one of them")
+        if self.trainable_rows is not None and (self.quantization is not None or "lora" in self.trainable_parts):
+            raise ConfigError(
+                "trainable_rows cannot be joined with LoRA or quantization, whose checkpoints have no rows yet"
+            )
         if self.quantization is not None and self.use_dora:
             raise ConfigError(
                 "use_dora needs the norms of the weights that it adapts, which quantization rounds: remove one"

@@ -39,7 +39,7 @@ def test_tied_stays_tied(make_checkpoint, tied):
 def test_saved_in_shards_and_loaded_by_transformers(make_checkpoint, tmp_path, monkeypatch):
     model = built(make_checkpoint("qwen2", tied=True))
     monkeypatch.setattr(save, "SHARD_BYTES", 100_000)
-    save.save_model(model, tmp_path, save.model_tensors(model), Device())
+    save.save_model(model, tmp_path, save.model_tensors(model, Device()), Device())
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits)
@@ -60,7 +60,7 @@ def test_mixture_of_experts_round_trip(make_checkpoint, tmp_path, tokenizer_fold
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
     torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-4)
     (tmp_path / "b").mkdir()
-    save.save_model(model, tmp_path / "b", save.model_tensors(model), Device())
+    save.save_model(model, tmp_path / "b", save.model_tensors(model, Device()), Device())
     ours, original = (load_file(tmp_path / name / "model.safetensors") for name in "ba")
     assert ours.keys() == original.keys()
     assert all(torch.equal(ours[name], original[name]) for name in ours)

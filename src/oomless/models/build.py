@@ -23,7 +23,7 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention
 from oomless.models.spec import ModelSpec
-from oomless.techniques import quantization
+from oomless.techniques import quantization, trained_rows
 
 
 def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype, prepare: Callable[[Any], None] | None = None) -> Any:
@@ -82,7 +82,11 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
         raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
     quantized = {f"{name}.weight": layer for name, layer in quantization.quantized_layers(model)}
     inside = {id(buffer) for layer in quantized.values() for buffer in layer.buffers()}
-    wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside}
+    wanted = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) not in inside and not name.endswith(trained_rows.NAME)
+    }
     found = set()
     with device.phase("load"), torch.no_grad():
         for name, tensor in checkpoint_tensors(spec.folder, device):
@@ -96,6 +100,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
         for name, tensor in checkpoint_tensors(spec.folder, device, list(quantized)):
             _check_shape(name, tensor, quantized[name].shape, spec.folder)
             quantized[name].fill(device.put(tensor, model.dtype))
+        trained_rows.take_from_weight(model)
     missing = [name for name, tensor in wanted.items() if id(tensor) not in found and isinstance(tensor, nn.Parameter)]
     if missing:
         _load_through_transformers(wanted, missing, spec, device)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from oomless.memory.device import Device
 from oomless.models.build import checkpoint_tensors
-from oomless.techniques import lora, quantization
+from oomless.techniques import lora, quantization, trained_rows
 
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -110,17 +111,22 @@ def save_weights(tensors: Mapping[str, Tensor | LateTensor], folder: Path, devic
         json.dump({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, file, indent=2)
 
 
-def model_tensors(model: Any) -> dict[str, Tensor]:
-    """Return the tensors of ``model`` under the names of its published checkpoints, tied ones once."""
+def model_tensors(model: Any, device: Device) -> dict[str, Tensor | LateTensor]:
+    """Return the tensors of ``model`` under the names of its published checkpoints, tied ones once, trained rows in them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tensors: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and not name.endswith(trained_rows.NAME):
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
-    reverted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    reverted: dict[str, Tensor | LateTensor] = revert_weight_conversion(model, tensors)
+    for name, module in model.named_modules():
+        matrix = f"{name}.weight"
+        if trained_rows.rows_of(module)[0] is not None and matrix in reverted:
+            make = partial(trained_rows.with_rows, module, device)
+            reverted[matrix] = LateTensor(tuple(module.weight.shape), module.weight.dtype, make)
     return reverted
 
 

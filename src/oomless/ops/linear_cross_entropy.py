@@ -44,6 +44,8 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_ids: Tensor | None = None,
     scale: Tensor | float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -59,6 +61,8 @@ def linear_cross_entropy(
         weight: [V, D].
         targets: int64 [N]; -100 predicts nothing.
         bias: [V] or None.
+        rows: [R, D] or None; stand in the place of the rows ``row_ids`` of ``weight``, which must not want a gradient.
+        row_ids: int64 [R], distinct, where there are ``rows``.
         scale: a number or a 0-dim tensor; multiplies loss and gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         logit_scale: multiplies the logits first.
@@ -70,14 +74,19 @@ def linear_cross_entropy(
             as the loss is computed, and the loss must be what ``backward()`` is called on.
 
     Raises:
-        ValueError: ``destination`` is not "new" and ``weight`` is not a leaf.
+        ValueError: ``destination`` is not "new" and ``weight`` is not a leaf, or there are ``rows`` and ``weight`` wants a
+            gradient.
     """
+    if rows is not None and weight.requires_grad:
+        raise ValueError("rows train in the place of the weight's, which must not want a gradient of its own")
     # Inside an autograd function gradients are always off, and its inputs say that they need one even under no_grad.
     work = _Work(
         hidden,
         weight,
         bias,
         targets,
+        rows,
+        row_ids,
         softcap=softcap,
         logit_scale=logit_scale,
         label_smoothing=label_smoothing,
@@ -87,7 +96,7 @@ def linear_cross_entropy(
         destination=destination,
     )
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, scale_tensor, work)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, rows, scale_tensor, work)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -98,18 +107,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        rows_RD: Tensor | None,
         scale: Tensor,
         work: _Work,
     ) -> Tensor:
-        for_hidden, for_weight, for_bias = (work.gradients and needed for needed in ctx.needs_input_grad[:3])
+        needs = (work.gradients and needed for needed in ctx.needs_input_grad[:4])
+        for_hidden, for_weight, for_bias, for_rows = needs
         buffer = take_buffer(work.destination, weight_VD) if for_weight else None
         if for_weight and not work.single:
             loss, gradients = work.by_columns(scale, buffer, for_hidden, for_bias)
         else:
-            loss, gradients = work.by_rows(scale, buffer, for_hidden, for_weight, for_bias)
+            loss, gradients = work.by_rows(scale, buffer, for_hidden, for_weight, for_bias, for_rows)
         if gradients[1] is not None:
             gradients[1] = deliver(work.destination, weight_VD, gradients[1])
-        ctx.gradients, ctx.scaled = gradients, (True, work.destination == "new", True)
+        ctx.gradients, ctx.scaled = gradients, (True, work.destination == "new", True, True)
         return loss * scale
 
     @staticmethod
@@ -137,6 +148,8 @@ class _Work:
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
+        rows_RD: Tensor | None = None,
+        row_ids_R: Tensor | None = None,
         *,
         softcap: float | None,
         logit_scale: float,
@@ -147,6 +160,7 @@ class _Work:
         destination: GradientDestination,
     ) -> None:
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
+        self.rows_RD, self.row_ids_R = rows_RD, row_ids_R
         self.tokens, self.vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
         self.softcap, self.logit_scale, self.gradients = softcap, logit_scale, gradients
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
@@ -177,6 +191,9 @@ class _Work:
             torch.mm(hidden, weight.t(), out=low)
         else:
             torch.addmm(bias, hidden, weight.t(), out=low)
+        if self.rows_RD is not None and self.row_ids_R is not None:
+            replaced = hidden @ self.rows_RD.t()
+            low.index_copy_(1, self.row_ids_R, replaced if bias is None else replaced.add_(bias[self.row_ids_R]))
         if not self.single:
             full.copy_(low)
         if self.logit_scale != 1.0:
@@ -197,7 +214,13 @@ class _Work:
         return full if self.single else low.copy_(full)
 
     def by_rows(
-        self, scale: Tensor, buffer_VD: Tensor | None, for_hidden: bool, for_weight: bool, for_bias: bool
+        self,
+        scale: Tensor,
+        buffer_VD: Tensor | None,
+        for_hidden: bool,
+        for_weight: bool,
+        for_bias: bool,
+        for_rows: bool = False,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Go through the tokens; return the summed loss and the gradients asked for, the head's added to ``buffer_VD``."""
         hidden_grad = torch.empty_like(self.hidden_ND) if for_hidden else None
@@ -205,6 +228,7 @@ class _Work:
         if for_weight and weight_grad is None:
             weight_grad = torch.zeros_like(self.weight_VD)
         bias_grad = torch.zeros_like(self.bias_V, dtype=self.exact) if for_bias and self.bias_V is not None else None
+        rows_grad = torch.zeros_like(self.rows_RD, dtype=self.exact) if for_rows and self.rows_RD is not None else None
         loss = self.hidden_ND.new_zeros((), dtype=self.exact)
         rows = max(1, min(self.tokens, self.logits_at_once // self.vocabulary))
         buffers = self._buffers(rows * self.vocabulary)
@@ -219,7 +243,7 @@ class _Work:
             logs = sums.log()
             denominators = logs + largest[:, 0]
             loss += ((logs - aims + self.z_loss * denominators**2) * kept).sum()
-            if not (for_hidden or for_weight or for_bias):
+            if not (for_hidden or for_weight or for_bias or for_rows):
                 continue
             # What multiplies a whole row goes on the product's smaller side, unless 16 bits need it before they round.
             factor = (kept * scale / sums)[:, None]
@@ -231,15 +255,31 @@ class _Work:
             if not self.single:
                 full.mul_(factor)
             gradient = self._to_gradient(low, full, slope)
-            if hidden_grad is not None:
-                torch.mm(gradient, self.weight_VD, out=hidden_grad[part])
-                if self.single:
-                    hidden_grad[part].mul_(factor)
             if weight_grad is not None:
                 weight_grad.addmm_(gradient.t(), hidden * factor)
             if bias_grad is not None:
                 bias_grad += (gradient.t() @ factor)[:, 0] if self.single else gradient.sum(dim=0, dtype=self.exact)
-        return loss, [hidden_grad, weight_grad, None if bias_grad is None else bias_grad.to(self.weight_VD.dtype)]
+            replaced = None
+            if self.row_ids_R is not None:
+                # What the matrix holds in the replaced rows must not matter, not even by rounding.
+                replaced = gradient[:, self.row_ids_R]
+                gradient.index_fill_(1, self.row_ids_R, 0)
+            if rows_grad is not None and replaced is not None:
+                exact = hidden.to(self.exact)
+                rows_grad.addmm_(replaced.t().to(self.exact), exact * factor if self.single else exact)
+            if hidden_grad is not None:
+                torch.mm(gradient, self.weight_VD, out=hidden_grad[part])
+                if self.rows_RD is not None and replaced is not None:
+                    hidden_grad[part].addmm_(replaced, self.rows_RD)
+                if self.single:
+                    hidden_grad[part].mul_(factor)
+        dtype = self.weight_VD.dtype
+        return loss, [
+            hidden_grad,
+            weight_grad,
+            None if bias_grad is None else bias_grad.to(dtype),
+            None if rows_grad is None else rows_grad.to(dtype),
+        ]
 
     def by_columns(
         self, scale: Tensor, buffer_VD: Tensor | None, for_hidden: bool, for_bias: bool
@@ -283,7 +323,12 @@ class _Work:
                 hidden_grad += gradient @ self.weight_VD[part]
             if bias_grad is not None:
                 bias_grad[part] = gradient.sum(dim=0)
-        return loss, [None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype), weight_grad, bias_grad]
+        return loss, [
+            None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype),
+            weight_grad,
+            bias_grad,
+            None,
+        ]
 
     def _aim(self, target_logits: Tensor, totals: Tensor | None) -> Tensor:
         """Return the logit that each token should have [N], with smoothing some of the mean of all, whose sum is given."""

@@ -133,7 +133,7 @@ def run_phases(parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], s
     parts.step.evaluate([blank_batch(config.per_device_eval_batch_size or 1, lengths, device)])
     with device.phase("save"):
         beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
-        for host in save.to_host(checkpoint.weights_to_save(parts.model) | beside, device):
+        for host in save.to_host(checkpoint.weights_to_save(parts.model, device) | beside, device):
             del host
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
-from oomless.techniques import lora, quantization
+from oomless.techniques import lora, quantization, trained_rows
 from oomless.units import format_bytes
 
 NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
@@ -67,6 +67,8 @@ def apply(model: Any, config: TrainConfig, device: Device) -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in parameters)
+    if config.trainable_rows is not None:
+        trained_rows.apply(model, config.trainable_rows, device)
     if "lora" in parts:
         lora.inject(model, config, device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -162,12 +164,14 @@ def table(model: Any) -> list[TrainableRow]:
 
 
 def embedding_parameters(model: Any) -> list[nn.Parameter]:
-    """Return the distinct matrices of ``embed_tokens`` and ``lm_head``."""
+    """Return the distinct matrices of ``embed_tokens`` and ``lm_head``, and what trains in their place."""
     matrices = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not matrices[0]:
         matrices.append(head.weight)
-    return matrices
+    return matrices + [
+        rows for rows, _ in map(trained_rows.rows_of, (model.get_input_embeddings(), head)) if rows is not None
+    ]
 
 
 def body_trains(model: Any) -> bool:

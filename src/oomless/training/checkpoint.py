@@ -135,11 +135,11 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         if is_adapted(model):
             lora.save_config(model, folder)
-            save.write_safetensors(folder / "adapter_model.safetensors", weights_to_save(model), device)
+            save.write_safetensors(folder / "adapter_model.safetensors", weights_to_save(model, device), device)
         elif quantization.is_quantized(model):
-            save.write_safetensors(folder / "trained.safetensors", weights_to_save(model), device)
+            save.write_safetensors(folder / "trained.safetensors", weights_to_save(model, device), device)
         else:
-            save.save_model(model, folder, weights_to_save(model), device)
+            save.save_model(model, folder, weights_to_save(model, device), device)
         tokenizer.save_pretrained(folder)
         trainer = folder / "trainer"
         trainer.mkdir()
@@ -162,11 +162,11 @@ def is_adapted(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def weights_to_save(model: Any) -> dict[str, Tensor]:
+def weights_to_save(model: Any, device: Device) -> dict[str, Tensor | save.LateTensor]:
     """Return what a checkpoint keeps of the model: all of it, or with LoRA or quantised layers what trains."""
     if trained := _trained(model):
         return {name: parameter.detach() for name, parameter in trained.items()}
-    return save.model_tensors(model)
+    return save.model_tensors(model, device)
 
 
 def _trained(model: Any) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from oomless.ops.gradient_buffer import GradientDestination
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.techniques.trainable import body_trains
+from oomless.techniques.trained_rows import rows_of
 
 CHUNK_BYTES = 64 << 20
 
@@ -69,11 +70,14 @@ def head_loss(
     """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``."""
     head = model.get_output_embeddings()
     softcap, logit_scale = logit_transform(model.config)
+    rows, row_ids = rows_of(head)
     return linear_cross_entropy(
         hidden.flatten(0, -2),
         head.weight,
         labels.flatten(),
         bias=head.bias,
+        rows=rows,
+        row_ids=row_ids,
         scale=scale,
         softcap=softcap,
         logit_scale=logit_scale,
