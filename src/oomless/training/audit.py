@@ -31,7 +31,7 @@ class TrainabilityAudit:
         self.optimizer = optimizer
         self.steps = 0
         self._check_groups()
-        self.before = {name: checksum(self._stored(parameter)) for name, parameter in self.named}
+        self.before = {name: self._checksum(parameter) for name, parameter in self.named}
         self.unmoved = {name for name, parameter in self.named if parameter.requires_grad}
         self.without_gradient = set(self.unmoved)
         self._hooks = [
@@ -52,10 +52,12 @@ class TrainabilityAudit:
                     f"{name} must be in {expected} of the optimizer's groups; it is in {times.get(id(parameter), 0)}"
                 )
 
-    def _stored(self, parameter: nn.Parameter) -> Tensor:
-        """The tensor that moves first: the fp32 master copy where there is one."""
-        master: Tensor = self.optimizer.state.get(parameter, {}).get("master", parameter)
-        return master
+    def _checksum(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Return checksums of all that a small update may move: the weight, its fp32 master, its 8 bits of correction."""
+        state = self.optimizer.state.get(parameter, {})
+        return tuple(checksum(state[name]) for name in ("master", "correction") if name in state) + (
+            checksum(parameter),
+        )
 
     def _got_gradient(self, name: str, parameter: Tensor) -> None:
         self.without_gradient.discard(name)
@@ -69,7 +71,7 @@ class TrainabilityAudit:
         self.steps += 1
         if self.without_gradient:
             raise AuditError(_report("should train but have no gradient", self.without_gradient))
-        moved = {name for name, parameter in self.named if checksum(self._stored(parameter)) != self.before[name]}
+        moved = {name for name, parameter in self.named if self._checksum(parameter) != self.before[name]}
         frozen = {name for name, parameter in self.named if not parameter.requires_grad}
         if moved & frozen:
             raise AuditError(_report("should be frozen but moved", moved & frozen))
