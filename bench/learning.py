@@ -51,7 +51,7 @@ class Route:
 
 
 OPTIMIZERS = [
-    Route("adamw", {"optimizer": "adamw"}, (1e-3, 2e-3, 4e-3)),
+    Route("adamw", {"optimizer": "adamw"}, (2e-3, 4e-3)),
     Route("adamw_8bit", {"optimizer": "adamw_8bit"}, (1e-3, 2e-3, 4e-3)),
     Route("adafactor", {"optimizer": "adafactor"}, (2e-3, 5e-3, 1e-2)),
     Route("apollo", {"optimizer": "apollo"}, (2e-3, 5e-3, 1e-2)),

@@ -34,9 +34,10 @@ def test_options_exist(page):
         assert option in known, option
 
 
-def test_seed_cases_are_those_that_were_measured():
-    made = (ROOT / "bench" / "results" / "seed_cases.md").read_text(encoding="utf-8").strip()
-    assert made in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("result", "page"), [("seed_cases", "memory"), ("memory_table", "techniques")])
+def test_tables_are_those_that_were_measured(result, page):
+    made = (ROOT / "bench" / "results" / f"{result}.md").read_text(encoding="utf-8").strip()
+    assert made in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
 
 
 def test_readme_shows_what_was_measured_beside_the_trainer():
