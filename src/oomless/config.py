@@ -204,6 +204,9 @@ class TrainConfig:
     """Store the frozen linear layers in 4 bits (nf4, double quantisation) or 8 (int8), quantised while loading; needs
     the extra `quantize`. [default: 16 bits]"""
 
+    stream_frozen: bool = False
+    """Keep the frozen linear layers in pinned host memory, each on the GPU while it is used: the last resort."""
+
     weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
     """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding,
     or not at all. [default: master]"""
@@ -267,9 +270,16 @@ class TrainConfig:
         self._fill_choice("LoRA", LORA_DEFAULTS, used="lora" in self.trainable_parts)
         if self.quantization is not None and "full" in self.trainable_parts:
             raise ConfigError("quantization is for frozen layers, and trainable: full freezes none: remove one of them")
-        if self.trainable_rows is not None and (self.quantization is not None or "lora" in self.trainable_parts):
+        if self.stream_frozen and "full" in self.trainable_parts:
             raise ConfigError(
-                "trainable_rows cannot be joined with LoRA or quantization, whose checkpoints have no rows yet"
+                "stream_frozen is for frozen layers, and trainable: full freezes none: remove one of them"
+            )
+        if self.stream_frozen and (self.quantization is not None or self.use_dora):
+            raise ConfigError("stream_frozen cannot be joined with quantization or use_dora: remove one of them")
+        stored_otherwise = self.stream_frozen or self.quantization is not None
+        if self.trainable_rows is not None and (stored_otherwise or "lora" in self.trainable_parts):
+            raise ConfigError(
+                "trainable_rows cannot be joined with LoRA, quantization or stream_frozen, whose checkpoints have no rows yet"
             )
         if self.quantization is not None and self.use_dora:
             raise ConfigError(

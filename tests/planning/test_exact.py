@@ -46,6 +46,7 @@ QUANTIZED = [
     {"trainable": "lm_head", "tied_weights": "untied", "quantization": "nf4", "dtype": "fp16"},
     {"trainable": "lora+lm_head+embed_tokens", "quantization": "nf4", "dtype": "bf16", "gradient_checkpointing": True},
     {"trainable": "model.layers.1.*", "quantization": "int8", "dtype": "bf16"},
+    {"trainable": "lora+lm_head", "tied_weights": "shared", "stream_frozen": True, "gradient_checkpointing": True},
 ]
 CASES += itertools.product(("llama", "gemma", "qwen2"), QUANTIZED)
 

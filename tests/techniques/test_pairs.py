@@ -13,7 +13,7 @@ from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
 from oomless.planning.rehearse import blank_batch
-from oomless.techniques.quantization import quantized_layers
+from oomless.techniques.frozen_layers import frozen_layers
 from oomless.training.assemble import assemble
 
 LENGTH, BLOCKS, STEPS, VOCABULARY = 24, 2, 2, 1024
@@ -30,6 +30,7 @@ TECHNIQUES = {
     "offloaded optimizer": {"offload_optimizer": True},
     "embeddings and head": {"trainable": "lm_head+embed_tokens"},
     "two layers train": {"trainable": "model.layers.2.*+model.layers.3.*+model.embed_tokens"},
+    "streamed layers": {"trainable": "lm_head+embed_tokens", "stream_frozen": True},
     "nf4": {"trainable": "lm_head+embed_tokens", "quantization": "nf4"},
 }
 MODELS = {"llama": True, "gemma": True, "qwen2": False}
@@ -43,7 +44,12 @@ def agree(first, second):
 PAIRS = [
     pair
     for pair in itertools.combinations(TECHNIQUES, 2)
-    if agree(*(TECHNIQUES[name] for name in pair)) or "nf4" in pair and "embeddings and head" in pair
+    if pair != ("streamed layers", "nf4")
+    and (
+        agree(*(TECHNIQUES[name] for name in pair))
+        or {"nf4", "streamed layers"} & set(pair)
+        and "embeddings and head" in pair
+    )
 ]
 
 
@@ -78,9 +84,7 @@ def ours(folder, settings):
                     dataclasses.replace(batch, input_ids=rows[:, :-1], labels=rows[:, 1:], position_ids=positions)
                 )
             losses.append(float(parts.step.run(batches).loss))
-        rounded = {
-            f"{name}.weight": layer.packed.unpack(torch.float32) for name, layer in quantized_layers(parts.model)
-        }
+        rounded = {f"{name}.weight": layer.stored.unpack(torch.float32) for name, layer in frozen_layers(parts.model)}
         weights = {name: p.detach().clone() for name, p in parts.model.named_parameters() if p.requires_grad}
     return losses, weights, rounded
 
@@ -129,6 +133,8 @@ def test_two_together_are_the_plain_path(make_checkpoint, pair, architecture):
         ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "known only after the first weights"),
         ({"quantization": "nf4", "trainable": "full"}, "freezes none"),
         ({"quantization": "int8", "trainable": "lora", "use_dora": True}, "use_dora needs the norms"),
+        ({"quantization": "nf4", "stream_frozen": True, "trainable": "lm_head"}, "cannot be joined"),
+        ({"stream_frozen": True, "trainable": "full"}, "freezes none"),
         ({"checkpointed_layers": 2}, "no effect without gradient_checkpointing"),
         ({"offload_activations": True}, "no effect without gradient_checkpointing"),
         *(({"offload_optimizer": True, "optimizer": name}, "slice by slice") for name in ("muon", "apollo", "galore")),

@@ -13,7 +13,8 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
 from oomless.ops.frozen_linear import packed_shapes
 from oomless.planning.rehearse import rehearse, virtual_device
-from oomless.techniques.quantization import QuantizedLinear, quantized_layers
+from oomless.techniques.frozen_layers import frozen_layers
+from oomless.techniques.quantization import QuantizedLinear
 from oomless.training import loop
 from oomless.training.assemble import assemble
 from oomless.training.checkpoint import list_checkpoints
@@ -48,15 +49,15 @@ def test_only_frozen_layers_of_the_body_are_quantised(make_checkpoint, architect
         model = assemble(
             resolve(str(folder)), make_config(folder, dtype="bf16", **PARTS[parts]), device, fill=True
         ).model
-    names = {name for name, _ in quantized_layers(model)}
+    names = {name for name, _ in frozen_layers(model)}
     layers = {0} if parts == "layer" else {0, 1}
     assert len(names) == 7 * len(layers)
     assert all(name.startswith(tuple(f"model.layers.{n}." for n in layers)) for name in names)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    for name, layer in quantized_layers(model):
+    for name, layer in frozen_layers(model):
         original = plain.get_submodule(name)
         assert isinstance(layer, QuantizedLinear)
-        assert (layer.packed.unpack(torch.float32) - original.weight).norm() < 0.11 * original.weight.float().norm()
+        assert (layer.stored.unpack(torch.float32) - original.weight).norm() < 0.11 * original.weight.float().norm()
         assert (layer.bias is None) == (original.bias is None)
         assert layer.bias is None or torch.equal(layer.bias, original.bias)
 
@@ -80,7 +81,7 @@ def test_loading_holds_the_quantised_model_and_one_weight(make_checkpoint, kind,
     rounded = lambda count: -(-count // 512) * 512  # noqa: E731
     quantised = sum(
         rounded(torch.Size(shape).numel() * dtype.itemsize)
-        for _, layer in quantized_layers(model)
+        for _, layer in frozen_layers(model)
         for shape, dtype in packed_shapes(layer.shape, kind).values()
     )
     others = sum(rounded(p.nbytes) for p in {id(p): p for p in model.parameters()}.values())
@@ -90,7 +91,7 @@ def test_loading_holds_the_quantised_model_and_one_weight(make_checkpoint, kind,
     load = device.profile().phases["load"].allocated_bytes
     slack = 64 * 1024
     assert quantised + others < load <= quantised + others + copies * largest + largest + 4 * head + slack
-    whole = sum(2 * layer.in_features * layer.out_features for _, layer in quantized_layers(model))
+    whole = sum(2 * layer.in_features * layer.out_features for _, layer in frozen_layers(model))
     assert load < quantised + others + whole // 2
 
 

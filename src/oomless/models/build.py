@@ -23,7 +23,7 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention
 from oomless.models.spec import ModelSpec
-from oomless.techniques import quantization, trained_rows
+from oomless.techniques import frozen_layers, quantization, trained_rows
 
 
 def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype, prepare: Callable[[Any], None] | None = None) -> Any:
@@ -80,8 +80,8 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     """
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
-    quantized = {f"{name}.weight": layer for name, layer in quantization.quantized_layers(model)}
-    inside = {id(buffer) for layer in quantized.values() for buffer in layer.buffers()}
+    stored = {f"{name}.weight": layer for name, layer in frozen_layers.frozen_layers(model)}
+    inside = {id(buffer) for layer in stored.values() for buffer in layer.buffers()}
     wanted = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -97,9 +97,9 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
                 tensor = tensor.to(wanted[name].dtype)
             wanted[name].copy_(tensor)
             found.add(id(wanted[name]))
-        for name, tensor in checkpoint_tensors(spec.folder, device, list(quantized)):
-            _check_shape(name, tensor, quantized[name].shape, spec.folder)
-            quantized[name].fill(device.put(tensor, model.dtype))
+        for name, tensor in checkpoint_tensors(spec.folder, device, list(stored)):
+            _check_shape(name, tensor, stored[name].shape, spec.folder)
+            stored[name].fill(tensor, model.dtype, device)
         trained_rows.take_from_weight(model)
     missing = [name for name, tensor in wanted.items() if id(tensor) not in found and isinstance(tensor, nn.Parameter)]
     if missing:
@@ -157,7 +157,7 @@ def checkpoint_tensors(
         for name in places if names is None else names:
             if name not in places:
                 raise ModelError(
-                    f"{folder} holds no {name}, under this name: quantization needs the layers' own weights"
+                    f"{folder} holds no {name}, under this name: quantization and stream_frozen need the layers' own weights"
                 )
             with device.host():
                 tensor = places[name].get_tensor(name)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from oomless.memory.device import Device
 from oomless.models.build import checkpoint_tensors
-from oomless.techniques import lora, quantization, trained_rows
+from oomless.techniques import frozen_layers, lora, trained_rows
 
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -131,13 +131,13 @@ def model_tensors(model: Any, device: Device) -> dict[str, Tensor | LateTensor]:
 
 
 def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tensor | LateTensor]:
-    """Return the tensors of a quantised ``model``, the weights of its quantised layers as they lie in ``folder``.
+    """Return the tensors of ``model``, the weights of its frozen layers that are stored otherwise as they lie in ``folder``.
 
     They are in the model's dtype, adapters added in fp32, and each is made when it is written.
     """
     modules = dict(model.named_modules())
 
-    def late(name: str, layer: quantization.QuantizedLinear) -> LateTensor:
+    def late(name: str, layer: frozen_layers.FrozenLinear) -> LateTensor:
         def make() -> Tensor:
             ((_, tensor),) = checkpoint_tensors(folder, device, [f"{name}.weight"])
             delta = lora.delta(modules[name])
@@ -148,7 +148,7 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tens
 
         return LateTensor(layer.shape, model.dtype, make)
 
-    layers = dict(quantization.quantized_layers(model))
+    layers = dict(frozen_layers.frozen_layers(model))
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     plain = {name: tensor for name, tensor in lora.plain_tensors(model).items() if name not in packed}
     return plain | {f"{name}.weight": late(name, layer) for name, layer in layers.items()}

@@ -14,7 +14,7 @@ Both through bitsandbytes' operators, which run on the CPU as well and have shap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from torch.nn import functional
 Quantization = Literal["nf4", "int8"]
 
 NF4_BLOCK, INT8_BLOCK, SCALE_BLOCK = 64, 256, 256
+
+
+class StoredWeight(Protocol):
+    """A frozen matrix [out, in] that is stored in another form, or elsewhere, than products need it."""
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in ``dtype`` on the device, to be dropped after the product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ def pack(weight: Tensor, kind: Quantization, code: Tensor) -> PackedWeight:
     return PackedWeight(kind, shape, code, values, scales, coarse_scales, offset)
 
 
-def frozen_linear(inputs: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def frozen_linear(inputs: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
     """Return ``inputs @ weight.T + bias``: [..., out] from [..., in], in the inputs' dtype; only ``inputs`` get a gradient."""
     outputs: Tensor = _FrozenLinear.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
     return outputs
@@ -101,7 +108,7 @@ def frozen_linear(inputs: Tensor, weight: PackedWeight, bias: Tensor | None = No
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return functional.linear(inputs, weight.unpack(inputs.dtype), bias)
 

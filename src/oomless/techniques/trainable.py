@@ -23,7 +23,7 @@ from torch import nn
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
-from oomless.techniques import lora, quantization, trained_rows
+from oomless.techniques import frozen_layers, lora, trained_rows
 from oomless.units import format_bytes
 
 NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
@@ -150,8 +150,8 @@ def table(model: Any) -> list[TrainableRow]:
         (name, parameter.numel(), parameter.requires_grad, str(parameter.dtype).removeprefix("torch."))
         for name, parameter in model.named_parameters()
     ]
-    for name, layer in quantization.quantized_layers(model):
-        found.append((f"{name}.weight", layer.in_features * layer.out_features, False, layer.kind))
+    for name, layer in frozen_layers.frozen_layers(model):
+        found.append((f"{name}.weight", layer.in_features * layer.out_features, False, layer.form))
     for name, count, trains, dtype in found:
         kind = ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
         row = rows.setdefault(kind, [0, 0, dtype])

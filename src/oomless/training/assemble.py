@@ -21,10 +21,12 @@ from oomless.techniques import (
     cheap_recompute,
     checkpointing,
     fp32_residual,
+    frozen_layers,
     mlp_tiles,
     offload_activations,
     one_gradient_buffer,
     quantization,
+    stream_frozen,
     trainable,
 )
 from oomless.training.precision import LossScale, choose_dtype
@@ -76,18 +78,24 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
-    kind = config.quantization
+
+    def prepare(model: Any) -> None:
+        if config.quantization is not None:
+            quantization.replace(model, config.quantization, trainable.trained_modules(model, config))
+        if config.stream_frozen:
+            stream_frozen.replace(model, device, trainable.trained_modules(model, config))
+
     model = build.build(
         spec,
         device=device,
         dtype=choose_dtype(config.dtype, device),
-        prepare=kind and (lambda model: quantization.replace(model, kind, trainable.trained_modules(model, config))),
+        prepare=prepare,
     )
     if fill:
         build.load_weights(model, spec, device=device)
     with device.phase("load"):
         if not fill:
-            quantization.rehearse_filling(model, device)
+            frozen_layers.rehearse_filling(model, device)
         trainable.apply(model, config, device)
         one_gradient_buffer.apply(model)
         wide = fp32_residual.wanted(model, config.fp32_residual)

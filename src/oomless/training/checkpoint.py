@@ -34,7 +34,7 @@ from oomless.memory.device import Device
 from oomless.models import build, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import lora, quantization
+from oomless.techniques import frozen_layers, lora
 from oomless.training.precision import LossScale
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -136,7 +136,7 @@ def save_checkpoint(
         if is_adapted(model):
             lora.save_config(model, folder)
             save.write_safetensors(folder / "adapter_model.safetensors", weights_to_save(model, device), device)
-        elif quantization.is_quantized(model):
+        elif frozen_layers.has_frozen_layers(model):
             save.write_safetensors(folder / "trained.safetensors", weights_to_save(model, device), device)
         else:
             save.save_model(model, folder, weights_to_save(model, device), device)
@@ -163,7 +163,7 @@ def is_adapted(model: Any) -> bool:
 
 
 def weights_to_save(model: Any, device: Device) -> dict[str, Tensor | save.LateTensor]:
-    """Return what a checkpoint keeps of the model: all of it, or with LoRA or quantised layers what trains."""
+    """Return what a checkpoint keeps of the model: all of it, or with LoRA or frozen layers that are stored otherwise what trains."""
     if trained := _trained(model):
         return {name: parameter.detach() for name, parameter in trained.items()}
     return save.model_tensors(model, device)
@@ -173,7 +173,7 @@ def _trained(model: Any) -> dict[str, nn.Parameter]:
     """Return what trains, under its names in a checkpoint that keeps no more than that; else nothing."""
     if is_adapted(model):
         return lora.checkpoint_parameters(model)
-    if quantization.is_quantized(model):
+    if frozen_layers.has_frozen_layers(model):
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {}
 

@@ -28,7 +28,7 @@ from oomless.errors import CheckpointError, ConfigError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import save
 from oomless.models.spec import load_tokenizer, resolve
-from oomless.techniques import lora, quantization, trainable
+from oomless.techniques import frozen_layers, lora, trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
@@ -124,7 +124,9 @@ class Run:
         check_tokenizer(self.tokenizer, spec.config.get_text_config().vocab_size)
         cache_dir = Path(config.cache_dir) if config.cache_dir else run / "token-cache"
         self.data = prepare(config, self.tokenizer, cache_dir, listener.tokenising)
-        reload_base = start is None or "lora" in config.trainable_parts or config.quantization is not None
+        reload_base = (
+            start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
+        )
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
@@ -323,7 +325,7 @@ class Run:
         model = self.assembly.model
 
         def fill(folder: Path) -> None:
-            if quantization.is_quantized(model):
+            if frozen_layers.has_frozen_layers(model):
                 save.save_model(model, folder, save.original_tensors(model, self.source, self.device), self.device)
                 self.tokenizer.save_pretrained(folder)
                 return

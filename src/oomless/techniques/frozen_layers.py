@@ -1,0 +1,99 @@
+"""Linear layers whose frozen weight is stored in another form (``quantization``) or elsewhere (``stream_frozen``).
+
+What both share: which layers they may replace, that their weights come from the files one at a time, and that saved models
+hold the weights of the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oomless.errors import ConfigError
+from oomless.memory.device import Device
+from oomless.ops.frozen_linear import StoredWeight, frozen_linear
+
+
+class FrozenLinear(nn.Linear):
+    """A frozen linear layer without a ``weight``: made of ``layer``, which is on the meta device."""
+
+    form: str
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", layer.bias)
+        self._is_hf_initialized = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight."""
+        return self.out_features, self.in_features
+
+    @property
+    def qweight(self) -> Tensor:
+        """What has the device of the weight, under the name by which peft looks for it."""
+        return next(iter(self.buffers()), torch.empty(0))
+
+    @property
+    def stored(self) -> StoredWeight:
+        """The weight."""
+        raise NotImplementedError
+
+    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device) -> None:
+        """Store ``host``, the weight as the file has it, as one of ``dtype``; ``None`` rehearses it, of no particular values."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return frozen_linear(inputs, self.stored, self.bias)
+
+
+def replace(model: Any, make: Callable[[nn.Linear], FrozenLinear], trained: list[nn.Module], *, key: str) -> None:
+    """Put what ``make`` makes in the place of the linear layers of the body that do not train.
+
+    Args:
+        model: on the meta device.
+        make: makes a layer, still empty.
+        trained: the modules that train, each with everything inside it.
+        key: the setting that asked for it.
+
+    Raises:
+        ConfigError: there is nothing to replace, or most of the body would stay as it is.
+    """
+    kept = {child for module in trained for child in module.modules()} | {model.get_output_embeddings()}
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and layer not in kept:
+                setattr(parent, name, make(layer))
+    frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
+    left = sum(p.numel() for p in frozen if p is not model.get_input_embeddings().weight)
+    done = sum(layer.in_features * layer.out_features for _, layer in frozen_layers(model))
+    if not done:
+        raise ConfigError(f"{key} has no effect: no linear layer of this model's body is frozen; remove it")
+    if left > done:
+        raise ConfigError(
+            f"{key} would leave {left:,} of this model's frozen weights as they are, against {done:,}: its experts are not "
+            "linear layers, which is not supported yet"
+        )
+
+
+def frozen_layers(model: Any) -> Iterator[tuple[str, FrozenLinear]]:
+    """Yield the replaced layers of ``model`` with their names in the plain model."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            yield name.removesuffix(".base_layer"), module
+
+
+def has_frozen_layers(model: Any) -> bool:
+    """Return whether ``model`` has replaced layers."""
+    return any(True for _ in frozen_layers(model))
+
+
+def rehearse_filling(model: Any, device: Device) -> None:
+    """Do what loading does to the replaced layers, with weights of no particular values."""
+    for _, layer in frozen_layers(model):
+        layer.fill(None, model.dtype, device)
