@@ -19,10 +19,10 @@ from oomless.diagnosis.messages import OutOfMemory, find_messages
 from oomless.diagnosis.settings import LogSettings, read_settings
 from oomless.diagnosis.sizes import printed_size
 
-MAX_CHARACTERS = 8 << 20
+MAX_CHARACTERS = 2 << 20
 """Of a longer text the last so many are read: the error stands at the end."""
 
-_HEAD_CHARACTERS = 1 << 20
+_HEAD_CHARACTERS = 1 << 18
 _ESCAPES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\u2400-\u243f]\[[0-9;]*m"
 )
@@ -85,7 +85,8 @@ def read(text: str) -> Reading:
         text = text[:_HEAD_CHARACTERS] + "\n" + text[_HEAD_CHARACTERS - MAX_CHARACTERS :]
     text = clean(text)
     merged: dict[tuple[Any, ...], Occurrence] = {}
-    for rank, stream in streams(text):
+    parted = list(streams(text))
+    for rank, stream in parted:
         for message in find_messages(stream):
             occurrence = Occurrence(
                 message=message,
@@ -106,7 +107,7 @@ def read(text: str) -> Reading:
     return Reading(
         occurrences=tuple(merged.values()),
         settings=read_settings(text),
-        steps_done=_steps_done(text[:first] if len(list(streams(text))) == 1 else text),
+        steps_done=_steps_done(text[:first] if len(parted) == 1 else text),
         held=_held(text),
     )
 
