@@ -16,6 +16,7 @@ from torch import Tensor
 
 from oomless import optim
 from oomless.config import TrainConfig
+from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device
 from oomless.memory.profile import Request
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -48,8 +49,8 @@ class PlainRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlainRehearsal:
-    """What the rehearsal of such a run came to."""
+class Outcome:
+    """What the rehearsal of a run came to."""
 
     needed_bytes: int
     """The most that the allocator reserved."""
@@ -75,7 +76,9 @@ class PlainRehearsal:
         return sum(self.held_bytes.values())
 
 
-def rehearse_plain(run: PlainRun, target: Target, *, limited: bool) -> PlainRehearsal:
+def rehearse_plain(
+    run: PlainRun, target: Target, *, limited: bool, settings: AllocatorSettings | None = None
+) -> Outcome:
     """Run two steps of ``run`` on ``target``, or without an end of memory where not ``limited``.
 
     Raises:
@@ -86,6 +89,7 @@ def rehearse_plain(run: PlainRun, target: Target, *, limited: bool) -> PlainRehe
         name=target.name,
         compute_capability=target.compute_capability,
         outside_bytes=target.outside_bytes,
+        settings=settings,
     )
     message = None
     with device.active():
@@ -103,6 +107,11 @@ def rehearse_plain(run: PlainRun, target: Target, *, limited: bool) -> PlainRehe
                     evaluation_step(run, model, device)
         except torch.OutOfMemoryError as error:
             message = str(error)
+    return outcome(device, message)
+
+
+def outcome(device: VirtualGPU, message: str | None) -> Outcome:
+    """Return what the rehearsal on ``device`` came to, which ended with ``message`` or got through."""
     profile = device.profile()
     stopped = profile.failures[-1] if message is not None and profile.failures else None
     timeline = profile.timeline
@@ -111,7 +120,7 @@ def rehearse_plain(run: PlainRun, target: Target, *, limited: bool) -> PlainRehe
     reserved = profile.peak_reserved_bytes
     if stopped is None:
         reserved = profile.peak_allocated_bytes + profile.cached_bytes
-    return PlainRehearsal(
+    return Outcome(
         needed_bytes=profile.peak_reserved_bytes,
         fixed_bytes=sum(max(timeline.bytes_by_category[category], default=0) for category in fixed),
         stopped_at=stopped,
