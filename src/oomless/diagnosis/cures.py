@@ -14,12 +14,12 @@ from typing import Any
 from oomless import catalogue
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.diagnosis.plain_step import Outcome
-from oomless.diagnosis.run import FailedRun, known_model_names, oomless_values, rehearse_run
+from oomless.diagnosis.run import FailedRun, known_model_names, oomless_values, rehearse_own, rehearse_run
 from oomless.diagnosis.tools import change_in
 from oomless.errors import UserError
 from oomless.memory.allocator_settings import AllocatorSettings
-from oomless.models.spec import ModelSpec, resolve_for_plan
-from oomless.planning.plan import Plan, Target, plan, target_for
+from oomless.models.spec import resolve_for_plan
+from oomless.planning.plan import Target, target_for
 
 ENOUGH = 3
 """So many cures that fit are looked for."""
@@ -199,8 +199,8 @@ CHANGES = {
                speed="each layer's forward is computed twice", apply=_checkpointing),
         Change(name="in_backward", title="updates inside the backward pass", reduces_fixed=True,
                quality="no clipping by the global norm", speed="none", apply=_in_backward),
-        Change(name="half", title="16-bit weights with fp32 copies of what trains", reduces_fixed=True,
-               quality="16-bit arithmetic; small updates are kept", speed="faster on tensor cores", apply=_half),
+        Change(name="half", title="16-bit weights", reduces_fixed=True,
+               quality="16-bit arithmetic", speed="faster on tensor cores", apply=_half),
         Change(name="correction", title="8 bits of correction instead of fp32 copies", reduces_fixed=True,
                quality="weights exact to 2^-15 of themselves or better", speed="a slower update", apply=_correction),
         Change(name="adamw_8bit", title="AdamW with 8-bit state", reduces_fixed=True,
@@ -220,49 +220,127 @@ CHANGES = {
                quality="the body learns nothing", speed="much faster", apply=_head_alone),
     )
 }  # fmt: skip
-BUNDLES: tuple[tuple[str, ...], ...] = (
-    (),
-    ("batch",),
-    ("checkpointing",),
-    ("batch", "checkpointing"),
-    ("in_backward",),
-    ("batch", "checkpointing", "in_backward"),
-    ("half", "correction"),
-    ("half", "adamw_8bit"),
-    ("half", "correction", "adamw_8bit"),
-    ("batch", "checkpointing", "half", "correction", "adamw_8bit"),
-    ("batch", "checkpointing", "half", "correction", "adamw_8bit", "in_backward"),
-    ("half", "correction", "adafactor"),
-    ("batch", "checkpointing", "half", "correction", "adafactor", "in_backward"),
-    ("batch", "checkpointing", "half_length"),
-    ("batch", "checkpointing", "half", "correction", "adafactor", "in_backward", "half_length"),
-    ("batch", "checkpointing", "half", "correction", "adafactor", "in_backward", "quarter_length"),
-    ("half", "lora"),
-    ("batch", "checkpointing", "half", "lora"),
-    ("batch", "checkpointing", "half", "lora", "nf4"),
-    ("batch", "checkpointing", "half", "lora", "nf4", "half_length"),
-    ("batch", "checkpointing", "nf4"),
-    ("batch", "checkpointing", "nf4", "correction", "adamw_8bit"),
-    ("half", "lm_head", "correction", "adamw_8bit"),
+_LEAN = ("batch", "checkpointing", "half", "correction")
+BUNDLES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (
+        (),
+        ("batch",),
+        ("checkpointing",),
+        ("batch", "checkpointing"),
+        ("in_backward",),
+        ("batch", "checkpointing", "in_backward"),
+    ),
+    (
+        ("half",),
+        ("half", "correction"),
+        ("half", "adamw_8bit"),
+        ("half", "correction", "adamw_8bit"),
+        (*_LEAN, "adamw_8bit"),
+        (*_LEAN, "adamw_8bit", "in_backward"),
+    ),
+    (
+        ("half", "correction", "adafactor"),
+        (*_LEAN, "adafactor", "in_backward"),
+    ),
+    (
+        ("batch", "checkpointing", "half_length"),
+        (*_LEAN, "adafactor", "in_backward", "half_length"),
+        (*_LEAN, "adafactor", "in_backward", "quarter_length"),
+    ),
 )
-"""Changes taken together, in the order of what they cost: first what changes no number, last what learns least."""
+"""Changes taken together, that leave what trains as it is: by what they cost, and in each group the leanest last."""
+
+PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "nf4": (("batch", "checkpointing", "nf4"), (*_LEAN, "nf4", "adamw_8bit")),
+    "lora": (
+        ("half", "lora"),
+        ("batch", "checkpointing", "half", "lora"),
+        ("batch", "checkpointing", "half", "lora", "nf4"),
+        ("batch", "checkpointing", "half", "lora", "nf4", "half_length"),
+    ),
+    "lm_head": (
+        ("half", "lm_head", "correction", "adamw_8bit"),
+        ("half", "lm_head", "correction", "adafactor", "in_backward"),
+        ("half", "lm_head", "correction", "adafactor", "in_backward", "quarter_length"),
+    ),
+}
+"""The same for changes of what trains, or of what frozen weights are stored in."""
 
 
-def bundles(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Yield the changes that apply to ``values`` and what they set, each different set of settings once."""
-    seen: list[dict[str, Any]] = []
-    for names in BUNDLES:
-        applied: list[str] = []
-        changed, sets = dict(values), dict[str, Any]()
-        for name in names:
-            change = CHANGES[name].apply(changed)
-            if change is not None:
-                applied.append(name)
-                sets |= change
-                changed = {k: v for k, v in (changed | change).items() if v is not None}
-        if changed not in seen:
-            seen.append(changed)
-            yield tuple(applied), sets
+def apply_all(names: tuple[str, ...], values: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return those changes of ``names`` that apply to ``values``, and what they set."""
+    applied: list[str] = []
+    changed, sets = dict(values), dict[str, Any]()
+    for name in names:
+        change = CHANGES[name].apply(changed)
+        if change is not None:
+            applied.append(name)
+            sets |= change
+            changed = {k: v for k, v in (changed | change).items() if v is not None}
+    return tuple(applied), sets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """What the rehearsal of a bundle came to."""
+
+    needed_bytes: int
+    fits: bool
+    headroom_bytes: int
+    parameters: int
+
+
+class _Search:
+    """Rehearses bundles, each different one once, and keeps what they came to."""
+
+    def __init__(self, run: FailedRun, before: Outcome) -> None:
+        assert run.spec is not None
+        assert run.target is not None
+        self.run, self.before = run, before
+        self.base = oomless_values(run)
+        self.known: list[tuple[dict[str, Any], tuple[str, ...], _Answer | None]] = []
+        self.cures: list[Cure] = []
+
+    def plan(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any], _Answer | None]:
+        """Return the changes of ``names`` that apply, what they set, and the plan with them, if there can be one."""
+        applied, sets = apply_all(names, self.base)
+        settings = {k: v for k, v in (self.base | sets).items() if v is not None}
+        for known, _, answer in self.known:
+            if known == settings:
+                return applied, sets, answer
+        answer = _planned(self.run, sets)
+        self.known.append((settings, applied, answer))
+        return applied, sets, answer
+
+    def add(self, names: tuple[str, ...], *, always: bool = False) -> None:
+        """Take the bundle into the list, if it applies and saves something that no smaller bundle saves."""
+        applied, sets, answer = self.plan(names)
+        if answer is None or any(set(cure.changes) == set(applied or ("logits",)) for cure in self.cures):
+            return
+        if self.run.tool == "oomless" and not applied:
+            return
+        smaller = [c.needed_bytes for c in self.cures if set(c.changes) - {"logits"} < set(applied)]
+        least = min([self.before.needed_bytes, *smaller])
+        if answer.fits or always or answer.needed_bytes < least - LEAST_SAVING * self.before.needed_bytes:
+            saved = self.before.needed_bytes - answer.needed_bytes
+            self.cures.append(_cure(self.run, applied, sets, answer, saved))
+
+    def found(self) -> int:
+        """Return how many fit."""
+        return sum(cure.fits for cure in self.cures)
+
+    def groups(self, groups: tuple[tuple[tuple[str, ...], ...], ...], enough: int) -> None:
+        """Go through ``groups`` until ``enough`` bundles fit; of a group whose leanest does not fit, take that alone."""
+        for group in groups:
+            if self.found() >= enough:
+                return
+            leanest = self.plan(group[-1])[2]
+            if leanest is None or not leanest.fits:
+                self.add(group[-1])
+                continue
+            for names in group:
+                if self.found() < enough:
+                    self.add(names)
 
 
 def find_cures(run: FailedRun, before: Outcome, *, fragmented: bool, others_bytes: int) -> Cures:
@@ -274,51 +352,55 @@ def find_cures(run: FailedRun, before: Outcome, *, fragmented: bool, others_byte
         fragmented: whether the message shows memory that is reserved but cannot be used.
         others_bytes: what other processes hold of the GPU.
     """
-    assert run.spec is not None
     assert run.target is not None
-    target, usable = run.target, run.target.usable_bytes
-    tried: list[Cure] = []
-    own = run.tool == "oomless"
-    tried += _around_the_run(run, before, fragmented=fragmented, others_bytes=others_bytes)
-    base = oomless_values(run)
-    fixed: int | None = None
-    for names, sets in bundles(base):
-        if own and not names:
-            continue
-        if fixed is not None and fixed > usable and not any(CHANGES[name].reduces_fixed for name in names):
-            continue  # weights, gradients and optimizer state alone exceed the GPU
-        answer = _planned(run.spec, run, sets, target)
-        if answer is None:
-            continue
-        if not names:
-            fixed = answer.fixed_bytes
-        saved = before.needed_bytes - answer.needed_bytes
-        if answer.fits or saved > LEAST_SAVING * before.needed_bytes:
-            tried.append(_cure(run, names, sets, answer, saved))
-        if sum(cure.fits for cure in tried) >= ENOUGH:
-            break
-    elsewhere = () if any(cure.fits for cure in tried) else tuple(_elsewhere(run))
+    search = _Search(run, before)
+    search.cures += _around_the_run(run, before, fragmented=fragmented, others_bytes=others_bytes)
+    search.add(())
+    leanest = search.plan(BUNDLES[-1][-1])[2]
+    if leanest is None or leanest.fits:
+        search.groups(BUNDLES, ENOUGH)
+    else:
+        search.add(BUNDLES[-1][-1])
+    for name, group in PARTS.items():
+        if CHANGES[name].apply(search.base) is not None and search.found() < 2:
+            search.groups((group,), ENOUGH)
     return Cures(
-        usable_bytes=usable,
+        usable_bytes=run.target.usable_bytes,
         before_bytes=before.needed_bytes,
         fixed_bytes=before.fixed_bytes,
-        tried=tuple(tried),
-        elsewhere=elsewhere,
+        tried=tuple(search.cures),
+        elsewhere=() if search.found() else tuple(_elsewhere(run)),
     )
 
 
-def _planned(spec: ModelSpec, run: FailedRun, sets: Mapping[str, Any], target: Target) -> Plan | None:
+def _planned(run: FailedRun, sets: Mapping[str, Any], target: Target | None = None) -> _Answer | None:
     """Return the plan of the run with ``sets``; ``None`` where the settings do not go together."""
+    target = target or run.target
+    assert run.spec is not None
+    assert target is not None
     try:
-        return plan(spec, run.config(**{**oomless_values(run), **sets}), target)
+        config = run.config(**{**oomless_values(run), **sets})
+        free, found = rehearse_own(run.spec, config, target, limited=False)
+        fits = free.needed_bytes <= target.usable_bytes
+        if not fits and found.profile.peak_allocated_bytes <= target.usable_bytes:
+            # The allocator gives cached memory back before it fails; only a rehearsal at the limit knows if that is enough.
+            limited, at_limit = rehearse_own(run.spec, config, target, limited=True)
+            fits = at_limit.out_of_memory is None
+            free = limited if fits else free
     except UserError:
         return None
+    return _Answer(
+        needed_bytes=free.needed_bytes,
+        fits=fits,
+        headroom_bytes=target.usable_bytes - free.needed_bytes,
+        parameters=found.parameters,
+    )
 
 
-def _cure(run: FailedRun, names: tuple[str, ...], sets: Mapping[str, Any], answer: Plan, saved: int) -> Cure:
+def _cure(run: FailedRun, names: tuple[str, ...], sets: Mapping[str, Any], answer: _Answer, saved: int) -> Cure:
     changes = [CHANGES[name] for name in names]
     qualities = [change.quality for change in changes if change.quality != SAME]
-    speeds = [change.speed for change in changes if change.speed != "none"]
+    speeds = list(dict.fromkeys(change.speed for change in changes if change.speed != "none"))
     return Cure(
         title=", ".join(change.title for change in changes) or "the same run in oomless, which never holds all logits",
         changes=names or ("logits",),
@@ -373,29 +455,26 @@ def _around_the_run(run: FailedRun, before: Outcome, *, fragmented: bool, others
 
 
 def _elsewhere(run: FailedRun) -> Iterator[str]:
-    """Yield the smallest GPU and the largest model of the family for which the leanest full run fits."""
+    """Yield the smallest GPU and the largest model of the family for which the leanest settings fit."""
     assert run.spec is not None
-    assert run.target is not None
-    names, sets = list(bundles(oomless_values(run)))[-1]
-    kept = "lm_head alone with the leanest optimizer" if names else "the same settings"
-    needed = _planned(run.spec, run, sets, run.target)
-    if needed is not None:
-        for gpu in sorted(catalogue.gpus(), key=lambda gpu: gpu.usable_bytes):
-            if gpu.usable_bytes < needed.needed_bytes:
-                continue
-            target = target_for(gpu.name)
-            answer = _planned(run.spec, run, sets, target) if target.usable_bytes >= needed.needed_bytes else None
+    names, sets = apply_all(BUNDLES[-1][-1], oomless_values(run))
+    how = ", ".join(CHANGES[name].title for name in names) or "the same settings"
+    needed = _planned(run, sets)
+    if needed is None:
+        return
+    for gpu in sorted(catalogue.gpus(), key=lambda gpu: gpu.usable_bytes):
+        target = target_for(gpu.name)
+        if target.usable_bytes >= needed.needed_bytes:
+            answer = _planned(run, sets, target)
             if answer is not None and answer.fits:
-                yield f"the smallest GPU that is enough for {kept}: {gpu.name}"
+                yield f"GPU: {gpu.name} is the smallest of the catalogue on which this fits with {how}"
                 break
     family = known_model_names(str(run.spec.config.model_type))
-    size = sum(1 for _ in family)
-    larger = needed.parameters if needed is not None else 0
-    for name in [n for n in family if catalogue.parameters(n) < larger][:size]:
-        smaller = resolve_for_plan(name)
-        answer = _planned(smaller, dataclasses.replace(run, model=name, spec=smaller), sets, run.target)
+    for name in [name for name in family if catalogue.parameters(name) < needed.parameters]:
+        smaller = dataclasses.replace(run, model=name, spec=resolve_for_plan(name))
+        answer = _planned(smaller, sets)
         if answer is not None and answer.fits:
-            yield f"the largest model of this family that fits with {kept}: {name}"
+            yield f"model: {name} is the largest of its architecture that fits here with {how}"
             break
 
 

@@ -214,7 +214,7 @@ def _suspects(reading: Reading, run: FailedRun, rehearsed: Outcome | None) -> li
         first.message,
         first.place,
         tensors,
-        tokens=run.values.get("max_seq_length"),
+        tokens=None if run.sources.get("max_seq_length") == "message" else run.values.get("max_seq_length"),
         positions=dimensions.positions,
         unsloth=unsloth,
         stopped_at=None if rehearsed is None else rehearsed.stopped_at,

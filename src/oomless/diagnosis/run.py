@@ -20,13 +20,16 @@ from oomless.errors import ConfigError, ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
-from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse, virtual_device
+from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
 from oomless.units import GiB, format_bytes
 
 Source = Literal["given", "log", "message", "assumed"]
 USUAL_TOKENS = 2048
 LARGEST_CONTEXT_BYTES = 2 * GiB
 """More outside of PyTorch's allocator than this is not one process's CUDA context and libraries."""
+
+MIXED = "mixed"
+"""fp32 weights, arithmetic cast to 16 bits."""
 
 _SAME_GPU = 0.02
 _SOLVED_LENGTHS = 8
@@ -154,9 +157,10 @@ def _target(reading: Reading, named: str | None, sources: dict[str, Source]) -> 
         outside = max(0, capacity.middle - message.free.middle - reserved.middle)
     if message.allowed is not None and message.allowed.middle < capacity.middle:
         outside = capacity.middle - message.allowed.middle
-    changes: dict[str, Any] = {"capacity_bytes": capacity.middle}
+    total = target.capacity_bytes if target.capacity_bytes in capacity else capacity.low
+    changes: dict[str, Any] = {"capacity_bytes": total}
     if outside is not None:
-        changes["outside_bytes"] = min(outside, capacity.middle - (1 << 20))
+        changes["outside_bytes"] = min(outside, total - (1 << 20))
     return dataclasses.replace(target, **changes), outside
 
 
@@ -208,8 +212,8 @@ def choose_unknowns(run: FailedRun, reading: Reading, solved: list[Suspect]) -> 
     evaluates = reading.first is not None and reading.first.place.phase == "evaluation"
     half = "bf16" if run.target.compute_capability >= (8, 0) else "fp16"
     dtypes: list[str | None] = [None]
-    if "dtype" not in run.values:
-        dtypes = ["fp32"] if run.mixed_precision else [half] if "quantization" in run.values else ["fp32", half]
+    if "dtype" not in run.values and run.tool != "oomless":
+        dtypes = ["fp32"] if run.mixed_precision else [half] if "quantization" in run.values else ["fp32", half, MIXED]
     lengths: list[int | None] = [None]
     if "max_seq_length" not in run.values:
         positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None) or USUAL_TOKENS
@@ -247,6 +251,17 @@ def rehearse_run(
     if run.tool != "oomless":
         return rehearse_plain(run.plain(evaluates=evaluates), target, limited=limited, settings=settings)
     assert run.spec is not None
+    return rehearse_own(run.spec, run.config(), target, limited=limited, settings=settings)[0]
+
+
+def rehearse_own(
+    spec: ModelSpec, config: TrainConfig, target: Target, *, limited: bool, settings: AllocatorSettings | None = None
+) -> tuple[Outcome, Rehearsal]:
+    """Rehearse a run of oomless on ``target``, or without an end of memory where not ``limited``.
+
+    Raises:
+        UserError: model, GPU and settings do not fit together.
+    """
     device = virtual_device(
         target.capacity_bytes if limited else UNLIMITED_BYTES,
         name=target.name,
@@ -254,17 +269,22 @@ def rehearse_run(
         outside_bytes=target.outside_bytes,
         settings=settings,
     )
-    found = rehearse(run.spec, run.config(), device, kernel=target.kernel, workspace_bytes=target.workspace_bytes)
-    return outcome(device, found.out_of_memory)
+    found = rehearse(spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes)
+    return outcome(device, found.out_of_memory), found
 
 
 def _with(run: FailedRun, dtype: str | None, length: int | None, *, from_message: bool) -> FailedRun:
     values, sources = dict(run.values), dict(run.sources)
+    mixed = run.mixed_precision
+    if dtype == MIXED:
+        assert run.target is not None
+        mixed = "bf16" if run.target.compute_capability >= (8, 0) else "fp16"
+        dtype = "fp32"
     if dtype is not None:
         values["dtype"], sources["dtype"] = dtype, "assumed"
     if length is not None:
         values["max_seq_length"], sources["max_seq_length"] = length, "message" if from_message else "assumed"
-    return dataclasses.replace(run, values=values, sources=sources)
+    return dataclasses.replace(run, values=values, sources=sources, mixed_precision=mixed)
 
 
 def _distance(rehearsal: Outcome, message: Any, reading: Reading) -> float:
@@ -280,7 +300,7 @@ def _distance(rehearsal: Outcome, message: Any, reading: Reading) -> float:
         distance += abs(rehearsal.allocated_bytes - message.allocated.middle) / max(1, message.allocated.middle)
     if message.requested is not None and rehearsal.stopped_at is not None:
         size = rehearsal.stopped_at.size_bytes
-        distance += 0.3 * (not message.requested.low - (2 << 20) <= size <= message.requested.high)
+        distance += 1.0 * (not message.requested.low - (2 << 20) <= size <= message.requested.high)
     return distance
 
 
