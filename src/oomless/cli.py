@@ -17,7 +17,7 @@ from rich.console import Console
 from oomless import __version__
 from oomless.config import TrainConfig
 from oomless.config_values import field_help, load_yaml, without_none
-from oomless.errors import ConfigError, TrainingError, UserError
+from oomless.errors import ConfigError, TrainingError, UserError, nearest
 
 app = typer.Typer(
     help="Train language models on the GPU you have, and do not run out of memory.",
@@ -100,6 +100,8 @@ def _number(value: Any) -> Any:
 
 def train(config: Path | None, **settings: Any) -> None:
     """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it."""
+    from torch import OutOfMemoryError
+
     from oomless.planning.plan import predict
     from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
@@ -113,6 +115,12 @@ def train(config: Path | None, **settings: Any) -> None:
     listener = TerminalListener(console)
     try:
         result = run(resolved, listener)
+    except OutOfMemoryError as error:
+        listener.close()
+        _print_out_of_memory(console, error, resolved)
+        raise TrainingError(
+            "the run was out of memory and was stopped; what happened and what cures it stands above"
+        ) from error
     finally:
         listener.close()
     print_result(console, result, f"oomless train --config {resolved.output_dir}/config.yaml --resume")
@@ -142,6 +150,57 @@ def plan(config: Path | None, json: bool, timeline: Path | None, snapshot: Path 
         from oomless.memory.snapshot import write_snapshot
 
         write_snapshot(answer.device.allocator, snapshot)
+
+
+def explain(
+    file: str | None,
+    config: Path | None,
+    message: str | None,
+    snapshot: Path | None,
+    tool: str | None,
+    mixed_precision: str | None,
+    attention: str | None,
+    json: bool,
+    html: Path | None,
+    **settings: Any,
+) -> None:
+    """Say what an out-of-memory error means: what asked, what held the rest, and which cures, rehearsed, fit.
+
+    FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings.
+    """
+    from oomless.diagnosis.explain import explain as diagnose
+    from oomless.diagnosis.explain import read_text
+    from oomless.diagnosis.tools import TOOLS
+    from oomless.report.diagnosis import print_diagnosis, write_page
+
+    for name, value, known in (
+        ("tool", tool, TOOLS),
+        ("mixed-precision", mixed_precision, ("fp16", "bf16")),
+        ("attention", attention, ("sdpa", "eager")),
+    ):
+        if value is not None and value not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}.{nearest(value, known)}")
+    if file is not None and message is not None:
+        raise ConfigError("an error is given as FILE or as --message, not as both")
+    text = message or ""
+    if file is not None:
+        text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
+    given = {**(load_yaml(config) if config else {}), **_given(settings)}
+    answer = diagnose(text, given, snapshot=snapshot, tool=tool, mixed_precision=mixed_precision, attention=attention)
+    if json:
+        print(dumps(answer.to_dict(), indent=2))
+    else:
+        print_diagnosis(Console(), answer)
+    if html is not None:
+        write_page(answer, html)
+
+
+def _print_out_of_memory(console: Console, error: Any, config: TrainConfig) -> None:
+    """Explain an out-of-memory error that ended a training."""
+    from oomless.diagnosis.explain import explain_error
+    from oomless.report.diagnosis import print_diagnosis
+
+    print_diagnosis(console, explain_error(error, config))
 
 
 def _command(function: Any, *own: tuple[str, Any, Any]) -> None:
@@ -174,6 +233,55 @@ _command(
         Annotated[Path | None, typer.Option("--snapshot", help="Write what PyTorch's memory visualiser opens.")],
         None,
     ),
+)
+_command(
+    explain,
+    (
+        "file",
+        Annotated[str | None, typer.Argument(help="A log with the error; - for standard input.", show_default=False)],
+        None,
+    ),
+    _CONFIG,
+    ("message", Annotated[str | None, typer.Option("--message", help="The error itself.", show_default=False)], None),
+    (
+        "snapshot",
+        Annotated[
+            Path | None,
+            typer.Option("--snapshot", help="A file of torch.cuda.memory._dump_snapshot.", show_default=False),
+        ],
+        None,
+    ),
+    (
+        "tool",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--tool",
+                help="What ran: trainer, trl, peft, unsloth, axolotl, accelerate, torch or oomless.",
+                show_default=False,
+            ),
+        ],
+        None,
+    ),
+    (
+        "mixed_precision",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--mixed-precision", help="fp16 or bf16: weights in fp32, arithmetic cast.", show_default=False
+            ),
+        ],
+        None,
+    ),
+    (
+        "attention",
+        Annotated[
+            str | None, typer.Option("--attention", help="sdpa, or eager with its scores in full.", show_default=False)
+        ],
+        None,
+    ),
+    ("json", Annotated[bool, typer.Option("--json", help="Print the diagnosis as JSON.")], False),
+    ("html", Annotated[Path | None, typer.Option("--html", help="Also write it as a page.", show_default=False)], None),
 )
 
 

@@ -217,6 +217,10 @@ class Recorder:
             ),
         )
 
+    def held_before(self, event: int) -> dict[Category, int]:
+        """Return the bytes of each category that were held when the event with this number was about to happen."""
+        return self._levels([event - 1])[event - 1] if event > 0 else dict.fromkeys(CATEGORIES, 0)
+
     def _delta(self, event: int) -> int:
         if event > 0:
             return self._allocations[event - 1].size_bytes

@@ -291,3 +291,14 @@ class VirtualGPU(Device):
                 outside_bytes=self.outside_bytes,
                 max_points=max_points,
             )
+
+    def held_before(self, event: int) -> dict[Category, int]:
+        """Return the bytes of each category when the event of this number (``Request.event``) was about to happen.
+
+        Raises:
+            RuntimeError: this device keeps no history.
+        """
+        if self._recorder is None:
+            raise RuntimeError("what was held needs the history: make the VirtualGPU with record_history=True")
+        with self._tracker.quiet():
+            return self._recorder.held_before(event)

@@ -1,0 +1,206 @@
+"""Where an error arose: from stack frames to the phase of training, the part of the model and the library.
+
+Frames are read from plain tracebacks (``File "...", line 3, in forward``) and from notebooks' (``/path/x.py in
+forward(...)`` or ``File /path/x.py:3, in forward``). The phase is that of the innermost frame that stands for one;
+what a backward pass computes again (checkpointing) stays backward, and what an evaluation runs stays evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from oomless.memory.device import Phase
+
+_PLAIN = re.compile(r'^[ \t]*File "(?P<path>[^"\n]+)", line (?P<line>\d+), in (?P<name>[^\n]+)$', re.MULTILINE)
+_NOTEBOOK = re.compile(
+    r"^(?:File )?(?P<path>(?:[~/.<]|[A-Za-z]:\\)[^\s:]*?\.pyx?|/tmp/ipython-input\S*|<ipython-input[^>]*>)"
+    r"(?::(?P<line>\d+))?,? in (?P<name>[\w.<>]+)[^\n]*$",
+    re.MULTILINE,
+)
+_ARROW = re.compile(r"^-+>\s*\d+ (?P<code>.*)$", re.MULTILINE)
+_OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tuple(
+    (phase, re.compile(where), re.compile(code) if code else None)  # type: ignore[misc]
+    for phase, where, code in (
+        (
+            "evaluation",
+            r"\b(evaluation_loop|prediction_loop|prediction_step|evaluate|_evaluate|validate|nested_concat)$",
+            None,
+        ),
+        (
+            "save",
+            r"\b(save_pretrained|save_model|_save_checkpoint|save_checkpoint|save_state|merge_and_unload|_save)$",
+            None,
+        ),
+        (
+            "load",
+            r"\b(from_pretrained|_load_pretrained_model|load_state_dict|dispatch_model|_load_state_dict_into_\w+|"
+            r"_materialize_copy|prepare_model|create_quantized_param|set_module_tensor_to_device|load_model)$",
+            None,
+        ),
+        ("load", r"torch/nn/modules/module\.py:(?:_apply|to|cuda|convert|half|float|<lambda>)$", None),
+        ("backward", r"torch/(?:_tensor|autograd/__init__|autograd/graph)\.py:|:(?:_engine_run_backward)$", None),
+        ("backward", r":backward$", None),
+        ("backward", r".", r"\b(?:loss|accelerator|scaler\.scale\(\w+\)|self)\.backward\("),
+        (
+            "optimizer",
+            r"torch/optim/|bitsandbytes/optim/|/optim(?:izer)?s?/[^:]*:.*(?:step|init_state|_init_group)|"
+            r"zero/stage\w*\.py:(?:step|initialize_optimizer_states|_optimizer_step)|:optimizer_step$",
+            None,
+        ),
+        ("optimizer", r"clip_grad", None),
+        ("optimizer", r".", r"\b(?:optimizer|optim|opt|scaler)\.step\("),
+    )
+)
+_LOSS = re.compile(
+    r"cross_entropy|CrossEntropyLoss|loss_utils\.py|nn/modules/loss\.py|log_softmax|logits\.float\(\)|logits = logits\.to\("
+    r"|shift_logits|upcast_logits|self\.loss_function\(|loss_fct\("
+)
+_FORWARD = re.compile(
+    r"modeling_\w+\.py:|:forward$|:_?call_impl$|:compute_loss$|integrations/sdpa_attention|peft_model\.py"
+)
+_MODULES = (
+    ("lm_head", re.compile(r"\bself\.(?:lm_head|output_layer|embed_out)\(")),
+    (
+        "mlp",
+        re.compile(
+            r"\bself\.(?:mlp|gate_proj|up_proj|down_proj|act_fn|gate_up_proj|c_fc|fc1|fc2|dense_h_to_4h|experts?)\b"
+        ),
+    ),
+    (
+        "self_attn",
+        re.compile(
+            r"\bself\.(?:self_attn|attn|attention|q_proj|k_proj|v_proj|o_proj|qkv_proj|c_attn|query_key_value)\b"
+            r"|attention_interface\(|attn_weights|scaled_dot_product_attention|softmax\(|apply_rotary_pos_emb"
+        ),
+    ),
+    (
+        "embed_tokens",
+        re.compile(r"\bself\.(?:embed_tokens|wte|embed_in|word_embeddings)\(|F\.embedding\(|torch\.embedding\("),
+    ),
+    (
+        "norm",
+        re.compile(
+            r"\bself\.(?:input_layernorm|post_attention_layernorm|norm|ln_\w+)\(|hidden_states\.to\(torch\.float32\)"
+        ),
+    ),
+    ("lora", re.compile(r"\blora_[AB]\b")),
+)
+_FILES_OF_MODULES = (
+    ("self_attn", re.compile(r"integrations/sdpa_attention|flash_attn|xformers|integrations/(?:flash|flex|eager)")),
+    ("lora", re.compile(r"peft/tuners/lora")),
+    ("quantisation", re.compile(r"bitsandbytes/(?:functional|autograd|nn)")),
+)
+LIBRARIES = (
+    ("unsloth", re.compile(r"\bunsloth(?:_zoo)?[/\\.]|\bUnsloth\b")),
+    ("axolotl", re.compile(r"\baxolotl\b")),
+    ("trl", re.compile(r"\btrl[/\\]|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO)(?:Trainer|Config)\b")),
+    ("oomless", re.compile(r"\boomless[/\\](?:training|cli|demo)|\boomless train\b")),
+    ("trainer", re.compile(r"transformers[/\\]trainer\.py|\bTrainer\(|TrainingArguments|\*\*\*\*\* Running training")),
+    ("accelerate", re.compile(r"\baccelerate[/\\]|\bAccelerator\(|accelerator\.backward")),
+    ("peft", re.compile(r"\bpeft[/\\]|\bget_peft_model\b|\bLoraConfig\b")),
+)
+"""Tools by what they leave in a log, the one closest to the user first."""
+
+EXTRAS = (
+    ("deepspeed", re.compile(r"\bdeepspeed\b", re.IGNORECASE)),
+    ("fsdp", re.compile(r"fully_shard|FullyShardedDataParallel|\bfsdp\b", re.IGNORECASE)),
+    ("bitsandbytes", re.compile(r"\bbitsandbytes\b")),
+    ("flash_attn", re.compile(r"\bflash_attn\b")),
+    ("torch.compile", re.compile(r"torch[/\\]_(?:dynamo|inductor)")),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """One line of a traceback: where, in what function, and the code if it is shown."""
+
+    path: str
+    name: str
+    code: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where an error arose. Fields are ``None`` or empty where the text does not say."""
+
+    phase: Phase | None = None
+    module: str | None = None
+    """The part of the model: lm_head, mlp, self_attn, embed_tokens, norm, lora."""
+
+    code: str = ""
+    """The innermost line of code that says what was computed."""
+
+    frames: tuple[Frame, ...] = ()
+
+    recomputing: bool = False
+    """Whether a backward pass was computing a checkpointed forward again."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {"phase": self.phase, "module": self.module, "code": self.code}
+
+
+def place_of(text: str, position: int) -> Place:
+    """Return where the error at ``position`` of ``text`` arose, by the traceback above it."""
+    return place_of_frames(_frames_before(text, position))
+
+
+def place_of_frames(frames: tuple[Frame, ...]) -> Place:
+    """Return the place that ``frames``, outermost first, stand for."""
+    if not frames:
+        return Place()
+    phase: Phase | None = None
+    inner: Phase | None = None
+    for frame in frames:
+        where = f"{frame.path}:{frame.name}".replace("\\", "/")
+        for outer, pattern, shown in _OUTER:
+            if pattern.search(where) and (shown is None or shown.search(frame.code)):
+                # What a backward pass or an evaluation runs belongs to it; anything else is what came last.
+                if phase not in ("evaluation", "load", "save"):
+                    phase = outer
+                break
+        if _LOSS.search(f"{where} {frame.code}"):
+            inner = "loss"
+        elif _FORWARD.search(where) and "loss" not in where:
+            inner = "forward"
+    module, code = _module(frames)
+    recomputing = phase == "backward" and inner is not None and any("checkpoint" in f.path for f in frames)
+    return Place(phase=phase or inner, module=module, code=code, frames=frames, recomputing=recomputing)
+
+
+def _frames_before(text: str, position: int) -> tuple[Frame, ...]:
+    """Return the frames of the last traceback that begins before ``position``."""
+    start = max(text.rfind("Traceback (most recent call last)", 0, position), 0)
+    window = text[max(start, position - 60_000) : position]
+    found = sorted([*_PLAIN.finditer(window), *_NOTEBOOK.finditer(window)], key=lambda match: match.start())
+    frames = []
+    for match, following in zip_longest(found, found[1:]):
+        below = window[match.end() : following.start() if following else match.end() + 2000]
+        arrow = _ARROW.search(below)
+        lines = [line.strip() for line in below.split("\n") if line.strip() and not set(line.strip()) <= set("^~")]
+        code = arrow["code"].strip() if arrow is not None else lines[0] if lines and match.re is _PLAIN else ""
+        frames.append(Frame(path=match["path"], name=match["name"].strip().rpartition(".")[2], code=code[:300]))
+    return tuple(frames)
+
+
+def _module(frames: tuple[Frame, ...]) -> tuple[str | None, str]:
+    for frame in reversed(frames):
+        path = frame.path.replace("\\", "/")
+        for name, pattern in _FILES_OF_MODULES:
+            if pattern.search(path):
+                return name, frame.code
+        for name, pattern in _MODULES:
+            if pattern.search(frame.code):
+                return name, frame.code
+        if _LOSS.search(frame.code):
+            return None, frame.code
+    return None, frames[-1].code
+
+
+def libraries(text: str) -> tuple[str | None, tuple[str, ...]]:
+    """Return the tool that the log came from, and what else it names."""
+    tool = next((name for name, pattern in LIBRARIES if pattern.search(text)), None)
+    return tool, tuple(name for name, pattern in EXTRAS if pattern.search(text))

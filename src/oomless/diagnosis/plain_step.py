@@ -1,0 +1,217 @@
+"""The step that people run: transformers' own loss over whole logits, torch's AdamW, on the same virtual GPU.
+
+To say what held the memory of a run that was not oomless's, that run is rehearsed and not oomless's own. What differs
+from ``planning.rehearse`` is what differs in the programs: all logits and their copy in fp32 exist, 16-bit weights are
+updated as they are, and automatic casting keeps fp32 weights and makes 16-bit copies of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from oomless import optim
+from oomless.config import TrainConfig
+from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.device import Category, Device
+from oomless.memory.profile import Request
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models import build
+from oomless.models.spec import ModelSpec
+from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.planning.plan import Target
+from oomless.planning.rehearse import UNLIMITED_BYTES, virtual_device
+from oomless.techniques import checkpointing, frozen_layers, quantization, trainable
+from oomless.training.assemble import check_length
+from oomless.training.precision import choose_dtype
+
+STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainRun:
+    """A run of another tool, in the terms of ``TrainConfig`` and what that does not have."""
+
+    spec: ModelSpec
+    config: TrainConfig
+    mixed_precision: Literal["fp16", "bf16"] | None = None
+    """Weights in fp32, arithmetic cast to this."""
+
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    foreach: bool = False
+    """Whether AdamW works on all tensors at once, with temporaries for each, instead of fused."""
+
+    evaluates: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What the rehearsal of a run came to."""
+
+    needed_bytes: int
+    """The most that the allocator reserved."""
+
+    fixed_bytes: int
+    """Weights, gradients and optimizer state at their largest."""
+
+    stopped_at: Request | None
+    """The request that found no room; ``None`` where the run got through."""
+
+    out_of_memory: str | None
+    held_bytes: dict[Category, int]
+    """By category: at the request that found no room, else at the peak."""
+
+    reserved_bytes: int
+    """What the allocator reserved at that moment."""
+
+    device: VirtualGPU
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The sum of what was held."""
+        return sum(self.held_bytes.values())
+
+
+def rehearse_plain(
+    run: PlainRun, target: Target, *, limited: bool, settings: AllocatorSettings | None = None
+) -> Outcome:
+    """Run two steps of ``run`` on ``target``, or without an end of memory where not ``limited``.
+
+    Raises:
+        UserError: model, GPU and settings do not fit together.
+    """
+    device = virtual_device(
+        target.capacity_bytes if limited else UNLIMITED_BYTES,
+        name=target.name,
+        compute_capability=target.compute_capability,
+        outside_bytes=target.outside_bytes,
+        settings=settings,
+    )
+    message = None
+    with device.active():
+        try:
+            text = run.spec.config.get_text_config()
+            width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+            arithmetic = choose_dtype(run.mixed_precision or run.config.dtype, device)
+            kernel: Kernel = target.kernel or kernel_for(target.compute_capability, arithmetic, width)
+            with attention_kernel(kernel):
+                model, optimizer = build_plain(run, device)
+                workspace = torch.empty(target.workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
+                for _ in range(STEPS):
+                    train_step(run, model, optimizer, device)
+                if run.evaluates:
+                    evaluation_step(run, model, device)
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+    return outcome(device, message)
+
+
+def outcome(device: VirtualGPU, message: str | None) -> Outcome:
+    """Return what the rehearsal on ``device`` came to, which ended with ``message`` or got through."""
+    profile = device.profile()
+    stopped = profile.failures[-1] if message is not None and profile.failures else None
+    timeline = profile.timeline
+    fixed: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
+    held = device.held_before(stopped.event) if stopped is not None else dict(profile.peak_bytes_by_category)
+    reserved = profile.peak_reserved_bytes
+    if stopped is None:
+        reserved = profile.peak_allocated_bytes + profile.cached_bytes
+    return Outcome(
+        needed_bytes=profile.peak_reserved_bytes,
+        fixed_bytes=sum(max(timeline.bytes_by_category[category], default=0) for category in fixed),
+        stopped_at=stopped,
+        out_of_memory=message,
+        held_bytes=held,
+        reserved_bytes=reserved,
+        device=device,
+    )
+
+
+def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimizer]:
+    """Return model and optimizer as the tool has them when its first step begins; weights are not filled."""
+    config, kind = run.config, run.config.quantization
+    check_length(run.spec, config)
+    dtype = torch.float32 if run.mixed_precision else choose_dtype(config.dtype, device)
+    model = build.build(
+        run.spec,
+        device=device,
+        dtype=dtype,
+        prepare=kind and (lambda made: quantization.replace(made, kind, trainable.trained_modules(made, config))),
+    )
+    with device.phase("load"):
+        frozen_layers.rehearse_filling(model, device)
+        trainable.apply(model, config, device)
+        if run.attention == "eager":
+            model.set_attn_implementation("eager")
+        if config.gradient_checkpointing:
+            checkpointing.apply(model)
+    optimizer = _optimizer(run, model)
+    device.watch(model, optimizer)
+    return model, optimizer
+
+
+def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
+    config = run.config
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
+    groups = [
+        {
+            "params": [p for p in parameters if (p.dtype == torch.float32) is single and (p.ndim > 1) is matrix],
+            "weight_precision": None if single else "plain",
+            **({"orthogonalise": matrix} if config.optimizer == "muon" else {}),
+        }
+        for single in (True, False)
+        for matrix in (True, False)
+    ]
+    return optim.build(config.optimizer, [group for group in groups if group["params"]], lr=config.learning_rate)
+
+
+def train_step(run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, device: Device) -> None:
+    """Run one optimizer step with its accumulation, as the ``Trainer`` does."""
+    model.train()
+    for _ in range(min(2, run.config.gradient_accumulation_steps)):  # further passes repeat the second
+        loss = _loss(run, model, device, run.config.per_device_train_batch_size)
+        with device.phase("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+    with device.phase("optimizer"):
+        if run.config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
+    """Run the evaluation of one batch, whose logits are kept, in fp32, beside its loss."""
+    model.eval()
+    with torch.no_grad(), device.phase("evaluation"):
+        batch = run.config.per_device_eval_batch_size or 1
+        tokens = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
+        with _casting(run):
+            logits = model(input_ids=tokens).logits
+            model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+
+
+def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
+    with device.host():
+        host = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
+    with _casting(run):
+        with device.phase("forward"):
+            tokens = device.put(host)
+            output = model(input_ids=tokens)
+        with device.phase("loss"):
+            logits = output.logits.float() if run.mixed_precision else output.logits
+            loss: Tensor = model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+    return loss / run.config.gradient_accumulation_steps
+
+
+def _casting(run: PlainRun) -> AbstractContextManager[Any]:
+    if run.mixed_precision is None:
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.float16 if run.mixed_precision == "fp16" else torch.bfloat16)

@@ -1,0 +1,308 @@
+"""Every tensor that a model and settings can ask memory for, with its shape, size, and where in a step it arises.
+
+The shapes of weights are read from the model itself, built on the meta device. Those of activations follow from its
+config: tokens times width, vocabulary or heads. ``None`` for the tokens leaves them open, to be solved for.
+
+N tokens of a micro-batch (B blocks of T), V vocabulary, H hidden size, I width of the MLP, A heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oomless.memory.device import Phase
+from oomless.models.spec import ModelSpec
+
+_DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """One kind of tensor; ``count`` elements, or ``of_tokens`` elements where it depends on the length T."""
+
+    kind: str
+    """What it is: logits in fp32, gradient of a weight ..."""
+
+    of: str
+    """The module or matrix."""
+
+    shape: str
+    """In words: 2,048 tokens x 128,256."""
+
+    item_bytes: int
+    phases: frozenset[Phase]
+    modules: frozenset[str] = frozenset()
+    hints: tuple[str, ...] = ()
+    """Pieces of code that make it."""
+
+    operations: tuple[str, ...] = ()
+    """Pieces of the names of operators that make it."""
+
+    prior: float = 0.0
+    """How often it is what asks last, for a tie."""
+
+    count: int = 0
+    of_tokens: Callable[[int], int] | None = None
+
+    def size_bytes(self, tokens: int = 0) -> int:
+        """Return the size, where each block has ``tokens`` tokens."""
+        return (self.count if self.of_tokens is None else self.of_tokens(tokens)) * self.item_bytes
+
+    def describe(self, tokens: int | None = None) -> str:
+        """Return shape and dtype in words, for blocks of ``tokens``."""
+        shape = self.shape if tokens is None else self.shape.replace("T tokens", f"{tokens:,} tokens")
+        return f"{shape} x {self.item_bytes} B"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimensions:
+    """The numbers of a model's config that shapes are made of."""
+
+    vocabulary: int
+    hidden: int
+    mlp: int
+    heads: int
+    key_heads: int
+    head_width: int
+    positions: int | None
+
+    @classmethod
+    def of_config(cls, config: Any) -> Dimensions:
+        """Read them from a transformers config."""
+        text = config.get_text_config()
+        heads = int(text.num_attention_heads)
+        mlp = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+        return cls(
+            vocabulary=int(text.vocab_size),
+            hidden=int(text.hidden_size),
+            mlp=int(mlp[0] if isinstance(mlp, list | tuple) else mlp),
+            heads=heads,
+            key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head_width=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            positions=getattr(text, "max_position_embeddings", None),
+        )
+
+
+def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the distinct kinds of weights of a model and their shapes, layers taken together, the largest first."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(spec.config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    found: dict[tuple[str, tuple[int, ...]], int] = {}
+    for full, parameter in model.named_parameters():
+        pieces = [
+            p for p in full.removesuffix(".weight").split(".") if not p.isdigit() and p not in ("model", "layers")
+        ]
+        name = ".".join(pieces)
+        if full.startswith("model.embed_tokens") and config.get_text_config().tie_word_embeddings:
+            name = "embed_tokens (also lm_head)"
+        found[name, tuple(parameter.shape)] = parameter.numel()
+    return sorted(found, key=lambda key: -found[key])
+
+
+def _phases(*names: Phase) -> frozenset[Phase]:
+    return frozenset(names)
+
+
+def of_weights(weights: list[tuple[str, tuple[int, ...]]], trained: int | None = None) -> Iterator[Tensor]:
+    """Yield what exists for each kind of weight; and, where ``trained`` parameters train, what is made of all at once."""
+    for name, shape in weights:
+        count, text = 1, " x ".join(f"{n:,}" for n in shape)
+        for n in shape:
+            count *= n
+        module = name.split(".")[0].split(" ")[0]
+        modules = frozenset({module, *(["lm_head"] if "lm_head" in name else [])})
+        common: dict[str, Any] = {"of": name, "shape": text, "count": count}
+        for size in (2, 4):
+            yield Tensor(
+                kind=f"weights in {_DTYPES[size]}", item_bytes=size, phases=_phases("load"), prior=0.4, **common
+            )
+            yield Tensor(
+                kind=f"gradient of a weight in {_DTYPES[size]}",
+                item_bytes=size,
+                phases=_phases("backward"),
+                modules=modules,
+                operations=("aten.mm", "aten.embedding_dense_backward", "aten.add", "aten.addmm"),
+                prior=0.65 if shape == weights[0][1] else 0.4,
+                **common,
+            )
+            yield Tensor(
+                kind=f"optimizer state in {_DTYPES[size]}",
+                item_bytes=size,
+                phases=_phases("optimizer"),
+                hints=("exp_avg", "zeros_like", "init_state", "momentum", "state["),
+                operations=("aten.zeros_like", "aten.empty_like", "aten.zeros", "aten.full_like"),
+                prior=0.5,
+                **common,
+            )
+            yield Tensor(
+                kind=f"temporary of the optimizer in {_DTYPES[size]}",
+                item_bytes=size,
+                phases=_phases("optimizer"),
+                hints=("_foreach", "sqrt", "addcdiv", "denom", "grad.float()", "clip_grad"),
+                operations=("aten._foreach", "aten.sqrt", "aten.div", "aten.mul", "aten.add"),
+                prior=0.4,
+                **common,
+            )
+        yield Tensor(
+            kind="optimizer state in 8 bits",
+            item_bytes=1,
+            phases=_phases("optimizer"),
+            hints=("init_state", "state1", "state2"),
+            prior=0.3,
+            **common,
+        )
+        yield Tensor(
+            kind="copy of a weight in fp32",
+            item_bytes=4,
+            phases=_phases("load", "optimizer"),
+            hints=(".float()", "fp32", "torch.float32"),
+            operations=("aten._to_copy", "aten.clone"),
+            prior=0.3,
+            **common,
+        )
+        yield Tensor(
+            kind="copy of a weight in 16 bits (automatic casting)",
+            item_bytes=2,
+            phases=_phases("forward", "evaluation"),
+            modules=modules,
+            operations=("aten._to_copy",),
+            prior=0.2,
+            **common,
+        )
+    if trained:
+        for size in (2, 4):
+            yield Tensor(
+                kind=f"all that trains in one piece, in {_DTYPES[size]}",
+                of="the whole model",
+                shape=f"{trained:,}",
+                count=trained,
+                item_bytes=size,
+                phases=_phases("load", "optimizer", "backward"),
+                hints=("flatten", "fp32_groups", "flat_param"),
+                prior=0.2,
+            )
+
+
+def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iterator[Tensor]:
+    """Yield what depends on the tokens of a micro-batch of ``blocks``, computed with ``item_bytes`` each."""
+    d = dimensions
+
+    def rows(width: int) -> Callable[[int], int]:
+        return lambda tokens: blocks * tokens * width
+
+    batch = f"{blocks:,} x " if blocks > 1 else ""
+    sizes = (item_bytes,) if item_bytes == 4 else (item_bytes, 4)
+    logits: dict[str, Any] = {
+        "of": "lm_head",
+        "shape": f"{batch}T tokens x {d.vocabulary:,}",
+        "of_tokens": rows(d.vocabulary),
+    }
+    backward_of_loss = ("aten._log_softmax_backward", "aten.nll_loss_backward")
+    yield Tensor(
+        kind="logits",
+        item_bytes=item_bytes,
+        phases=_phases("forward", "evaluation"),
+        modules=frozenset({"lm_head"}),
+        hints=("lm_head(",),
+        operations=("aten.mm", "aten.addmm", "aten._unsafe_view"),
+        prior=0.5,
+        **logits,
+    )
+    if item_bytes != 4:
+        yield Tensor(
+            kind="logits in fp32",
+            item_bytes=4,
+            phases=_phases("loss", "forward", "evaluation"),
+            hints=("logits.float()", ".to(torch.float32)", "upcast", "convert_to_fp32", "logits.to("),
+            operations=("aten._to_copy",),
+            prior=0.7,
+            **logits,
+        )
+        yield Tensor(
+            kind="gradient of the logits in 16 bits",
+            item_bytes=item_bytes,
+            phases=_phases("backward"),
+            operations=("aten._to_copy",),
+            prior=0.3,
+            **logits,
+        )
+    yield Tensor(
+        kind="shifted copy of the logits",
+        of="lm_head",
+        shape=f"{batch}(T tokens - 1) x {d.vocabulary:,}",
+        of_tokens=lambda tokens: blocks * (tokens - 1) * d.vocabulary,
+        item_bytes=4,
+        phases=_phases("loss", "forward"),
+        hints=("shift_logits", "contiguous()"),
+        operations=("aten.clone",),
+        prior=0.1,
+    )
+    yield Tensor(
+        kind="log-probabilities of the loss",
+        item_bytes=4,
+        phases=_phases("loss", "evaluation"),
+        hints=("cross_entropy", "log_softmax", "loss_fct("),
+        operations=("aten._log_softmax.default",),
+        prior=0.6,
+        **logits,
+    )
+    yield Tensor(
+        kind="gradient of the logits",
+        item_bytes=4,
+        phases=_phases("backward"),
+        operations=backward_of_loss,
+        prior=0.7,
+        **logits,
+    )
+    plain = (
+        ("MLP activations", "mlp", d.mlp, f"{d.mlp:,}", 0.3),
+        ("MLP activations, gate and up together", "mlp", 2 * d.mlp, f"2 x {d.mlp:,}", 0.2),
+        ("hidden states", "layers", d.hidden, f"{d.hidden:,}", 0.2),
+        ("queries", "self_attn", d.heads * d.head_width, f"{d.heads} heads x {d.head_width}", 0.15),
+        ("keys or values", "self_attn", d.key_heads * d.head_width, f"{d.key_heads} heads x {d.head_width}", 0.1),
+    )
+    for size in sizes:
+        for kind, module, width, text, prior in plain:
+            in_dtype = " in fp32" if size == 4 and item_bytes != 4 else ""
+            modules = {module, *(["embed_tokens", "norm", "mlp", "self_attn"] if module == "layers" else [])}
+            common: dict[str, Any] = {
+                "of": module,
+                "shape": f"{batch}T tokens x {text}",
+                "of_tokens": rows(width),
+                "item_bytes": size,
+                "modules": frozenset(modules),
+            }
+            yield Tensor(kind=f"{kind}{in_dtype}", phases=_phases("forward", "evaluation"), prior=prior, **common)
+            yield Tensor(kind=f"gradient of the {kind}{in_dtype}", phases=_phases("backward"), prior=prior, **common)
+    for size in sizes:
+        in_dtype = " in fp32" if size == 4 and item_bytes != 4 else ""
+        scores: dict[str, Any] = {
+            "of": "self_attn",
+            "shape": f"{batch}{d.heads} heads x T tokens x T tokens",
+            "of_tokens": lambda tokens: blocks * d.heads * tokens * tokens,
+            "item_bytes": size,
+            "modules": frozenset({"self_attn"}),
+        }
+        yield Tensor(
+            kind=f"attention scores{in_dtype}",
+            phases=_phases("forward", "evaluation"),
+            hints=("attn_weights", "matmul(quer", "attention_mask", "softmax("),
+            operations=("aten.bmm", "aten._softmax", "aten.add", "aten.mul", "aten._to_copy"),
+            prior=0.4,
+            **scores,
+        )
+        yield Tensor(
+            kind=f"gradient of the attention scores{in_dtype}",
+            phases=_phases("backward"),
+            operations=("aten.bmm", "aten._softmax_backward", "aten.mul", "aten._to_copy"),
+            prior=0.4,
+            **scores,
+        )

@@ -1,0 +1,264 @@
+"""Real out-of-memory errors: transformers' own training step on virtual GPUs that are too small, explained and cured.
+
+The step here is written for the tests and shares nothing with the rehearsal. What truly asked is known from the device: the
+operator, its module and its size.
+"""
+
+import math
+import re
+import traceback
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from oomless.diagnosis.explain import explain
+from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.spec import resolve
+from oomless.planning.rehearse import run_phases, usual_lengths
+from oomless.training.assemble import assemble
+
+MiB = 1 << 20
+SHAPE = dict(
+    vocab_size=16384, hidden_size=128, intermediate_size=2048, num_hidden_layers=2, max_position_embeddings=2048
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the user trains."""
+
+    name: str
+    architecture: str = "llama"
+    tied: bool = False
+    dtype: str = "fp32"
+    length: int = 512
+    batch: int = 1
+    attention: str = "sdpa"
+    optimizer: str = "adamw"
+    foreach: bool = False
+    checkpointing: bool = False
+    evaluates: int = 0
+    head_alone: bool = False
+    shape: dict = field(default_factory=dict, hash=False)
+
+
+RUNS = [
+    Run("full, fp32"),
+    Run("full, bf16", dtype="bf16", length=1024),
+    Run("two blocks", batch=2),
+    Run("tied", tied=True, length=384),
+    Run("eager attention", attention="eager", length=1024, shape=dict(vocab_size=4096, intermediate_size=256)),
+    Run("eager attention, bf16", attention="eager", dtype="bf16", length=1024, shape=dict(vocab_size=4096, intermediate_size=256)),
+    Run("foreach", foreach=True, length=256),
+    Run("checkpointing", checkpointing=True, batch=4, shape=dict(num_hidden_layers=4)),
+    Run("large vocabulary", length=256, shape=dict(vocab_size=65536, hidden_size=64)),
+    Run("evaluation", evaluates=8, length=256),
+    Run("wide MLP", shape=dict(vocab_size=4096, intermediate_size=16384), length=768),
+    Run("gemma", architecture="gemma", tied=True, batch=2),
+    Run("qwen2, bf16", architecture="qwen2", dtype="bf16", batch=2, tied=True),
+    Run("lm_head alone", head_alone=True),
+]  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train(run, folder, device):
+    """Two steps as a script with transformers runs them, then an evaluation."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with device.phase("load"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[run.dtype], attn_implementation=run.attention)
+        if run.head_alone:
+            model.requires_grad_(False)
+            model.lm_head.requires_grad_(True)
+        if run.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **({"foreach": True} if run.foreach else {"fused": True}))
+    device.watch(model, optimizer)
+    model.train()
+    tokens = torch.randint(0, 4096, (run.batch, run.length))
+    for _ in range(2):
+        with device.phase("forward"):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with device.phase("backward"):
+            loss.backward()
+        del loss
+        with device.phase("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+    if run.evaluates:
+        with device.phase("evaluation"):
+            evaluate(model, run)
+
+
+def evaluate(model, run):
+    model.eval()
+    tokens = torch.randint(0, 4096, (run.evaluates, run.length))
+    with torch.no_grad():
+        return model(input_ids=tokens, labels=tokens).loss
+
+
+def attempt(run, folder, capacity=1 << 40, settings=None):
+    """Return the device and the text of the error that ended the run there, if one did."""
+    device = VirtualGPU(capacity, record_history=True, settings=settings)
+    text = None
+    with device.active():
+        try:
+            train(run, folder, device)
+        except torch.OutOfMemoryError as error:
+            text = "".join(traceback.format_exception(error))
+            error.__traceback__ = None
+    return device, text
+
+
+def capacities(run, folder, most):
+    """Return sizes of GPU at which different requests of ``run`` are the first that find no room."""
+    device, _ = attempt(run, folder)
+    recorder = device._recorder
+    highest, found, allocations = 0, {}, iter(recorder._allocations)
+    for event, reserved in zip(recorder._events, recorder._reserved, strict=True):
+        if event <= 0:
+            continue
+        asked = next(allocations)
+        if reserved > highest:
+            if asked.requested_bytes > 10 * MiB:  # smaller ones share segments, whose size says nothing
+                key = (asked.phase, str(asked.operation), asked.requested_bytes)
+                found.setdefault(key, reserved - 2 * MiB)
+            highest = reserved
+    chosen = list(found.values())
+    return [chosen[i * len(chosen) // most] for i in range(most)] if len(chosen) > most else chosen
+
+
+def truth(run, config, request):
+    """Name what truly asked, from the operator, its phase and its size: a pattern for the kind."""
+    rows, item = run.batch * run.length, 4 if run.dtype == "fp32" else 2
+    blocks = rows if request.phase != "evaluation" else run.evaluates * run.length
+    vocabulary, size, operation = config.vocab_size, request.size_bytes, request.operation
+    if request.phase == "load":
+        return "weights in"
+    if request.phase == "optimizer":
+        return "optimizer state" if "zeros_like" in operation else "temporary of the optimizer"
+    if size in (blocks * vocabulary * 4, blocks * vocabulary * 2) and (
+        "softmax" in operation or "nll" in operation or "_to_copy" in operation or "lm_head" in request.module
+        or "_unsafe_view" in operation
+    ):  # fmt: skip
+        if "_log_softmax_backward" in operation or "nll_loss_backward" in operation:
+            return "gradient of the logits"
+        if "_log_softmax" in operation:
+            return "log-probabilities"
+        if "_to_copy" in operation and request.phase == "backward":
+            return "gradient of the logits in 16 bits"
+        return "logits in fp32" if "_to_copy" in operation else "logits"
+    heads, gradient = config.num_attention_heads, "gradient of the " if request.phase == "backward" else ""
+    if (
+        size in (run.batch * heads * run.length**2 * item, run.batch * heads * run.length**2 * 4)
+        and "attn" in request.module
+    ):
+        return "(gradient of the )?attention scores"
+    if (
+        size in (blocks * config.intermediate_size * item, blocks * config.intermediate_size * 4)
+        and "mlp" in request.module
+    ):
+        weight = size == config.intermediate_size * config.hidden_size * item
+        if not (weight and operation.startswith("aten.mm") and request.phase == "backward"):
+            return f"({gradient})?MLP activations"
+    if request.phase == "backward":
+        return "gradient of a weight"
+    return "hidden states"
+
+
+def shortened(text):
+    """A traceback as a GPU's would be: without the frames of the device that stands in for one."""
+    return re.sub(r'  File "[^"]*/oomless/memory/[^"]*", line \d+, in \S+\n(    .*\n)+?(?=  File|\S)', "", text)
+
+
+def given(run, folder, capacity, *, length_known=True):
+    settings = {
+        "model": str(folder),
+        "gpu": f"virtual:{capacity}B",
+        "per_device_train_batch_size": run.batch,
+        "dtype": run.dtype,
+        "max_grad_norm": 0.0,
+    }
+    if length_known:
+        settings["max_seq_length"] = run.length
+    if run.checkpointing:
+        settings["gradient_checkpointing"] = True
+    if run.evaluates:
+        settings["per_device_eval_batch_size"] = run.evaluates
+    if run.head_alone:
+        settings["trainable"] = "lm_head"
+    return settings
+
+
+def cured(run, folder, capacity, cure):
+    """Run the same training with the cure, for real; return whether it gets through."""
+    if cure.config is None:
+        settings = AllocatorSettings(expandable_segments=True) if "expandable" in cure.changes else None
+        return attempt(run, folder, capacity, settings)[1] is None
+    device = VirtualGPU(capacity)
+    with device.active():
+        try:
+            parts = assemble(resolve(str(folder)), cure.config, device, fill=False)
+            run_phases(parts, cure.config, usual_lengths(cure.config), 2)
+        except torch.OutOfMemoryError:
+            return False
+    return True
+
+
+def examine(run, folder, capacity, *, length_known=True):
+    """Return (named rightly, what was true, what was said, whether the first cure cures) of one real error."""
+    device, text = attempt(run, folder, capacity)
+    if text is None:
+        return None  # cached memory that was given back was enough
+    request = device.profile().failures[-1]
+    answer = explain(
+        shortened(text), given(run, folder, capacity, length_known=length_known), tool="torch", attention=run.attention
+    )
+    config = resolve(str(folder)).config
+    expected = truth(run, config, request)
+    first = answer.suspects[0] if answer.suspects else None
+    said = None if first is None else (first.tensor.kind, first.size_bytes)
+    right = first is not None and bool(re.match(expected, first.tensor.kind)) and first.size_bytes == request.size_bytes
+    fitting = answer.cures.fitting
+    assert request.size_bytes <= math.inf
+    return right, (expected, request), said, cured(run, folder, capacity, fitting[0]) if fitting else None
+
+
+@pytest.fixture(scope="module")
+def folder_of(make_checkpoint):
+    def folder(run):
+        return make_checkpoint(run.architecture, tied=run.tied, **{**SHAPE, **run.shape})
+
+    return folder
+
+
+@pytest.mark.parametrize("run", [RUNS[0], RUNS[1], RUNS[4]], ids=lambda run: run.name)
+def test_a_real_error_is_named_and_cured(folder_of, run):
+    folder = folder_of(run)
+    (capacity,) = capacities(run, folder, 1)
+    right, expected, said, cures = examine(run, folder, capacity)
+    assert right, (expected, said)
+    assert cures is not False
+
+
+@pytest.mark.slow
+def test_forty_real_errors(folder_of):
+    outcomes = []
+    for run in RUNS:
+        folder = folder_of(run)
+        for number, capacity in enumerate(capacities(run, folder, 5)):
+            outcome = examine(run, folder, capacity, length_known=number != 4)
+            if outcome is not None:
+                outcomes.append((run.name, capacity, *outcome))
+                print(outcomes[-1], flush=True)
+    wrong = [outcome for outcome in outcomes if not outcome[2]]
+    assert len(outcomes) >= 40
+    assert len(wrong) <= 0.1 * len(outcomes), wrong
+    cured_ones = [outcome[5] for outcome in outcomes if outcome[5] is not None]
+    assert all(cured_ones)
+    assert len(cured_ones) >= 0.8 * len(outcomes)
+    assert {outcome[3][1].phase for outcome in outcomes} >= {"load", "forward", "backward", "optimizer", "evaluation"}
