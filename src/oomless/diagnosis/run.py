@@ -33,6 +33,8 @@ MIXED = "mixed"
 
 _SAME_GPU = 0.02
 _SOLVED_LENGTHS = 8
+LONGEST_USUAL_TOKENS = 32768
+"""Longer blocks are believed only where a size has no other explanation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +220,7 @@ def choose_unknowns(run: FailedRun, reading: Reading, solved: list[Suspect]) -> 
     if "max_seq_length" not in run.values:
         positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None) or USUAL_TOKENS
         found = list(dict.fromkeys(s.tokens for s in solved[:_SOLVED_LENGTHS] if s.tokens))
-        lengths = [*found] or [min(USUAL_TOKENS, positions)]
+        lengths = [n for n in found if n <= LONGEST_USUAL_TOKENS] or [*found] or [min(USUAL_TOKENS, positions)]
     best: tuple[float, FailedRun, Outcome] | None = None
     for dtype in dtypes:
         for length in lengths:
