@@ -225,7 +225,7 @@ class TestAudit:
 
     def test_movement_below_sixteen_bits_counts(self, make_checkpoint, corpus, tmp_path):
         """Norms of 1 in bf16 stand still at this rate; their 8 bits of correction do not."""
-        settings = dict(dtype="bf16", learning_rate=1e-5, max_steps=6)
+        settings = dict(dtype="bf16", learning_rate=1e-4, max_steps=6)
         folder = make_checkpoint("llama")
         loop.train(config(folder, corpus, tmp_path / "a", weight_precision="correction", **settings))
         with pytest.raises(AuditError, match="norm.weight"):
