@@ -1,0 +1,83 @@
+"""``oomless explain``: what people bring, answered; what cannot be read, one error; a run's own end, explained."""
+
+import json
+import pickle
+
+import pytest
+
+from tests.cli.test_cli import oomless, plain
+
+MESSAGE = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1002.00 MiB. GPU 0 has a total capacity of 14.74 GiB of "
+    "which 240.12 MiB is free. Process 2345 has 14.50 GiB memory in use. Of the allocated memory 13.90 GiB is allocated by "
+    "PyTorch, and 455.00 MiB is reserved by PyTorch but unallocated."
+)
+
+
+def words(result):
+    return " ".join(plain(result.stdout).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "google/gemma-7b"])
+def test_the_seed_cases_with_nothing_else_known(model):
+    result = oomless("explain", "--model", model, "--gpu", "T4", "--per-device-train-batch-size", "1")
+    assert result.returncode == 0, result.stderr
+    text = words(result)
+    for part in ("No batch size and no sequence length can help", "1. fits:", "oomless train --config with this YAML"):
+        assert part in text, part
+    assert "smaller batch" not in text
+
+
+@pytest.mark.slow
+def test_the_seed_case_with_its_message(tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ("--model", "meta-llama/Llama-3.2-1B", "--gpu", "T4", "--html", page)
+    result = oomless("explain", "--message", MESSAGE, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "logits" in words(result)
+    assert "128,256 x 4 B = 1,050,673,152 bytes" in words(result)
+    assert "max_seq_length 2048 (from the message)" in words(result)
+    assert "logits" in page.read_text()
+
+
+def test_a_message_alone_as_json():
+    result = oomless("explain", "--message", MESSAGE, "--json")
+    assert result.returncode == 0, result.stderr
+    assert "1002.00 MiB" in json.dumps(json.loads(result.stdout))
+
+
+class Hostile:
+    """Would write a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_what_cannot_be_read_is_one_error(tmp_path):
+    snapshot, marker = tmp_path / "hostile.pickle", tmp_path / "it-ran"
+    snapshot.write_bytes(pickle.dumps(Hostile(marker)))
+    (tmp_path / "calm.log").write_text("step 1: loss 2.0\n")
+    for arguments in (
+        ["--snapshot", snapshot],
+        [tmp_path / "calm.log"],
+        [tmp_path / "missing.log"],
+        ["--message", MESSAGE, "--tool", "trainr"],
+        ["--message", MESSAGE, "--gpu", "T5"],
+    ):
+        result = oomless("explain", *arguments)
+        assert result.returncode == 2, (arguments, result.stdout)
+        assert result.stderr.count("error:") == 1
+        assert "Traceback" not in result.stderr
+    assert not marker.exists()
+
+
+def test_a_training_that_runs_out_is_explained(make_checkpoint, corpus, tmp_path):
+    arguments = ("--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", tmp_path / "run")
+    result = oomless("train", *arguments, "--gpu", "virtual:3MiB", "--max-seq-length", "512", "--max-steps", "2")
+    assert result.returncode == 1
+    assert "What asked for" in plain(result.stdout + result.stderr)
+    assert "Traceback" not in result.stderr
