@@ -33,7 +33,6 @@ def test_optimizers(make_checkpoint, corpus, tmp_path):
         name: learnt(folder, corpus, tmp_path / name, optimizer=name, learning_rate=rate, dtype="fp32")
         for name, rate in rates.items()
     }
-    print(found)
     assert found["adamw"] > 1.0
     assert found["adamw_8bit"] == pytest.approx(found["adamw"], rel=0.03)
     for name, fall in found.items():
@@ -51,7 +50,6 @@ def test_sixteen_bit_weights(make_checkpoint, corpus, tmp_path):
     found["plain"] = learnt(folder, corpus, tmp_path / "plain", **settings)
     settings["weight_precision"] = "master"
     beside_plain = learnt(folder, corpus, tmp_path / "beside", **settings)
-    print(found, beside_plain)
     assert found["correction"] == pytest.approx(found["master"], rel=0.05)
     assert found["stochastic"] == pytest.approx(found["master"], rel=0.1)
     assert found["plain"] < 0.8 * beside_plain
