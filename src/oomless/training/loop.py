@@ -32,6 +32,7 @@ from oomless.techniques import frozen_layers, lora, trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
+from oomless.training.guard import Guard
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
 from oomless.training.schedule import learning_rate_factor
@@ -40,7 +41,7 @@ MAY_CHANGE_ON_RESUME = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "recover_from_oom", "undo_updates"),
 }
 
 
@@ -128,6 +129,7 @@ class Run:
             start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
         )
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
+        self.guard = self._guard()
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
         self.total_steps = self._total_steps()
@@ -194,6 +196,22 @@ class Run:
                 f"{earlier.blocks_per_step}; got {self.config.blocks_per_step}"
             )
 
+    def _guard(self) -> Guard | None:
+        config = self.config
+        if self.device.capacity_bytes is None:
+            if config.undo_updates:
+                raise ConfigError("undo_updates has no effect on a CPU, whose memory is the host's; remove it")
+            return None
+        if not config.recover_from_oom:
+            return None
+        return Guard(
+            self.assembly.step,
+            self.device,
+            self.listener.said,
+            micro_batch=config.per_device_train_batch_size,
+            undo=config.undo_updates,
+        )
+
     def _total_steps(self) -> int:
         config = self.config
         if config.max_steps is not None:
@@ -235,7 +253,7 @@ class Run:
             with self.device.host():
                 blocks = self.loader.take(config.blocks_per_step)
                 batches = list(micro_batches(blocks, config.per_device_train_batch_size))
-            outcome = parts.step.run(batches)
+            outcome = parts.step.run(batches) if self.guard is None else self.guard.run(blocks)
             self.step += 1
             self.tokens += sum(batch.target_count for batch in batches)
             if audit is not None and not float(outcome.found_inf) and audit.after_step():
@@ -279,14 +297,20 @@ class Run:
         }
         if self.assembly.loss_scale.dynamic:
             metrics["loss_scale"] = float(self.assembly.loss_scale.scale)
+        if self.guard is not None and self.guard.recoveries:
+            metrics["oom_recoveries"] = self.guard.recoveries
+            metrics["recovery_rung"] = self.guard.level
         self._record(metrics)
         self.listener.stepped(metrics)
 
     def _evaluate(self) -> dict[str, float]:
         losses = {}
         for name, blocks in self.data.evaluation.items():
-            batches = micro_batches(blocks, self.config.per_device_eval_batch_size or 1)
-            total, tokens = self.assembly.step.evaluate(batches)
+            size = self.config.per_device_eval_batch_size or 1
+            if self.guard is None:
+                total, tokens = self.assembly.step.evaluate(micro_batches(blocks, size))
+            else:
+                total, tokens = self.guard.evaluate(blocks, size)
             losses[name] = float(total) / tokens
         if losses:
             self._record({"step": self.step, **{f"eval_loss/{name}": loss for name, loss in losses.items()}})
@@ -304,6 +328,9 @@ class Run:
     # Saving
 
     def _save(self) -> checkpoint.Checkpoint:
+        return self._write_checkpoint() if self.guard is None else self.guard.retried(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> checkpoint.Checkpoint:
         written = checkpoint.save_checkpoint(
             self.folder,
             self.step,

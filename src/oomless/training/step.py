@@ -80,6 +80,12 @@ class TrainingStep:
         self.loss_scale.update(found_inf)
         return StepResult(loss=loss, gradient_norm=norm, found_inf=found_inf)
 
+    def abandon(self) -> None:
+        """Leave nothing of a step that failed: no gradient, and no bookkeeping of updates in backward."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.fused is not None:
+            self.fused.abandon()
+
     def _update(self) -> tuple[Tensor, Tensor]:
         norm = global_gradient_norm(self.parameters) / self.loss_scale.scale
         found_inf = (~torch.isfinite(norm)).float()

@@ -1,0 +1,141 @@
+"""Running out of memory at every allocation of a step: the run goes on, and ends with the weights of the undisturbed one."""
+
+import pytest
+import torch
+
+from oomless.config import DataSource, TrainConfig
+from oomless.data.loader import Loader
+from oomless.data.prepare import prepare
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.spec import load_tokenizer, resolve
+from oomless.training.assemble import assemble
+from oomless.training.guard import Guard, is_out_of_memory, ladder
+
+OPTIMIZERS = {
+    "adamw": dict(),
+    "adamw_8bit": dict(optimizer="adamw_8bit", weight_precision="correction", dtype="bf16"),
+    "adafactor": dict(optimizer="adafactor", weight_precision="stochastic", dtype="bf16"),
+    "sgd": dict(optimizer="sgd"),
+    "apollo": dict(optimizer="apollo"),
+    "apollo_mini": dict(optimizer="apollo_mini"),
+    "galore": dict(optimizer="galore"),
+    "muon": dict(optimizer="muon"),
+    "offload_optimizer": dict(offload_optimizer=True),
+    "in_backward": dict(optimizer_in_backward=True),
+    "fp16_in_backward": dict(optimizer_in_backward=True, dtype="fp16"),
+}
+
+
+class Bench:
+    """One assembled model whose weights and state can be set back, so that a fault costs one step and no build."""
+
+    def __init__(self, folder, corpus, tmp_path, **settings):
+        self.device = VirtualGPU(256 << 20)
+        self.said = []
+        config = TrainConfig(
+            model=str(folder),
+            data=(DataSource(path=str(corpus)),),
+            output_dir=str(tmp_path),
+            max_seq_length=32,
+            per_device_train_batch_size=2,
+            eval_fraction=0.0,
+            **{"learning_rate": 1e-3, "dtype": "fp32", **settings},
+        )
+        blocks = Loader(prepare(config, load_tokenizer(str(folder)), tmp_path / "cache", lambda *_: None).train).take(2)
+        self.blocks = blocks
+        with self.device.active():
+            self.parts = assemble(resolve(str(folder)), config, self.device, fill=True)
+        self.guard = Guard(self.parts.step, self.device, self.said.append, micro_batch=2, undo=True)
+        self.start = [tensor.detach().clone() for tensor in self.tensors()]
+
+    def tensors(self):
+        parts = self.parts
+        states = [parts.optimizer.state[p][name] for p in parts.step.parameters for name in parts.optimizer.state[p]]
+        return [*parts.step.parameters, *states, *parts.loss_scale.tensors().values()]
+
+    def step(self, *faults):
+        """Run a step from the start with faults at the given places; return weights and state after it, and its loss."""
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors(), self.start, strict=True):
+                tensor.copy_(value)
+        torch.manual_seed(5)
+        self.guard.level = 0
+        with self.device.active():
+            first = self.device.allocation_count
+            self.device.fail_at(None)
+            waiting = [first + fault for fault in faults]
+            drop = self.guard._drop
+
+            def and_fail_again(random_state):
+                drop(random_state)
+                if waiting:
+                    self.device.fail_at(self.device.allocation_count + waiting.pop(0) - first)
+
+            self.guard._drop = and_fail_again
+            if waiting:
+                self.device.fail_at(waiting.pop(0))
+            loss = float(self.guard.run(self.blocks).loss)
+            self.guard._drop = drop
+            self.device.fail_at(None)
+            count = self.device.allocation_count - first
+        return [tensor.detach().clone() for tensor in self.tensors()], loss, count
+
+
+@pytest.mark.parametrize("mode", OPTIMIZERS)
+def test_a_fault_at_every_allocation_changes_no_bit(make_checkpoint, corpus, tmp_path, mode):
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path, **OPTIMIZERS[mode])
+    bench.step()
+    expected, loss, count = bench.step()
+    usage = bench.device.usage().allocated_bytes
+    for index in range(count):
+        found, found_loss, _ = bench.step(index)
+        assert found_loss == loss, index
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), index
+        assert bench.device.usage().allocated_bytes == usage, index
+        assert all(parameter.grad is None for parameter in bench.parts.step.parameters)
+    assert len(bench.said) == count
+
+
+def test_two_faults_in_a_row_take_a_lower_rung(make_checkpoint, corpus, tmp_path):
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path, optimizer="sgd")
+    expected, loss, count = bench.step()
+    for index in range(0, count, 7):
+        found, found_loss, _ = bench.step(index, index)
+        assert bench.guard.level == 1
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        for one, other in zip(found, expected, strict=True):
+            assert float((one - other).norm()) <= 1e-6 * float(other.norm())
+
+
+def test_the_ladder_ends_in_the_error(make_checkpoint, corpus, tmp_path):
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.step(*[3] * 20)
+    assert bench.guard.level == len(bench.guard.rungs) - 1
+
+
+def test_without_undo_an_error_inside_the_update_is_not_run_again(make_checkpoint, corpus, tmp_path):
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
+    _, _, count = bench.step()
+    bench.guard._undo = None
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.step(count - 1)
+
+
+def test_rungs():
+    rungs = ladder(4, 16 << 20, can_checkpoint=True)
+    assert [rung.micro_batch for rung in rungs] == [4, 2, 1, 1, 1, 1]
+    assert [rung.chunk_bytes >> 20 for rung in rungs] == [16, 16, 16, 4, 1, 1]
+    assert [rung.checkpoint_all for rung in rungs] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("expected all tensors to be on the same device", False),
+    ],
+)
+def test_forms_of_the_error(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) is expected
