@@ -320,7 +320,9 @@ class TrainConfig:
                 f"updated; got max_grad_norm {self.max_grad_norm}: leave it out, or choose adafactor, which clips each update"
             )
         if self.undo_updates and not self.recover_from_oom:
-            raise ConfigError("undo_updates has no effect without recover_from_oom: turn that on, or remove undo_updates")
+            raise ConfigError(
+                "undo_updates has no effect without recover_from_oom: turn that on, or remove undo_updates"
+            )
         for name in ("checkpointed_layers", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:
                 raise ConfigError(

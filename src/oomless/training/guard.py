@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -154,7 +154,7 @@ class Guard:
             self._good_steps = 0
             self.say(f"out of memory: the step is run again with {self.rungs[self.level]}")
 
-    def evaluate(self, blocks: Sequence[Block], size: int) -> tuple[Tensor, int]:
+    def evaluate(self, blocks: Iterable[Block], size: int) -> tuple[Tensor, int]:
         """Return what ``TrainingStep.evaluate`` does, in smaller batches where ``size`` does not fit."""
         sizes = [size, size]
         while sizes[-1] > 1:
