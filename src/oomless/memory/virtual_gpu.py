@@ -13,8 +13,9 @@ return), and what lies outside the allocator, which is one number, ``outside_byt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,13 @@ class _HostLedger:
         self.allocated_bytes = 0
         self.peak_allocated_bytes = 0
 
-    def allocate(self, size_bytes: int, operation: object) -> int:
+    def allocate(self, size_bytes: int, operation: object) -> list[int]:
         self.allocated_bytes += size_bytes
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        return size_bytes
+        return [size_bytes]
 
-    def free(self, allocation: int) -> None:
-        self.allocated_bytes -= allocation
+    def free(self, allocation: list[int]) -> None:
+        self.allocated_bytes -= allocation[0]
 
 
 class _DeviceLedger:
@@ -258,10 +259,17 @@ class VirtualGPU(Device):
         """Say what ``tensors`` are for; with ``overwrite=False`` only those not labelled so far."""
         if self._recorder is not None:
             for tensor in tensors:
-                for booking in self._tracker.find(tensor):
-                    allocation = booking.allocation
-                    if isinstance(allocation, Allocation) and (overwrite or allocation.category is None):
-                        allocation.category = category
+                self._tracker.label(tensor, category, overwrite=overwrite)
+
+    def repeating(self, key: Any, function: Callable[[], None]) -> None:
+        """Call ``function``; on fake tensors, only once for each ``key``, and then ask again for what it asked for.
+
+        All that ``function`` asks for must follow from ``key``, and only real tensors may notice what it changes.
+        """
+        if self.fake:
+            self._tracker.repeating(key, function)
+        else:
+            function()
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know ``model``'s modules, gradients and ``optimizers``' state from now on, instead of any before.

@@ -15,11 +15,13 @@ allocator does hold and which is booked before the first step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
@@ -30,6 +32,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
@@ -107,6 +110,7 @@ def rehearse(
             )
             with attention_kernel(chosen):
                 parts = assemble(spec, config, device, fill=False)
+                repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
                 run_phases(parts, config, lengths, steps)
         except torch.OutOfMemoryError as error:
@@ -119,6 +123,26 @@ def rehearse(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
         out_of_memory=failure,
     )
+
+
+def repeat_updates(optimizer: MemoryLeanOptimizer, device: VirtualGPU) -> None:
+    """Let ``optimizer`` run the update of each kind of parameter once a step, and ask again for what it asked for the others.
+
+    What an update asks for follows from shapes, dtypes and settings, all of which are in the key.
+    """
+    update = optimizer._update
+    done: Counter[Tensor] = Counter()
+
+    def update_or_repeat(
+        parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Tensor], *scaling: Tensor | None
+    ) -> None:
+        done[parameter] += 1
+        kinds = tuple((name, tensor.shape, tensor.dtype) for name, tensor in state.items())
+        given = tuple(tensor is not None for tensor in scaling)
+        key = (done[parameter], id(group), parameter.shape, parameter.dtype, gradient.dtype, kinds, given)
+        device.repeating(key, lambda: update(parameter, gradient, group, state, *scaling))
+
+    optimizer._update = update_or_repeat  # type: ignore[method-assign, assignment]
 
 
 def run_phases(parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], steps: int) -> None:
