@@ -142,6 +142,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Passes in one optimizer step; the loss is normalised by the tokens of the whole step."""
 
+    tokens_per_step: int | None = None
+    """Tokens in one optimizer step, a multiple of max_seq_length; gradient_accumulation_steps follows from it."""
+
     per_device_eval_batch_size: int | None = None
     """Blocks in one evaluation pass. [default: per_device_train_batch_size]"""
 
@@ -325,6 +328,8 @@ class TrainConfig:
             self._set("eval_fraction", 0.0 if self.eval_data else 0.01)
         elif self.eval_data and self.eval_fraction:
             raise ConfigError("give eval_data or eval_fraction, not both: eval_data replaces the held-out documents")
+        if self.tokens_per_step is not None:
+            self._set_accumulation(self.tokens_per_step)
         if self.per_device_eval_batch_size is None:
             self._set("per_device_eval_batch_size", self.per_device_train_batch_size)
 
@@ -337,6 +342,21 @@ class TrainConfig:
     def blocks_per_step(self) -> int:
         """Blocks in one optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def _set_accumulation(self, tokens: int) -> None:
+        pass_tokens = self.per_device_train_batch_size * self.max_seq_length
+        if tokens % pass_tokens:
+            raise ConfigError(
+                "tokens_per_step must be a multiple of per_device_train_batch_size x max_seq_length, "
+                f"{self.per_device_train_batch_size} x {self.max_seq_length}; got {tokens}: use "
+                f"{max(1, round(tokens / pass_tokens)) * pass_tokens}"
+            )
+        if self.gradient_accumulation_steps not in (1, tokens // pass_tokens):
+            raise ConfigError(
+                f"gradient_accumulation_steps follows from tokens_per_step: {tokens} are {tokens // pass_tokens} passes of "
+                f"{pass_tokens}; got {self.gradient_accumulation_steps}: remove one of the two"
+            )
+        self._set("gradient_accumulation_steps", tokens // pass_tokens)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -363,7 +383,15 @@ class TrainConfig:
                 "max_steps",
                 "checkpointed_layers",
             )
-            + ("max_tokens", "lora_r", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+            + (
+                "tokens_per_step",
+                "max_tokens",
+                "lora_r",
+                "logging_steps",
+                "eval_steps",
+                "save_steps",
+                "save_total_limit",
+            ),
             1,
         )
         at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16, "mlp_tiles": 2}
@@ -423,6 +451,14 @@ class TrainConfig:
             if value is None:
                 continue
             values[key] = _sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
+        if values.get("gradient_accumulation_steps") == 1 and values.get("tokens_per_step"):
+            size = values.get("per_device_train_batch_size", 1)
+            length = values.get("max_seq_length", cls.__dataclass_fields__["max_seq_length"].default)
+            if size * length != values["tokens_per_step"]:
+                raise ConfigError(
+                    f"gradient_accumulation_steps 1 makes steps of {size} x {length} tokens, and tokens_per_step is "
+                    f"{values['tokens_per_step']}: remove one of the two"
+                )
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, in the YAML or as --{missing[0].replace('_', '-')}")

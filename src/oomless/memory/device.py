@@ -69,6 +69,9 @@ class Device:
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know the modules, gradients and optimizer state from now on, for the record of memory."""
 
+    def count_work(self, on: bool) -> None:
+        """Begin or stop to count what is computed and moved, where that is counted: in a rehearsal."""
+
     def put(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``tensor``, which lies on the host, on the device and in ``dtype`` (default: its own)."""
         return tensor.to(self.torch_device, dtype or tensor.dtype)

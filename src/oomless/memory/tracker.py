@@ -251,23 +251,24 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._tape is not None:
             self._tape.freed(allocation)
 
-    def repeating(self, key: Any, function: Callable[[], None]) -> None:
-        """Call ``function``, or, where it was called with ``key`` before, only ask again for what it asked then.
+    def record(self, key: Any, function: Callable[[], None]) -> None:
+        """Call ``function`` and keep what it asked for under ``key``."""
+        self.settle()
+        self._tape = self._tapes[key] = Tape()
+        try:
+            function()
+            self.settle()
+        finally:
+            self._tape = None
 
-        All that ``function`` asks for must follow from ``key``, and what it changes must be of no more interest.
-        """
+    def repeated(self, key: Any) -> bool:
+        """Ask again for all that was recorded under ``key``; return False where nothing was, or it cannot be repeated."""
         tape = self._tapes.get(key)
         if tape is None or not tape.repeatable:
-            self.settle()
-            self._tape = self._tapes[key] = Tape()
-            try:
-                function()
-                self.settle()
-            finally:
-                self._tape = None
-            return
+            return False
         with self.quiet():
             tape.repeat()
+        return True
 
     def label(self, tensor: Tensor, category: Any, *, overwrite: bool) -> None:
         """Say what ``tensor`` is for, where its ledger keeps that."""

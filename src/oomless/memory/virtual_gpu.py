@@ -14,7 +14,7 @@ return), and what lies outside the allocator, which is one number, ``outside_byt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from oomless.memory.fake_mode import QuickFakeMode
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.recorder import Allocation, Recorder, Watcher
 from oomless.memory.tracker import Ledger, StorageTracker
+from oomless.memory.work import Work
 from oomless.units import format_bytes
 
 
@@ -123,6 +124,7 @@ class VirtualGPU(Device):
         self._tracker = StorageTracker(self._ledger)
         self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
+        self._work_of: dict[Any, Any] = {}
 
     @property
     def fake(self) -> bool:
@@ -156,6 +158,7 @@ class VirtualGPU(Device):
             torch.OutOfMemoryError: it does not fit.
         """
         self._require_active("put")
+        self._count_link(tensor)
         with self._booking_in(self._ledger):
             return tensor.to(dtype or tensor.dtype, copy=True)
 
@@ -166,8 +169,17 @@ class VirtualGPU(Device):
             RuntimeError: outside of ``active()``.
         """
         self._require_active("fetch")
+        self._count_link(tensor)
         with self._booking_in(self._host_ledger):
             return tensor.detach().to(tensor.dtype, copy=True)
+
+    def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
+        self._count_link(source)
+        return super().start_copy(source, target)
+
+    def _count_link(self, tensor: Tensor) -> None:
+        if self._fake_mode is not None:
+            self._fake_mode.work.link(tensor.nbytes)
 
     @contextmanager
     def _booking_in(self, ledger: Ledger) -> Iterator[None]:
@@ -245,15 +257,30 @@ class VirtualGPU(Device):
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:  # noqa: D102
-        if self._recorder is None:
-            yield
-            return
-        with self._recorder.phase(name):
-            try:
+        with self.counting_update() if name == "optimizer" else nullcontext():
+            if self._recorder is None:
                 yield
-            finally:
-                if self._watcher is not None:
-                    self._watcher.scan()
+                return
+            with self._recorder.phase(name):
+                try:
+                    yield
+                finally:
+                    if self._watcher is not None:
+                        self._watcher.scan()
+
+    def count_work(self, on: bool) -> None:  # noqa: D102
+        if self._fake_mode is not None:
+            self._fake_mode.work.on = on
+
+    @contextmanager
+    def counting_update(self) -> Iterator[None]:
+        """Count what is done inside as the optimizer's, whatever the phase."""
+        with self._fake_mode.work.update() if self._fake_mode is not None else nullcontext():
+            yield
+
+    def work(self, passes: int) -> Work | None:
+        """Return what was counted for a step of ``passes`` passes; ``None`` on real tensors."""
+        return None if self._fake_mode is None else self._fake_mode.work.work(passes)
 
     def label(self, tensors: Iterable[Tensor], category: Category, *, overwrite: bool = True) -> None:
         """Say what ``tensors`` are for; with ``overwrite=False`` only those not labelled so far."""
@@ -266,10 +293,16 @@ class VirtualGPU(Device):
 
         All that ``function`` asks for must follow from ``key``, and only real tensors may notice what it changes.
         """
-        if self.fake:
-            self._tracker.repeating(key, function)
-        else:
+        if self._fake_mode is None:
             function()
+            return
+        work = self._fake_mode.work
+        if not self._tracker.repeated(key):
+            before = work.snapshot()
+            self._tracker.record(key, function)
+            self._work_of[key] = work.since(before)
+        elif work.on:
+            work.repeat(self._work_of[key])
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know ``model``'s modules, gradients and ``optimizers``' state from now on, instead of any before.
