@@ -34,7 +34,10 @@ def test_options_exist(page):
         assert option in known, option
 
 
-@pytest.mark.parametrize(("result", "page"), [("seed_cases", "memory"), ("memory_table", "techniques")])
+@pytest.mark.parametrize(
+    ("result", "page"),
+    [("seed_cases", "memory"), ("memory_table", "techniques"), ("public_speeds", "throughput")],
+)
 def test_tables_are_those_that_were_measured(result, page):
     made = (ROOT / "bench" / "results" / f"{result}.md").read_text(encoding="utf-8").strip()
     assert made in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")

@@ -3,7 +3,8 @@
 A roofline, operator by operator: each takes as long as its arithmetic at the GPU's rate, its bytes at the memory's bandwidth, or
 the host's start of it, whichever is longest; the catalogue's efficiencies scale all three. What goes over the host's link runs
 beside that at best, after it at worst, and half and half in between. The range is that of the efficiencies; where the
-catalogue has measured points for the GPU, their ratios to the prediction replace it.
+catalogue has measured points for the GPU, the median of their ratios to the prediction scales it, and their spread, a little
+widened, is the range.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _BESIDE: dict[Bound, float] = {"low": 1.0, "expected": 0.5, "high": 0.0}
 NOMINAL_RATES = {"fp32": 10e12, "fp16": 80e12, "bf16": 80e12}
 NOMINAL_BANDWIDTH, NOMINAL_LINK = 500e9, 12e9
 """Proportions of a common GPU, which order strategies where the GPU's own rates are not known; never shown."""
+
+SPREAD = 0.1
+"""By so much the range is wider than that of measured points: what is predicted is not what was measured."""
 
 SLOWEST_LINK = 8e9
 """Bytes a second to the host where the GPU's machine is not known: half of PCIe 3.0 with 16 lanes."""
@@ -77,7 +81,7 @@ def throughput(
     points = measured(gpu) if points is None else points
     if points:
         ratios = [point.measured / point.predicted for point in points]
-        low, high = expected * min(ratios), expected * max(ratios)
+        low, high = expected * min(ratios) * (1 - SPREAD), expected * max(ratios) * (1 + SPREAD)
         expected *= statistics.median(ratios)
         basis = f"{len(points)} measured points on {gpu.name}: {'; '.join(dict.fromkeys(p.source for p in points))}"
     return Throughput(
