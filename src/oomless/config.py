@@ -61,7 +61,6 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "galore": _ADAM,
     "muon": {**_ADAM, "momentum": 0.95},
 }
-OFFLOADABLE_OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,11 +301,6 @@ class TrainConfig:
                 others = {key: value for key, value in defaults.items() if key not in shared}
                 self._fill_choice(f"the optimizer {name}", others, used=False)
         self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
-        if self.offload_optimizer and self.optimizer not in OFFLOADABLE_OPTIMIZERS:
-            raise ConfigError(
-                f"offload_optimizer is for {', '.join(OFFLOADABLE_OPTIMIZERS)}, whose updates go slice by slice; got the "
-                f"optimizer {self.optimizer}: remove one of them"
-            )
         if self.max_grad_norm is None:
             self._set("max_grad_norm", 0.0 if self.optimizer_in_backward else 1.0)
         elif self.max_grad_norm and self.optimizer_in_backward:
