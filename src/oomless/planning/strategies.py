@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-
 PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lm_head")
 FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4}
 OPTIMIZERS = ("adamw", "adamw_8bit", "apollo", "adafactor")
