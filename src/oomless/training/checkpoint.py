@@ -73,9 +73,13 @@ def clear_disk_errors(what: str) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with save.durable(temporary, "w") as file:
-        file.write(text)
-    temporary.replace(path)
+    try:
+        with save.durable(temporary, "w") as file:
+            file.write(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -29,8 +29,8 @@ SHARE_OF_HOST = 50
 class Trend:
     """Bytes held at equal points of the steps, and whether they grow steadily.
 
-    Steadily: in the last ``READINGS`` readings each third lies wholly above the third before it. A cache that fills once or
-    a reading that wavers does not do that; a leak does, be it at every step or at every tenth.
+    Steadily: in the last ``READINGS`` readings each third ends higher than the one before it, and nothing in it lies lower. A
+    cache that fills once or a reading that wavers does not do that; a leak does, be it at every step or at every tenth.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,11 @@ class Trend:
         third = READINGS // 3
         readings = list(self._readings)
         thirds = [[held for _, held in readings[start : start + third]] for start in range(0, READINGS, third)]
-        if not all(min(later) > max(earlier) for earlier, later in zip(thirds, thirds[1:], strict=False)):
+        steady = thirds[0][-1] > thirds[0][0] and all(
+            min(later) >= max(earlier) and later[-1] > earlier[-1]
+            for earlier, later in zip(thirds, thirds[1:], strict=False)
+        )
+        if not steady:
             return 0.0
         return (sum(thirds[2]) - sum(thirds[0])) / third / (readings[2 * third][0] - readings[0][0])
 
