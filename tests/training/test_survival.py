@@ -152,6 +152,35 @@ def test_killed_at_random_moments(make_checkpoint, corpus, tmp_path, processes, 
     assert not list((tmp_path / "broken").glob(".checkpoint*"))
 
 
+@pytest.mark.slow
+def test_soak(make_checkpoint, corpus, tmp_path, processes):
+    """2,000 steps through kills, preemptions, disks that refuse files of some size, and damaged checkpoints."""
+    chance = random.Random(7)
+    settings = dict(max_steps=2000, save_steps=5, save_total_limit=3)
+    model = make_checkpoint("llama")
+    broken = make_config(model, corpus, tmp_path / "broken", resume=True, **settings)
+    for _ in range(40):
+        found = list_checkpoints(tmp_path / "broken")
+        if len(found) > 1 and chance.random() < 0.3:
+            victim = chance.choice([p for p in found[-1].folder.rglob("*") if p.is_file() and p.stat().st_size])
+            os.truncate(victim, chance.randrange(victim.stat().st_size))
+        before = steps_written(tmp_path / "broken")
+        limit = chance.choice([None, None, 100_000])
+        process = processes.Process(target=run, args=(broken, tmp_path / "log", limit))
+        process.start()
+        while steps_written(tmp_path / "broken") in (0, before) and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.2))
+        if process.is_alive():
+            os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    assert finish(processes, broken, tmp_path / "log").endswith("done")
+    straight = make_config(model, corpus, tmp_path / "straight", **settings)
+    assert finish(processes, straight, tmp_path / "log").endswith("done")
+    same_result(tmp_path / "straight", tmp_path / "broken", 2000)
+
+
 # SIGTERM
 
 
