@@ -122,7 +122,7 @@ def steps_written(run_folder):
 def test_killed_at_random_moments(make_checkpoint, corpus, tmp_path, processes, kills):
     """A checkpoint at every step, so that most kills hit a write; one in five comes while the run still starts."""
     chance = random.Random(kills)
-    settings = dict(max_steps=4 * kills, save_steps=1)
+    settings = dict(max_steps=6 * kills, save_steps=1)
     model = make_checkpoint("llama")
     broken = make_config(model, corpus, tmp_path / "broken", resume=True, **settings)
     newest, half_written = -1, 0
@@ -133,7 +133,7 @@ def test_killed_at_random_moments(make_checkpoint, corpus, tmp_path, processes, 
         if chance.random() < 0.2:
             time.sleep(chance.uniform(0, 0.4))
         else:
-            while steps_written(tmp_path / "broken") in (0, before) and victim.is_alive():
+            while steps_written(tmp_path / "broken") <= before and victim.is_alive():
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.08))
         os.kill(victim.pid, signal.SIGKILL)
@@ -148,18 +148,18 @@ def test_killed_at_random_moments(make_checkpoint, corpus, tmp_path, processes, 
     assert finish(processes, broken, tmp_path / "log").endswith("done")
     straight = make_config(model, corpus, tmp_path / "straight", **settings)
     assert finish(processes, straight, tmp_path / "log").endswith("done")
-    same_result(tmp_path / "straight", tmp_path / "broken", 4 * kills)
+    same_result(tmp_path / "straight", tmp_path / "broken", 6 * kills)
     assert not list((tmp_path / "broken").glob(".checkpoint*"))
 
 
 @pytest.mark.slow
 def test_soak(make_checkpoint, corpus, tmp_path, processes):
-    """2,000 steps through kills, preemptions, disks that refuse files of some size, and damaged checkpoints."""
+    """800 steps through kills, preemptions, disks that refuse files of some size, and damaged checkpoints."""
     chance = random.Random(7)
-    settings = dict(max_steps=2000, save_steps=5, save_total_limit=3)
+    settings = dict(max_steps=800, save_steps=5, save_total_limit=3)
     model = make_checkpoint("llama")
     broken = make_config(model, corpus, tmp_path / "broken", resume=True, **settings)
-    for _ in range(40):
+    for _ in range(25):
         found = list_checkpoints(tmp_path / "broken")
         if len(found) > 2 and chance.random() < 0.3:
             victim = chance.choice([p for p in found[-1].folder.rglob("*") if p.is_file() and p.stat().st_size])
@@ -168,7 +168,7 @@ def test_soak(make_checkpoint, corpus, tmp_path, processes):
         limit = chance.choice([None, None, 100_000])
         process = processes.Process(target=run, args=(broken, tmp_path / "log", limit))
         process.start()
-        while steps_written(tmp_path / "broken") in (0, before) and process.is_alive():
+        while steps_written(tmp_path / "broken") <= before and process.is_alive():
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.2))
         if process.is_alive():
@@ -178,7 +178,7 @@ def test_soak(make_checkpoint, corpus, tmp_path, processes):
     assert finish(processes, broken, tmp_path / "log").endswith("done")
     straight = make_config(model, corpus, tmp_path / "straight", **settings)
     assert finish(processes, straight, tmp_path / "log").endswith("done")
-    same_result(tmp_path / "straight", tmp_path / "broken", 2000)
+    same_result(tmp_path / "straight", tmp_path / "broken", 800)
 
 
 # SIGTERM
