@@ -19,6 +19,7 @@ Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Packing = Literal["documents", "best_fit", "concatenate"]
 TiedWeights = Literal["shared", "untied"]
+BadLossPolicy = Literal["stop", "skip", "rewind"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,6 +262,22 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints kept; the oldest go first."""
 
+    on_bad_loss: BadLossPolicy = "stop"
+    """What a step is whose loss or gradient is not finite: the end of the run; a step that changes nothing; or the way back to
+    the last checkpoint, from where its blocks are left out. Five in a row always end the run."""
+
+    bad_loss_factor: float | None = None
+    """A step is bad as well where its loss or gradient norm reaches this many times the median of the last 100 steps.
+    [default: only where not finite]"""
+
+    preemption_grace_s: float | None = None
+    """Seconds between SIGTERM and SIGKILL: where the step in progress might not leave enough of them to save, it is
+    abandoned. [default: it is finished]"""
+
+    host_reserve_bytes: int | None = None
+    """Host memory that must stay available, or the run writes a checkpoint and stops; 0: it is not watched. [default: a
+    fiftieth of what the machine or its control group has, and twice the largest tensor]"""
+
     resume: bool = False
     """Go on from the newest good checkpoint in output_dir."""
 
@@ -301,6 +318,13 @@ class TrainConfig:
                 others = {key: value for key, value in defaults.items() if key not in shared}
                 self._fill_choice(f"the optimizer {name}", others, used=False)
         self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
+        if self.on_bad_loss == "skip" and self.optimizer_in_backward:
+            raise ConfigError(
+                "on_bad_loss: skip needs the whole gradient before the first update, which optimizer_in_backward never has: "
+                "choose rewind or stop"
+            )
+        if self.on_bad_loss == "rewind" and self.save_steps is None:
+            raise ConfigError("on_bad_loss: rewind goes back to the last checkpoint: set save_steps")
         if self.max_grad_norm is None:
             self._set("max_grad_norm", 0.0 if self.optimizer_in_backward else 1.0)
         elif self.max_grad_norm and self.optimizer_in_backward:
@@ -390,6 +414,7 @@ class TrainConfig:
         )
         at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16, "mlp_tiles": 2}
         at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum", "z_loss"), 0)
+        at_least["host_reserve_bytes"] = 0
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -400,6 +425,7 @@ class TrainConfig:
             "num_train_epochs",
             "adam_epsilon",
             "lora_alpha",
+            "preemption_grace_s",
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -416,6 +442,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1; got {value}")
+
+        if self.bad_loss_factor is not None and not 1 < self.bad_loss_factor < float("inf"):
+            raise ConfigError(f"bad_loss_factor must be a number above 1; got {self.bad_loss_factor}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are set, as plain values for YAML or JSON."""

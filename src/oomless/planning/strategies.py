@@ -146,7 +146,7 @@ def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
         return (pins["max_grad_norm"] > 0,)
     if "optimizer_in_backward" in pins:
         return (not pins["optimizer_in_backward"],)
-    return (True, False)
+    return (True,) if pins.get("on_bad_loss") == "skip" else (True, False)
 
 
 def placements(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
