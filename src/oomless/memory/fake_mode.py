@@ -58,7 +58,8 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if known is not None:
             result = self._again(known, args, kwargs)
         else:
-            result = super().__torch_dispatch__(func, types, args, kwargs or {})
+            with self.work.paused():  # torch's mode may take an operator apart, the first time
+                result = super().__torch_dispatch__(func, types, args, kwargs or {})
             self._learn(described, result, args, kwargs)
         if self.work.on:
             self.work.operator(described, func, args, kwargs, result)

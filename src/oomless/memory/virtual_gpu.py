@@ -14,7 +14,7 @@ return), and what lies outside the allocator, which is one number, ``outside_byt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -158,8 +158,7 @@ class VirtualGPU(Device):
             torch.OutOfMemoryError: it does not fit.
         """
         self._require_active("put")
-        self._count_link(tensor)
-        with self._booking_in(self._ledger):
+        with self._over_link(tensor), self._booking_in(self._ledger):
             return tensor.to(dtype or tensor.dtype, copy=True)
 
     def fetch(self, tensor: Tensor) -> Tensor:
@@ -169,17 +168,15 @@ class VirtualGPU(Device):
             RuntimeError: outside of ``active()``.
         """
         self._require_active("fetch")
-        self._count_link(tensor)
-        with self._booking_in(self._host_ledger):
+        with self._over_link(tensor), self._booking_in(self._host_ledger):
             return tensor.detach().to(tensor.dtype, copy=True)
 
     def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
-        self._count_link(source)
-        return super().start_copy(source, target)
+        with self._over_link(source):
+            return super().start_copy(source, target)
 
-    def _count_link(self, tensor: Tensor) -> None:
-        if self._fake_mode is not None:
-            self._fake_mode.work.link(tensor.nbytes)
+    def _over_link(self, tensor: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._fake_mode is None else self._fake_mode.work.link(tensor.nbytes)
 
     @contextmanager
     def _booking_in(self, ledger: Ledger) -> Iterator[None]:
