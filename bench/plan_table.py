@@ -23,18 +23,18 @@ LENGTH = 2048
 PAIRS = [
     ("meta-llama/Llama-3.2-1B", "T4"),
     ("google/gemma-7b", "T4"),
-    ("meta-llama/Llama-3.2-3B", "T4"),
     ("Qwen/Qwen2.5-0.5B", "T4"),
-    ("google/gemma-2-2b", "T4"),
     ("meta-llama/Llama-3.2-1B", "RTX 3060 12GB"),
     ("Qwen/Qwen2.5-1.5B", "RTX 3060 12GB"),
-    ("mistralai/Mistral-7B-v0.1", "RTX 3060 12GB"),
+    ("google/gemma-2-2b", "T4"),
     ("meta-llama/Llama-3.2-3B", "RTX 4090"),
     ("meta-llama/Llama-3.1-8B", "RTX 4090"),
     ("Qwen/Qwen2.5-7B", "RTX 4090"),
-    ("google/gemma-7b", "L4"),
-    ("Qwen/Qwen2.5-3B", "L4"),
     ("meta-llama/Llama-3.1-8B", "A100-40G"),
+    ("Qwen/Qwen2.5-3B", "L4"),
+    ("google/gemma-7b", "L4"),
+    ("meta-llama/Llama-3.2-3B", "T4"),
+    ("mistralai/Mistral-7B-v0.1", "RTX 3060 12GB"),
 ]
 
 
@@ -60,18 +60,15 @@ def main() -> None:
         "| model | GPU | pick | how | needs | tokens/s | rehearsals | search, s |",
         "|---|---|---|---|---|---:|---:|---:|",
     ]
+    facts = provenance()
+    closing = (
+        f"Rehearsed with torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}; searches with two "
+        f"processes on {facts['device'].partition(',')[0]}, two cores, which other work used at the same time."
+    )
     for model, gpu in PAIRS:
         rows.append(row(model, gpu))
         print(rows[-1], flush=True)
-    facts = provenance()
-    rows += [
-        "",
-        f"Rehearsed with torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}; searches with two "
-        f"processes on {facts['device']}, which others used at the same time.",
-    ]
-    path = RESULTS / "plan_table.md"
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+        (RESULTS / "plan_table.md").write_text("\n".join([*rows, "", closing]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from oomless.config_values import coerce
+from oomless.config_values import DataSource as DataSource
+from oomless.config_values import coerce, sources
 from oomless.errors import ConfigError, nearest
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
@@ -20,27 +21,6 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Packing = Literal["documents", "best_fit", "concatenate"]
 TiedWeights = Literal["shared", "untied"]
 BadLossPolicy = Literal["stop", "skip", "rewind"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSource:
-    """One source of text."""
-
-    path: str
-    """A file, a folder (searched recursively) or a glob."""
-
-    weight: float = 1.0
-    """Share of the training tokens in relation to the other sources' weights."""
-
-    text_field: str = "text"
-    """The field of a ``.jsonl`` or ``.parquet`` record that holds the text."""
-
-    name: str | None = None
-    """What the source is called in metrics; by default its path's last part."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"a data source's weight must be above 0; got {self.weight} for {self.path}")
 
 
 LORA_DEFAULTS: dict[str, Any] = {
@@ -473,7 +453,7 @@ class TrainConfig:
                 raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), kinds)}")
             if value is None:
                 continue
-            values[key] = _sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
+            values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
         if values.get("gradient_accumulation_steps") == 1 and values.get("tokens_per_step"):
             size = values.get("per_device_train_batch_size", 1)
             length = values.get("max_seq_length", cls.__dataclass_fields__["max_seq_length"].default)
@@ -490,21 +470,3 @@ class TrainConfig:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _sources(key: str, value: Any) -> tuple[DataSource, ...]:
-    known = [field.name for field in dataclasses.fields(DataSource)]
-    sources = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, DataSource):
-            sources.append(item)
-            continue
-        mapping = {"path": item} if isinstance(item, str) else item
-        if not isinstance(mapping, dict) or not isinstance(mapping.get("path"), str):
-            raise ConfigError(f"each entry of {key} is a path or a mapping with a path; got {item!r}")
-        for name in mapping:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r} in {key}.{nearest(str(name), known)}")
-        kinds = typing.get_type_hints(DataSource)
-        sources.append(DataSource(**{name: coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
-    return tuple(sources)
