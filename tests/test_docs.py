@@ -29,6 +29,7 @@ def test_options_exist(page):
     from oomless.config import TrainConfig
 
     known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__} | {"help", "config", "all"}
+    known |= {"as-given", "host-memory"}
     commands = re.findall(r"oomless train[^\n`]*(?:\\\n[^\n`]*)*", page.read_text(encoding="utf-8"))
     for option in re.findall(r"--([a-z-]+)", " ".join(commands)):
         assert option in known, option
@@ -36,7 +37,12 @@ def test_options_exist(page):
 
 @pytest.mark.parametrize(
     ("result", "page"),
-    [("seed_cases", "memory"), ("memory_table", "techniques"), ("public_speeds", "throughput")],
+    [
+        ("seed_cases", "memory"),
+        ("memory_table", "techniques"),
+        ("plan_table", "planner"),
+        ("public_speeds", "throughput"),
+    ],
 )
 def test_tables_are_those_that_were_measured(result, page):
     made = (ROOT / "bench" / "results" / f"{result}.md").read_text(encoding="utf-8").strip()

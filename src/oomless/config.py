@@ -12,34 +12,15 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from oomless.config_values import coerce
+from oomless.config_values import DataSource as DataSource
+from oomless.config_values import coerce, sources
 from oomless.errors import ConfigError, nearest
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Packing = Literal["documents", "best_fit", "concatenate"]
 TiedWeights = Literal["shared", "untied"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSource:
-    """One source of text."""
-
-    path: str
-    """A file, a folder (searched recursively) or a glob."""
-
-    weight: float = 1.0
-    """Share of the training tokens in relation to the other sources' weights."""
-
-    text_field: str = "text"
-    """The field of a ``.jsonl`` or ``.parquet`` record that holds the text."""
-
-    name: str | None = None
-    """What the source is called in metrics; by default its path's last part."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"a data source's weight must be above 0; got {self.weight} for {self.path}")
+BadLossPolicy = Literal["stop", "skip", "rewind"]
 
 
 LORA_DEFAULTS: dict[str, Any] = {
@@ -61,7 +42,6 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "galore": _ADAM,
     "muon": {**_ADAM, "momentum": 0.95},
 }
-OFFLOADABLE_OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,6 +242,22 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints kept; the oldest go first."""
 
+    on_bad_loss: BadLossPolicy = "stop"
+    """What a step is whose loss or gradient is not finite: the end of the run; a step that changes nothing; or the way back to
+    the last checkpoint, from where its blocks are left out. Five in a row always end the run."""
+
+    bad_loss_factor: float | None = None
+    """A step is bad as well where its loss or gradient norm reaches this many times the median of the last 100 steps.
+    [default: only where not finite]"""
+
+    preemption_grace_s: float | None = None
+    """Seconds between SIGTERM and SIGKILL: where the step in progress might not leave enough of them to save, it is
+    abandoned. [default: it is finished]"""
+
+    host_reserve_bytes: int | None = None
+    """Host memory that must stay available, or the run writes a checkpoint and stops; 0: it is not watched. [default: a
+    fiftieth of what the machine or its control group has, and twice the largest tensor]"""
+
     resume: bool = False
     """Go on from the newest good checkpoint in output_dir."""
 
@@ -302,11 +298,13 @@ class TrainConfig:
                 others = {key: value for key, value in defaults.items() if key not in shared}
                 self._fill_choice(f"the optimizer {name}", others, used=False)
         self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
-        if self.offload_optimizer and self.optimizer not in OFFLOADABLE_OPTIMIZERS:
+        if self.on_bad_loss == "skip" and self.optimizer_in_backward:
             raise ConfigError(
-                f"offload_optimizer is for {', '.join(OFFLOADABLE_OPTIMIZERS)}, whose updates go slice by slice; got the "
-                f"optimizer {self.optimizer}: remove one of them"
+                "on_bad_loss: skip needs the whole gradient before the first update, which optimizer_in_backward never has: "
+                "choose rewind or stop"
             )
+        if self.on_bad_loss == "rewind" and self.save_steps is None:
+            raise ConfigError("on_bad_loss: rewind goes back to the last checkpoint: set save_steps")
         if self.max_grad_norm is None:
             self._set("max_grad_norm", 0.0 if self.optimizer_in_backward else 1.0)
         elif self.max_grad_norm and self.optimizer_in_backward:
@@ -396,6 +394,7 @@ class TrainConfig:
         )
         at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16, "mlp_tiles": 2}
         at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum", "z_loss"), 0)
+        at_least["host_reserve_bytes"] = 0
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -406,6 +405,7 @@ class TrainConfig:
             "num_train_epochs",
             "adam_epsilon",
             "lora_alpha",
+            "preemption_grace_s",
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -422,6 +422,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1; got {value}")
+
+        if self.bad_loss_factor is not None and not 1 < self.bad_loss_factor < float("inf"):
+            raise ConfigError(f"bad_loss_factor must be a number above 1; got {self.bad_loss_factor}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are set, as plain values for YAML or JSON."""
@@ -450,7 +453,7 @@ class TrainConfig:
                 raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), kinds)}")
             if value is None:
                 continue
-            values[key] = _sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
+            values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
         if values.get("gradient_accumulation_steps") == 1 and values.get("tokens_per_step"):
             size = values.get("per_device_train_batch_size", 1)
             length = values.get("max_seq_length", cls.__dataclass_fields__["max_seq_length"].default)
@@ -467,21 +470,3 @@ class TrainConfig:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _sources(key: str, value: Any) -> tuple[DataSource, ...]:
-    known = [field.name for field in dataclasses.fields(DataSource)]
-    sources = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, DataSource):
-            sources.append(item)
-            continue
-        mapping = {"path": item} if isinstance(item, str) else item
-        if not isinstance(mapping, dict) or not isinstance(mapping.get("path"), str):
-            raise ConfigError(f"each entry of {key} is a path or a mapping with a path; got {item!r}")
-        for name in mapping:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r} in {key}.{nearest(str(name), known)}")
-        kinds = typing.get_type_hints(DataSource)
-        sources.append(DataSource(**{name: coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
-    return tuple(sources)

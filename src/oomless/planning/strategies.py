@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from oomless.config import OFFLOADABLE_OPTIMIZERS
-
 PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lm_head")
 FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4}
 OPTIMIZERS = ("adamw", "adamw_8bit", "apollo", "adafactor")
@@ -148,7 +146,7 @@ def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
         return (pins["max_grad_norm"] > 0,)
     if "optimizer_in_backward" in pins:
         return (not pins["optimizer_in_backward"],)
-    return (True, False)
+    return (True,) if pins.get("on_bad_loss") == "skip" else (True, False)
 
 
 def placements(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
@@ -157,12 +155,11 @@ def placements(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
     if not quality.clips:
         # Without clipping updates inside the backward pass cost nothing; they are why clipping is given up, unless the user did.
         in_backward = (False, True) if pins.get("max_grad_norm") == 0 else (True,)
-    offload = (False, True) if quality.optimizer in OFFLOADABLE_OPTIMIZERS else (False,)
     no_stream = (
         quality.trainable == "full" or quality.quantization or pins.get("use_dora") or pins.get("trainable_rows")
     )
     found = []
-    for stream, state, update in product((False,) if no_stream else (False, True), offload, in_backward):
+    for stream, state, update in product((False,) if no_stream else (False, True), (False, True), in_backward):
         settings = {"stream_frozen": stream, "offload_optimizer": state, "optimizer_in_backward": update}
         if all(pins.get(name, value) == value for name, value in settings.items()):
             found.append({name: True for name, value in settings.items() if value})
