@@ -167,6 +167,7 @@ def main() -> None:
     spec, length = (shrunk(spec), 64) if tiny else (spec, 2048)
     liger = not tiny and importlib.util.find_spec("liger_kernel") is not None
     target = target_for("L4" if tiny else "auto")
+    name = "none (--tiny)" if tiny else target.name
     rows, points = [], []
     for row in ROWS:
         gc.collect()
@@ -183,11 +184,9 @@ def main() -> None:
         if speed is not None and target.gpu is not None:
             source = f"bench/gpu.py {provenance()['commit']}, {row.name}"
             measured = length / found["ours"]["seconds"]
-            points.append(
-                f"  - {{gpu: {target.gpu.name}, predicted: {speed:.0f}, measured: {measured:.0f}, source: '{source}'}}"
-            )
+            points.append(f"  - {{gpu: {name}, predicted: {speed:.0f}, measured: {measured:.0f}, source: '{source}'}}")
         print(row.name, {side: found[side] for side in ("ours", "theirs")}, flush=True)
-    print("\n".join(["the lines of `measured`, if this were a GPU:" if tiny else "measured:", *points]))
+    print("\n".join(["measured:", *points]))
     if not tiny:
         print(f"written to {write('gpu', {'rows': rows})}")
 
