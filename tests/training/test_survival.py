@@ -289,9 +289,9 @@ def test_every_file_may_be_the_one_that_does_not_fit(stopped_run, tmp_path, proc
     same_result(tmp_path / "finished", run_folder, 4)
 
 
-@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [60, pytest.param(1, marks=pytest.mark.slow)])
 def test_disk_full_at_every_page_and_every_file(make_checkpoint, corpus, tmp_path, stride):
-    """On a small file system of its own, made full after each page, and out of inodes after each file."""
+    """On a small file system of its own, made full after each page (or each 60th), and out of inodes after each file."""
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     command = ["unshare", "-rm", sys.executable, DISK, make_checkpoint("llama"), corpus, tmp_path, stride]
