@@ -4,8 +4,9 @@
     python bench/gpu.py --tiny   anywhere: a tiny model on the CPU, to see that the script works
 
 Both sides train Llama 3.2 1B's shape (its config, weights of no particular values) on the same tokens. A row is a way to
-train; the sides take turns, each in memory of its own, and show the peak allocated and the median time of a step. Without a
-GPU and without --tiny it says so and measures nothing.
+train; the sides take turns, each in memory of its own, and show the peak allocated and the median time of a step. What oomless
+predicts for its own side stands beside it, as lines for `measured` in src/oomless/catalogue/efficiency.yaml, which calibrate
+the predictions for this GPU. Without a GPU and without --tiny it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from memory_table import ADAFACTOR, ADAM, CHECKPOINTING, IN_BACKWARD, LLAMA, SMA
 from oomless.config import TrainConfig
 from oomless.memory.device import CudaDevice, Device
 from oomless.models.spec import ModelSpec, resolve_for_plan
-from oomless.planning.rehearse import blank_batch
+from oomless.planning.plan import Target, target_for
+from oomless.planning.rehearse import blank_batch, rehearse, virtual_device
+from oomless.planning.throughput import throughput
 from oomless.training.assemble import assemble
 from predicted_vs_measured import shrunk
-from provenance import write
+from provenance import provenance, write
 
 WARM_UP, STEPS = 2, 8
 
@@ -98,10 +101,23 @@ def _synchronise(device: Device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(row: Row, spec: ModelSpec, device: Device, length: int) -> dict[str, float]:
+def config_of(row: Row, spec: ModelSpec, device: Device, length: int) -> TrainConfig:
     settings = {key: value for key, value in row.ours.items() if device.capacity_bytes or "offload" not in key}
-    common = {"model": spec.name, "data": "-", "output_dir": "-", "max_seq_length": length}
-    config = TrainConfig.from_mapping(common | {"dtype": "bf16"} | settings)
+    common = {"model": spec.name, "data": "-", "output_dir": "-", "max_seq_length": length, "packing": "concatenate"}
+    return TrainConfig.from_mapping(common | {"dtype": "bf16"} | settings)
+
+
+def predicted(row: Row, spec: ModelSpec, device: Device, length: int, target: Target) -> float | None:
+    """Return the tokens a second that are predicted without any measured point."""
+    config = config_of(row, spec, device, length)
+    rehearsed = virtual_device(name=target.name, compute_capability=target.compute_capability)
+    work = rehearse(spec, config, rehearsed, steps=1, whole=False).work
+    speed = None if work is None else throughput(work, target, config, ())
+    return None if speed is None else speed.tokens_per_second
+
+
+def ours(row: Row, spec: ModelSpec, device: Device, length: int) -> dict[str, float]:
+    config = config_of(row, spec, device, length)
     with device.active():
         parts = assemble(spec, config, device, fill=False)
         with torch.no_grad():
@@ -150,7 +166,9 @@ def main() -> None:
     spec = resolve_for_plan(LLAMA)
     spec, length = (shrunk(spec), 64) if tiny else (spec, 2048)
     liger = not tiny and importlib.util.find_spec("liger_kernel") is not None
-    rows = []
+    target = target_for("L4" if tiny else "auto")
+    name = "none (--tiny)" if tiny else target.name
+    rows, points = [], []
     for row in ROWS:
         gc.collect()
         device.empty_cache()
@@ -162,7 +180,13 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             found["theirs"] = {"error": str(error).split(". ")[0]}
         rows.append(found)
+        speed = predicted(row, spec, device, length, target)
+        if speed is not None and target.gpu is not None:
+            source = f"bench/gpu.py {provenance()['commit']}, {row.name}"
+            measured = length / found["ours"]["seconds"]
+            points.append(f"  - {{gpu: {name}, predicted: {speed:.0f}, measured: {measured:.0f}, source: '{source}'}}")
         print(row.name, {side: found[side] for side in ("ours", "theirs")}, flush=True)
+    print("\n".join(["measured:", *points]))
     if not tiny:
         print(f"written to {write('gpu', {'rows': rows})}")
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"planning"},
     {"diagnosis"},
     {"export", "report"},
-    {"demo"},
+    {"demo", "cli_options"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oomless.config import DataSource, TrainConfig
     from oomless.models.attention import use_packed_attention
+    from oomless.planning.choose import choose_training
     from oomless.planning.layers import fewest_checkpointed_layers
     from oomless.training.loop import Listener, RunResult, train
     from oomless.training.loss import causal_lm_loss
@@ -29,6 +30,7 @@ _HOMES = {
     "RunResult": "oomless.training.loop",
     "train": "oomless.training.loop",
     "causal_lm_loss": "oomless.training.loss",
+    "choose_training": "oomless.planning.choose",
     "fewest_checkpointed_layers": "oomless.planning.layers",
     "use_packed_attention": "oomless.models.attention",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "RunResult",
     "TrainConfig",
     "causal_lm_loss",
+    "choose_training",
     "fewest_checkpointed_layers",
     "train",
     "use_packed_attention",

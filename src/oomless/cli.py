@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import sys
+import time
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +17,9 @@ import typer
 from rich.console import Console
 
 from oomless import __version__
+from oomless.cli_options import given_settings, gpus_to_compare, host_size, options
 from oomless.config import TrainConfig
-from oomless.config_values import field_help, load_yaml, without_none
+from oomless.config_values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UserError, nearest
 
 app = typer.Typer(
@@ -31,85 +34,31 @@ app = typer.Typer(
     },
 )
 
-_PANELS = {
-    "Model and data": ("model", "cache_dir"),
-    "What trains": ("trainable", "use_dora"),
-    "Batch and length": ("per_device_train_batch_size", "max_tokens"),
-    "Optimizer": ("optimizer", "momentum"),
-    "Precision and memory": ("dtype", "loss_chunk_bytes"),
-    "Running": ("seed", "tensorboard"),
-}
-_WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d+)?)")
 
+def train(config: Path | None, as_given: bool, host_memory: str | None, **settings: Any) -> None:
+    """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it.
 
-def _options() -> list[inspect.Parameter]:
-    """One option for each setting of ``TrainConfig``; its help is the setting's docstring."""
-    options = []
-    kinds = typing.get_type_hints(TrainConfig)
-    texts = field_help(TrainConfig)
-    panel = iter(_PANELS.items())
-    title, (_, last) = next(panel)
-    for name in kinds:
-        kind = without_none(kinds[name])
-        flag = "--" + name.replace("_", "-")
-        help_text = texts[name]
-        default = TrainConfig.__dataclass_fields__[name].default
-        if kind is bool:
-            help_text += " [default: on]" if default is True else ""
-            annotation: Any = bool | None
-            flags = [f"{flag}/--no-{name.replace('_', '-')}"]
-        else:
-            annotation = list[str] | None if name in ("data", "eval_data") else str | None
-            flags = [flag]
-            if typing.get_origin(kind) is typing.Literal:
-                help_text += f" One of {', '.join(typing.get_args(kind))}."
-            if isinstance(default, int | float | str):
-                help_text += f" [default: {default}]"
-        help_text = help_text.replace("[", r"\[")
-        option = typer.Option(*flags, help=help_text, rich_help_panel=title, show_default=False)
-        options.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-            )
-        )
-        if name == last:
-            title, (_, last) = next(panel, (title, ("", "")))
-    return options
-
-
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given on the command line; ``--data path=0.1`` carries a weight."""
-    given = {name: _number(value) for name, value in settings.items() if value is not None and value != []}
-    for name in ("data", "eval_data"):
-        if name in given:
-            given[name] = [_source(text) for text in given[name]]
-    return given
-
-
-def _source(text: str) -> dict[str, Any]:
-    match = _WEIGHTED.fullmatch(text)
-    if match is None or Path(text).exists():
-        return {"path": text}
-    return {"path": match[1], "weight": float(match[2])}
-
-
-def _number(value: Any) -> Any:
-    """Return a whole number as an int; the config turns what it needs into floats."""
-    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value
-
-
-def train(config: Path | None, **settings: Any) -> None:
-    """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it."""
+    On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
+    """
     from torch import OutOfMemoryError
 
     from oomless.planning.plan import predict
+    from oomless.report.choice import print_choice
     from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
     from oomless.training.loop import train as run
 
     console = Console()
-    resolved = TrainConfig.from_mapping({**(load_yaml(config) if config else {}), **_given(settings)})
-    predicted = predict(resolved)
+    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
+    choice = None if as_given else _choice_to_train(console, given, host_memory)
+    if choice is None:
+        resolved = TrainConfig.from_mapping(given)
+        predicted = predict(resolved)
+    else:
+        if choice.config is None:
+            _explain_nothing_fits(console, given, choice)
+        print_choice(console, choice)
+        resolved, predicted = choice.config, choice.plan
     if predicted is not None:
         print_plan(console, predicted)
     listener = TerminalListener(console)
@@ -130,26 +79,135 @@ def train(config: Path | None, **settings: Any) -> None:
         raise typer.Exit(130)
 
 
-def plan(config: Path | None, json: bool, timeline: Path | None, snapshot: Path | None, **settings: Any) -> None:
-    """Say before a run, and without a GPU, whether it fits one: the training step, rehearsed."""
+def plan(
+    config: Path | None,
+    as_given: bool,
+    what_if: str | None,
+    host_memory: str | None,
+    write: Path | None,
+    json: bool,
+    timeline: Path | None,
+    snapshot: Path | None,
+    **settings: Any,
+) -> None:
+    """Choose, before a run and without a GPU, the best training that fits one; every strategy is rehearsed.
+
+    What is given is kept, the rest is chosen. --model a,b and --what-if gpu=T4,L4 compare; --max-seq-length max finds the
+    longest sequence.
+    """
+    from oomless.planning.choose import as_config, choose_training, compare, picked_settings
     from oomless.planning.plan import plan_training
+    from oomless.report import choice as report
     from oomless.report.plan import print_plan, write_timeline
 
     if timeline is not None and timeline.suffix not in (".html", ".png"):
         raise ConfigError(f"a timeline is written as .html or .png; got {timeline.name}")
-    least = {"data": "-", "output_dir": "-"}
-    resolved = TrainConfig.from_mapping({**least, **(load_yaml(config) if config else {}), **_given(settings)})
-    answer = plan_training(resolved, snapshot=snapshot is not None)
-    if json:
-        print(dumps(answer.to_dict(), indent=2))
+    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
+    models, gpus = str(given.get("model", "")).split(","), gpus_to_compare(what_if) or [str(given.get("gpu", "auto"))]
+    console = Console()
+    if len(models) > 1 or what_if is not None:
+        if as_given or write or timeline or snapshot:
+            raise ConfigError(
+                "a comparison goes without --as-given, --write, --timeline and --snapshot: plan one of them for these"
+            )
+        with _progress(console, quiet=json) as say:
+            compared = compare(given, models, gpus, host_bytes=host_size(host_memory), progress=say)
+        if json:
+            print(dumps(report.compared_to_dict(compared), indent=2))
+        else:
+            report.print_comparison(console, compared)
+        return
+    if as_given:
+        if write is not None or host_memory is not None:
+            raise ConfigError(
+                "--write and --host-memory have no effect with --as-given, where nothing is chosen; remove them"
+            )
+        answer, picked = plan_training(as_config(given), snapshot=snapshot is not None), None
     else:
-        print_plan(Console(), answer)
+        with _progress(console, quiet=json) as say:
+            picked = choose_training(given, host_bytes=host_size(host_memory), progress=say)
+        if picked.config is None or picked.plan is None:
+            if json:
+                print(dumps(picked.to_dict(), indent=2))
+                raise typer.Exit(1)
+            report.print_choice(console, picked)
+            _explain_nothing_fits(console, given, picked)
+        answer = picked.plan
+        if snapshot is not None:
+            answer = plan_training(picked.config, snapshot=True)
+    if json:
+        print(dumps((picked or answer).to_dict(), indent=2))
+    else:
+        if picked is not None:
+            report.print_choice(console, picked)
+        print_plan(console, answer)
+    if write is not None and picked is not None:
+        _write_pick(console, write, picked_settings(picked, given))
     if timeline is not None:
         write_timeline(answer.profile, timeline)
     if snapshot is not None:
         from oomless.memory.snapshot import write_snapshot
 
+        assert answer.device is not None
         write_snapshot(answer.device.allocator, snapshot)
+
+
+def _choice_to_train(console: Console, given: dict[str, Any], host_memory: str | None) -> Any:
+    """Return what the planner chooses for a training here; ``None`` where there is no limit, or a run is resumed as it began."""
+    from oomless.planning.choose import choose_training
+    from oomless.training.assemble import open_device
+
+    TrainConfig.from_mapping(given)  # says at once what is missing or contradictory
+    device = open_device(str(given.get("gpu", "auto")))
+    began = Path(str(given["output_dir"])) / "config.yaml"
+    if given.get("resume") and began.is_file():
+        for name, value in load_yaml(began).items():
+            given.setdefault(name, value)
+        return None
+    if device.capacity_bytes is None:
+        if host_memory is not None:
+            raise ConfigError("--host-memory has no effect on a CPU, where nothing is offloaded; remove it")
+        return None
+    with _progress(console) as say:
+        return choose_training(given, host_bytes=host_size(host_memory), progress=say)
+
+
+def _explain_nothing_fits(console: Console, given: dict[str, Any], choice: Any) -> typing.NoReturn:
+    from oomless.models.spec import resolve_for_plan
+    from oomless.planning.nearby import smallest_changes
+    from oomless.planning.trial import results_folder
+    from oomless.report.choice import print_nothing_fits
+
+    spec = resolve_for_plan(str(given["model"]), trust_remote_code=bool(given.get("trust_remote_code")))
+    print_nothing_fits(console, choice, smallest_changes(spec, given, choice, results_folder()))
+    raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(console: Console, *, quiet: bool = False) -> Iterator[Any]:
+    """Show what is being tried, in one line that goes away; a thread of its own would be in the way of forks."""
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"\r[dim]{time.monotonic() - began:4.0f} s  {text[: console.width - 10]}[/]\033[K", end="")
+
+    try:
+        yield say
+    finally:
+        console.print("\r\033[K", end="")
+
+
+def _write_pick(console: Console, path: Path, settings: dict[str, Any]) -> None:
+    import yaml
+
+    from oomless.training.checkpoint import write_atomically
+
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    missing = [f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if name not in settings]
+    console.print(f"written to {path}: oomless train --config {' '.join([str(path), *missing])}", highlight=False)
 
 
 def explain(
@@ -185,7 +243,7 @@ def explain(
     text = message or ""
     if file is not None:
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
-    given = {**(load_yaml(config) if config else {}), **_given(settings)}
+    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
     answer = diagnose(text, given, snapshot=snapshot, tool=tool, mixed_precision=mixed_precision, attention=attention)
     if json:
         print(dumps(answer.to_dict(), indent=2))
@@ -209,7 +267,7 @@ def _command(function: Any, *own: tuple[str, Any, Any]) -> None:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, annotation, default in own
     ]
-    function.__signature__ = inspect.Signature([*parameters, *_options()])
+    function.__signature__ = inspect.Signature([*parameters, *options()])
     app.command()(function)
 
 
@@ -218,10 +276,44 @@ _CONFIG = (
     Annotated[Path | None, typer.Option("--config", help="YAML with any of the settings below.", show_default=False)],
     None,
 )
-_command(train, _CONFIG)
+_AS_GIVEN = (
+    "as_given",
+    Annotated[
+        bool, typer.Option("--as-given", help="Choose nothing: take the settings given, and the defaults for the rest.")
+    ],
+    False,
+)
+_HOST_MEMORY = (
+    "host_memory",
+    Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory",
+            help="Memory of the machine, such as 32GiB, for what may be offloaded. \\[default: what is free here]",
+            show_default=False,
+        ),
+    ],
+    None,
+)
+_command(train, _CONFIG, _AS_GIVEN, _HOST_MEMORY)
 _command(
     plan,
     _CONFIG,
+    _AS_GIVEN,
+    (
+        "what_if",
+        Annotated[str | None, typer.Option("--what-if", help="GPUs to compare: gpu=RTX4090,L4.", show_default=False)],
+        None,
+    ),
+    _HOST_MEMORY,
+    (
+        "write",
+        Annotated[
+            Path | None,
+            typer.Option("--write", help="Write the pick as YAML for oomless train --config.", show_default=False),
+        ],
+        None,
+    ),
     ("json", Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")], False),
     (
         "timeline",

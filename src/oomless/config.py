@@ -12,34 +12,15 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from oomless.config_values import coerce
+from oomless.config_values import DataSource as DataSource
+from oomless.config_values import coerce, sources
 from oomless.errors import ConfigError, nearest
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Packing = Literal["documents", "best_fit", "concatenate"]
 TiedWeights = Literal["shared", "untied"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSource:
-    """One source of text."""
-
-    path: str
-    """A file, a folder (searched recursively) or a glob."""
-
-    weight: float = 1.0
-    """Share of the training tokens in relation to the other sources' weights."""
-
-    text_field: str = "text"
-    """The field of a ``.jsonl`` or ``.parquet`` record that holds the text."""
-
-    name: str | None = None
-    """What the source is called in metrics; by default its path's last part."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"a data source's weight must be above 0; got {self.weight} for {self.path}")
+BadLossPolicy = Literal["stop", "skip", "rewind"]
 
 
 LORA_DEFAULTS: dict[str, Any] = {
@@ -61,7 +42,6 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "galore": _ADAM,
     "muon": {**_ADAM, "momentum": 0.95},
 }
-OFFLOADABLE_OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +121,9 @@ class TrainConfig:
 
     gradient_accumulation_steps: int = 1
     """Passes in one optimizer step; the loss is normalised by the tokens of the whole step."""
+
+    tokens_per_step: int | None = None
+    """Tokens in one optimizer step, a multiple of max_seq_length; gradient_accumulation_steps follows from it."""
 
     per_device_eval_batch_size: int | None = None
     """Blocks in one evaluation pass. [default: per_device_train_batch_size]"""
@@ -267,6 +250,22 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints kept; the oldest go first."""
 
+    on_bad_loss: BadLossPolicy = "stop"
+    """What a step is whose loss or gradient is not finite: the end of the run; a step that changes nothing; or the way back to
+    the last checkpoint, from where its blocks are left out. Five in a row always end the run."""
+
+    bad_loss_factor: float | None = None
+    """A step is bad as well where its loss or gradient norm reaches this many times the median of the last 100 steps.
+    [default: only where not finite]"""
+
+    preemption_grace_s: float | None = None
+    """Seconds between SIGTERM and SIGKILL: where the step in progress might not leave enough of them to save, it is
+    abandoned. [default: it is finished]"""
+
+    host_reserve_bytes: int | None = None
+    """Host memory that must stay available, or the run writes a checkpoint and stops; 0: it is not watched. [default: a
+    fiftieth of what the machine or its control group has, and twice the largest tensor]"""
+
     resume: bool = False
     """Go on from the newest good checkpoint in output_dir."""
 
@@ -307,11 +306,13 @@ class TrainConfig:
                 others = {key: value for key, value in defaults.items() if key not in shared}
                 self._fill_choice(f"the optimizer {name}", others, used=False)
         self._fill_choice(f"the optimizer {self.optimizer}", OPTIMIZER_DEFAULTS[self.optimizer], used=True)
-        if self.offload_optimizer and self.optimizer not in OFFLOADABLE_OPTIMIZERS:
+        if self.on_bad_loss == "skip" and self.optimizer_in_backward:
             raise ConfigError(
-                f"offload_optimizer is for {', '.join(OFFLOADABLE_OPTIMIZERS)}, whose updates go slice by slice; got the "
-                f"optimizer {self.optimizer}: remove one of them"
+                "on_bad_loss: skip needs the whole gradient before the first update, which optimizer_in_backward never has: "
+                "choose rewind or stop"
             )
+        if self.on_bad_loss == "rewind" and self.save_steps is None:
+            raise ConfigError("on_bad_loss: rewind goes back to the last checkpoint: set save_steps")
         if self.max_grad_norm is None:
             self._set("max_grad_norm", 0.0 if self.optimizer_in_backward else 1.0)
         elif self.max_grad_norm and self.optimizer_in_backward:
@@ -337,6 +338,8 @@ class TrainConfig:
             self._set("eval_fraction", 0.0 if self.eval_data else 0.01)
         elif self.eval_data and self.eval_fraction:
             raise ConfigError("give eval_data or eval_fraction, not both: eval_data replaces the held-out documents")
+        if self.tokens_per_step is not None:
+            self._set_accumulation(self.tokens_per_step)
         if self.per_device_eval_batch_size is None:
             self._set("per_device_eval_batch_size", self.per_device_train_batch_size)
 
@@ -349,6 +352,21 @@ class TrainConfig:
     def blocks_per_step(self) -> int:
         """Blocks in one optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def _set_accumulation(self, tokens: int) -> None:
+        pass_tokens = self.per_device_train_batch_size * self.max_seq_length
+        if tokens % pass_tokens:
+            raise ConfigError(
+                "tokens_per_step must be a multiple of per_device_train_batch_size x max_seq_length, "
+                f"{self.per_device_train_batch_size} x {self.max_seq_length}; got {tokens}: use "
+                f"{max(1, round(tokens / pass_tokens)) * pass_tokens}"
+            )
+        if self.gradient_accumulation_steps not in (1, tokens // pass_tokens):
+            raise ConfigError(
+                f"gradient_accumulation_steps follows from tokens_per_step: {tokens} are {tokens // pass_tokens} passes of "
+                f"{pass_tokens}; got {self.gradient_accumulation_steps}: remove one of the two"
+            )
+        self._set("gradient_accumulation_steps", tokens // pass_tokens)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -375,11 +393,20 @@ class TrainConfig:
                 "max_steps",
                 "checkpointed_layers",
             )
-            + ("max_tokens", "lora_r", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+            + (
+                "tokens_per_step",
+                "max_tokens",
+                "lora_r",
+                "logging_steps",
+                "eval_steps",
+                "save_steps",
+                "save_total_limit",
+            ),
             1,
         )
         at_least |= {"max_seq_length": 2, "loss_chunk_bytes": 1 << 16, "mlp_tiles": 2}
         at_least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_dropout", "seed", "momentum", "z_loss"), 0)
+        at_least["host_reserve_bytes"] = 0
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -390,6 +417,7 @@ class TrainConfig:
             "num_train_epochs",
             "adam_epsilon",
             "lora_alpha",
+            "preemption_grace_s",
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -406,6 +434,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1; got {value}")
+
+        if self.bad_loss_factor is not None and not 1 < self.bad_loss_factor < float("inf"):
+            raise ConfigError(f"bad_loss_factor must be a number above 1; got {self.bad_loss_factor}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are set, as plain values for YAML or JSON."""
@@ -434,7 +465,15 @@ class TrainConfig:
                 raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), kinds)}")
             if value is None:
                 continue
-            values[key] = _sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
+            values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, kinds[key])
+        if values.get("gradient_accumulation_steps") == 1 and values.get("tokens_per_step"):
+            size = values.get("per_device_train_batch_size", 1)
+            length = values.get("max_seq_length", cls.__dataclass_fields__["max_seq_length"].default)
+            if size * length != values["tokens_per_step"]:
+                raise ConfigError(
+                    f"gradient_accumulation_steps 1 makes steps of {size} x {length} tokens, and tokens_per_step is "
+                    f"{values['tokens_per_step']}: remove one of the two"
+                )
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, in the YAML or as --{missing[0].replace('_', '-')}")
@@ -443,21 +482,3 @@ class TrainConfig:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _sources(key: str, value: Any) -> tuple[DataSource, ...]:
-    known = [field.name for field in dataclasses.fields(DataSource)]
-    sources = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, DataSource):
-            sources.append(item)
-            continue
-        mapping = {"path": item} if isinstance(item, str) else item
-        if not isinstance(mapping, dict) or not isinstance(mapping.get("path"), str):
-            raise ConfigError(f"each entry of {key} is a path or a mapping with a path; got {item!r}")
-        for name in mapping:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r} in {key}.{nearest(str(name), known)}")
-        kinds = typing.get_type_hints(DataSource)
-        sources.append(DataSource(**{name: coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
-    return tuple(sources)

@@ -1,12 +1,14 @@
-"""Settings in files, on the command line and in docstrings: how they are read, whatever they mean."""
+"""Settings in files, on the command line and in docstrings: how they are read; and a source of text, which files list."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import textwrap
 import types
 import typing
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -79,3 +81,43 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """One source of text."""
+
+    path: str
+    """A file, a folder (searched recursively) or a glob."""
+
+    weight: float = 1.0
+    """Share of the training tokens in relation to the other sources' weights."""
+
+    text_field: str = "text"
+    """The field of a ``.jsonl`` or ``.parquet`` record that holds the text."""
+
+    name: str | None = None
+    """What the source is called in metrics; by default its path's last part."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"a data source's weight must be above 0; got {self.weight} for {self.path}")
+
+
+def sources(key: str, value: Any) -> tuple[DataSource, ...]:
+    """Return the sources of text that ``value`` means: a path, a mapping with a path, or several of either."""
+    known = [field.name for field in dataclasses.fields(DataSource)]
+    found = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, DataSource):
+            found.append(item)
+            continue
+        mapping = {"path": item} if isinstance(item, str) else item
+        if not isinstance(mapping, dict) or not isinstance(mapping.get("path"), str):
+            raise ConfigError(f"each entry of {key} is a path or a mapping with a path; got {item!r}")
+        for name in mapping:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r} in {key}.{nearest(str(name), known)}")
+        kinds = typing.get_type_hints(DataSource)
+        found.append(DataSource(**{name: coerce(name, entry, kinds[name]) for name, entry in mapping.items()}))
+    return tuple(found)

@@ -9,7 +9,8 @@
     │   └── CheckpointError    a checkpoint or run folder that cannot be written, read or resumed
     └── TrainingError          the run itself went wrong; it is stopped rather than continued silently
         ├── AuditError         a parameter trains that should not, or does not that should
-        └── GradientOverflowError  fp16 gradients stay non-finite; names the module
+        ├── GradientOverflowError  fp16 gradients stay non-finite; names the module
+        └── HostMemoryError    the host's memory nears its end
 
 Every message says the rule, what was got, and what to do.
 """
@@ -58,6 +59,10 @@ class AuditError(TrainingError):
 
 class GradientOverflowError(TrainingError):
     """Gradients in fp16 stay non-finite at the smallest loss scale; the message names the module."""
+
+
+class HostMemoryError(TrainingError):
+    """The host's memory nears its end; the run was stopped before the kernel would kill it."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from oomless.catalogue import Gpu, Overhead, apple_gpu, gpu, overhead, recognise
 from oomless.errors import HardwareError
 from oomless.units import format_bytes
 
+_MEMINFO = Path("/proc/meminfo")
 _COUNT_AND_NAME = re.compile(r"(\d+)\s*[x×*]\s*(\S.*)", re.IGNORECASE)
 
 
@@ -111,6 +113,14 @@ def resolve(text: str) -> Hardware | None:
     if counted is None:
         return Hardware(gpu=gpu(wish))
     return Hardware(gpu=gpu(counted[2]), count=int(counted[1]))
+
+
+def available_host_bytes() -> int:
+    """Return the memory of this machine that new processes can have without swapping."""
+    for line in _MEMINFO.read_text(encoding="ascii").splitlines() if _MEMINFO.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def require_dtype(hardware: Hardware | None, dtype: Literal["fp32", "fp16", "bf16"]) -> None:

@@ -37,7 +37,7 @@ def test_help_lists_every_setting():
         if f.type in ("bool", "bool | None")
     }
     assert expected <= shown
-    assert shown <= expected | switches | {"config", "help"}
+    assert shown <= expected | switches | {"config", "help", "as-given", "host-memory"}
 
 
 def test_import_is_light():

@@ -11,11 +11,13 @@ import pytest
 
 from tests.cli.test_cli import ENVIRONMENT, ROOT, oomless, plain
 
-EIGHT_GIGABYTES = ("--gpu", "8GiB", "--max-seq-length", "128")
+EIGHT_GIGABYTES = ("--gpu", "8GiB", "--max-seq-length", "128", "--as-given")
 
 
 def test_seed_case_and_why():
-    result = oomless("plan", "--model", "meta-llama/Llama-3.2-1B", "--gpu", "T4", "--max-seq-length", "2048")
+    result = oomless(
+        "plan", "--model", "meta-llama/Llama-3.2-1B", "--gpu", "T4", "--max-seq-length", "2048", "--as-given"
+    )
     assert result.returncode == 0, result.stderr
     text = " ".join(plain(result.stdout).split())
     for part in ("does not fit", "optimizer state 13.81 GiB", "No batch size and no sequence length can help"):
@@ -52,9 +54,112 @@ def test_timeline_and_snapshot(make_checkpoint, tmp_path):
     assert trace_plot(recorded).startswith("\n<!DOCTYPE html>")
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_what_is_left_open_is_chosen_and_trains_unchanged(make_checkpoint, corpus, tmp_path):
+    """The pick is written as YAML, trains as it is on the GPU that it is for, and is as large as was said."""
+    folder, picked = make_checkpoint("llama", tied=True), tmp_path / "pick.yaml"
+    arguments = ("--model", folder, "--gpu", "virtual:24MiB", "--max-seq-length", 64, "--packing", "concatenate")
+    result = oomless(
+        *("plan", *arguments, "--data", corpus, "--output-dir", tmp_path / "run", "--write", picked),
+        *("--optimizer", "adamw", "--max-steps", 2, "--eval-fraction", 0),
+    )
+    assert result.returncode == 0, result.stderr
+    text = plain(result.stdout)
+    assert "►" in text
+    assert "full, AdamW" in text
+    trained = oomless("train", "--config", picked, "--as-given")
+    assert trained.returncode == 0, trained.stderr
+    error = re.search(r"peak allocated: predicted .* measured .* \(([+-]\d+\.\d+)%\)", plain(trained.stdout))
+    assert abs(float(error[1])) < 1
+
+
+def test_the_same_search_again_rehearses_nothing(make_checkpoint, tmp_path):
+    arguments = (
+        "plan",
+        "--model",
+        make_checkpoint("llama"),
+        "--gpu",
+        "virtual:24MiB",
+        "--max-seq-length",
+        64,
+        "--json",
+    )
+    first, second = (json.loads(oomless(*arguments).stdout) for _ in range(2))
+    assert first.pop("trials") > 0
+    assert second.pop("trials") == 0
+    assert first["strategies"] == second["strategies"]
+    assert first["plan"]["profile"] == second["plan"]["profile"]
+
+
+def test_nothing_fits_and_what_would(make_checkpoint):
+    result = oomless(
+        *(
+            "plan",
+            "--model",
+            make_checkpoint("llama", hidden_size=256, intermediate_size=1024),
+            "--max-seq-length",
+            512,
+        ),
+        *("--gpu", "virtual:10MiB", "--trainable", "full", "--optimizer", "adamw", "--weight-precision", "master"),
+    )
+    assert result.returncode == 1
+    text = " ".join(plain(result.stdout).split())
+    assert "Nothing fits" in text
+    assert "without --" in text
+    assert "on a larger GPU" in text
+
+
+def test_gpus_and_models_compared(make_checkpoint):
+    models = f"{make_checkpoint('llama')},{make_checkpoint('qwen2')}"
+    result = oomless(
+        *("plan", "--model", models, "--what-if", "gpu=virtual:24MiB,T4", "--max-seq-length", 64, "--json"),
+        *("--optimizer", "adafactor"),
+    )
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout)
+    assert [answer["gpu"] for answer in answers] == ["virtual:24MiB", "T4"] * 2
+    assert all(any(row["picked"] for row in answer["strategies"]) for answer in answers)
+
+
+def test_the_longest_sequence(make_checkpoint):
+    """A longer one by a step does not fit with the quality that a short one has."""
+    folder = make_checkpoint("llama", max_position_embeddings=8192)
+    arguments = (
+        "plan",
+        "--model",
+        folder,
+        "--gpu",
+        "virtual:40MiB",
+        "--trainable",
+        "full",
+        "--optimizer",
+        "adamw",
+        "--per-device-train-batch-size",
+        8,
+        "--json",
+    )
+    longest = json.loads(oomless(*arguments, "--max-seq-length", "max").stdout)
+    length = longest["config"]["max_seq_length"]
+    assert 256 < length < 8192
+    pinned = ("--weight-precision", longest["config"]["weight_precision"], "--max-grad-norm", 1)
+    longer = oomless(*arguments, "--max-seq-length", length + 256, *pinned)
+    assert longer.returncode == 1
+    assert json.loads(longer.stdout)["config"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "gemma-7b", "--what-if", "gpus=T4"], "--what-if gpu="),
+        (["--model", "gemma-7b", "--what-if", "gpu=T4", "--write", "x.yaml"], "a comparison goes without"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--as-given", "--write", "x.yaml"], "have no effect with --as-given"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--host-memory", "much"], "--host-memory"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--tokens-per-step", "1000"], "multiple of"),
+        (["--gpu", "T4"], "model must be given"),
         (["--model", "meta-llama/Llama-3.2-1C", "--gpu", "T4"], "Did you mean"),
         (["--model", "gemma-7b", "--gpu", "RTX4009"], "Did you mean"),
         (["--model", "gemma-7b", "--gpu", "2xT4"], "one GPU so far"),

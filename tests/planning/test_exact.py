@@ -96,6 +96,23 @@ def test_lean_activations_are_exact_too(make_checkpoint, architecture, route):
     assert fake.phases == real.phases
 
 
+OFFLOADED = [
+    {"optimizer": "apollo", "dtype": "bf16", "weight_precision": "master"},
+    {"optimizer": "galore", "dtype": "fp32", "optimizer_in_backward": True},
+    {"optimizer": "muon", "dtype": "fp16", "weight_precision": "correction"},
+]
+
+
+@pytest.mark.parametrize("route", OFFLOADED, ids=identify)
+def test_offloaded_state_is_exact_too(make_checkpoint, route):
+    folder = make_checkpoint("llama", tied=True, hidden_size=256)
+    real, fake = both_profiles(folder, route | {"offload_optimizer": True})
+    assert fake.peak_allocated_bytes == real.peak_allocated_bytes
+    assert fake.peak_reserved_bytes == real.peak_reserved_bytes
+    assert fake.peak_bytes_by_category == real.peak_bytes_by_category
+    assert fake.phases == real.phases
+
+
 def test_a_change_is_seen(make_checkpoint):
     """The comparison can fail: one more token per block changes the peak."""
     folder = make_checkpoint("llama", tied=True)

@@ -137,7 +137,6 @@ def test_two_together_are_the_plain_path(make_checkpoint, pair, architecture):
         ({"stream_frozen": True, "trainable": "full"}, "freezes none"),
         ({"checkpointed_layers": 2}, "no effect without gradient_checkpointing"),
         ({"offload_activations": True}, "no effect without gradient_checkpointing"),
-        *(({"offload_optimizer": True, "optimizer": name}, "slice by slice") for name in ("muon", "apollo", "galore")),
         *(({"weight_precision": way, "dtype": "fp32"}, "no effect on fp32") for way in ("stochastic", "correction")),
         ({"lora_r": 4, "trainable": "lm_head"}, "lora_r belongs to LoRA"),
         ({"momentum": 0.9, "optimizer": "adafactor"}, "momentum belongs to"),

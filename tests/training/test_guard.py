@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from oomless.config import DataSource, TrainConfig
-from oomless.data.loader import Loader
+from oomless.data.loader import Loader, micro_batches
 from oomless.data.prepare import prepare
+from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import load_tokenizer, resolve
+from oomless.training import guard as guard_module
+from oomless.training import loop
 from oomless.training.assemble import assemble
+from oomless.training.checkpoint import save_checkpoint
 from oomless.training.guard import Guard, is_out_of_memory, ladder
 
 OPTIMIZERS = {
@@ -45,6 +49,7 @@ class Bench:
 
     def __init__(self, folder, corpus, tmp_path, **settings):
         self.device = VirtualGPU(256 << 20)
+        self.folder = folder
         self.said = []
         config = TrainConfig(
             model=str(folder),
@@ -57,6 +62,7 @@ class Bench:
         )
         blocks = Loader(prepare(config, load_tokenizer(str(folder)), tmp_path / "cache", lambda *_: None).train).take(2)
         self.blocks = blocks
+        self.batches = list(micro_batches(blocks, 2))
         with self.device.active():
             self.parts = assemble(resolve(str(folder)), config, self.device, fill=True)
         self.guard = Guard(self.parts.step, self.device, self.said.append, micro_batch=2, undo=True)
@@ -88,7 +94,7 @@ class Bench:
             self.guard._drop = and_fail_again
             if waiting:
                 self.device.fail_at(waiting.pop(0))
-            loss = float(self.guard.run(self.blocks).loss)
+            loss = float(self.guard.run(self.batches).loss)
             self.guard._drop = drop
             self.device.fail_at(None)
             count = self.device.allocation_count - first
@@ -117,7 +123,7 @@ def test_a_fault_at_any_allocation_changes_no_bit(make_checkpoint, corpus, tmp_p
 def test_two_faults_in_a_row_take_a_lower_rung(make_checkpoint, corpus, tmp_path):
     bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path, optimizer="sgd")
     expected, loss, count = bench.step()
-    for index in range(0, count, 7):
+    for index in range(0, count, 15):
         found, found_loss, _ = bench.step(index, index)
         assert bench.guard.level == 1
         assert found_loss == pytest.approx(loss, rel=1e-6)
@@ -138,6 +144,109 @@ def test_without_undo_an_error_inside_the_update_is_not_run_again(make_checkpoin
     bench.guard._undo = None
     with pytest.raises(torch.OutOfMemoryError):
         bench.step(count - 1)
+
+
+def test_evaluation_in_smaller_batches_is_the_same(make_checkpoint, corpus, tmp_path):
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
+    bench.step()
+    weights = [tensor.clone() for tensor in bench.tensors()]
+    device, guard = bench.device, bench.guard
+    with device.active():
+        first = device.allocation_count
+        expected, tokens = guard.evaluate(bench.blocks, 2)
+        for index in range(0, device.allocation_count - first, 5):
+            device.fail_at(device.allocation_count + index)
+            again, again_tokens = guard.evaluate(bench.blocks, 2)
+            assert float(again) == float(expected)
+            assert again_tokens == tokens
+    assert all(torch.equal(a, b) for a, b in zip(bench.tensors(), weights, strict=True)), "an update was undone"
+
+
+def test_saving_takes_no_byte_of_the_device(make_checkpoint, corpus, tmp_path):
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
+    bench.step()
+    parts, device = bench.parts, bench.device
+    with device.active():
+        device.reset_peak()
+        before = device.usage().peak_allocated_bytes
+        save_checkpoint(
+            tmp_path,
+            1,
+            model=parts.model,
+            tokenizer=load_tokenizer(str(bench.folder)),
+            optimizer=parts.optimizer,
+            loss_scale=parts.loss_scale,
+            state={},
+            device=device,
+            limit=2,
+        )
+        assert device.usage().peak_allocated_bytes == before
+
+
+class Neighbour(loop.Listener):
+    """Another process, which takes memory after the third step and gives it back after the sixth."""
+
+    def __init__(self, capacity_bytes=None):
+        self.capacity_bytes = capacity_bytes
+        self.messages, self.lines = [], []
+
+    def prepared(self, facts):
+        self.device = facts.device
+
+    def stepped(self, metrics):
+        self.lines.append(metrics)
+        if metrics["step"] == 3 and self.capacity_bytes:
+            self.device.empty_cache()  # it can take only what this process does not hold
+            self.device.set_capacity(self.capacity_bytes)
+        if metrics["step"] == 6:
+            self.device.set_capacity(1 << 30)
+
+    def said(self, message):
+        self.messages.append(message)
+
+
+def test_a_neighbour_takes_memory_and_gives_it_back(make_checkpoint, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard_module, "STEPS_BEFORE_CLIMBING", 4)
+    heard = {}
+    capacity_bytes = None
+    for name in ("alone", "crowded"):
+        config = TrainConfig(
+            model=str(make_checkpoint("llama")),
+            data=(DataSource(path=str(corpus)),),
+            output_dir=str(tmp_path / name),
+            gpu="virtual:1GiB",
+            dtype="fp32",
+            max_seq_length=256,
+            per_device_train_batch_size=8,
+            loss_chunk_bytes=2 << 20,
+            max_steps=16,
+            save_steps=5,
+            eval_fraction=0.05,
+        )
+        listener = heard[name] = Neighbour(capacity_bytes)
+        loop.train(config, listener)
+        line = listener.lines[-1]
+        capacity_bytes = (line["memory_bytes"] + line["peak_memory_bytes"]) // 2
+    alone, crowded = heard["alone"].lines, heard["crowded"].lines
+    assert [line["loss"] for line in crowded] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    rungs = [line.get("recovery_rung", 0) for line in crowded]
+    assert rungs[:3] == [0, 0, 0]
+    assert max(rungs) > 0
+    assert rungs[-1] == 0
+    assert any("out of memory" in message for message in heard["crowded"].messages)
+    assert all("oom_recoveries" not in line for line in alone)
+
+
+def test_nothing_to_undo_on_a_cpu(make_checkpoint, corpus, tmp_path):
+    config = TrainConfig(
+        model=str(make_checkpoint("llama")),
+        data=(DataSource(path=str(corpus)),),
+        output_dir=str(tmp_path),
+        gpu="cpu",
+        undo_updates=True,
+    )
+    with pytest.raises(ConfigError, match="undo_updates has no effect on a CPU"):
+        loop.train(config)
 
 
 def test_rungs():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oomless.config import DataSource, TrainConfig
 from oomless.data.loader import micro_batches
 from oomless.errors import AuditError, CheckpointError, ConfigError, GradientOverflowError, TrainingError
-from oomless.training import loop
+from oomless.training import loop, run_folder
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.checkpoint import list_checkpoints
 
@@ -280,7 +280,7 @@ class TestRunFolder:
         assert [c.step for c in list_checkpoints(tmp_path)] == [4, 5]
 
     def test_lock(self, make_checkpoint, corpus, tmp_path):
-        with loop._locked(tmp_path), pytest.raises(CheckpointError, match="another run is writing"):
+        with run_folder.locked(tmp_path), pytest.raises(CheckpointError, match="another run is writing"):
             loop.train(config(make_checkpoint("llama"), corpus, tmp_path))
 
     def test_resolved_config_reproduces_the_run(self, make_checkpoint, corpus, tmp_path):

@@ -6,7 +6,7 @@ data lies in ``gpus.yaml``, ``overheads.yaml`` and ``model_configs/*.json`` besi
 """
 
 from oomless.catalogue.gpus import Gpu, apple_gpu, gpu, gpus, recognise
-from oomless.catalogue.models import Model, model, model_config, models, parameters
+from oomless.catalogue.models import Model, model, model_config, models, models_of, parameters
 from oomless.catalogue.overheads import Overhead, overhead, overheads
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "model",
     "model_config",
     "models",
+    "models_of",
     "overhead",
     "overheads",
     "parameters",

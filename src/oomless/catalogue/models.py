@@ -76,6 +76,18 @@ def model_config(name: str) -> dict[str, Any]:
     return copy.deepcopy(dict(model(name).config))
 
 
+def models_of(model_type: str) -> list[str]:
+    """Return the known models of one architecture, the largest first."""
+    names = []
+    for name in models():
+        try:
+            if model_config(name).get("model_type") == model_type:
+                names.append(name)
+        except ModelError:
+            continue
+    return sorted(names, key=lambda name: -parameters(name))
+
+
 def parameters(name: str) -> int:
     """Return how many parameters the model ``name`` has, tied ones counted once.
 

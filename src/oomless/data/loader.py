@@ -57,16 +57,32 @@ class Loader:
     def __init__(self, stream: BlockStream) -> None:
         self.stream = stream
         self.position = 0
+        self.left_out: set[int] = set()
+        """Numbers of blocks that are never taken."""
+        self.taken: list[int] = []
+        """Numbers of the blocks that ``take`` returned last."""
 
     def take(self, count: int) -> list[Block]:
-        """Return the next ``count`` blocks."""
-        blocks = [self.stream.block(self.position + ahead) for ahead in range(count)]
-        self.position += count
-        return blocks
+        """Return the next ``count`` blocks.
+
+        Raises:
+            DataError: their file has changed since the run began; the place in the stream is what it was.
+        """
+        self.stream.check_unchanged()
+        self.taken = []
+        while len(self.taken) < count:
+            if self.position not in self.left_out:
+                self.taken.append(self.position)
+            self.position += 1
+        return [self.stream.block(number) for number in self.taken]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the stream, for a checkpoint."""
-        return {"position": self.position, "fingerprint": self.stream.fingerprint}
+        return {
+            "position": self.position,
+            "left_out": sorted(self.left_out),
+            "fingerprint": self.stream.fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the place that ``state`` says.
@@ -80,3 +96,4 @@ class Loader:
                 "set it back, or start anew from the checkpoint's model in another output_dir"
             )
         self.position = int(state["position"])
+        self.left_out = set(state["left_out"])

@@ -36,6 +36,15 @@ class BlockStream:
         turn, index = divmod(place, len(self.sources[source]))
         return self.sources[source][int(self._order(source, turn)[index]) if self.shuffle else index]
 
+    def check_unchanged(self) -> None:
+        """Check that the files under the blocks are those that were opened.
+
+        Raises:
+            DataError: one was written to.
+        """
+        for source in self.sources:
+            source.store.check_unchanged()
+
     def _place(self, number: int) -> tuple[int, int]:
         """Return which source block ``number`` comes from, and how many of that source came before it.
 

@@ -94,7 +94,7 @@ def _split(store: TokenStore, fraction: float, seed: int) -> tuple[Any, Any]:
 def _fingerprint(stores: Sequence[TokenStore], weights: Sequence[float], config: TrainConfig) -> str:
     facts = [
         [store.key for store in stores],
-        list(weights),
-        [config.max_seq_length, config.packing, config.eval_fraction, config.seed, config.shuffle],
+        [float(weight) for weight in weights],
+        [config.max_seq_length, config.packing, float(config.eval_fraction or 0), config.seed, config.shuffle],
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()

@@ -181,11 +181,13 @@ def _hidden(path: Path) -> bool:
 
 
 def _text_file(path: Path) -> TextFile:
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES else ""
-    return TextFile(
-        path=path, suffix=suffixes[-1] if suffixes else "", compression=compression, size_bytes=path.stat().st_size
-    )
+    return TextFile(path=path, suffix=suffixes[-1] if suffixes else "", compression=compression, size_bytes=size_bytes)
 
 
 def read_documents(file: TextFile, source: DataSource, encoding_errors: str, progress: Progress) -> Iterator[Pieces]:

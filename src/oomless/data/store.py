@@ -52,6 +52,34 @@ class TokenStore:
 
     text_bytes: int
     skipped: Counter[str]
+    file: Path | None = None
+    """What ``tokens`` maps; ``None`` where they lie in memory."""
+    opened: tuple[int, int, int] | None = None
+    """The file's inode, size and time of change when it was opened."""
+
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the tokens, which a cut file would answer with a fatal signal.
+
+        A file that was removed or replaced is no matter: what is mapped stays.
+
+        Raises:
+            DataError: the file is not what was opened.
+        """
+        if self.file is None or self.opened is None:
+            return
+        try:
+            now = _identity(self.file)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DataError(
+                f"the token cache {self.file} cannot be read any more: {error.strerror or error}"
+            ) from error
+        if now[0] == self.opened[0] and now != self.opened:
+            raise DataError(
+                f"the token cache {self.file} was changed while the run used it: remove its folder, which the text makes again, "
+                "and go on with --resume"
+            )
 
     @property
     def documents(self) -> int:
@@ -105,9 +133,16 @@ def open_store(
     return _open(folder, source, skipped)
 
 
-def _stamp(file: TextFile) -> tuple[int, int]:
-    status = file.path.stat()
-    return status.st_size, status.st_mtime_ns
+def _stamp(file: TextFile) -> tuple[int, int, int] | None:
+    try:
+        return _identity(file.path)
+    except OSError:
+        return None
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _key(files: list[TextFile], source: DataSource, encoder: Encoder, encoding_errors: str) -> str:
@@ -204,14 +239,15 @@ def _remove_abandoned(cache_dir: Path) -> None:
 
 
 def _open(folder: Path, source: DataSource, skipped: Counter[str]) -> TokenStore:
+    path = folder / "tokens.bin"
     try:
+        opened = _identity(path)
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         for name, expected in header["checksums"].items():
             if _checksum(folder / name) != expected:
                 raise ValueError(f"{name} is not what was written")
         starts = np.load(folder / "documents.npy", allow_pickle=False)
         shape = (header["tokens"],)
-        path = folder / "tokens.bin"
         tokens = np.memmap(path, header["dtype"], "r", shape=shape) if shape[0] else np.zeros(0, header["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the token cache {folder} is damaged ({error}): remove that folder and start again") from error
@@ -224,4 +260,6 @@ def _open(folder: Path, source: DataSource, skipped: Counter[str]) -> TokenStore
         starts=starts,
         text_bytes=header["text_bytes"],
         skipped=skipped,
+        file=path,
+        opened=opened,
     )

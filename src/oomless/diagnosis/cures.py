@@ -14,7 +14,7 @@ from typing import Any
 from oomless import catalogue
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.diagnosis.plain_step import Outcome
-from oomless.diagnosis.run import FailedRun, known_model_names, oomless_values, rehearse_own, rehearse_run
+from oomless.diagnosis.run import FailedRun, oomless_values, rehearse_own, rehearse_run
 from oomless.diagnosis.tools import change_in
 from oomless.errors import UserError
 from oomless.memory.allocator_settings import AllocatorSettings
@@ -469,7 +469,7 @@ def _elsewhere(run: FailedRun) -> Iterator[str]:
             if answer is not None and answer.fits:
                 yield f"GPU: {gpu.name} is the smallest of the catalogue on which this fits with {how}"
                 break
-    family = known_model_names(str(run.spec.config.model_type))
+    family = catalogue.models_of(str(run.spec.config.model_type))
     for name in [name for name in family if catalogue.parameters(name) < needed.parameters]:
         smaller = dataclasses.replace(run, model=name, spec=resolve_for_plan(name))
         answer = _planned(smaller, sets)

@@ -16,7 +16,7 @@ from oomless.config import TrainConfig
 from oomless.diagnosis.attribution import Suspect
 from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_plain
-from oomless.errors import ConfigError, ModelError
+from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
@@ -312,15 +312,3 @@ def oomless_values(run: FailedRun) -> dict[str, Any]:
     if run.mixed_precision is not None:
         values["dtype"] = run.mixed_precision
     return values
-
-
-def known_model_names(family: str) -> list[str]:
-    """Return the catalogue's models of one architecture, the largest first."""
-    names = []
-    for name in catalogue.models():
-        try:
-            if catalogue.model_config(name).get("model_type") == family:
-                names.append(name)
-        except ModelError:
-            continue
-    return sorted(names, key=lambda name: -catalogue.parameters(name))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,13 @@ class Device:
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know the modules, gradients and optimizer state from now on, for the record of memory."""
+
+    def count_work(self, on: bool) -> None:
+        """Begin or stop to count what is computed and moved, where that is counted: in a rehearsal."""
+
+    def repeating(self, key: Any, function: Callable[[], None]) -> None:
+        """Call ``function``; a rehearsal, in which nothing has a value, may repeat what an earlier call with ``key`` asked for."""
+        function()
 
     def put(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``tensor``, which lies on the host, on the device and in ``dtype`` (default: its own)."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
+from oomless.memory.work import WorkCounter
+
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
 _VIEWS = frozenset(
@@ -32,6 +34,7 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.work = WorkCounter()
         self._known: dict[Any, Any] = {}
         self._attributes = vars(FakeTensor(self, torch.empty(0, device="meta"), _CPU))
 
@@ -50,11 +53,16 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             with in_kernel_invocation_manager(self):
                 result = func(*args, **kwargs) if kwargs else func(*args)
             return self._fake(result) if type(result) is Tensor else [self._fake(part) for part in result]
-        known = self._known.get(tuple(key))
+        described = tuple(key)
+        known = self._known.get(described)
         if known is not None:
-            return self._again(known, args, kwargs)
-        result = super().__torch_dispatch__(func, types, args, kwargs or {})
-        self._learn(tuple(key), result, args, kwargs)
+            result = self._again(known, args, kwargs)
+        else:
+            with self.work.paused():  # torch's mode may take an operator apart, the first time
+                result = super().__torch_dispatch__(func, types, args, kwargs or {})
+            self._learn(described, result, args, kwargs)
+        if self.work.on:
+            self.work.operator(described, func, args, kwargs, result)
         return result
 
     def _describe(self, arguments: Iterable[Any], key: list[Any]) -> bool:

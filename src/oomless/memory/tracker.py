@@ -32,7 +32,7 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -41,6 +41,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from oomless.memory.tape import Tape
 
 aten = torch.ops.aten
 _DEVICE_OF = torch.ops.prim.device.default
@@ -149,6 +151,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self._bookings: dict[int, Booking] = {}
         self._dead: deque[Booking] = deque()
+        self._tape: Tape | None = None
+        self._tapes: dict[Any, Tape] = {}
         # A storage can die at any moment, also while this thread is inside the ledger (garbage collection).
         self._lock = threading.Lock()
         self._reference_counts = _reference_counts_of_a_summed_gradient()
@@ -168,7 +172,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             try:
                 while self._dead:
                     booking = self._dead.popleft()
-                    booking.ledger.free(booking.allocation)
+                    self._free(booking.ledger, booking.allocation)
             finally:
                 self._lock.release()
 
@@ -236,9 +240,44 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         with self._lock:
             allocation = ledger.allocate(size_bytes, operation)
+            if self._tape is not None:
+                self._tape.allocated(ledger, size_bytes, operation, allocation)
         if self._dead:
             self.settle()
         return allocation
+
+    def _free(self, ledger: Ledger, allocation: Any) -> None:
+        ledger.free(allocation)
+        if self._tape is not None:
+            self._tape.freed(allocation)
+
+    def record(self, key: Any, function: Callable[[], None]) -> None:
+        """Call ``function`` and keep what it asked for under ``key``."""
+        self.settle()
+        self._tape = self._tapes[key] = Tape()
+        try:
+            function()
+            self.settle()
+        finally:
+            self._tape = None
+
+    def repeated(self, key: Any) -> bool:
+        """Ask again for all that was recorded under ``key``; return False where nothing was, or it cannot be repeated."""
+        tape = self._tapes.get(key)
+        if tape is None or not tape.repeatable:
+            return False
+        with self.quiet():
+            tape.repeat()
+        return True
+
+    def label(self, tensor: Tensor, category: Any, *, overwrite: bool) -> None:
+        """Say what ``tensor`` is for, where its ledger keeps that."""
+        for booking in self.find(tensor):
+            allocation = booking.allocation
+            if hasattr(allocation, "category") and (overwrite or allocation.category is None):
+                allocation.category = category
+                if self._tape is not None:
+                    self._tape.labelled(allocation, category)
 
     def _enter(self, storage: torch.UntypedStorage, ledger: Ledger, size_bytes: int, allocation: Any) -> None:
         booking = Booking(storage, self._died)
@@ -254,7 +293,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         allocation = self._allocate(booking.ledger, size_bytes, operation)
         with self._lock:
             if booking.allocation is not None:
-                booking.ledger.free(booking.allocation)
+                self._free(booking.ledger, booking.allocation)
             booking.allocation = allocation
             booking.size_bytes = size_bytes
 

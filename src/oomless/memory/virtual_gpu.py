@@ -13,8 +13,9 @@ return), and what lies outside the allocator, which is one number, ``outside_byt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from oomless.memory.fake_mode import QuickFakeMode
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.recorder import Allocation, Recorder, Watcher
 from oomless.memory.tracker import Ledger, StorageTracker
+from oomless.memory.work import Work
 from oomless.units import format_bytes
 
 
@@ -38,13 +40,13 @@ class _HostLedger:
         self.allocated_bytes = 0
         self.peak_allocated_bytes = 0
 
-    def allocate(self, size_bytes: int, operation: object) -> int:
+    def allocate(self, size_bytes: int, operation: object) -> list[int]:
         self.allocated_bytes += size_bytes
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        return size_bytes
+        return [size_bytes]
 
-    def free(self, allocation: int) -> None:
-        self.allocated_bytes -= allocation
+    def free(self, allocation: list[int]) -> None:
+        self.allocated_bytes -= allocation[0]
 
 
 class _DeviceLedger:
@@ -122,6 +124,7 @@ class VirtualGPU(Device):
         self._tracker = StorageTracker(self._ledger)
         self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
+        self._work_of: dict[Any, Any] = {}
 
     @property
     def fake(self) -> bool:
@@ -155,7 +158,7 @@ class VirtualGPU(Device):
             torch.OutOfMemoryError: it does not fit.
         """
         self._require_active("put")
-        with self._booking_in(self._ledger):
+        with self._over_link(tensor), self._booking_in(self._ledger):
             return tensor.to(dtype or tensor.dtype, copy=True)
 
     def fetch(self, tensor: Tensor) -> Tensor:
@@ -165,8 +168,15 @@ class VirtualGPU(Device):
             RuntimeError: outside of ``active()``.
         """
         self._require_active("fetch")
-        with self._booking_in(self._host_ledger):
+        with self._over_link(tensor), self._booking_in(self._host_ledger):
             return tensor.detach().to(tensor.dtype, copy=True)
+
+    def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
+        with self._over_link(source):
+            return super().start_copy(source, target)
+
+    def _over_link(self, tensor: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._fake_mode is None else self._fake_mode.work.link(tensor.nbytes)
 
     @contextmanager
     def _booking_in(self, ledger: Ledger) -> Iterator[None]:
@@ -244,24 +254,52 @@ class VirtualGPU(Device):
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:  # noqa: D102
-        if self._recorder is None:
-            yield
-            return
-        with self._recorder.phase(name):
-            try:
+        with self.counting_update() if name == "optimizer" else nullcontext():
+            if self._recorder is None:
                 yield
-            finally:
-                if self._watcher is not None:
-                    self._watcher.scan()
+                return
+            with self._recorder.phase(name):
+                try:
+                    yield
+                finally:
+                    if self._watcher is not None:
+                        self._watcher.scan()
+
+    def count_work(self, on: bool) -> None:  # noqa: D102
+        if self._fake_mode is not None:
+            self._fake_mode.work.on = on
+
+    @contextmanager
+    def counting_update(self) -> Iterator[None]:
+        """Count what is done inside as the optimizer's, whatever the phase."""
+        with self._fake_mode.work.update() if self._fake_mode is not None else nullcontext():
+            yield
+
+    def work(self, passes: int) -> Work | None:
+        """Return what was counted for a step of ``passes`` passes; ``None`` on real tensors."""
+        return None if self._fake_mode is None else self._fake_mode.work.work(passes)
 
     def label(self, tensors: Iterable[Tensor], category: Category, *, overwrite: bool = True) -> None:
         """Say what ``tensors`` are for; with ``overwrite=False`` only those not labelled so far."""
         if self._recorder is not None:
             for tensor in tensors:
-                for booking in self._tracker.find(tensor):
-                    allocation = booking.allocation
-                    if isinstance(allocation, Allocation) and (overwrite or allocation.category is None):
-                        allocation.category = category
+                self._tracker.label(tensor, category, overwrite=overwrite)
+
+    def repeating(self, key: Any, function: Callable[[], None]) -> None:
+        """Call ``function``; on fake tensors, only once for each ``key``, and then ask again for what it asked for.
+
+        All that ``function`` asks for must follow from ``key``, and only real tensors may notice what it changes.
+        """
+        if self._fake_mode is None:
+            function()
+            return
+        work = self._fake_mode.work
+        if not self._tracker.repeated(key):
+            before = work.snapshot()
+            self._tracker.record(key, function)
+            self._work_of[key] = work.since(before)
+        elif work.on:
+            work.repeat(self._work_of[key])
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know ``model``'s modules, gradients and ``optimizers``' state from now on, instead of any before.

@@ -52,6 +52,13 @@ def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype, prepare: Calla
     return model
 
 
+def parameter_count(spec: ModelSpec) -> int:
+    """Return how many parameters the model of ``spec`` has, tied ones counted once; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), trust_remote_code=spec.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _materialise(model: Any, device: Device) -> None:
     """Allocate every parameter and buffer on ``device``; tied ones stay one."""
     made: dict[int, nn.Parameter] = {}

@@ -63,8 +63,6 @@ def build(
         ValueError: the name is unknown, the optimizer does not use a setting, or a value is out of range.
     """
     optimizer_class = _class(name)
-    if offload is not None and "offload" not in inspect.signature(optimizer_class).parameters:
-        raise ValueError(f"the state of {name} cannot be offloaded: its updates do not go slice by slice")
     known = hyperparameters(name)
     given = {key: value for key, value in settings.items() if value is not None}
     for key in given:
@@ -80,7 +78,7 @@ def build(
         weight_precision=weight_precision,
         slice_bytes=slice_bytes,
         seed=seed,
-        **({} if offload is None else {"offload": offload}),
+        offload=offload,
         **given,
     )
 

@@ -31,10 +31,12 @@ from oomless.optim.base import (
     Parameters,
     State,
     require_range,
+    state_slice,
     store_unless,
     weight_precision_of,
     weight_state_slice,
 )
+from oomless.optim.offload import HostMemory
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -53,6 +55,8 @@ class Muon(AdamW):
         ValueError: a group does not set ``orthogonalise``, or holds a tensor of three or more dimensions.
     """
 
+    sliced_state = AdamW.sliced_state | {"momentum"}
+
     def __init__(
         self,
         parameters: Parameters,
@@ -67,6 +71,7 @@ class Muon(AdamW):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         self._muon_defaults: dict[str, Any] = {
             "momentum": momentum,
@@ -82,6 +87,7 @@ class Muon(AdamW):
             weight_precision=weight_precision,
             slice_bytes=slice_bytes,
             seed=seed,
+            offload=offload,
         )
 
     def _extra_defaults(self) -> dict[str, Any]:
@@ -115,7 +121,7 @@ class Muon(AdamW):
             return
         precision = weight_precision_of(parameter, group)
         key = self._noise_key(parameter, group, state)
-        direction = self._direction(gradient, group, state, gradient_scale, found_inf, parameter.dtype)
+        direction = self._direction(parameter, gradient, group, state, gradient_scale, found_inf)
         direction = orthogonalised(direction.view(parameter.shape)).reshape(-1)
         size = group["lr"] * 0.2 * max(parameter.shape) ** 0.5
         decay: Tensor | float = 1.0 - group["lr"] * group["weight_decay"]
@@ -123,34 +129,32 @@ class Muon(AdamW):
             direction.masked_fill_(found_inf.bool(), 0.0)
             decay = torch.where(found_inf.bool(), 1.0, decay)
         weights = parameter.view(-1)
-        for piece in self._slices(parameter.numel(), precision.peak_bytes):
-            part = weight_state_slice(state, piece)
+        pieces = self._slices(parameter.numel(), precision.peak_bytes + self._staged_bytes(parameter))
+        for piece, part in self._with_state(parameter, state, pieces, weight_state_slice):
             value = precision.read(weights[piece], part)
             value.mul_(decay).sub_(direction[piece], alpha=size)
             precision.write(weights[piece], part, value, key, piece.start)
 
     def _direction(
         self,
+        parameter: Tensor,
         gradient: Tensor,
         group: Group,
         state: State,
         gradient_scale: Tensor | None,
         found_inf: Tensor | None,
-        weight_dtype: torch.dtype,
     ) -> Tensor:
         """Update the momentum; return the flat matrix that is to be made orthogonal."""
-        gradients, momentum = gradient.view(-1), state["momentum"].view(-1)
-        working_dtype = torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float32
+        gradients = gradient.view(-1)
+        working_dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else torch.float32
         direction = torch.empty_like(gradients, dtype=working_dtype)
-        for piece in self._slices(gradients.numel(), 12):
-            part = gradients[piece].float()
+        pieces = self._slices(gradients.numel(), 12 + self._staged_bytes(parameter))
+        for piece, part in self._with_state(parameter, {"momentum": state["momentum"]}, pieces, state_slice):
+            momentum, fresh = part["momentum"], gradients[piece].float()
             if gradient_scale is not None:
-                part = part * gradient_scale
-            store_unless(found_inf, momentum[piece], torch.lerp(momentum[piece], part, 1 - group["momentum"]))
-            if group["nesterov"]:
-                direction[piece] = torch.lerp(part, momentum[piece], group["momentum"])
-            else:
-                direction[piece] = momentum[piece]
+                fresh = fresh * gradient_scale
+            store_unless(found_inf, momentum, torch.lerp(momentum, fresh, 1 - group["momentum"]))
+            direction[piece] = torch.lerp(fresh, momentum, group["momentum"]) if group["nesterov"] else momentum
         return direction
 
 

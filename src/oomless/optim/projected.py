@@ -25,7 +25,7 @@ channels, plus P (4·k·r bytes, and the same while it is drawn) and 8 bytes a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,8 +44,10 @@ from oomless.optim.base import (
     weight_precision_of,
 )
 from oomless.optim.noise import noise_key, random_signs
+from oomless.optim.offload import HostMemory
 
 _GROWTH_LIMIT = 1.01
+_MOMENT_NAMES = frozenset({"projected_first_moment", "projected_second_moment"})
 
 
 class _Projected(AdamW):
@@ -56,6 +58,8 @@ class _Projected(AdamW):
         refresh_steps: after how many steps a new projection is drawn.
         update_scale: multiplies the update of matrices, beside ``lr``.
     """
+
+    sliced_state = AdamW.sliced_state | _MOMENT_NAMES
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class _Projected(AdamW):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         self._projection_defaults: dict[str, Any] = {
             "rank": rank,
@@ -86,6 +91,7 @@ class _Projected(AdamW):
             weight_precision=weight_precision,
             slice_bytes=slice_bytes,
             seed=seed,
+            offload=offload,
         )
 
     def _extra_defaults(self) -> dict[str, Any]:
@@ -102,8 +108,7 @@ class _Projected(AdamW):
             return super()._new_moments(parameter, group)
         shape = (max(parameter.shape), min(group["rank"], *parameter.shape))
         return {
-            name: torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            for name in ("projected_first_moment", "projected_second_moment")
+            name: torch.zeros(shape, dtype=torch.float32, device=parameter.device) for name in sorted(_MOMENT_NAMES)
         }
 
     def _update(
@@ -143,6 +148,10 @@ class _Projected(AdamW):
         # The gradient and its update or the weight in fp32, and five tensors of the projection's rank.
         channel_bytes = max(precision.value_bytes + 8, precision.peak_bytes + 4) * length
         channel_bytes += 20 * projection.shape[1]
+        # Also where nothing is offloaded: the sums of a matrix product depend on the slice, and must not on the place.
+        weight_state = precision.new_state(parameter.new_empty((), device="meta"))
+        staged_bytes = 8 * projection.shape[1] + sum(tensor.nbytes for tensor in weight_state.values()) * length
+        channel_bytes += 3 * staged_bytes
         free_bytes = max(0, self.slice_bytes - SCALAR_BYTES)
         step = max(1, free_bytes // channel_bytes // 2) * 2
         for start in range(0, count, step):
@@ -152,14 +161,13 @@ class _Projected(AdamW):
         self,
         gradient: Tensor,
         projection: Tensor,
-        piece: slice,
         group: Group,
         state: State,
         found_inf: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return a slice's X and X̃, and update its moments."""
+        """Return a slice's X and X̃, and update its moments; ``state`` is the slice's."""
         projected = gradient @ projection
-        first, second = state["projected_first_moment"][piece], state["projected_second_moment"][piece]
+        first, second = state["projected_first_moment"], state["projected_second_moment"]
         beta1, beta2 = group["betas"]
         store_unless(found_inf, first, torch.lerp(first, projected, 1 - beta1))
         store_unless(found_inf, second, (second * beta2).addcmul_(projected, projected, value=1 - beta2))
@@ -176,17 +184,16 @@ class _Projected(AdamW):
         key: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Decay some channels of ``parameter`` and subtract ``update``, which is used up."""
+        """Decay some channels of ``parameter`` and subtract ``update``, which is used up; ``state`` is theirs."""
         precision = weight_precision_of(parameter, group)
-        part = {name: _channels(tensor)[piece] for name, tensor in state.items() if name in WEIGHT_STATE_NAMES}
         weight = _channels(parameter)[piece]
-        value = precision.read(weight, part)
+        value = precision.read(weight, state)
         decay: Tensor | float = 1.0 - group["lr"] * group["weight_decay"]
         if found_inf is not None:
             update.masked_fill_(found_inf.bool(), 0.0)
             decay = torch.where(found_inf.bool(), 1.0, decay)
         value.mul_(decay).sub_(update)
-        precision.write(weight, part, value, key, piece.start * weight.shape[1])
+        precision.write(weight, state, value, key, piece.start * weight.shape[1])
 
 
 class GaLore(_Projected):
@@ -204,13 +211,14 @@ class GaLore(_Projected):
     ) -> None:
         projection.div_(projection.shape[0] ** 0.5)
         key = self._noise_key(parameter, group, state)
-        for piece in self._channel_slices(parameter, group, projection):
+        pieces = self._channel_slices(parameter, group, projection)
+        for piece, part in self._with_state(parameter, state, pieces, _channel_state):
             gradient = _scaled(channels[piece], gradient_scale)
-            _, adam = self._project(gradient, projection, piece, group, state, found_inf)
+            _, adam = self._project(gradient, projection, group, part, found_inf)
             del gradient
             update = adam.mul_(group["lr"] * group["update_scale"]) @ projection.t()
             del adam
-            self._apply(parameter, piece, update, group, state, key, found_inf)
+            self._apply(parameter, piece, update, group, part, key, found_inf)
             del update
 
 
@@ -237,7 +245,9 @@ class Apollo(_Projected):
     ) -> None:
         projection.div_(projection.shape[1] ** 0.5)
         pieces = list(self._channel_slices(parameter, group, projection))
-        factors, squares = self._factors(channels, projection, pieces, group, state, gradient_scale, found_inf)
+        moments = {name: state[name] for name in ("step", *_MOMENT_NAMES)}
+        parts = self._with_state(parameter, moments, pieces, _channel_state)
+        factors, squares = self._factors(channels, projection, parts, group, gradient_scale, found_inf)
         norm = (factors.square() * squares).sum().sqrt()
         allowed = torch.where(state["update_norm"] > 0, state["update_norm"] * _GROWTH_LIMIT, norm)
         limited = torch.minimum(norm, allowed)
@@ -247,18 +257,18 @@ class Apollo(_Projected):
             factors.mul_(gradient_scale)
         store_unless(found_inf, state["update_norm"], limited)
         key = self._noise_key(parameter, group, state)
-        for piece in pieces:
+        weight_state = {name: tensor for name, tensor in state.items() if name in WEIGHT_STATE_NAMES}
+        for piece, part in self._with_state(parameter, weight_state, pieces, _channel_state):
             update = channels[piece] * factors[piece, None]
-            self._apply(parameter, piece, update, group, state, key, found_inf)
+            self._apply(parameter, piece, update, group, part, key, found_inf)
             del update
 
     def _factors(
         self,
         channels: Tensor,
         projection: Tensor,
-        pieces: list[slice],
+        parts: Iterable[tuple[slice, State]],
         group: Group,
-        state: State,
         gradient_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -266,10 +276,10 @@ class Apollo(_Projected):
         factors = projection.new_empty(channels.shape[0])
         squares = torch.empty_like(factors)
         sums = projection.new_zeros(2)
-        for piece in pieces:
+        for piece, part in parts:
             gradient = _scaled(channels[piece], gradient_scale)
             squares[piece] = torch.linalg.vector_norm(gradient, dim=1).square_()
-            projected, adam = self._project(gradient, projection, piece, group, state, found_inf)
+            projected, adam = self._project(gradient, projection, group, part, found_inf)
             del gradient
             norms = torch.linalg.vector_norm(adam, dim=1), torch.linalg.vector_norm(projected, dim=1)
             if self._by_channel:
@@ -300,6 +310,7 @@ class ApolloMini(Apollo):
         weight_precision: str | None = None,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         seed: int = 0,
+        offload: HostMemory | None = None,
     ) -> None:
         super().__init__(
             parameters,
@@ -313,12 +324,24 @@ class ApolloMini(Apollo):
             weight_precision=weight_precision,
             slice_bytes=slice_bytes,
             seed=seed,
+            offload=offload,
         )
 
 
 def _channels(matrix: Tensor) -> Tensor:
     """Return ``matrix`` with its longer side first."""
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
+
+
+def _channel_state(state: State, piece: slice) -> State:
+    """Return the state of the channels in ``piece``; what belongs to the whole matrix as it is."""
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        if name in _MOMENT_NAMES:
+            return tensor[piece]
+        return _channels(tensor)[piece] if name in WEIGHT_STATE_NAMES else tensor
+
+    return {name: cut(name, tensor) for name, tensor in state.items()}
 
 
 def _scaled(gradient: Tensor, gradient_scale: Tensor | None) -> Tensor:

@@ -11,20 +11,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from oomless import hardware
-from oomless.catalogue import overhead
+from oomless.catalogue import Gpu, overhead
 from oomless.config import TrainConfig
 from oomless.errors import HardwareError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
 from oomless.training.assemble import open_device
-from oomless.units import format_bytes
+from oomless.units import GiB, format_bytes
 
 FIXED: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
+MARGIN = 0.02
+"""Share of a real GPU's memory that a search leaves free: kernels take some for themselves while they run."""
+
+HOST_SHARE = 0.8
+"""Share of the host's memory that a search may fill by offloading; the system and the process itself need the rest."""
+
+ASSUMED_HOST_BYTES = 12 * GiB
+"""Host memory beside a GPU that is only named, where none is given: about what free notebooks have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +51,17 @@ class Target:
     """What cuBLAS takes from the allocator."""
 
     compute_capability: tuple[int, int]
+    gpu: Gpu | None = None
+    """Its entry in the catalogue, for its rates; ``None`` for a size or a virtual GPU."""
+
     kernel: Kernel | None = None
     """The attention kernel; by default the one that this compute capability gets from PyTorch."""
+
+    margin_bytes: int = 0
+    """What a search leaves free, because the figures are not exact."""
+
+    host_bytes: int | None = None
+    """What may lie in host memory; ``None`` where it is not known to end."""
 
     notes: tuple[str, ...] = ()
     """Where these figures come from, and how sure they are."""
@@ -72,8 +90,11 @@ class Plan:
 
     parameters: int
     trainable_parameters: int
-    device: VirtualGPU
-    """What was rehearsed on, for a snapshot."""
+    work: Work | None
+    """What a step computes and moves."""
+
+    device: VirtualGPU | None = None
+    """What was rehearsed on, for a snapshot; ``None`` where another process did."""
 
     @property
     def needed_bytes(self) -> int:
@@ -119,8 +140,11 @@ class Plan:
         }
 
 
-def target_for(text: str) -> Target:
+def target_for(text: str, host_bytes: int | None = None) -> Target:
     """Return the GPU that ``text`` names: the catalogue's (T4), a size (24GiB), virtual:256MiB, or auto for the one here.
+
+    ``host_bytes`` is the memory of its machine; by default what is free here, or ``ASSUMED_HOST_BYTES`` beside a GPU that is
+    only named.
 
     Raises:
         HardwareError: it names none, several, or there is none here.
@@ -134,6 +158,7 @@ def target_for(text: str) -> Target:
             workspace_bytes=0,
             compute_capability=device.compute_capability or (8, 0),
             kernel="auto",
+            host_bytes=_usable(host_bytes or hardware.available_host_bytes()),
         )
     found = hardware.resolve(text)
     if found is None:
@@ -149,14 +174,28 @@ def target_for(text: str) -> Target:
         notes.append(
             f"{item.name} outside the allocator: {format_bytes(item.bytes_expected)} ({low} to {high}); {item.source}"
         )
+    host = host_bytes or (hardware.available_host_bytes() if found.detected else ASSUMED_HOST_BYTES)
+    margin_bytes = found.capacity_bytes - found.capacity_low_bytes + int(MARGIN * found.capacity_bytes)
+    notes.append(
+        f"a search leaves {format_bytes(margin_bytes)} free: {MARGIN:.0%} for what kernels take for themselves, and the range of "
+        f"what lies outside; of {format_bytes(host)} of host memory{'' if host_bytes or found.detected else ' (assumed)'} it "
+        f"uses {HOST_SHARE:.0%} at most"
+    )
     return Target(
         name=str(found),
+        margin_bytes=margin_bytes,
+        host_bytes=_usable(host),
         capacity_bytes=found.gpu.usable_bytes,
         outside_bytes=sum(item.bytes_expected for item in found.outside_allocator),
         workspace_bytes=workspace.bytes_expected if workspace is not None else 0,
         compute_capability=found.gpu.capability or (8, 0),
+        gpu=found.gpu,
         notes=tuple(notes),
     )
+
+
+def _usable(host_bytes: int) -> int:
+    return int(HOST_SHARE * host_bytes)
 
 
 def plan(
@@ -203,6 +242,7 @@ def plan(
         out_of_memory=message,
         parameters=free.parameters,
         trainable_parameters=free.trainable_parameters,
+        work=free.work,
         device=shown.device,
     )
 

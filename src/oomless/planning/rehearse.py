@@ -15,11 +15,13 @@ allocator does hold and which is booked before the first step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
@@ -27,9 +29,11 @@ from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Device
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.memory.work import Work
 from oomless.models import save
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
@@ -47,6 +51,9 @@ class Rehearsal:
     device: VirtualGPU
     parameters: int
     trainable_parameters: int
+    work: Work | None
+    """What the last step computed and moved."""
+
     out_of_memory: str | None
     """The device's message where the capacity was reached, else ``None``."""
 
@@ -82,6 +89,7 @@ def rehearse(
     document_lengths: Sequence[int] | None = None,
     workspace_bytes: int = 0,
     steps: int = STEPS,
+    whole: bool = True,
 ) -> Rehearsal:
     """Run the training of ``config`` on ``device``: load, ``steps`` optimizer steps, an evaluation and a save.
 
@@ -93,6 +101,7 @@ def rehearse(
         document_lengths: how documents lie in every block; by default two fill it, or one where they are concatenated.
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
         steps: optimizer steps; from two on the peak is that of a long run.
+        whole: evaluate and save at the end.
 
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
@@ -107,34 +116,66 @@ def rehearse(
             )
             with attention_kernel(chosen):
                 parts = assemble(spec, config, device, fill=False)
+                repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
-                run_phases(parts, config, lengths, steps)
+                run_phases(parts, config, lengths, steps, whole=whole)
         except torch.OutOfMemoryError as error:
             failure = str(error)
     model = parts.model if parts is not None else None
     return Rehearsal(
         profile=device.profile(),
         device=device,
+        work=device.work(passes_of(config)),
         parameters=sum(row.parameters for row in trainable.table(model)) if model is not None else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
         out_of_memory=failure,
     )
 
 
-def run_phases(parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], steps: int) -> None:
-    """Train ``steps`` steps, evaluate and save, on blocks whose documents have ``lengths``."""
+def repeat_updates(optimizer: MemoryLeanOptimizer, device: VirtualGPU) -> None:
+    """Let ``optimizer`` run the update of each kind of parameter once a step, and ask again for what it asked for the others.
+
+    What an update asks for follows from shapes, dtypes and settings, all of which are in the key.
+    """
+    update = optimizer._update
+    done: Counter[Tensor] = Counter()
+
+    def update_or_repeat(
+        parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Tensor], *scaling: Tensor | None
+    ) -> None:
+        done[parameter] += 1
+        kinds = tuple((name, tensor.shape, tensor.dtype) for name, tensor in state.items())
+        given = tuple(tensor is not None for tensor in scaling)
+        key = (done[parameter], id(group), parameter.shape, parameter.dtype, gradient.dtype, kinds, given)
+        with device.counting_update():
+            device.repeating(key, lambda: update(parameter, gradient, group, state, *scaling))
+
+    optimizer._update = update_or_repeat  # type: ignore[method-assign, assignment]
+
+
+def run_phases(
+    parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], steps: int, *, whole: bool = True
+) -> None:
+    """Train ``steps`` steps, and where it is the whole evaluate and save, on blocks whose documents have ``lengths``."""
     device = parts.step.device
-    for _ in range(steps):
-        micro_batches = [
-            blank_batch(config.per_device_train_batch_size, lengths, device)
-            for _ in range(config.gradient_accumulation_steps)
-        ]
+    passes = passes_of(config)
+    for number in range(steps):
+        micro_batches = [blank_batch(config.per_device_train_batch_size, lengths, device) for _ in range(passes)]
+        device.count_work(number == steps - 1)
         parts.step.run(micro_batches)
+    device.count_work(False)
+    if not whole:
+        return
     parts.step.evaluate([blank_batch(config.per_device_eval_batch_size or 1, lengths, device)])
     with device.phase("save"):
         beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
         for host in save.to_host(checkpoint.weights_to_save(parts.model, device) | beside, device):
             del host
+
+
+def passes_of(config: TrainConfig) -> int:
+    """Return how many passes of a step are rehearsed: the first makes the gradients, further ones add, the last may use them up."""
+    return min(3 if config.optimizer_in_backward else 2, config.gradient_accumulation_steps)
 
 
 def usual_lengths(config: TrainConfig) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ hold the weights of the files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ class FrozenLinear(nn.Linear):
     @property
     def qweight(self) -> Tensor:
         """What has the device of the weight, under the name by which peft looks for it."""
-        return next(iter(self.buffers()), torch.empty(0))
+        for buffer in self.buffers():
+            return buffer
+        return torch.empty(0)
 
     @property
     def stored(self) -> StoredWeight:
@@ -96,4 +99,4 @@ def has_frozen_layers(model: Any) -> bool:
 def rehearse_filling(model: Any, device: Device) -> None:
     """Do what loading does to the replaced layers, with weights of no particular values."""
     for _, layer in frozen_layers(model):
-        layer.fill(None, model.dtype, device)
+        device.repeating(("filling", layer.form, layer.shape), partial(layer.fill, None, model.dtype, device))

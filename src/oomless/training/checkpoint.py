@@ -9,11 +9,12 @@
 
 A checkpoint is written beside its place, its bytes forced to the disk, and then renamed into place, so a reader sees all
 of it or none. Older ones are removed only after that. Reading verifies every checksum first; a damaged checkpoint is
-passed over for the one before it, and that is said.
+passed over for the one before it and set aside, and that is said. Which is newer is told by the step, never by a clock.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,9 +37,11 @@ from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import frozen_layers, lora
 from oomless.training.precision import LossScale
+from oomless.units import format_bytes
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HASHED_AT_ONCE = 1 << 24
+_CHECKSUMS = "trainer/checksums.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +73,13 @@ def clear_disk_errors(what: str) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with save.durable(temporary, "w") as file:
-        file.write(text)
-    temporary.replace(path)
+    try:
+        with save.durable(temporary, "w") as file:
+            file.write(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -98,9 +105,17 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove ``folder`` so that a reader never sees half of it."""
     doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """Delete ``path``, a folder, a file or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_file(path: Path) -> None:
@@ -140,21 +155,50 @@ def save_checkpoint(
             save.write_safetensors(folder / "trained.safetensors", weights_to_save(model, device), device)
         else:
             save.save_model(model, folder, weights_to_save(model, device), device)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         trainer = folder / "trainer"
         trainer.mkdir()
         tensors = trainer_tensors(model, optimizer, loss_scale) | random_state(device)
         save.write_safetensors(trainer / "optimizer.safetensors", tensors, device)
         (trainer / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
         sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        (trainer / "checksums.json").write_text(json.dumps(sums, indent=2), encoding="utf-8")
+        (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
 
     target = run / f"checkpoint-{step}"
     with device.phase("save"), clear_disk_errors(f"the checkpoint of step {step}"):
+        kept = _trained(model).values() or list(model.parameters())
+        _require_room(run, sum(t.nbytes for t in (*kept, *trainer_tensors(model, optimizer, loss_scale).values())))
         write_folder(target, fill)
-        for old in list_checkpoints(run)[:-limit]:
+        earlier = [found for found in list_checkpoints(run) if found.step < step]
+        for old in earlier[: max(0, len(earlier) + 1 - limit)]:
             remove_folder(old.folder)
     return Checkpoint(folder=target, step=step)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write ``tokenizer`` to ``folder``.
+
+    Raises:
+        OSError: the disk is full, read-only or failing, for which tokenizers raises a bare ``Exception``.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(errno.EIO, str(error), str(folder)) from error
+
+
+def _require_room(run: Path, least_bytes: int) -> None:
+    """Fail before the first byte is written where the file system has no room for ``least_bytes``."""
+    system = os.statvfs(run)
+    free_bytes = system.f_bavail * system.f_frsize
+    if system.f_blocks and free_bytes < least_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"it takes {format_bytes(least_bytes)} or more, and the disk has {format_bytes(free_bytes)} left",
+            str(run),
+        )
 
 
 def is_adapted(model: Any) -> bool:
@@ -198,6 +242,14 @@ def random_state(device: Device) -> dict[str, Tensor]:
     return states
 
 
+def set_random_state(states: Mapping[str, Tensor], device: Device) -> None:
+    """Put the random generators where ``random_state`` found them."""
+    if "random/cpu" in states:
+        torch.set_rng_state(states["random/cpu"])
+    if "random/cuda" in states and device.torch_device.type == "cuda":
+        torch.cuda.set_rng_state(states["random/cuda"], device.torch_device)
+
+
 def checksum(path: Path) -> str:
     """Return the BLAKE2b of the file ``path`` in hexadecimal."""
     digest = hashlib.blake2b(digest_size=32)
@@ -208,40 +260,55 @@ def checksum(path: Path) -> str:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """Return what is wrong with a checkpoint's files, or ``None`` where every checksum is right."""
-    listed = checkpoint.folder / "trainer" / "checksums.json"
+    """Return what is wrong with a checkpoint's files, or ``None`` where every one is what was written."""
+    folder = checkpoint.folder
     try:
-        sums = json.loads(listed.read_text(encoding="utf-8"))
+        text = (folder / _CHECKSUMS).read_bytes().decode()
+        sums = json.loads(text)
+        if not isinstance(sums, dict) or json.dumps(sums, indent=2) != text:
+            return f"{_CHECKSUMS} is not what was written"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{_CHECKSUMS} cannot be read: {error}"
+    try:
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {_CHECKSUMS}
         for name, expected in sums.items():
-            path = checkpoint.folder / name
-            if not path.is_file():
+            if name not in found:
                 return f"{name} is missing"
-            if checksum(path) != expected:
+            if checksum(folder / name) != expected:
                 return f"{name} is not what was written"
-        if "trainer/state.json" not in sums:
-            return "checksums.json is incomplete"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"checksums.json cannot be read: {error}"
+        # A foreign note does no harm; these would be loaded.
+        if foreign := sorted(name for name in found - sums.keys() if name.endswith((".safetensors", ".json"))):
+            return f"{foreign[0]} was not written with it"
+        if read_state(checkpoint)["step"] != checkpoint.step:
+            return "it was renamed: trainer/state.json tells another step"
+    except (OSError, KeyError) as error:
+        return f"it cannot be read: {error}"
     return None
 
 
 def newest_good(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest undamaged checkpoint of the run folder, telling ``say`` of each that is passed over.
 
+    Those get another name, lest they count as checkpoints that are kept.
+
     Raises:
-        CheckpointError: there are checkpoints and every one is damaged.
+        CheckpointError: there are checkpoints and every one is damaged, or the folder cannot be written.
     """
-    checkpoints = list_checkpoints(run)
-    problems = []
-    for checkpoint in reversed(checkpoints):
+    problems: dict[Checkpoint, str] = {}
+    for checkpoint in reversed(list_checkpoints(run)):
         problem = damage(checkpoint)
         if problem is None:
+            with clear_disk_errors(f"the run folder {run}"):
+                for damaged in problems:
+                    aside = damaged.folder.with_name(f"damaged-{damaged.folder.name}")
+                    delete(aside)
+                    damaged.folder.rename(aside)
             return checkpoint
-        problems.append(f"{checkpoint.folder.name}: {problem}")
-        say(f"{problems[-1]}; trying the one before it")
+        problems[checkpoint] = f"{checkpoint.folder.name}: {problem}"
+        say(f"{problems[checkpoint]}; trying the one before it")
     if problems:
         raise CheckpointError(
-            f"every checkpoint in {run} is damaged ({'; '.join(problems)}): remove them and start again without --resume"
+            f"every checkpoint in {run} is damaged ({'; '.join(problems.values())}): remove them and start again without --resume"
         )
     return None
 
@@ -292,10 +359,8 @@ def _restore_trainer(
             by_parameter.setdefault(owner, {})[key] = tensor
         elif kind == "loss_scale":
             loss_scale.tensors()[rest].copy_(tensor)
-        elif rest == "cpu":
-            torch.set_rng_state(tensor)
-        elif device.torch_device.type == "cuda":
-            torch.cuda.set_rng_state(tensor, device.torch_device)
+        else:
+            set_random_state({name: tensor}, device)
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     try:
         if trained != by_parameter.keys():

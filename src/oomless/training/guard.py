@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from oomless.data.loader import micro_batches
-from oomless.data.pack import Block
+from oomless.config import TrainConfig
+from oomless.data.loader import MicroBatch, micro_batches
+from oomless.data.pack import IGNORED, Block
+from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import checkpointing
@@ -33,6 +35,7 @@ from oomless.training.step import StepResult, TrainingStep
 SMALLEST_CHUNK_BYTES = 1 << 20
 STEPS_BEFORE_CLIMBING = 50
 Result = TypeVar("Result")
+Passed = Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]]
 _MESSAGES = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|memory mapping failed with OOM", re.IGNORECASE)
 
 
@@ -78,9 +81,13 @@ class UndoLog:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._optimizer = optimizer
 
-    def begin(self) -> None:
-        """Forget the step before, and keep the loss scale."""
+    def clear(self) -> None:
+        """Forget a step, which is done."""
         self._copies.clear()
+
+    def begin(self) -> None:
+        """Begin a step with the loss scale; what it updates follows."""
+        self.clear()
         if self.step.loss_scale.dynamic:
             self._keep(self.step.loss_scale.tensors().values())
 
@@ -102,8 +109,17 @@ class Guard:
     """Runs steps, evaluations and saves of one run so that running out of memory does not end it."""
 
     def __init__(
-        self, step: TrainingStep, device: Device, say: Callable[[str], None], *, micro_batch: int, undo: bool
+        self,
+        step: TrainingStep,
+        device: Device,
+        say: Callable[[str], None],
+        *,
+        micro_batch: int,
+        undo: bool,
+        active: bool = True,
     ) -> None:
+        """Begin with micro-batches of ``micro_batch``; one that is not ``active`` lets every error through."""
+        self.active = active
         self.step, self.device, self.say = step, device, say
         layers = checkpointing.layers_of_backward(step.model)
         free = [layer for layer in layers if not layer.gradient_checkpointing and "forward" not in vars(layer)]
@@ -115,15 +131,45 @@ class Guard:
         self._dropout = checkpointing.has_dropout(step.model)
         self._undo = UndoLog(step.optimizer, step, device) if undo else None
         self._changed = False
-        step.optimizer.before_update = self._before_update
+        if active:
+            step.optimizer.before_update = self._before_update
+
+    @classmethod
+    def of(cls, config: TrainConfig, step: TrainingStep, device: Device, say: Callable[[str], None]) -> Guard:
+        """Return the guard of a run, which is active on a GPU, real or virtual, unless the config turns it off.
+
+        Raises:
+            ConfigError: ``undo_updates`` is asked for on a CPU.
+        """
+        on_gpu = device.capacity_bytes is not None
+        if config.undo_updates and not on_gpu:
+            raise ConfigError("undo_updates has no effect on a CPU, whose memory is the host's; remove it")
+        return cls(
+            step,
+            device,
+            say,
+            micro_batch=config.per_device_train_batch_size,
+            undo=config.undo_updates,
+            active=on_gpu and config.recover_from_oom,
+        )
+
+    def metrics(self) -> dict[str, int]:
+        """Return what belongs in a line of metrics: nothing before the first recovery."""
+        return {"oom_recoveries": self.recoveries, "recovery_rung": self.level} if self.recoveries else {}
 
     def _before_update(self, parameter: Tensor) -> None:
         if self._undo is not None:
             self._undo.remember(parameter)
         self._changed = True
 
-    def run(self, blocks: Sequence[Block]) -> StepResult:
-        """Train on ``blocks``, which are one optimizer step, at the rung that fits."""
+    def run(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on ``batches``, which are one optimizer step, at the rung that fits.
+
+        Raises:
+            torch.OutOfMemoryError: no rung fits, or weights had begun to change and nothing undoes it.
+        """
+        if not self.active:
+            return self.step.run(batches)
         self._climb()
         random_state = self._random_state()
         tried = False
@@ -132,10 +178,11 @@ class Guard:
             if self._undo is not None:
                 self._undo.begin()
             try:
-                with self._at(self.rungs[self.level]) as rung, self.device.host():
-                    batches = list(micro_batches(blocks, rung.micro_batch))
+                rung = self.rungs[self.level]
+                with self.device.host():
+                    parts = list(split(batches, rung.micro_batch))
                 with self._at(rung):
-                    result = self.step.run(batches)
+                    result = self.step.run(parts)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or (self._changed and self._undo is None):
                     raise
@@ -145,6 +192,9 @@ class Guard:
                 _release(error)
             else:
                 self._good_steps += 1
+                self._changed = False
+                if self._undo is not None:
+                    self._undo.clear()
                 return result
             self._drop(random_state)
             self.recoveries += 1
@@ -154,33 +204,42 @@ class Guard:
             self._good_steps = 0
             self.say(f"out of memory: the step is run again with {self.rungs[self.level]}")
 
-    def evaluate(self, blocks: Iterable[Block], size: int) -> tuple[Tensor, int]:
-        """Return what ``TrainingStep.evaluate`` does, in smaller batches where ``size`` does not fit."""
+    def evaluate(self, blocks: Iterable[Block], size: int, passed: Passed = iter) -> tuple[Tensor, int]:
+        """Return what ``TrainingStep.evaluate`` does of ``blocks``, ``size`` at a time, or fewer where that does not fit.
+
+        Every batch goes through ``passed``, which may raise.
+
+        Raises:
+            torch.OutOfMemoryError: single blocks do not fit.
+        """
         sizes = [size, size]
         while sizes[-1] > 1:
             sizes.append(sizes[-1] // 2)
         for attempt, number in enumerate(sizes):
             try:
-                return self.step.evaluate(micro_batches(blocks, number))
+                return self.step.evaluate(passed(micro_batches(blocks, number)))
             except RuntimeError as error:
-                if not is_out_of_memory(error) or attempt == len(sizes) - 1:
+                if not self._may_recover(error) or attempt == len(sizes) - 1:
                     raise
                 _release(error)
             self._drop(None)
             self.say(f"out of memory: the evaluation is run again in batches of {sizes[attempt + 1]}")
         raise AssertionError("the last size returned or raised")
 
-    def retried(self, action: Callable[[], Result]) -> Result:
+    def retried(self, action: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
         """Return what ``action``, which may be begun again, returns; once more after memory was freed."""
         try:
-            return action()
+            return action(*arguments, **keywords)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not self._may_recover(error):
                 raise
             _release(error)
         self._drop(None)
-        self.say("out of memory while saving: done again after freeing what was cached")
-        return action()
+        self.say("out of memory while saving or loading: done again after freeing what was cached")
+        return action(*arguments, **keywords)
+
+    def _may_recover(self, error: RuntimeError) -> bool:
+        return self.active and is_out_of_memory(error)
 
     def _climb(self) -> None:
         """Try the rung above after enough good steps; twice as many are enough the next time."""
@@ -191,13 +250,13 @@ class Guard:
             self.say(f"trying {self.rungs[self.level]} again")
 
     @contextmanager
-    def _at(self, rung: Rung) -> Iterator[Rung]:
+    def _at(self, rung: Rung) -> Iterator[None]:
         before = self.step.loss_chunk_bytes
         self.step.loss_chunk_bytes = rung.chunk_bytes
         if rung.checkpoint_all:
             checkpointing.apply_to(self.step.model, self._free_layers)
         try:
-            yield rung
+            yield
         finally:
             self.step.loss_chunk_bytes = before
             for layer in self._free_layers if rung.checkpoint_all else ():
@@ -217,10 +276,26 @@ class Guard:
         self.device.empty_cache()
         if self._undo is not None and self._changed:
             self._undo.restore()
+        self._changed = False
         if random_state is not None:
             torch.set_rng_state(random_state[0])
             for state in random_state[1:]:
                 torch.cuda.set_rng_state(state, self.device.torch_device)
+
+
+def split(batches: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
+    """Yield ``batches`` in the same order in parts of at most ``size`` blocks."""
+    for batch in batches:
+        for start in range(0, len(batch.document_lengths), size):
+            part = slice(start, start + size)
+            labels = batch.labels[part]
+            yield MicroBatch(
+                input_ids=batch.input_ids[part],
+                labels=labels,
+                position_ids=batch.position_ids[part],
+                document_lengths=batch.document_lengths[part],
+                target_count=int((labels != IGNORED).sum()),
+            )
 
 
 def _release(error: BaseException) -> None:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from oomless.config import TrainConfig
-from oomless.config_values import load_yaml
+from oomless.config import BadLossPolicy, TrainConfig
 from oomless.data.encode import check_tokenizer
-from oomless.data.loader import Loader, micro_batches
+from oomless.data.loader import Loader, MicroBatch, micro_batches
 from oomless.data.prepare import PreparedData, prepare
-from oomless.errors import CheckpointError, ConfigError, TrainingError
+from oomless.errors import CheckpointError, ConfigError, DataError, HostMemoryError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import save
 from oomless.models.spec import load_tokenizer, resolve
@@ -32,16 +25,22 @@ from oomless.techniques import frozen_layers, lora, trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
+from oomless.training.bad_loss import MOST_IN_A_ROW, BadLoss
 from oomless.training.guard import Guard
+from oomless.training.interruption import Abandoned, Interruption
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
+from oomless.training.run_folder import Metrics, locked, remove_leftovers
 from oomless.training.schedule import learning_rate_factor
+from oomless.training.step import StepResult
+from oomless.training.watch import MemoryWatch
 
 MAY_CHANGE_ON_RESUME = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "recover_from_oom", "undo_updates"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("recover_from_oom", "undo_updates", "on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
 }
 
 
@@ -106,10 +105,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
         TrainingError: the run went wrong and was stopped.
     """
     run = Path(config.output_dir)
-    with checkpoint.clear_disk_errors(f"the run folder {run}"):
-        run.mkdir(parents=True, exist_ok=True)
     device = open_device(config.gpu)
-    with _locked(run), device.active():
+    with locked(run), device.active():
         return Run(config, run, device, listener or Listener()).execute()
 
 
@@ -118,9 +115,10 @@ class Run:
 
     def __init__(self, config: TrainConfig, run: Path, device: Device, listener: Listener) -> None:
         self.config, self.folder, self.device, self.listener = config, run, device, listener
+        remove_leftovers(run)
         start = self._checkpoint_to_resume()
         torch.manual_seed(config.seed)
-        spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
+        self.spec = spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
         check_tokenizer(self.tokenizer, spec.config.get_text_config().vocab_size)
         cache_dir = Path(config.cache_dir) if config.cache_dir else run / "token-cache"
@@ -129,17 +127,34 @@ class Run:
             start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
         )
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
-        self.guard = self._guard()
+        self.guard = Guard.of(config, self.assembly.step, device, listener.said)
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
         self.total_steps = self._total_steps()
         self.step, self.tokens = 0, 0
+        self.saved: checkpoint.Checkpoint | None = None
+        self.last_save_failed = False
+        self.metrics = Metrics(run / "metrics.jsonl", listener.said)
+        self.bad_loss = BadLoss(
+            config.on_bad_loss, config.bad_loss_factor, dynamic_scale=self.assembly.loss_scale.dynamic
+        )
+        self.interrupted = Interruption(config.preemption_grace_s)
+        self.assembly.step.before_micro_batch = self.interrupted.check_step
+        self.watch = MemoryWatch(
+            device,
+            self.total_steps,
+            listener.said,
+            largest_tensor_bytes=max(parameter.nbytes for parameter in self.assembly.model.parameters()),
+            host_reserve_bytes=config.host_reserve_bytes,
+        )
         if start is not None:
-            self._resume(start, spec)
+            self._restore(start)
+            listener.said(f"resumed from {start.folder.name}")
         else:
+            self.metrics.cut(-1)
             check_architecture(self.assembly.model, config.packing, device)
-        checkpoint.write_atomically(run / "config.yaml", config.to_yaml())
-        self.interrupted = threading.Event()
+        with checkpoint.clear_disk_errors(f"the config of {run}"):
+            checkpoint.write_atomically(run / "config.yaml", config.to_yaml())
         self.result = RunResult(output_dir=run)
         self.writer = _tensorboard(run) if config.tensorboard else None
 
@@ -153,16 +168,17 @@ class Run:
             total_steps=self.total_steps,
             first_step=self.step,
         )
-        self.listener.prepared(facts)
-        self.device.reset_peak()
-        self.result.eval_before = self._evaluate()
-        with _interruptible(self.interrupted):
+        with self.interrupted.listening():
+            self.listener.prepared(facts)
+            self.device.reset_peak()
+            self.result.eval_before = self._evaluate()
+            if self.config.on_bad_loss == "rewind":
+                self._save()  # so that there is always somewhere to go back to
             self._train_steps()
-        if self.interrupted.is_set():
-            self.result.interrupted = True
             self._save()
-        else:
-            self._finish()
+            if not self.interrupted.is_set():
+                self._finish()
+        self.result.interrupted = self.result.model_dir is None
         usage = self.device.usage()
         self.result.steps, self.result.tokens = self.step, self.tokens
         self.result.peak_memory_bytes = usage.peak_allocated_bytes
@@ -177,7 +193,7 @@ class Run:
                 f"{self.folder} holds the checkpoints of an earlier run: give --resume to go on with it, or another output_dir"
             )
         if found is not None:
-            self._check_same_config(TrainConfig.from_mapping(load_yaml(self.folder / "config.yaml")))
+            self._check_same_config(TrainConfig.from_mapping(checkpoint.read_state(found)["config"]))
         elif self.config.resume:
             self.listener.said(f"nothing to resume in {self.folder}: starting at step 0")
         return found
@@ -196,22 +212,6 @@ class Run:
                 f"{earlier.blocks_per_step}; got {self.config.blocks_per_step}"
             )
 
-    def _guard(self) -> Guard | None:
-        config = self.config
-        if self.device.capacity_bytes is None:
-            if config.undo_updates:
-                raise ConfigError("undo_updates has no effect on a CPU, whose memory is the host's; remove it")
-            return None
-        if not config.recover_from_oom:
-            return None
-        return Guard(
-            self.assembly.step,
-            self.device,
-            self.listener.said,
-            micro_batch=config.per_device_train_batch_size,
-            undo=config.undo_updates,
-        )
-
     def _total_steps(self) -> int:
         config = self.config
         if config.max_steps is not None:
@@ -221,46 +221,55 @@ class Run:
         blocks = self.data.train.blocks_per_epoch * (config.num_train_epochs or 1.0)
         return max(1, math.ceil(blocks / config.blocks_per_step))
 
-    def _resume(self, start: checkpoint.Checkpoint, spec: Any) -> None:
+    def _restore(self, start: checkpoint.Checkpoint) -> None:
+        """Go to where ``start`` was saved."""
         parts = self.assembly
         state = checkpoint.read_state(start)
-        checkpoint.restore(
+        self.guard.retried(
+            checkpoint.restore,
             start,
             model=parts.model,
-            spec=spec,
+            spec=self.spec,
             optimizer=parts.optimizer,
             loss_scale=parts.loss_scale,
             device=self.device,
         )
         self.loader.load_state_dict(state["loader"])
-        self.step, self.tokens = start.step, state["tokens"]
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.is_file():
-            kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
-            checkpoint.write_atomically(metrics, "".join(f"{line}\n" for line in kept))
-        self.listener.said(f"resumed from {start.folder.name}")
+        self.bad_loss.load_state_dict(state["bad_loss"])
+        self.step, self.tokens, self.saved = start.step, state["tokens"], start
+        self.metrics.cut(self.step)
 
     # Training
 
     def _train_steps(self) -> None:
         config, parts = self.config, self.assembly
         audit = TrainabilityAudit(parts.model, parts.optimizer) if self.step == 0 else None
+        unapplied = torch.zeros((), device=self.device.torch_device)
         began, tokens_before, logged_at = time.perf_counter(), self.tokens, (time.perf_counter(), self.tokens)
         while self.step < self.total_steps and not self.interrupted.is_set():
             factor = learning_rate_factor(config.lr_scheduler_type, self.step, self.total_steps, config.warmup_ratio)
             for group in parts.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            with self.device.host():
-                blocks = self.loader.take(config.blocks_per_step)
-                batches = list(micro_batches(blocks, config.per_device_train_batch_size))
-            outcome = parts.step.run(batches) if self.guard is None else self.guard.run(blocks)
+            batches = self._next_batches()
+            outcome = self._run_step(batches)
+            if outcome is None:
+                break
             self.step += 1
-            self.tokens += sum(batch.target_count for batch in batches)
+            unapplied += outcome.found_inf
+            reason = self._judge(outcome)
+            if reason is None:
+                self.tokens += sum(batch.target_count for batch in batches)
+            elif self._answer(reason) == "rewind":
+                continue
             if audit is not None and not float(outcome.found_inf) and audit.after_step():
                 audit = None
-            if self.step % config.logging_steps == 0 or self.step == self.total_steps:
+            saves = bool(config.save_steps) and self.step % (config.save_steps or 1) == 0
+            logs = reason is None and (self.step % config.logging_steps == 0 or self.step == self.total_steps)
+            if logs or saves:
                 loss = float(outcome.loss)
-                self._check_finite(loss, batches)
+                self._check_finite(loss, float(unapplied), batches)
+                unapplied.zero_()
+            if logs:
                 now = time.perf_counter()
                 speed = (self.tokens - logged_at[1]) / (now - logged_at[0])
                 logged_at = (now, self.tokens)
@@ -268,19 +277,79 @@ class Run:
             if self.step < self.total_steps:
                 if config.eval_steps and self.step % config.eval_steps == 0:
                     self._evaluate()
-                if config.save_steps and self.step % config.save_steps == 0:
-                    self._save()
+                if saves:
+                    self._save_on_the_way()
+            self._watch_host()
         self.result.tokens_per_second = (self.tokens - tokens_before) / max(1e-9, time.perf_counter() - began)
 
-    def _check_finite(self, loss: float, batches: Any) -> None:
+    def _next_batches(self) -> list[MicroBatch]:
+        try:
+            with self.device.host():
+                blocks = self.loader.take(self.config.blocks_per_step)
+                return list(micro_batches(blocks, self.config.per_device_train_batch_size))
+        except DataError:
+            self._save()
+            raise
+
+    def _run_step(self, batches: Sequence[MicroBatch]) -> StepResult | None:
+        """Return what the step measured, or ``None`` where it was abandoned and everything is as it was before."""
+        step = self.assembly.step
+        step.limits = self.bad_loss.limits()
+        may_abandon = self.config.preemption_grace_s is not None
+        random_state = checkpoint.random_state(self.device) if may_abandon else {}
+        try:
+            with self.interrupted.timing_step():
+                return self.guard.run(batches)
+        except Abandoned:
+            self.assembly.optimizer.zero_grad(set_to_none=True)
+            checkpoint.set_random_state(random_state, self.device)
+            self.loader.position = self.loader.taken[0]
+            self.listener.said(
+                f"step {self.step + 1} was abandoned: it and the save might have outlasted the grace period"
+            )
+            return None
+
+    def _judge(self, outcome: StepResult) -> str | None:
+        """Return what is bad about the step just run, where the host looks at every one."""
+        if not self.bad_loss.reads_every_step:
+            return None
+        return self.bad_loss.judge(self.step, float(outcome.loss), float(outcome.gradient_norm))
+
+    def _answer(self, reason: str) -> BadLossPolicy:
+        """Do what is configured about a bad step, and return what that was.
+
+        Raises:
+            TrainingError: it ends the run.
+        """
+        policy, bad_step, blocks = self.config.on_bad_loss, self.step, self.loader.taken
+        said = f"step {bad_step} is bad: {reason}"
+        if policy == "stop" or self.bad_loss.in_a_row >= MOST_IN_A_ROW:
+            raise _stopped(said + (f" (bad for the {MOST_IN_A_ROW}th time in a row)" if policy != "stop" else ""))
+        if policy == "rewind":
+            left_out = self.loader.left_out | set(blocks)
+            last = checkpoint.newest_good(self.folder, self.listener.said)
+            if last is None:
+                raise _stopped(f"{said}, and there is no checkpoint to go back to")
+            self._restore(last)
+            self.loader.left_out |= left_out
+            self.listener.said(f"{said}; back to {last.folder.name}, the step's {len(blocks)} blocks left out")
+        else:
+            self.listener.said(f"{said}; it was skipped and changed nothing")
+        self.metrics.append(
+            {"step": self.step, "bad_step": bad_step, "answer": policy, "reason": reason, "blocks": blocks}
+        )
+        return policy
+
+    def _check_finite(self, loss: float, unapplied: float, batches: Any) -> None:
         parts = self.assembly
         if parts.loss_scale.dynamic and float(parts.loss_scale.scale) < SMALLEST_SCALE:
             raise explain_overflow(parts.model, lambda: parts.step.accumulate(batches[:1], 1))
-        if not parts.loss_scale.dynamic and not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {self.step} is {loss}: the run was stopped before it could spoil a checkpoint. Lower "
-                "learning_rate and go on with --resume from the last checkpoint."
-            )
+        if parts.loss_scale.dynamic or self.bad_loss.reads_every_step:
+            return
+        if not math.isfinite(loss):
+            raise _stopped(f"the loss of step {self.step} is {loss}")
+        if unapplied:
+            raise _stopped(f"before step {self.step} a loss or gradient was not finite in {unapplied:.0f} steps")
 
     def _log_step(self, loss: float, outcome: Any, tokens_per_second: float) -> None:
         usage = self.device.usage()
@@ -297,29 +366,36 @@ class Run:
         }
         if self.assembly.loss_scale.dynamic:
             metrics["loss_scale"] = float(self.assembly.loss_scale.scale)
-        if self.guard is not None and self.guard.recoveries:
-            metrics["oom_recoveries"] = self.guard.recoveries
-            metrics["recovery_rung"] = self.guard.level
+        metrics |= self.guard.metrics()
         self._record(metrics)
         self.listener.stepped(metrics)
+        self.watch.device_after(self.step, usage)
+
+    def _watch_host(self) -> None:
+        try:
+            self.watch.host_after(self.step)
+        except HostMemoryError as error:
+            self._save()
+            raise HostMemoryError(f"{error}. A checkpoint was written: make room and go on with --resume") from error
 
     def _evaluate(self) -> dict[str, float]:
         losses = {}
-        for name, blocks in self.data.evaluation.items():
-            size = self.config.per_device_eval_batch_size or 1
-            if self.guard is None:
-                total, tokens = self.assembly.step.evaluate(micro_batches(blocks, size))
-            else:
-                total, tokens = self.guard.evaluate(blocks, size)
-            losses[name] = float(total) / tokens
+        try:
+            for name, blocks in self.data.evaluation.items():
+                blocks.store.check_unchanged()
+                total, tokens = self.guard.evaluate(
+                    blocks, self.config.per_device_eval_batch_size or 1, self.interrupted.until_set
+                )
+                losses[name] = float(total) / tokens
+        except Abandoned:
+            return {}
         if losses:
             self._record({"step": self.step, **{f"eval_loss/{name}": loss for name, loss in losses.items()}})
             self.listener.evaluated(self.step, losses)
         return losses
 
     def _record(self, metrics: dict[str, Any]) -> None:
-        with checkpoint.clear_disk_errors("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self.metrics.append(metrics)
         if self.writer is not None:
             for key, value in metrics.items():
                 if key != "step":
@@ -328,38 +404,67 @@ class Run:
     # Saving
 
     def _save(self) -> checkpoint.Checkpoint:
-        return self._write_checkpoint() if self.guard is None else self.guard.retried(self._write_checkpoint)
+        """Return the checkpoint of this step, written if it is not there yet.
 
-    def _write_checkpoint(self) -> checkpoint.Checkpoint:
-        written = checkpoint.save_checkpoint(
-            self.folder,
-            self.step,
-            model=self.assembly.model,
-            tokenizer=self.tokenizer,
-            optimizer=self.assembly.optimizer,
-            loss_scale=self.assembly.loss_scale,
-            state={"tokens": self.tokens, "loader": self.loader.state_dict()},
-            device=self.device,
-            limit=self.config.save_total_limit,
-        )
-        self.listener.saved(written.folder)
-        return written
+        Raises:
+            CheckpointError: it cannot be written; earlier ones are untouched.
+        """
+        if self.saved is not None and self.saved.step == self.step:
+            return self.saved
+        with self.interrupted.timing_save():
+            self.saved = self.guard.retried(
+                checkpoint.save_checkpoint,
+                self.folder,
+                self.step,
+                model=self.assembly.model,
+                tokenizer=self.tokenizer,
+                optimizer=self.assembly.optimizer,
+                loss_scale=self.assembly.loss_scale,
+                state={
+                    "config": self.config.to_dict(),
+                    "tokens": self.tokens,
+                    "loader": self.loader.state_dict(),
+                    "bad_loss": self.bad_loss.state_dict(),
+                },
+                device=self.device,
+                limit=self.config.save_total_limit,
+            )
+        self.listener.saved(self.saved.folder)
+        return self.saved
+
+    def _save_on_the_way(self) -> None:
+        """Save, and let one failure pass: a disk that is full now may have room at the next save.
+
+        Raises:
+            CheckpointError: the save before this one failed too.
+        """
+        try:
+            self._save()
+        except CheckpointError as error:
+            if self.last_save_failed:
+                raise
+            self.last_save_failed = True
+            self.listener.said(f"{error} The run goes on; if the next save fails too, it ends.")
+        else:
+            self.last_save_failed = False
 
     def _finish(self) -> None:
-        """Evaluate, write the last checkpoint, and the model alone in the Hugging Face layout."""
+        """Evaluate, and write the model alone in the Hugging Face layout; the last checkpoint is written."""
         self.result.eval_after = self._evaluate()
+        if self.interrupted.is_set():
+            return
         last = self._save()
         model = self.assembly.model
 
         def fill(folder: Path) -> None:
             if frozen_layers.has_frozen_layers(model):
                 save.save_model(model, folder, save.original_tensors(model, self.source, self.device), self.device)
-                self.tokenizer.save_pretrained(folder)
+                checkpoint.save_tokenizer(self.tokenizer, folder)
                 return
             if checkpoint.is_adapted(model):
                 lora.merge(model)
                 save.save_model(model, folder, lora.plain_tensors(model), self.device)
-                self.tokenizer.save_pretrained(folder)
+                checkpoint.save_tokenizer(self.tokenizer, folder)
                 return
             for path in last.folder.iterdir():
                 if path.is_file():
@@ -371,18 +476,18 @@ class Run:
         self.listener.saved(self.result.model_dir)
 
 
+def _stopped(reason: str) -> TrainingError:
+    return TrainingError(
+        f"{reason}: the run was stopped before it could spoil a checkpoint. Lower learning_rate, or set on_bad_loss to skip or "
+        "rewind, and go on with --resume from the last checkpoint."
+    )
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the line that a kill cut short
-        return 1 << 62
 
 
 def _tensorboard(run: Path) -> Any:
@@ -391,38 +496,3 @@ def _tensorboard(run: Path) -> Any:
     except ImportError as error:
         raise ConfigError("tensorboard is not installed: install oomless[tensorboard] or leave it out") from error
     return SummaryWriter(str(run / "tensorboard"))
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone; the lock goes with the process, however it ends."""
-    with checkpoint.clear_disk_errors(f"the run folder {run}"):
-        file = (run / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another run is writing to {run}: wait for it, or choose another output_dir"
-            ) from error
-        yield
-
-
-@contextmanager
-def _interruptible(interrupted: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after the step that it is in; a second Ctrl-C ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -7,7 +7,8 @@ body that does not train builds no graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class StepResult:
     """Global norm before clipping."""
 
     found_inf: Tensor
-    """1 where a gradient was not finite and the step changed nothing, else 0."""
+    """1 where a gradient was not finite or a limit was reached, and the step changed nothing, else 0."""
 
 
 class TrainingStep:
@@ -62,6 +63,10 @@ class TrainingStep:
         self.z_loss = z_loss
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self.fused = FusedBackward(optimizer) if in_backward else None
+        self.limits = (math.inf, math.inf)
+        """What loss and gradient norm must stay below, or the step changes nothing; not looked at with ``in_backward``."""
+        self.before_micro_batch: Callable[[], None] = lambda: None
+        """May raise: no weight has been touched then, in any mode."""
         self._destination = one_gradient_buffer.head_destination(model)
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
@@ -70,14 +75,14 @@ class TrainingStep:
         if self.fused is None:
             loss = self.accumulate(micro_batches, tokens)
             with self.device.phase("optimizer"):
-                norm, found_inf = self._update()
+                norm, found_inf = self._update(loss)
         else:
             loss = self.accumulate(micro_batches[:-1], tokens)
             with self.fused.updating(1 / self.loss_scale.scale):
                 loss += self.accumulate(micro_batches[-1:], tokens)
             norm, found_inf = self.fused.finish()
             norm = norm / self.loss_scale.scale
-        self.loss_scale.update(found_inf)
+        self.loss_scale.update(~torch.isfinite(norm))
         return StepResult(loss=loss, gradient_norm=norm, found_inf=found_inf)
 
     def abandon(self) -> None:
@@ -86,9 +91,9 @@ class TrainingStep:
         if self.fused is not None:
             self.fused.abandon()
 
-    def _update(self) -> tuple[Tensor, Tensor]:
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         norm = global_gradient_norm(self.parameters) / self.loss_scale.scale
-        found_inf = (~torch.isfinite(norm)).float()
+        found_inf = (~((loss < self.limits[0]) & (norm < self.limits[1]))).float()
         coefficient = 1 / self.loss_scale.scale
         if self.max_grad_norm:
             coefficient = coefficient * clip_coefficient(norm, self.max_grad_norm)
@@ -101,6 +106,7 @@ class TrainingStep:
         total = torch.zeros((), device=self.device.torch_device)
         self.model.train()
         for batch in micro_batches:
+            self.before_micro_batch()
             loss = self._loss(
                 batch, self.loss_scale.scale / tokens, label_smoothing=self.label_smoothing, z_loss=self.z_loss
             )

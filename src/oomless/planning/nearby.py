@@ -1,0 +1,82 @@
+"""Where nothing fits: the smallest change that would make it fit.
+
+A pin that can be dropped, a shorter sequence, more host memory, a larger GPU, a smaller model of the family. Each is rehearsed
+before it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from oomless import catalogue
+from oomless.errors import UserError
+from oomless.models.build import parameter_count
+from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.planning.choose import UNPLANNED
+from oomless.planning.plan import HOST_SHARE, Target, target_for
+from oomless.planning.search import Choice, Row, search
+from oomless.planning.strategies import Settings
+from oomless.units import GiB, format_bytes
+
+PINS_OF_TECHNIQUE = (
+    *("per_device_train_batch_size", "gradient_checkpointing", "weight_precision", "optimizer", "quantization"),
+    *("max_grad_norm", "dtype", "trainable"),
+)
+"""What may be dropped of what the user gave, what costs least first."""
+
+SHORTEST = 128
+
+
+def smallest_changes(spec: ModelSpec, given: Settings, choice: Choice, results: Path | None) -> Iterator[str]:
+    """Yield, for a ``choice`` without a pick, changes after which there is one: at most one of each kind."""
+    target = choice.target
+
+    def found(changed: Settings, on: Target = target, model: ModelSpec = spec) -> Row | None:
+        try:
+            return search(model, {**UNPLANNED, **changed}, on, results=results, alternatives=0).picked
+        except UserError:
+            return None
+
+    for pin in PINS_OF_TECHNIQUE:
+        if pin in given and (row := found({key: value for key, value in given.items() if key != pin})):
+            yield f"without --{pin.replace('_', '-')} {given[pin]}: {row.quality}"
+            break
+    hosts = [row for row in choice.rows if row.host_bytes]
+    if hosts:
+        row = hosts[0]
+        size = -(-int(row.host_bytes / HOST_SHARE) // GiB)
+        if found(given, replace(target, host_bytes=row.host_bytes)):
+            yield f"with {size} GiB of host memory (--host-memory {size}GiB): {row.quality}"
+    length = given.get("max_seq_length", 1024) // 2
+    while length >= SHORTEST:
+        if row := found({**given, "max_seq_length": length}):
+            yield f"with --max-seq-length {length}: {row.quality}"
+            break
+        length //= 2
+    larger = sorted(catalogue.gpus(), key=lambda gpu: gpu.usable_bytes)
+    best = _smallest_gpu([gpu.name for gpu in larger if gpu.usable_bytes > target.capacity_bytes], found, given)
+    if best is not None:
+        yield f"on a larger GPU, {best[1]} ({format_bytes(target_for(best[1]).usable_bytes)} usable): {best[0].quality}"
+    own = parameter_count(spec)
+    for name in catalogue.models_of(str(spec.config.model_type)):
+        smaller = resolve_for_plan(name)
+        if catalogue.parameters(name) < own and (row := found({**given, "model": name}, target, smaller)):
+            yield f"with a smaller model, {name}: {row.quality}"
+            break
+
+
+def _smallest_gpu(names: list[str], found: Any, given: Settings) -> tuple[Row, str] | None:
+    """Return the first of ``names``, which grow, on which something fits, by bisection."""
+    best: tuple[Row, str] | None = None
+    low, high = 0, len(names)
+    while low < high:
+        middle = (low + high) // 2
+        row = found(given, target_for(names[middle]))
+        if row is None:
+            low = middle + 1
+        else:
+            best, high = (row, names[middle]), middle
+    return best

@@ -1,0 +1,236 @@
+"""What a training may give up, best first; and the ways to spend less memory that give up nothing but time.
+
+**Quality** comes first, in this order: what trains (everything, then LoRA with embeddings and head, LoRA with the head, the
+head alone), the bits of what is frozen (16, 8, 4), the optimizer (AdamW, AdamW with 8-bit state, APOLLO, Adafactor), how
+16-bit weights keep small updates (fp32 masters, 8 bits of correction, stochastic rounding), and whether gradients are clipped
+by their global norm, which updates inside the backward pass rule out. ``docs/optimizers.md`` has the measurements behind
+the last three.
+
+**Equal quality**: what is offloaded (``placements``), how much is computed again (``rungs``, each computing more and keeping less
+than the one before), and how a step's blocks are cut into micro-batches. The numbers trained with are the same; the fastest is best.
+
+A setting that the user gave is pinned: only strategies that agree with it are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lm_head")
+FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4}
+OPTIMIZERS = ("adamw", "adamw_8bit", "apollo", "adafactor")
+OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw_8bit": "8-bit AdamW", "apollo": "APOLLO", "adafactor": "Adafactor"}
+WEIGHT_PRECISIONS = ("master", "correction", "stochastic")
+WEIGHT_PRECISION_NAMES = {
+    "master": "fp32 masters",
+    "correction": "8 bits of correction",
+    "stochastic": "stochastic rounding",
+    "plain": "16-bit weights as they are",
+}
+GIVEN_UP = {
+    "full": "",
+    "lora+embed_tokens+lm_head": "the body learns through LoRA alone",
+    "lora+lm_head": "the body learns through LoRA alone, embed_tokens nothing",
+    "lm_head": "the body learns nothing",
+    "int8": "frozen weights rounded to 8 bits",
+    "nf4": "frozen weights rounded to 4 bits",
+    "adamw_8bit": "moments in 8 bits",
+    "apollo": "moments of a random projection",
+    "adafactor": "second moments by row and column, no first",
+    "correction": "24 bits a weight",
+    "stochastic": "weights rounded at random",
+    "plain": "small updates are lost",
+}
+RUNGS_OF_LAYERS = 8
+"""Checkpointing is tried in so many steps from no layer to all."""
+
+TILES = 8
+SMALL_LOSS_CHUNK_BYTES = 16 << 20
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality:
+    """What decides how well a training learns; all else decides how fast."""
+
+    trainable: str
+    tied_weights: str | None
+    quantization: str | None
+    optimizer: str
+    weight_precision: str | None
+    """``None`` where all that trains is fp32."""
+
+    clips: bool
+    """Whether gradients are clipped by their global norm."""
+
+    def settings(self) -> Settings:
+        """Return it as settings of a training; clipping is on unless updates run inside the backward pass."""
+        chosen = asdict(self)
+        del chosen["clips"]
+        return chosen
+
+    def given_up(self) -> str:
+        """Return what this gives up against the best there is, in words."""
+        chosen = (self.trainable, self.quantization, self.optimizer, self.weight_precision)
+        words = [GIVEN_UP.get(name, "") for name in chosen if name is not None]
+        words.append("" if self.clips else "no clipping by the global norm")
+        return ", ".join(word for word in words if word) or "nothing"
+
+    def __str__(self) -> str:
+        """Return it for a person: ``"full, AdamW, 8 bits of correction"``."""
+        words = [self.trainable if self.tied_weights is None else f"{self.trainable} ({self.tied_weights})"]
+        if self.quantization is not None:
+            words.append(f"{FROZEN_BITS[self.quantization]}-bit frozen weights")
+        words.append(OPTIMIZER_NAMES.get(self.optimizer, self.optimizer))
+        if self.weight_precision is not None:
+            words.append(WEIGHT_PRECISION_NAMES[self.weight_precision])
+        if not self.clips:
+            words.append("no clipping")
+        return ", ".join(words)
+
+
+def parts_in_order(pins: Mapping[str, Any], *, tied: bool) -> list[Settings]:
+    """Return every choice of what trains and what the rest is stored in that agrees with ``pins``, best first.
+
+    ``tied`` says whether the model's ``embed_tokens`` and ``lm_head`` are one matrix.
+    """
+    return [
+        {"trainable": trainable, "tied_weights": tied_weights, "quantization": quantization}
+        for trainable, tied_weights in _trainable(pins, tied)
+        for quantization in _frozen(pins, trainable)
+    ]
+
+
+def qualities(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool) -> list[Quality]:
+    """Return every quality with ``parts`` that agrees with ``pins``, best first.
+
+    ``sixteen_bit`` says whether any of the weights that train has 16 bits.
+    """
+    precisions = _options(pins, "weight_precision", WEIGHT_PRECISIONS if sixteen_bit else (None,))
+    return [
+        Quality(**parts, optimizer=optimizer, weight_precision=precision, clips=clips)
+        for optimizer, precision, clips in product(_options(pins, "optimizer", OPTIMIZERS), precisions, _clipping(pins))
+    ]
+
+
+def _options(pins: Mapping[str, Any], name: str, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (pins[name],) if name in pins else options
+
+
+def _trainable(pins: Mapping[str, Any], tied: bool) -> Iterator[tuple[str, str | None]]:
+    for trainable in _options(pins, "trainable", PARTS):
+        names = {part.strip() for part in str(trainable).split("+")}
+        one_of_both = len(names & {"lm_head", "embed_tokens"}) == 1
+        if "tied_weights" in pins:
+            yield trainable, pins["tied_weights"]
+        elif not tied or not one_of_both:
+            yield trainable, None
+        elif "trainable" in pins or trainable == "lm_head":
+            # LoRA beside the head of a tied model is left out: the one matrix trained as one is better and smaller.
+            yield from ((trainable, "shared"), (trainable, "untied"))
+
+
+def _frozen(pins: Mapping[str, Any], trainable: str) -> tuple[str | None, ...]:
+    if "quantization" in pins:
+        return (pins["quantization"],)
+    plain = "full" in trainable.split("+") or pins.get("stream_frozen") or pins.get("use_dora")
+    return (None,) if plain or pins.get("trainable_rows") else tuple(FROZEN_BITS)
+
+
+def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
+    if pins.get("max_grad_norm") is not None:
+        return (pins["max_grad_norm"] > 0,)
+    if "optimizer_in_backward" in pins:
+        return (not pins["optimizer_in_backward"],)
+    return (True,) if pins.get("on_bad_loss") == "skip" else (True, False)
+
+
+def placements(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
+    """Return where gradients, state and frozen weights may lie, the least on the GPU last."""
+    in_backward: tuple[bool, ...] = (False,)
+    if not quality.clips:
+        # Without clipping updates inside the backward pass cost nothing; they are why clipping is given up, unless the user did.
+        in_backward = (False, True) if pins.get("max_grad_norm") == 0 else (True,)
+    no_stream = (
+        quality.trainable == "full" or quality.quantization or pins.get("use_dora") or pins.get("trainable_rows")
+    )
+    found = []
+    for stream, state, update in product((False,) if no_stream else (False, True), (False, True), in_backward):
+        settings = {"stream_frozen": stream, "offload_optimizer": state, "optimizer_in_backward": update}
+        if all(pins.get(name, value) == value for name, value in settings.items()):
+            found.append({name: True for name, value in settings.items() if value})
+    return found
+
+
+def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
+    """Return the ways to keep less for backward that agree with ``pins``, the fastest first and the leanest last.
+
+    ``layers`` is how many can be checkpointed.
+    """
+    cheap, tiles = {"cheap_recompute": True}, {"mlp_tiles": pins.get("mlp_tiles", TILES)}
+    small_chunk = {"loss_chunk_bytes": SMALL_LOSS_CHUNK_BYTES}
+    ladder: list[Settings] = [{}, cheap]
+    if not layers:
+        ladder = [{}, small_chunk]
+    elif pins.get("gradient_checkpointing") is False:
+        ladder += [cheap | tiles, cheap | tiles | small_chunk]
+    else:
+        apart = -(-layers // RUNGS_OF_LAYERS)
+        counts = [*range(apart, layers, apart), pins.get("checkpointed_layers", layers)]
+        for count in sorted(set(counts)):
+            ladder.append(
+                cheap | {"gradient_checkpointing": True} | ({"checkpointed_layers": count} if count < layers else {})
+            )
+        offload = {"offload_activations": True}
+        ladder += [ladder[-1] | tiles, ladder[-1] | tiles | offload, ladder[-1] | tiles | offload | small_chunk]
+    off = {"gradient_checkpointing": False, "cheap_recompute": False, "offload_activations": False}
+    unset = {"checkpointed_layers": None, "mlp_tiles": None, "loss_chunk_bytes": None}
+    pinned = {name: pins[name] for name in (*off, *unset) if name in pins}
+    found = []
+    for rung in ladder:
+        complete = off | unset | rung
+        agrees = all(complete[name] == value for name, value in pinned.items() if name != "loss_chunk_bytes")
+        if agrees and not ("loss_chunk_bytes" in pins and "loss_chunk_bytes" in rung):
+            found.append(rung)
+    return found or [{name: value for name, value in pinned.items() if value}]
+
+
+def micro_batches(pins: Mapping[str, Any]) -> list[Settings]:
+    """Return how the blocks of a step may be cut into micro-batches, one block at a time first."""
+    size, steps = pins.get("per_device_train_batch_size"), pins.get("gradient_accumulation_steps")
+    if "tokens_per_step" not in pins or size is not None:
+        blocks = (size or 1) * (steps or 1)
+        sizes = [size or 1]
+        if size is None:
+            sizes = [blocks // steps] if steps else [1]
+    else:
+        blocks = max(1, pins["tokens_per_step"] // pins["max_seq_length"])
+        sizes = [blocks // steps] if steps else [1 << power for power in range(8) if blocks % (1 << power) == 0]
+    return [
+        {"per_device_train_batch_size": size, "gradient_accumulation_steps": blocks // size} for size in sizes if size
+    ]
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Return how ``settings`` spend time to save memory: ``"2 x 8 blocks, 12 layers checkpointed"``."""
+    size, steps = settings.get("per_device_train_batch_size", 1), settings.get("gradient_accumulation_steps", 1)
+    words = [f"{size} x {steps} blocks" if size * steps > 1 else "1 block"]
+    if settings.get("gradient_checkpointing"):
+        layers = settings.get("checkpointed_layers")
+        words.append("all layers checkpointed" if layers is None else f"{layers} layers checkpointed")
+    words += [phrase for name, phrase in _PHRASES.items() if settings.get(name)]
+    return ", ".join(words)
+
+
+_PHRASES = {
+    "cheap_recompute": "cheap recomputation",
+    "mlp_tiles": "MLPs in tiles",
+    "offload_activations": "activations offloaded",
+    "optimizer_in_backward": "updates in backward",
+    "offload_optimizer": "optimizer offloaded",
+    "stream_frozen": "frozen layers streamed",
+}

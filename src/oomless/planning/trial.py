@@ -1,0 +1,361 @@
+"""Short rehearsals for a search: does one candidate fit, what does it need, how much work is it?
+
+A trial loads and takes one optimizer step at the capacity that may be used. Where it runs out of memory, so does the whole run,
+which begins with the same requests; what passes is rehearsed whole before it is chosen. Trials run in processes of their own
+and are kept on disk, by everything that decides them: the model, the settings, the GPU, and the code itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oomless import optim
+from oomless.config import TrainConfig
+from oomless.errors import UserError
+from oomless.memory.profile import MemoryProfile, Request
+from oomless.memory.work import Work
+from oomless.models.spec import ModelSpec
+from oomless.optim.offload import SMALLEST_OFFLOADED
+from oomless.planning.plan import FIXED, Plan, Target, plan
+from oomless.planning.rehearse import rehearse, virtual_device
+from oomless.techniques.checkpointing import layers_of_backward
+from oomless.training.assemble import assemble
+from oomless.training.checkpoint import write_atomically
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What one candidate came to."""
+
+    fits: bool
+    needed_bytes: int
+    """The most that was reserved; where it does not fit, until then."""
+
+    host_bytes: int
+    """The most that lay in host memory."""
+
+    held_bytes: dict[str, int]
+    """Weights, gradients and optimizer state at their largest."""
+
+    stopped_at: dict[str, Any] | None
+    """The request that could not be served, as a ``Request``'s fields."""
+
+    work: dict[str, Any] | None
+    """What a step computes and moves, as a ``Work``'s fields; ``None`` where it does not fit."""
+
+    refused: str | None = None
+    """Why the settings do not go together, where that is what was found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a choice of trainable parts and frozen bits puts on the GPU before it trains."""
+
+    weight_bytes: int
+    layers: int
+    """How many can be checkpointed."""
+
+    trainable: tuple[tuple[tuple[int, ...], str], ...]
+    """Shape and dtype of each parameter that trains."""
+
+    trainable_bytes: int
+    """Of the weights, those that train: what their gradients take."""
+
+    streamed_bytes: int
+    """Of the weights, those that ``stream_frozen`` would move to the host."""
+
+    refused: str | None = None
+
+    def __post_init__(self) -> None:
+        hashable = tuple((tuple(shape), kind) for shape, kind in self.trainable)  # JSON has made lists of them
+        object.__setattr__(self, "trainable", hashable)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """The whole run, rehearsed: two steps, an evaluation and a save."""
+
+    fits: bool
+    """Below what may be used, the margin taken off."""
+
+    plan: dict[str, Any]
+    """A ``Plan``'s fields that the search does not know already."""
+
+    def as_plan(self, setting: Setting) -> Plan:
+        """Return the plan."""
+        profile = MemoryProfile.from_dict(self.plan["profile"])
+        stopped_at = None if self.plan["stopped_at"] is None else Request(**self.plan["stopped_at"])
+        work = None if self.plan["work"] is None else Work.from_dict(self.plan["work"])
+        known = {"model": setting.spec.name, "target": setting.target, "work": work}
+        return Plan(**{**self.plan, **known, "profile": profile, "stopped_at": stopped_at})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all trials of a search share."""
+
+    spec: ModelSpec
+    target: Target
+    base: Settings
+    """The settings that the user gave."""
+
+    def config(self, settings: Settings) -> TrainConfig:
+        """Return the run with ``settings``.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+        return TrainConfig.from_mapping({**self.base, **settings})
+
+
+def try_out(setting: Setting, settings: Settings) -> Trial:
+    """Rehearse one step of the run with ``settings`` at the capacity that may be used."""
+    target = setting.target
+    try:
+        config = setting.config(settings)
+        device = virtual_device(
+            target.capacity_bytes - target.margin_bytes,
+            name=target.name,
+            compute_capability=target.compute_capability,
+            outside_bytes=target.outside_bytes,
+        )
+        found = rehearse(
+            setting.spec,
+            config,
+            device,
+            kernel=target.kernel,
+            workspace_bytes=target.workspace_bytes,
+            steps=1,
+            whole=False,
+        )
+    except UserError as error:
+        return Trial(
+            fits=False, needed_bytes=0, host_bytes=0, held_bytes={}, stopped_at=None, work=None, refused=str(error)
+        )
+    timeline = found.profile.timeline.bytes_by_category
+    failures: tuple[Request, ...] = found.profile.failures
+    return Trial(
+        fits=found.out_of_memory is None,
+        needed_bytes=found.profile.peak_reserved_bytes,
+        host_bytes=device.host_peak_allocated_bytes,
+        held_bytes={category: max(timeline[category], default=0) for category in FIXED},
+        stopped_at=asdict(failures[-1]) if found.out_of_memory is not None and failures else None,
+        work=asdict(found.work) if found.out_of_memory is None and found.work is not None else None,
+    )
+
+
+def prove(setting: Setting, settings: Settings) -> Proof:
+    """Rehearse the whole run with ``settings``."""
+    target, config = setting.target, setting.config(settings)
+    whole = plan(setting.spec, config, target)
+    fits = whole.needed_bytes <= target.usable_bytes - target.margin_bytes
+    if not fits and target.margin_bytes:
+        fits = plan(
+            setting.spec, config, replace(target, capacity_bytes=target.capacity_bytes - target.margin_bytes)
+        ).fits
+    elif not fits:
+        fits = whole.fits
+    kept = {field.name: getattr(whole, field.name) for field in fields(Plan)}
+    for name in ("model", "target", "device"):
+        del kept[name]
+    kept["profile"] = whole.profile.to_dict()
+    kept["stopped_at"] = whole.stopped_at and asdict(whole.stopped_at)
+    kept["work"] = whole.work and asdict(whole.work)
+    return Proof(fits=fits, plan=kept)
+
+
+def measure_parts(setting: Setting, settings: Settings) -> Parts:
+    """Build, but do not run, the model with the trainable parts of ``settings``."""
+    device = virtual_device(compute_capability=setting.target.compute_capability)
+    try:
+        config = setting.config(settings)
+        with device.active():
+            model = assemble(setting.spec, config, device, fill=False).model
+            layers = len(layers_of_backward(model))
+    except UserError as error:
+        return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
+    linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    return Parts(
+        weight_bytes=sum(held.values()),
+        layers=layers,
+        trainable=tuple(
+            (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in model.parameters() if p.requires_grad
+        ),
+        trainable_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        streamed_bytes=sum(weight.nbytes for weight in linear if not weight.requires_grad),
+    )
+
+
+@cache
+def state_bytes(
+    trainable: tuple[tuple[tuple[int, ...], str], ...], optimizer: str, precision: str | None
+) -> tuple[int, int]:
+    """Return the bytes of the optimizer's state, and how many of them could lie in host memory; nothing is allocated."""
+    sixteen = [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in trainable]
+    groups = [
+        {"params": [p], "weight_precision": (precision or "master") if p.dtype != torch.float32 else None}
+        for p in sixteen
+    ]
+    built = optim.build(optimizer, groups, lr=1.0)
+    total = movable = 0
+    for parameter, state in built.state.items():
+        for name, tensor in state.items():
+            total += tensor.nbytes
+            if name in built.sliced_state and parameter.numel() >= SMALLEST_OFFLOADED:
+                movable += tensor.nbytes
+    return total, movable
+
+
+class Laboratory:
+    """Makes trials of one setting, several at a time, each once.
+
+    Args:
+        setting: what all of them share.
+        processes: how many at a time; 1 makes them in this process.
+        folder: where results are kept from one search to the next; ``None`` keeps none.
+    """
+
+    def __init__(self, setting: Setting, processes: int, folder: Path | None) -> None:
+        self.setting = setting
+        self.folder = folder
+        self.made = 0
+        self._results: dict[str, Any] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        self._processes = processes
+
+    @property
+    def processes(self) -> int:
+        """How many trials are made at a time."""
+        return self._processes
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def parts(self, settings: Settings) -> Parts:
+        """Return what a choice of parts puts on the GPU; always in this process, whose forks then have what it imported."""
+        key = self._key("parts", settings)
+        if key not in self._results and not self._read(key, Parts):
+            self._keep(key, measure_parts(self.setting, settings))
+        found: Parts = self._results[key]
+        return found
+
+    def trials(self, candidates: Sequence[Settings]) -> list[Trial]:
+        """Return what each candidate came to, in their order."""
+        keys = [self._key("trial", settings) for settings in candidates]
+        running: dict[str, Future[Trial]] = {}
+        for key, settings in zip(keys, candidates, strict=True):
+            if key in self._results or key in running or self._read(key, Trial):
+                continue
+            self.made += 1
+            if self._processes == 1:
+                self._keep(key, try_out(self.setting, settings))
+            else:
+                running[key] = self._submit(try_out, settings)
+        for key, future in running.items():
+            self._keep(key, future.result())
+        return [self._results[key] for key in keys]
+
+    def proof(self, settings: Settings) -> Callable[[], Proof]:
+        """Begin to rehearse the whole run; call what is returned to wait for what came of it."""
+        key = self._key("prove", settings)
+        if key in self._results or self._read(key, Proof):
+            return lambda: self._results[key]
+        self.made += 1
+        running = self._submit(prove, settings) if self._processes > 1 else None
+
+        def wait() -> Proof:
+            if key not in self._results:
+                self._keep(key, prove(self.setting, settings) if running is None else running.result())
+            found: Proof = self._results[key]
+            return found
+
+        return wait
+
+    def _submit(self, function: Any, settings: Settings) -> Future[Any]:
+        if self._pool is None:
+            # A fork has everything imported already. It computes on one thread, as a fork of OpenMP's threads cannot.
+            way = get_context("fork" if sys.platform == "linux" else "spawn")
+            self._pool = ProcessPoolExecutor(
+                self._processes, mp_context=way, initializer=_begin_process, initargs=(os.getpid(),)
+            )
+        return self._pool.submit(function, self.setting, settings)
+
+    def _key(self, what: str, settings: Settings) -> str:
+        shared = self.setting
+        facts = [
+            *(what, _code(), torch.__version__, shared.spec.config.to_json_string()),
+            asdict(replace(shared.target, notes=(), host_bytes=None)),
+            {name: value for name, value in {**shared.base, **settings}.items() if name not in _WITHOUT_EFFECT},
+        ]
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+    def _read(self, key: str, kind: Any) -> bool:
+        if self.folder is None:
+            return False
+        try:
+            self._results[key] = kind(**json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return False
+        return True
+
+    def _keep(self, key: str, result: Any) -> None:
+        self._results[key] = result
+        if self.folder is not None:
+            # A search does not fail because its results cannot be kept.
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / f"{key}.json", json.dumps(asdict(result)))
+
+
+def _begin_process(parent: int) -> None:
+    """Compute on one thread, leave Ctrl-C to the parent, and end with it, however it ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+_WITHOUT_EFFECT = {"data", "output_dir", "model", "tokenizer", "cache_dir", "gpu", "seed", "max_steps", "max_tokens"}
+
+
+@cache
+def _code() -> str:
+    """Return a digest of the package's own source: another version, another answer."""
+    import transformers
+
+    digest = hashlib.blake2b(transformers.__version__.encode(), digest_size=16)
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def results_folder() -> Path:
+    """Return where results are kept: in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oomless" / "trials"

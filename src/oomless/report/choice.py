@@ -1,0 +1,99 @@
+"""What a search chose, on the terminal: the frontier with the pick, and comparisons of GPUs and models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from oomless.planning.choose import Compared
+from oomless.planning.search import Choice, Row
+from oomless.planning.strategies import in_words
+from oomless.units import format_bytes
+
+
+def print_choice(console: Console, choice: Choice) -> None:
+    """Print the frontier: what was rejected and why, the pick, and what gives up more."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "strategy", "needs", "headroom", "tokens/s"):
+        table.add_column(name, justify="right" if name in ("needs", "headroom", "tokens/s") else "left")
+    for row in _shown(choice.rows):
+        mark = "[bold green]►[/]" if row.picked else "[green]✓[/]" if row.fits else "[red]✗[/]"
+        if row.fits:
+            below = f"{in_words(row.settings)}; given up: {row.quality.given_up()}"
+        else:
+            below = row.reason
+        name = f"[bold]{row.quality}[/]" if row.picked else str(row.quality)
+        table.add_row(
+            mark,
+            f"{name}\n[dim]{below}[/]",
+            ("" if row.fits else "> ") + format_bytes(row.needed_bytes),
+            format_bytes(choice.target.usable_bytes - row.needed_bytes) if row.fits else "",
+            speed_in_words(row),
+        )
+    console.print(table)
+    picked = choice.picked
+    if picked is not None and picked.speed is not None:
+        console.print(f"tokens/s are predicted, not measured: {picked.speed.basis}", style="dim", highlight=False)
+
+
+def _shown(rows: Sequence[Row]) -> Iterable[Row]:
+    """Yield the rows, but of those that were rejected for what trains alone only the first and the last."""
+    rejected = [row for row in rows if not row.fits]
+    few = {id(row) for row in [*rejected[:3], *rejected[-3:]]}
+    for row in rows:
+        if row.fits or id(row) in few:
+            yield row
+
+
+def speed_in_words(row: Row) -> str:
+    """Return the predicted range of tokens a second, or nothing where the GPU's rates are not known."""
+    if row.speed is None:
+        return ""
+    return f"{row.speed.tokens_per_second_low:,.0f}-{row.speed.tokens_per_second_high:,.0f}"
+
+
+def print_comparison(console: Console, compared: Sequence[Compared]) -> None:
+    """Print the pick for each model and GPU."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "GPU", "strategy", "needs", "headroom", "tokens/s", "how"):
+        table.add_column(name, justify="right" if name in ("needs", "headroom", "tokens/s") else "left")
+    for item in compared:
+        row = item.choice.picked
+        if row is None:
+            table.add_row(item.model, item.gpu, "[red]nothing fits[/]", *[""] * 4)
+            continue
+        table.add_row(
+            item.model,
+            item.gpu,
+            str(row.quality),
+            format_bytes(row.needed_bytes),
+            format_bytes(item.choice.target.usable_bytes - row.needed_bytes),
+            speed_in_words(row),
+            in_words(row.settings),
+        )
+    console.print(table)
+
+
+def print_nothing_fits(console: Console, choice: Choice, changes: Iterable[str]) -> None:
+    """Print that nothing fits, and each of ``changes`` as it is found."""
+    usable = format_bytes(choice.target.usable_bytes - choice.target.margin_bytes)
+    console.print(
+        f"[bold red]Nothing fits[/] the {usable} of {choice.target.name} that a plan may fill. What would:",
+        highlight=False,
+    )
+    any_found = False
+    for change in changes:
+        any_found = True
+        console.print(f"  - {change}", highlight=False)
+    if not any_found:
+        console.print(
+            "  - nothing that was tried: not a shorter sequence, host memory, any GPU known, or a smaller model"
+        )
+
+
+def compared_to_dict(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Return plain values for JSON."""
+    return [{"model": item.model, "gpu": item.gpu, **item.choice.to_dict()} for item in compared]

@@ -1,0 +1,103 @@
+"""Signals that ask a run to end, and what still fits before the answer is a SIGKILL.
+
+Schedulers that take a machine away send SIGTERM, wait, and kill. The run then finishes the step that it is in, writes a
+checkpoint and ends. Where the grace period is known and the step might not fit in it beside the save, the step is abandoned
+instead: between two micro-batches, when no weight has been touched.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Abandoned(Exception):
+    """What was in progress is dropped, because the run was asked to end."""
+
+
+class Interruption:
+    """Whether the run was asked to end, and whether a step may go on."""
+
+    def __init__(self, grace_s: float | None = None) -> None:
+        """Know that SIGKILL comes ``grace_s`` after SIGTERM; ``None``: not before the step is finished and saved."""
+        self.grace_s = grace_s
+        self.longest_step_s: float | None = None
+        self.save_s: float | None = None
+        self._asked = threading.Event()
+        self._terminated_at: float | None = None
+        self._step_began = 0.0
+
+    def is_set(self) -> bool:
+        """Return whether the run was asked to end."""
+        return self._asked.is_set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM set this; a second Ctrl-C ends the run at once, a second SIGTERM changes nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        presses = 0
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal presses
+            presses += number == signal.SIGINT
+            if presses > 1:
+                raise KeyboardInterrupt
+            if number == signal.SIGTERM and self._terminated_at is None:
+                self._terminated_at = time.monotonic()
+            self._asked.set()
+
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def timing_step(self) -> Iterator[None]:
+        """Measure the step inside."""
+        self._step_began = time.monotonic()
+        yield
+        self.longest_step_s = max(self.longest_step_s or 0.0, time.monotonic() - self._step_began)
+
+    @contextmanager
+    def timing_save(self) -> Iterator[None]:
+        """Measure the save inside."""
+        began = time.monotonic()
+        yield
+        self.save_s = time.monotonic() - began
+
+    def check_step(self) -> None:
+        """Let the step go on to its next micro-batch, or not.
+
+        Raises:
+            Abandoned: its rest and the save might outlast the grace period, or are not known because none was measured.
+        """
+        if self.grace_s is None or self._terminated_at is None:
+            return
+        now = time.monotonic()
+        left_s = self._terminated_at + self.grace_s - now
+        if self.longest_step_s is None or self.save_s is None:
+            raise Abandoned
+        if max(0.0, self._step_began + self.longest_step_s - now) + self.save_s > left_s:
+            raise Abandoned
+
+    def until_set(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield ``items``.
+
+        Raises:
+            Abandoned: the run was asked to end, and there is another item.
+        """
+        for item in items:
+            if self.is_set():
+                raise Abandoned
+            yield item

@@ -1,0 +1,210 @@
+"""The search against all that it might have found, and its picks against the real thing."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from oomless.errors import ConfigError
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.spec import resolve
+from oomless.planning.plan import Target
+from oomless.planning.rehearse import run_phases, usual_lengths
+from oomless.planning.search import _Search, is_tied, search
+from oomless.planning.strategies import micro_batches, parts_in_order, placements, qualities, rungs
+from oomless.planning.trial import Laboratory, Setting
+from oomless.training.assemble import assemble
+
+MiB = 1 << 20
+SHAPE = {"hidden_size": 128, "intermediate_size": 384}
+OFFLOADABLE = {"hidden_size": 256, "intermediate_size": 768}
+
+
+def target_of(capacity_bytes, host_bytes=None):
+    return Target(
+        name=f"{capacity_bytes} bytes",
+        capacity_bytes=capacity_bytes,
+        outside_bytes=0,
+        workspace_bytes=0,
+        compute_capability=(8, 0),
+        kernel="auto",
+        host_bytes=host_bytes,
+    )
+
+
+def given_for(folder, **pins):
+    return {
+        "model": str(folder),
+        "data": "-",
+        "output_dir": "-",
+        "max_seq_length": 64,
+        "packing": "concatenate",
+        **pins,
+    }
+
+
+def best_of_all(setting):
+    """Return the best of every strategy there is, each rehearsed: its quality and its speed, or ``None`` where none fits."""
+    pins, spec = setting.base, setting.spec
+    laboratory = Laboratory(setting, 1, None)
+    judge = _Search(setting, laboratory, lambda _: None)
+    for parts in parts_in_order(pins, tied=is_tied(spec)):
+        built = laboratory.parts(parts)
+        if built.refused is not None:
+            continue
+        sixteen_bit = any(kind != "float32" for _, kind in built.trainable)
+        for quality in qualities(pins, parts, sixteen_bit=sixteen_bit):
+            ways = itertools.product(placements(quality, pins), micro_batches(pins), rungs(pins, built.layers))
+            every = [quality.settings() | placement | size | rung for placement, size, rung in ways]
+            trials = zip(every, laboratory.trials(every), strict=True)
+            fitting = [judge._found(settings, trial) for settings, trial in trials if judge._fits(trial)]
+            for found in sorted(fitting, key=lambda found: found.seconds):
+                if laboratory.proof(found.settings)().fits:
+                    return quality, found.seconds, judge
+    return None
+
+
+WITHOUT_TILES = {"gradient_checkpointing": False}
+PINS = [
+    {"trainable": "full", "optimizer": "adamw_8bit", "weight_precision": "correction"},
+    {"trainable": "full", "optimizer": "apollo", **WITHOUT_TILES},
+    {"trainable": "full", "optimizer": "adafactor", "max_grad_norm": 1.0},
+    {
+        "trainable": "full",
+        "optimizer": "adamw",
+        "weight_precision": "stochastic",
+        "tokens_per_step": 128,
+        **WITHOUT_TILES,
+    },
+    {
+        "trainable": "lora+embed_tokens+lm_head",
+        "quantization": None,
+        "optimizer": "adamw_8bit",
+        "weight_precision": "master",
+    },
+    {"trainable": "lm_head", "optimizer": "adamw_8bit", "weight_precision": "master", **WITHOUT_TILES},
+    {"trainable": "full", "dtype": "fp32", "max_grad_norm": 1.0, "gradient_checkpointing": True},
+]
+
+
+def cases():
+    """(architecture, tied, pins, capacity) from a seed."""
+    draw = random.Random(0)
+    for number in range(11):
+        architecture, tied = draw.choice(["llama", "gemma", "qwen2"]), draw.random() < 0.5
+        pins = PINS[number % len(PINS)]
+        yield pytest.param(architecture, tied, pins, draw.randrange(3, 12) * 2 * MiB, id=f"{number}-{architecture}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "pins", "capacity_bytes"),
+    [
+        case if number in (0, 2, 5) else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for number, case in enumerate(cases())
+    ],
+)
+def test_the_pick_is_the_best_of_all(make_checkpoint, architecture, tied, pins, capacity_bytes):
+    folder = make_checkpoint(architecture, tied=tied, **SHAPE)
+    spec, target = resolve(str(folder)), target_of(capacity_bytes)
+    given = given_for(folder, **pins)
+    found = search(spec, given, target, processes=1, alternatives=0)
+    best = best_of_all(Setting(spec=spec, target=target, base=given))
+    if best is None:
+        assert found.picked is None
+        return
+    quality, seconds, judge = best
+    assert found.picked is not None
+    assert found.picked.quality == quality
+    chosen = judge.laboratory.trials([found.picked.settings])[0]
+    assert judge._found(found.picked.settings, chosen).seconds == seconds
+
+
+def train_for_real(setting, settings, capacity_bytes):
+    """Two steps, an evaluation and a save with real tensors inside a GPU of that size."""
+    device = VirtualGPU(capacity_bytes)
+    config = setting.config(settings)
+    with device.active():
+        parts = assemble(setting.spec, config, device, fill=True)
+        run_phases(parts, config, usual_lengths(config), steps=2)
+    return device.usage()
+
+
+def plans():
+    draw = random.Random(1)
+    for number in range(24):
+        architecture, tied = draw.choice(["llama", "gemma", "qwen2", "qwen3"]), draw.random() < 0.5
+        pins = draw.choice([{}, {"optimizer": "adamw"}, {"tokens_per_step": 128}, {"trainable": "full"}])
+        yield pytest.param(architecture, tied, pins, draw.randrange(4, 16) * 2 * MiB, id=f"{number}-{architecture}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "pins", "capacity_bytes"),
+    [
+        plan if number < 5 else pytest.param(*plan.values, id=plan.id, marks=pytest.mark.slow)
+        for number, plan in enumerate(plans())
+    ],
+)
+def test_the_pick_trains_and_the_next_better_runs_out(make_checkpoint, architecture, tied, pins, capacity_bytes):
+    folder = make_checkpoint(architecture, tied=tied, **SHAPE)
+    spec, target = resolve(str(folder)), target_of(capacity_bytes)
+    setting = Setting(spec=spec, target=target, base=given_for(folder, **pins))
+    found = search(spec, setting.base, target, processes=1, alternatives=0)
+    if found.picked is not None:
+        usage = train_for_real(setting, found.picked.settings, capacity_bytes)
+        assert usage.peak_reserved_bytes <= capacity_bytes
+    rejected = [row.quality for row in found.rows if not row.fits]
+    if rejected:
+        laboratory = Laboratory(setting, 1, None)
+        better = rejected[-1]
+        built = laboratory.parts(
+            {name: getattr(better, name) for name in ("trainable", "tied_weights", "quantization")}
+        )
+        leanest = rungs(setting.base, built.layers)[-1]
+        for placement in placements(better, setting.base):
+            settings = better.settings() | placement | micro_batches({"max_seq_length": 64, **pins})[0] | leanest
+            with pytest.raises(torch.OutOfMemoryError):
+                train_for_real(setting, settings, capacity_bytes)
+    assert found.picked is not None or rejected
+
+
+def test_pins_are_kept_and_contradictions_named(make_checkpoint):
+    folder = make_checkpoint("llama", tied=True)
+    spec, target = resolve(str(folder)), target_of(1 << 30)
+    pins = {"trainable": "lm_head", "tied_weights": "untied", "optimizer": "sgd", "per_device_train_batch_size": 2}
+    found = search(spec, given_for(folder, **pins), target, processes=1, alternatives=0)
+    assert found.config is not None
+    assert {name: getattr(found.config, name) for name in pins} == pins
+    for wrong, message in (
+        ({"trainable": "lm_hed"}, "Did you mean"),
+        ({"trainable": "full", "quantization": "nf4"}, "freezes none"),
+        ({"max_seq_length": 4096}, "max_position_embeddings"),
+        ({"optimiser": "adamw"}, "unknown setting"),
+        ({"optimizer": "adam"}, "must be one of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            search(spec, given_for(folder, **wrong), target, processes=1)
+
+
+def test_trials_in_processes_are_those_in_this_one(make_checkpoint):
+    folder = make_checkpoint("qwen2", tied=True, **SHAPE)
+    spec, target = resolve(str(folder)), target_of(14 * MiB)
+    alone, together = (search(spec, given_for(folder), target, processes=count) for count in (1, 2))
+    assert alone.picked == together.picked
+    assert [row.quality for row in alone.rows] == [row.quality for row in together.rows]
+
+
+def test_offloading_stays_within_the_host(make_checkpoint):
+    """The same GPU beside more host memory keeps a better optimizer."""
+    folder = make_checkpoint("llama", tied=True, **OFFLOADABLE)
+    spec = resolve(str(folder))
+    pins = {"trainable": "full", "weight_precision": "master"}
+    poor, rich = (
+        search(spec, given_for(folder, **pins), target_of(16 * MiB, host), processes=1, alternatives=0)
+        for host in (MiB, 1 << 30)
+    )
+    assert rich.picked is not None
+    assert rich.picked.settings.get("offload_optimizer")
+    assert rich.picked.quality == rich.rows[0].quality
+    assert poor.picked is None or poor.picked.quality != rich.picked.quality
+    assert any(row.host_bytes > MiB for row in poor.rows)

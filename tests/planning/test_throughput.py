@@ -1,0 +1,151 @@
+"""Predicted speed: a roofline that can be checked by hand, a range that contains itself, and what measured points change."""
+
+from dataclasses import replace
+
+import pytest
+
+from oomless.catalogue import Gpu, gpu, gpus
+from oomless.catalogue._data import read_yaml
+from oomless.catalogue.efficiency import Efficiency, Measured, efficiency, efficiency_source, measured
+from oomless.config import TrainConfig
+from oomless.memory.work import Work
+from oomless.models.spec import resolve_for_plan
+from oomless.planning.plan import Target, plan, target_for
+from oomless.planning.throughput import SPREAD, relative_seconds, throughput
+
+BOUNDS = ("low", "expected", "high")
+WORK = Work(
+    passes=2,
+    of_passes=((("fp16", 10**12, 10**9), 4), (("fp32", 0, 10**9), 8), (("fp32", 0, 1000), 1000)),
+    of_update=((("fp32", 0, 10**10), 1),),
+    link_bytes_of_passes=10**9,
+    link_bytes_of_update=2 * 10**9,
+)
+
+
+def config(**settings):
+    return TrainConfig.from_mapping(
+        {"model": "-", "data": "-", "output_dir": "-", "max_seq_length": 1000, "gradient_accumulation_steps": 6}
+        | settings
+    )
+
+
+def target(found: Gpu | None) -> Target:
+    return Target(name="-", capacity_bytes=1, outside_bytes=0, workspace_bytes=0, compute_capability=(8, 0), gpu=found)
+
+
+def test_by_hand():
+    """Each operator takes what is longest; the passes that were not rehearsed count; what is copied runs half beside."""
+    t4 = gpu("T4")
+    share = efficiency(t4, "expected")
+    matrix, memory = 10**12 / (65e12 * share.matrix), 10**9 / (320e9 * share.memory)
+    assert memory < matrix
+    passes = 4 * matrix + 8 * memory + 1000 * share.operator_seconds
+    update = 10 * memory
+    link = t4.host_link_bytes_per_s * share.link
+    copies = 10**9 / link, 2 * 10**9 / link
+    assert copies[0] < passes
+    assert copies[1] > update
+    seconds = 3 * (passes + copies[0] / 2) + copies[1] + update / 2
+    found = throughput(WORK, target(t4), config(), ())
+    assert found.tokens_per_second == pytest.approx(6000 / seconds)
+    assert found.basis == efficiency_source(t4)
+    assert not found.calibrated
+
+
+@pytest.mark.parametrize("entry", gpus(), ids=lambda entry: entry.name)
+def test_the_range_contains_itself(entry):
+    found = throughput(WORK, target(entry), config())
+    assert 0 < found.tokens_per_second_low < found.tokens_per_second < found.tokens_per_second_high
+    fewest, most = found.hours(36_000_000)
+    assert fewest == pytest.approx(10_000 / found.tokens_per_second_high)
+    assert most == pytest.approx(10_000 / found.tokens_per_second_low)
+    assert found.basis
+
+
+@pytest.mark.parametrize(
+    "better",
+    [
+        {"bandwidth_bytes_per_s": 640e9},
+        {"peak_flops": {"fp32": 8.1e12, "fp16": 130e12}},
+        {"pcie": (4, 16)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_better_gpu_is_faster(better):
+    slow, fast = (throughput(WORK, target(card), config()) for card in (gpu("T4"), replace(gpu("T4"), **better)))
+    assert fast.tokens_per_second_low > slow.tokens_per_second_low
+    assert fast.tokens_per_second > slow.tokens_per_second
+    assert fast.tokens_per_second_high > slow.tokens_per_second_high
+
+
+def test_more_work_takes_longer():
+    more = replace(WORK, of_passes=(*WORK.of_passes, (("fp16", 10**12, 0), 1)))
+    for place in (target(gpu("T4")), target(None)):
+        assert relative_seconds(more, place, config()) > relative_seconds(WORK, place, config())
+        twice = replace(WORK, link_bytes_of_passes=10**11)
+        assert relative_seconds(twice, place, config()) > relative_seconds(WORK, place, config())
+
+
+def test_a_dtype_without_hardware_runs_in_fp32():
+    """A T4 has no bf16."""
+    works = [replace(WORK, of_passes=(((rate, 10**12, 0), 1),)) for rate in ("fp16", "bf16", "fp32")]
+    half, brain, full = (throughput(work, target(gpu("T4")), config()).tokens_per_second for work in works)
+    assert brain == full < half
+
+
+@pytest.mark.parametrize("name", ["24GiB", "virtual:256MiB"])
+def test_no_speed_is_made_up_for_a_gpu_of_unknown_rates(name):
+    place = target_for(name)
+    assert throughput(WORK, place, config()) is None
+    assert relative_seconds(WORK, place, config()) > 0
+
+
+def test_measured_points_scale_the_prediction_and_its_range():
+    plain = throughput(WORK, target(gpu("T4")), config(), ())
+    points = [Measured(predicted=100.0, measured=ratio * 100, source="bench/gpu.py") for ratio in (0.5, 0.8, 0.9)]
+    found = throughput(WORK, target(gpu("T4")), config(), points)
+    assert found.calibrated
+    assert found.tokens_per_second == pytest.approx(0.8 * plain.tokens_per_second)
+    assert found.tokens_per_second_low == pytest.approx(0.5 * plain.tokens_per_second * (1 - SPREAD))
+    assert found.tokens_per_second_high == pytest.approx(0.9 * plain.tokens_per_second * (1 + SPREAD))
+    assert found.basis == "3 measured points on T4: bench/gpu.py"
+
+
+def test_measured_points_are_read_for_their_gpu(monkeypatch):
+    data = read_yaml("efficiency.yaml")
+    entries = [{"gpu": name, "predicted": 10, "measured": 9, "source": "here"} for name in ("T4", "L4", "T4")]
+    monkeypatch.setitem(data, "measured", entries)
+    assert measured(gpu("T4")) == (Measured(predicted=10, measured=9, source="here"),) * 2
+    assert throughput(WORK, target(gpu("T4")), config()).calibrated
+    assert not throughput(WORK, target(gpu("A100-80GB")), config()).calibrated
+
+
+def test_the_catalogue_s_efficiencies_are_shares_in_order():
+    data = read_yaml("efficiency.yaml")
+    assert set(data["gpus"]) <= {entry.name for entry in gpus()}
+    for entry in gpus():
+        low, expected, high = (efficiency(entry, bound) for bound in BOUNDS)
+        for name in ("matrix", "memory", "link"):
+            assert 0 < getattr(low, name) < getattr(expected, name) < getattr(high, name) < 1
+        assert low.operator_seconds > expected.operator_seconds > high.operator_seconds > 0
+        assert isinstance(low, Efficiency)
+    for point in data["measured"]:
+        assert gpu(point["gpu"]).name == point["gpu"]
+        assert point["predicted"] > 0
+        assert point["measured"] > 0
+        assert point["source"]
+
+
+def test_what_saves_memory_costs_time():
+    """On the real thing: checkpointing is slower than keeping, offloading slower still, and lm_head alone the fastest."""
+    spec, place = resolve_for_plan("SmolLM2-135M"), target_for("T4")
+
+    def seconds(**settings):
+        run = config(model=spec.name, max_seq_length=512, gradient_accumulation_steps=1, dtype="fp16", **settings)
+        return relative_seconds(plan(spec, run, place).work, place, run)
+
+    kept = seconds(optimizer="adamw")
+    again = seconds(optimizer="adamw", gradient_checkpointing=True)
+    offloaded = seconds(optimizer="adamw", gradient_checkpointing=True, offload_optimizer=True)
+    assert seconds(trainable="lm_head", tied_weights="untied") < kept < again < offloaded
