@@ -244,6 +244,7 @@ def test_nothing_to_undo_on_a_cpu(make_checkpoint, corpus, tmp_path):
         output_dir=str(tmp_path),
         gpu="cpu",
         undo_updates=True,
+        max_seq_length=64,
     )
     with pytest.raises(ConfigError, match="undo_updates has no effect on a CPU"):
         loop.train(config)
