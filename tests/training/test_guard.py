@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "muon": dict(optimizer="muon"),
     "offload_optimizer": dict(offload_optimizer=True),
     "in_backward": dict(optimizer_in_backward=True),
+    "lora_dropout": dict(trainable="lora", lora_dropout=0.5),
     "fp16_in_backward": dict(optimizer_in_backward=True, dtype="fp16"),
 }
 
@@ -73,13 +74,13 @@ class Bench:
         states = [parts.optimizer.state[p][name] for p in parts.step.parameters for name in parts.optimizer.state[p]]
         return [*parts.step.parameters, *states, *parts.loss_scale.tensors().values()]
 
-    def step(self, *faults):
+    def step(self, *faults, level=0):
         """Run a step from the start with faults at the given places; return weights and state after it, and its loss."""
         with torch.no_grad():
             for tensor, value in zip(self.tensors(), self.start, strict=True):
                 tensor.copy_(value)
         torch.manual_seed(5)
-        self.guard.level = 0
+        self.guard.level = level
         with self.device.active():
             first = self.device.allocation_count
             self.device.fail_at(None)
@@ -101,7 +102,7 @@ class Bench:
         return [tensor.detach().clone() for tensor in self.tensors()], loss, count
 
 
-@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("stride", [48, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("mode", OPTIMIZERS)
 def test_a_fault_at_any_allocation_changes_no_bit(make_checkpoint, corpus, tmp_path, mode, stride):
     width = 1024 if mode == "offload_optimizer" else 96  # only larger matrices' state goes to the host
@@ -129,6 +130,20 @@ def test_two_faults_in_a_row_take_a_lower_rung(make_checkpoint, corpus, tmp_path
         assert found_loss == pytest.approx(loss, rel=1e-6)
         for one, other in zip(found, expected, strict=True):
             assert float((one - other).norm()) <= 1e-6 * float(other.norm())
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(optimizer_in_backward=True)], ids=["plain", "in_backward"])
+def test_every_rung_is_the_same_step(make_checkpoint, corpus, tmp_path, settings):
+    settings |= dict(optimizer="sgd", max_grad_norm=0)
+    bench = Bench(make_checkpoint("llama"), corpus, tmp_path, **settings)
+    expected, loss, _ = bench.step()
+    for level in range(1, len(bench.guard.rungs)):
+        found, found_loss, _ = bench.step(level=level)
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        for one, other in zip(found, expected, strict=True):
+            assert float((one - other).norm()) <= 1e-6 * float(other.norm())
+    assert bench.guard.rungs[-1].checkpoint_all
+    assert not any(layer.gradient_checkpointing for layer in bench.parts.model.model.layers)
 
 
 def test_the_ladder_ends_in_the_error(make_checkpoint, corpus, tmp_path):

@@ -96,7 +96,10 @@ class UndoLog:
         self._keep((parameter, *self._optimizer.state_tensors(parameter).values()))
 
     def _keep(self, tensors: Any) -> None:
-        self._copies.extend((tensor, self.device.fetch(tensor)) for tensor in tensors)
+        for tensor in tensors:
+            copy = self.device.pinned_like(tensor)  # unlike fetch also a copy of what lies on the host already
+            copy.copy_(tensor.detach())
+            self._copies.append((tensor, copy))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -273,6 +276,10 @@ class Guard:
         """Leave nothing of the failed attempt behind."""
         self.step.abandon()
         gc.collect()
+        if self.device.torch_device.type == "cuda":
+            torch.cuda.synchronize(
+                self.device.torch_device
+            )  # copies that were under way must not land after what is put back
         self.device.empty_cache()
         if self._undo is not None and self._changed:
             self._undo.restore()
