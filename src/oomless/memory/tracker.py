@@ -42,7 +42,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oomless.memory.tape import Tape
+from oomless.memory.tape import Held, Tape
 
 aten = torch.ops.aten
 _DEVICE_OF = torch.ops.prim.device.default
@@ -70,6 +70,15 @@ class Ledger(Protocol):
 
     def free(self, allocation: Any) -> None:
         """Take back what ``allocate`` returned."""
+
+
+class _Unbooked:
+    """Takes no notice: for what is in the books already."""
+
+    def allocate(self, size_bytes: int, operation: object) -> None:
+        return None
+
+    def free(self, allocation: Any) -> None: ...
 
 
 class Booking(weakref.ref[torch.UntypedStorage]):
@@ -151,7 +160,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self._bookings: dict[int, Booking] = {}
         self._dead: deque[Booking] = deque()
-        self._tape: Tape | None = None
+        self._running_tapes: list[Tape] = []
         self._tapes: dict[Any, Tape] = {}
         # A storage can die at any moment, also while this thread is inside the ledger (garbage collection).
         self._lock = threading.Lock()
@@ -239,36 +248,64 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not size_bytes:
             return None
         with self._lock:
-            allocation = ledger.allocate(size_bytes, operation)
-            if self._tape is not None:
-                self._tape.allocated(ledger, size_bytes, operation, allocation)
+            allocation = self._take(ledger, size_bytes, operation)
         if self._dead:
             self.settle()
         return allocation
 
+    def _take(self, ledger: Ledger, size_bytes: int, operation: object) -> Any:
+        allocation = ledger.allocate(size_bytes, operation)
+        for tape in self._running_tapes:
+            tape.allocated(ledger, size_bytes, operation, allocation)
+        return allocation
+
     def _free(self, ledger: Ledger, allocation: Any) -> None:
         ledger.free(allocation)
-        if self._tape is not None:
-            self._tape.freed(allocation)
+        for tape in self._running_tapes:
+            tape.freed(allocation)
+
+    def start(self, tape: Tape) -> None:
+        """Write down on ``tape`` what is asked for from now on, until ``stop``; several may run."""
+        self.settle()
+        self._running_tapes.append(tape)
+
+    def stop(self, tape: Tape) -> None:
+        """End ``start``."""
+        self.settle()
+        self._running_tapes.remove(tape)
 
     def record(self, key: Any, function: Callable[[], None]) -> None:
         """Call ``function`` and keep what it asked for under ``key``."""
-        self.settle()
-        self._tape = self._tapes[key] = Tape()
+        tape = self._tapes[key] = Tape()
+        self.start(tape)
         try:
             function()
-            self.settle()
         finally:
-            self._tape = None
+            self.stop(tape)
 
     def repeated(self, key: Any) -> bool:
         """Ask again for all that was recorded under ``key``; return False where nothing was, or it cannot be repeated."""
         tape = self._tapes.get(key)
-        if tape is None or not tape.repeatable:
+        if tape is None or not tape.repeatable or tape.alive:
             return False
-        with self.quiet():
-            tape.repeat()
+        self.repeat(tape, {})
         return True
+
+    def repeat(self, tape: Tape, held: dict[Any, Held]) -> None:
+        """Ask again for what is on ``tape``; see ``Tape.repeat``."""
+        with self.quiet():
+            tape.repeat(held, self._take, self._free)
+
+    def adopt(self, make: Callable[[], Tensor], held: Held) -> Tensor:
+        """Return the tensor that ``make`` makes, its one new storage booked as the allocation that is ``held`` already."""
+        before, self.ledger = self.ledger, _Unbooked()
+        try:
+            made = make()
+        finally:
+            self.ledger = before
+        (booking,) = self.find(made)
+        booking.ledger, booking.allocation = held
+        return made
 
     def label(self, tensor: Tensor, category: Any, *, overwrite: bool) -> None:
         """Say what ``tensor`` is for, where its ledger keeps that."""
@@ -276,8 +313,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             allocation = booking.allocation
             if hasattr(allocation, "category") and (overwrite or allocation.category is None):
                 allocation.category = category
-                if self._tape is not None:
-                    self._tape.labelled(allocation, category)
+                for tape in self._running_tapes:
+                    tape.labelled(allocation, category)
 
     def _enter(self, storage: torch.UntypedStorage, ledger: Ledger, size_bytes: int, allocation: Any) -> None:
         booking = Booking(storage, self._died)

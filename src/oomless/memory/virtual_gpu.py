@@ -298,7 +298,7 @@ class VirtualGPU(Device):
             before = work.snapshot()
             self._tracker.record(key, function)
             self._work_of[key] = work.since(before)
-        elif work.on:
+        else:
             work.repeat(self._work_of[key])
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:

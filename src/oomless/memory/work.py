@@ -24,6 +24,9 @@ aten = torch.ops.aten
 Cost = tuple[str, int, int]
 """The rate that applies (``fp32``, ``fp16``, ``bf16``), floating-point operations, bytes read and written."""
 
+Counted = tuple[tuple[Counter[Cost], int], ...]
+"""Costs and bytes over the link, of passes and of the update."""
+
 _RATES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SETTING_ASIDE = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
 _OVERWRITING = frozenset(
@@ -137,18 +140,22 @@ class WorkCounter:
         finally:
             self._update = before
 
-    def snapshot(self) -> tuple[Counter[Cost], int]:
-        """Return the update's counts so far, for ``repeat``."""
-        return Counter(self._costs[1]), self._link[1]
+    def snapshot(self) -> Counted:
+        """Return the counts so far, for ``since``."""
+        return tuple((Counter(costs), link) for costs, link in zip(self._costs, self._link, strict=True))
 
-    def since(self, before: tuple[Counter[Cost], int]) -> tuple[Counter[Cost], int]:
-        """Return what the update has counted since ``before``."""
-        return self._costs[1] - before[0], self._link[1] - before[1]
+    def since(self, before: Counted) -> Counted:
+        """Return what was counted since ``before``, for ``repeat``."""
+        return tuple(
+            (costs - earlier, link - earlier_link)
+            for (costs, link), (earlier, earlier_link) in zip(self.snapshot(), before, strict=True)
+        )
 
-    def repeat(self, counted: tuple[Counter[Cost], int]) -> None:
-        """Count again what ``since`` returned."""
-        self._costs[1].update(counted[0])
-        self._link[1] += counted[1]
+    def repeat(self, counted: Counted) -> None:
+        """Count again what ``since`` returned, if anything is counted now."""
+        for place, (costs, link) in enumerate(counted if self.on else ()):
+            self._costs[place].update(costs)
+            self._link[place] += link
 
     def work(self, passes: int) -> Work:
         """Return what was counted, of ``passes`` passes and one update."""

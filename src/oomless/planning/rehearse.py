@@ -17,17 +17,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Device
 from oomless.memory.profile import MemoryProfile
+from oomless.memory.repeated_layers import repeated_layers
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models import save
@@ -35,6 +38,7 @@ from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import trainable
+from oomless.techniques.checkpointing import decoder_layers
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
 from oomless.training.precision import choose_dtype
@@ -90,6 +94,7 @@ def rehearse(
     workspace_bytes: int = 0,
     steps: int = STEPS,
     whole: bool = True,
+    run_all_layers: bool = True,
 ) -> Rehearsal:
     """Run the training of ``config`` on ``device``: load, ``steps`` optimizer steps, an evaluation and a save.
 
@@ -102,8 +107,10 @@ def rehearse(
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
         steps: optimizer steps; from two on the peak is that of a long run.
         whole: evaluate and save at the end.
+        run_all_layers: or only some of each kind, and repeat what they ask for; for a step alone.
 
     Raises:
+        CannotRepeat: without ``run_all_layers``, where these layers have to be run.
         UserError: what is asked for does not fit together; the same as training would say.
     """
     lengths = tuple(document_lengths or usual_lengths(config))
@@ -118,7 +125,8 @@ def rehearse(
                 parts = assemble(spec, config, device, fill=False)
                 repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
-                run_phases(parts, config, lengths, steps, whole=whole)
+                with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
+                    run_phases(parts, config, lengths, steps, whole=whole)
         except torch.OutOfMemoryError as error:
             failure = str(error)
     model = parts.model if parts is not None else None
@@ -151,6 +159,27 @@ def repeat_updates(optimizer: MemoryLeanOptimizer, device: VirtualGPU) -> None:
             device.repeating(key, lambda: update(parameter, gradient, group, state, *scaling))
 
     optimizer._update = update_or_repeat  # type: ignore[method-assign, assignment]
+
+
+def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[None]:
+    """Run only some of the layers of ``model`` inside; see ``memory.repeated_layers``."""
+    layers = decoder_layers(model)
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+    kinds = [(kind, *(_facts(name, part) for name, part in layer.named_modules())) for kind, layer in zip(types, layers, strict=True)]
+    return repeated_layers(model, layers, kinds, device)
+
+
+def _facts(name: str, module: nn.Module) -> tuple[Any, ...]:
+    """Return what decides which operators ``module`` runs on which sizes."""
+    plain = sorted(
+        (key, value)
+        for key, value in vars(module).items()
+        if key != "layer_idx" and isinstance(value, (bool, int, float, str, NoneType))
+    )
+    replaced = sorted((key, getattr(value, "__qualname__", type(value).__name__)) for key, value in vars(module).items() if callable(value))
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    sizes = tuple((key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors)
+    return name, type(module), tuple(plain), tuple(replaced), sizes
 
 
 def run_phases(
