@@ -1,0 +1,312 @@
+"""Layers of one kind, run once in a rehearsal; what the others would ask for is asked again.
+
+The layers of a transformer differ in their numbers, and a rehearsal has none. Of each kind the first layer's forward and the
+last layer's backward are written down on tapes (``tape.py``); every layer between hands on a tensor of the right size, keeps
+what the first kept, and asks in its own backward for what the last asked for. The allocator sees the same requests in the same order as
+if all had run, so the books are the same to the byte, which ``tests/planning/test_repeated_layers.py`` compares.
+
+Where backward runs through a layer is known exactly: autograd calls the node before it when its gradient is complete. What crosses
+from one layer to the next is the hidden state, its gradient, and small tensors that an update carries on (a running norm). A
+layer that frees anything else cannot be repeated, and ``CannotRepeat`` says so: then all layers have to be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oomless.memory.tape import Held, Tape
+from oomless.memory.tracker import Booking
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.memory.work import Counted
+
+INPUT, GRADIENT = "input", "gradient"
+
+
+class CannotRepeat(Exception):
+    """A layer leaves or frees what is not known, so that each has to be run."""
+
+
+@contextmanager
+def repeated_layers(
+    model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[Hashable], device: VirtualGPU
+) -> Iterator[None]:
+    """Inside, only some of ``layers`` run: of each kind the first and the last, and the first and last of all.
+
+    Args:
+        model: what they are part of.
+        layers: in forward's order; each takes a hidden state first and returns one of its shape.
+        kinds: for each of them, equal for those that ask for the same.
+        device: with fake tensors and a history.
+
+    Raises:
+        CannotRepeat: from a forward or backward inside.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    inner = range(1, len(layers) - 1)
+    members = {kind: [place for place in inner if kinds[place] == kind] for kind in {kinds[place] for place in inner}}
+    stack = _Stack(device)
+    places = []
+    for place, layer in enumerate(layers):
+        kind = stack.kinds.setdefault(kinds[place], _Kind())
+        ends = {0, len(layers) - 1, members.get(kinds[place], [place])[0], members.get(kinds[place], [place])[-1]}
+        name = names[id(layer)]
+        runs = place in ends or len(members[kinds[place]]) < 3
+        part = _Layer(layer, name, kind, stack, runs=runs, keeps_tape=place in inner)
+        parent, _, child = name.rpartition(".")
+        places.append((model.get_submodule(parent), child, layer))
+        setattr(model.get_submodule(parent), child, part)
+    try:
+        yield
+    finally:
+        for parent_module, child, layer in places:
+            setattr(parent_module, child, layer)
+
+
+class _Kind:
+    """What layers of one kind ask for in the current micro-batch."""
+
+    def __init__(self) -> None:
+        self.forward: Tape | None = None
+        self.output: Any = None
+        self.counted_forward: Counted = ()
+        self.keeps_input = False
+        self.backward: Tape | None = None
+        self.input_gradient: Any = None
+        self.gradients: dict[str, Any] = {}
+        self.carried: list[Any] = []
+        self.counted_backward: Counted = ()
+
+
+class _Stack:
+    """What the layers share."""
+
+    def __init__(self, device: VirtualGPU) -> None:
+        assert device._recorder is not None
+        assert device._fake_mode is not None
+        self.tracker, self.recorder, self.work = device._tracker, device._recorder, device._fake_mode.work
+        self.kinds: dict[Hashable, _Kind] = {}
+        self.carried: list[Booking] = []
+        """Of tensors that one layer's backward leaves for the next; their allocation is the newest."""
+
+        self.before: _Layer | None = None
+
+    def booking(self, tensor: Tensor) -> Booking:
+        found = self.tracker.find(tensor)
+        if len(found) != 1 or found[0].allocation is None:
+            raise CannotRepeat("a hidden state or gradient is not one booked storage")
+        return found[0]
+
+    def taken(self, booking: Booking) -> Held:
+        """Return what ``booking`` holds, which is the caller's from now on."""
+        allocation, booking.allocation = booking.allocation, None
+        return booking.ledger, allocation
+
+    def holder(self, allocation: Any) -> Booking:
+        return next(booking for booking in self.tracker._bookings.values() if booking.allocation is allocation)
+
+
+class _Layer(nn.Module):
+    """Stands in for ``layer``: runs it and writes down what it asks for, or asks for that again."""
+
+    def __init__(self, layer: nn.Module, name: str, kind: _Kind, stack: _Stack, *, runs: bool, keeps_tape: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name, self.kind, self.stack, self.runs, self.keeps_tape = name, kind, stack, runs, keeps_tape
+        self.tape: Tape | None = None
+        self.input: Any = None
+        self.keeps_input = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a model reads of its layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a hidden state like ``hidden``."""
+        stack, before = self.stack, self.stack.before
+        stack.tracker.settle()
+        if before is not None:
+            before.note_whether_input_is_kept()
+        stack.before = self
+        self.input = stack.booking(hidden).allocation
+        if not self.runs:
+            if self.kind.forward is None:
+                raise CannotRepeat("layers run in another order")
+            output: Tensor = _Repetition.apply(hidden, self)  # type: ignore[no-untyped-call]
+            return output
+        passed: Tensor = _Start.apply(hidden, self) if hidden.requires_grad else hidden  # type: ignore[no-untyped-call]
+        self.tape = Tape("forward")
+        counted = stack.work.snapshot()
+        stack.tracker.start(self.tape)
+        try:
+            output = self.layer(passed, *args, **kwargs)
+        finally:
+            stack.tracker.stop(self.tape)
+        if self.keeps_tape:
+            self._forward_ended(output, stack.work.since(counted))
+        return _End.apply(output, self) if output.requires_grad else output  # type: ignore[no-untyped-call, no-any-return]
+
+    def _forward_ended(self, output: Any, counted: Counted) -> None:
+        assert self.tape is not None
+        kind = self.kind
+        if type(output) is not torch._subclasses.FakeTensor or not self.tape.repeatable:
+            raise CannotRepeat("a layer's forward frees what it did not make, or returns more than a hidden state")
+        if kind.forward is None or kind.backward is not None:  # the first layer of its kind, in this micro-batch
+            kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
+            kind.output = self.tape.name_of(self.stack.booking(output).allocation)
+            if kind.output is None:
+                raise CannotRepeat("a layer returns what it did not make")
+        elif not self.tape.same_as(kind.forward):
+            raise CannotRepeat("layers of one kind ask for different memory in forward")
+
+    def note_whether_input_is_kept(self) -> None:
+        """Look, when the next layer begins, whether something holds this one's input for backward."""
+        if self.runs:
+            self.keeps_input = self.input.block is not None
+            if self.keeps_tape:
+                self.kind.keeps_input = self.keeps_input
+
+    # A layer that runs: its backward lies between these two.
+
+    def backward_begins(self, gradient: Tensor) -> None:
+        """Start to write down this layer's backward; ``gradient`` is that of its output."""
+        stack = self.stack
+        stack.tracker.settle()
+        assert self.tape is not None
+        known: dict[Any, Any] = dict(self.tape.alive)
+        known[GRADIENT] = stack.booking(gradient).allocation
+        output = known.pop(self.kind.output, None) if self.keeps_tape else None
+        del output  # the next layer's input by now
+        if self.keeps_input:
+            known[INPUT] = self.input
+        known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
+        known |= {("old", name): stack.booking(p.grad).allocation for name, p in self._with_gradients()}
+        self.tape = Tape("backward", known)
+        self.counted = stack.work.snapshot()
+        stack.tracker.start(self.tape)
+
+    def _with_gradients(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.layer.named_parameters() if p.grad is not None]
+
+    def backward_ended(self, gradient: Tensor) -> None:
+        """Keep what was written down; ``gradient`` is that of this layer's input."""
+        stack, tape, kind = self.stack, self.tape, self.kind
+        if tape is None or tape._name != "backward":
+            raise CannotRepeat("a layer's backward ended before it began")
+        stack.tracker.stop(tape)
+        alive = tape.alive
+        input_gradient = tape.name_of(stack.booking(gradient).allocation)
+        gradients = {name: tape.name_of(stack.booking(p.grad).allocation) for name, p in self._with_gradients()}
+        for name in (input_gradient, *gradients.values(), GRADIENT):
+            alive.pop(name, None)
+        carried = [name for name in alive if name[0] == "carried"] + [name for name in alive if name[0] == "backward"]
+        stack.carried = [stack.holder(alive.pop(name)) for name in carried]
+        if not self.keeps_tape:
+            return
+        if alive or not tape.repeatable or input_gradient is None:
+            raise CannotRepeat(f"a layer's backward leaves {list(alive)} or frees what is not known")
+        kind.backward, kind.counted_backward = tape, stack.work.since(self.counted)
+        kind.input_gradient, kind.gradients, kind.carried = input_gradient, gradients, carried
+
+    # A layer that is repeated.
+
+    def repeat_forward(self) -> tuple[Held, dict[Any, Held]]:
+        """Ask for what a forward asks for; return what the output is booked as, and what is kept for backward."""
+        stack, kind = self.stack, self.kind
+        assert kind.forward is not None
+        held: dict[Any, Held] = {}
+        stack.recorder.module_started(self.name)
+        try:
+            stack.tracker.repeat(kind.forward, held)
+        finally:
+            stack.recorder.module_ended()
+        stack.work.repeat(kind.counted_forward)
+        return held.pop(kind.output), held
+
+    def repeat_backward(self, hidden: Tensor | None, gradient: Tensor, held: dict[Any, Held]) -> Tensor:
+        """Ask for what a backward asks for; return the gradient of the input, and leave those of the parameters."""
+        stack, kind = self.stack, self.kind
+        if kind.backward is None or len(kind.carried) != len(stack.carried):
+            raise CannotRepeat("backward runs in another order")
+        given: dict[Any, Booking] = {GRADIENT: stack.booking(gradient)}
+        if hidden is not None:
+            given[INPUT] = stack.booking(hidden)
+        given |= {("carried", place): booking for place, booking in enumerate(stack.carried)}
+        given |= {("old", name): stack.booking(p.grad) for name, p in self._with_gradients() if p.grad is not None}
+        held |= {name: stack.taken(booking) for name, booking in given.items()}
+        stack.tracker.repeat(kind.backward, held)
+        stack.work.repeat(kind.counted_backward)
+        new = [held.pop(name) for name in kind.carried]
+        for booking, (ledger, allocation) in zip(stack.carried, new, strict=True):
+            booking.ledger, booking.allocation = ledger, allocation
+        self._leave_gradients(held, given)
+        result = gradient
+        if kind.input_gradient != GRADIENT:
+            result = stack.tracker.adopt(lambda: torch.empty_like(gradient), held.pop(kind.input_gradient))
+        if GRADIENT in held:
+            given[GRADIENT].allocation = held.pop(GRADIENT)[1]
+        if held:
+            raise CannotRepeat(f"a layer's backward would leave {list(held)}")
+        return result
+
+    def _leave_gradients(self, held: dict[Any, Held], given: Mapping[Any, Booking]) -> None:
+        parameters = dict(self.layer.named_parameters())
+        for name, called in self.kind.gradients.items():
+            if called == ("old", name):
+                given[called].allocation = held.pop(called)[1]
+            else:
+                parameter = parameters[name]
+                parameter.grad = self.stack.tracker.adopt(
+                    lambda p=parameter: torch.empty_like(p, requires_grad=False), held.pop(called)
+                )
+
+
+class _Start(torch.autograd.Function):
+    """Hands the hidden state to a layer that runs; tells it when its backward is over."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.layer.backward_ended(gradient)
+        return gradient, None
+
+
+class _End(torch.autograd.Function):
+    """Hands on what a layer that runs returned; tells it when its backward begins."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.layer.backward_begins(gradient)
+        return gradient, None
+
+
+class _Repetition(torch.autograd.Function):
+    """A layer that does not run."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:  # type: ignore[override]
+        output, kept = layer.repeat_forward()
+        ctx.layer, ctx.kept = layer, kept
+        ctx.hidden = hidden.detach() if layer.kind.keeps_input else None
+        return layer.stack.tracker.adopt(lambda: torch.empty_like(hidden), output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        hidden, ctx.hidden = ctx.hidden, None
+        return ctx.layer.repeat_backward(hidden, gradient, ctx.kept), None
