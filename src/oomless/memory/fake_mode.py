@@ -19,11 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from oomless.memory.work import WorkCounter
 
 aten = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
 _CPU = torch.device("cpu")
+_KNOWN: dict[Any, Any] = {}
+"""What operators return, for all modes of this process: it follows from sizes and types alone."""
+
 _VIEWS = frozenset(
     {
         *(aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.detach.default, aten.t.default),
-        *(aten.transpose.int, aten.unsqueeze.default, aten.select.int, aten.expand.default, aten.split.Tensor),
+        *(aten.view.dtype, aten.transpose.int, aten.unsqueeze.default, aten.select.int, aten.expand.default, aten.split.Tensor),
         aten.split_with_sizes.default,
     }
 )
@@ -35,7 +39,6 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.work = WorkCounter()
-        self._known: dict[Any, Any] = {}
         self._attributes = vars(FakeTensor(self, torch.empty(0, device="meta"), _CPU))
 
     @classmethod
@@ -46,6 +49,8 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Return fake results of ``func``."""
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         key: list[Any] = [func]
         if not self._describe(args, key) or (kwargs and not self._describe((*kwargs, *kwargs.values()), key)):
             return super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -54,7 +59,7 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
                 result = func(*args, **kwargs) if kwargs else func(*args)
             return self._fake(result) if type(result) is Tensor else [self._fake(part) for part in result]
         described = tuple(key)
-        known = self._known.get(described)
+        known = _KNOWN.get(described)
         if known is not None:
             result = self._again(known, args, kwargs)
         else:
@@ -88,7 +93,7 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         given = [*args, *(kwargs or {}).values()]
         for place, argument in enumerate(given):
             if result is argument and type(result) is FakeTensor:
-                self._known[key] = place
+                _KNOWN[key] = place
                 return
         results = result if type(result) is tuple else (result,)
         storages = {part.untyped_storage()._cdata for part in _tensors(given)}
@@ -99,7 +104,7 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             if not plain or part.storage_offset() or part.untyped_storage()._cdata in storages:
                 return
         shapes = tuple((part.shape, part.stride(), part.dtype) for part in results)
-        self._known[key] = (type(result) is tuple, shapes)
+        _KNOWN[key] = (type(result) is tuple, shapes)
 
     def _again(self, known: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
         if type(known) is int:

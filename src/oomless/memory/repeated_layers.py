@@ -257,12 +257,13 @@ class _Layer(nn.Module):
         return result
 
     def _leave_gradients(self, held: dict[Any, Held], given: Mapping[Any, Booking]) -> None:
-        parameters = dict(self.layer.named_parameters())
-        for name, called in self.kind.gradients.items():
-            if called == ("old", name):
+        for name, parameter in self.layer.named_parameters():
+            called = self.kind.gradients.get(name)
+            if called is None:
+                parameter.grad = None
+            elif called == ("old", name):
                 given[called].allocation = held.pop(called)[1]
             else:
-                parameter = parameters[name]
                 parameter.grad = self.stack.tracker.adopt(
                     lambda p=parameter: torch.empty_like(p, requires_grad=False), held.pop(called)
                 )

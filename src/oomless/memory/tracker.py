@@ -236,7 +236,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if booking is not None:
             if rule is _Rule.MAY_RESIZE and storage.nbytes() != booking.size_bytes:
                 self._rebook(booking, storage.nbytes(), operation)
-        elif rule is _Rule.NEW_STORAGES and not tensor.is_meta:
+        elif rule is _Rule.NEW_STORAGES and not _is_meta(tensor):
             size_bytes = storage.nbytes()
             allocation = self._allocate(self.ledger, size_bytes, operation)
             self._enter(storage, self.ledger, size_bytes, allocation)
@@ -361,6 +361,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if booking is not None:
             self._enter(result.untyped_storage(), booking.ledger, booking.size_bytes, booking.allocation)
             booking.allocation = None
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    return tensor.fake_device.type == "meta" if type(tensor) is FakeTensor else tensor.is_meta
 
 
 def _reference_counts(tensor: Tensor) -> tuple[int, int]:
