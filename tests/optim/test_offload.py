@@ -77,7 +77,8 @@ def test_same_bits_and_three_slices(name, dtype, way, bytes_each):
             )
     assert plain[2] - ours[2] == bytes_each * COUNT
     assert ours[3] <= SLICE + BESIDE_SLICES.get(name, 0)
-    assert device.host_peak_allocated_bytes >= bytes_each * COUNT
+    # While state is made, one tensor of it exists twice, or the parameter beside it.
+    assert bytes_each * COUNT <= device.host_peak_allocated_bytes <= (bytes_each + 4) * COUNT + 4096
 
 
 def test_an_overflow_changes_nothing():

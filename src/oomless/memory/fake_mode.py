@@ -51,7 +51,7 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         """Return fake results of ``func``."""
         if func is _DEVICE_OF and type(args[0]) is FakeTensor:
             return args[0].fake_device
-        key: list[Any] = [func]
+        key: list[Any] = [func, torch.get_default_dtype()]
         if not self._describe(args, key) or (kwargs and not self._describe((*kwargs, *kwargs.values()), key)):
             return super().__torch_dispatch__(func, types, args, kwargs or {})
         if func in _VIEWS:

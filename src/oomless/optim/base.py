@@ -181,6 +181,7 @@ class MemoryLeanOptimizer(Optimizer):
         host = self._offload.fetch(parameter)
         with self._offload.host():
             state = self._new_state(host, group)
+        del host
         return to_host(state, self.sliced_state, self._offload)
 
     def _new_state(self, parameter: Tensor, group: Group) -> State:

@@ -44,9 +44,13 @@ class HostMemory(Protocol):
 
 
 def to_host(state: State, names: frozenset[str], device: HostMemory) -> State:
-    """Return ``state``, which was made on the host, with ``names`` in pinned host memory and the rest on ``device``."""
+    """Empty ``state``, which was made on the host, into one with ``names`` in pinned host memory and the rest on ``device``.
+
+    One tensor after the other: the host holds no second state.
+    """
     placed = {}
-    for name, tensor in state.items():
+    for name in list(state):
+        tensor = state.pop(name)
         if name in names:
             placed[name] = device.pinned_like(tensor)
             placed[name].copy_(tensor)

@@ -324,6 +324,8 @@ class _Search:
                 low, high = -1, len(ladder)
                 continue
             for index, trial in zip(probes, made, strict=True):
+                if trial.fits and not self._fits(trial):
+                    return None, self._failure(trial)  # a lean rung asks no less of the host
                 trials[index] = trial
                 if self._fits(trial) and settings | ladder[index] not in self.disproved:
                     high = min(high, index)

@@ -132,7 +132,8 @@ def try_out(setting: Setting, settings: Settings) -> Trial:
     """Rehearse one step of the run with ``settings`` at the capacity that may be used."""
     try:
         try:
-            found = _one_step(setting, settings, run_all_layers=False)
+            # Offloaded activations are known by their layer's number.
+            found = _one_step(setting, settings, run_all_layers=bool(settings.get("offload_activations")))
         except CannotRepeat:
             found = _one_step(setting, settings, run_all_layers=True)
     except UserError as error:
