@@ -3,8 +3,8 @@
 torch's own mode remembers what operators return, but makes the keys and the answers in Python at about 0.2 ms each,
 which would be most of a rehearsal. This mode remembers the plain cases itself, by the operator and its arguments'
 shapes, strides and types: what torch's mode returned the first time is returned again. Views, whose storage is an
-argument's, are asked of the meta kernel every time. Everything unusual (devices other than the CPU, tensors that are not
-fake or have a known value, complex numbers, results that alias undeclared) goes torch's way.
+argument's, are asked of the meta kernel every time. Everything unusual (devices other than the CPU and ``meta``, tensors that
+are not fake or have a known value, complex numbers, results that alias undeclared) goes torch's way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from oomless.memory.work import WorkCounter
 
 aten = torch.ops.aten
 _DEVICE_OF = torch.ops.prim.device.default
-_CPU = torch.device("cpu")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 _KNOWN: dict[Any, Any] = {}
 """What operators return, for all modes of this process: it follows from sizes and types alone."""
 
@@ -39,7 +39,9 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.work = WorkCounter()
-        self._attributes = vars(FakeTensor(self, torch.empty(0, device="meta"), _CPU))
+        self._attributes = {
+            device: vars(FakeTensor(self, torch.empty(0, device="meta"), device)) for device in (_CPU, _META)
+        }
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -57,7 +59,8 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if func in _VIEWS:
             with in_kernel_invocation_manager(self):
                 result = func(*args, **kwargs) if kwargs else func(*args)
-            return self._fake(result) if type(result) is Tensor else [self._fake(part) for part in result]
+            device = args[0].fake_device
+            return self._fake(result, device) if type(result) is Tensor else [self._fake(p, device) for p in result]
         described = tuple(key)
         known = _KNOWN.get(described)
         if known is not None:
@@ -75,14 +78,15 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         for argument in arguments:
             kind = type(argument)
             if kind is FakeTensor:
-                if argument.constant is not None or argument.fake_device != _CPU or argument.fake_mode is not self:
+                device = argument.fake_device
+                if argument.constant is not None or device not in self._attributes or argument.fake_mode is not self:
                     return False
-                key += (argument.shape, argument.stride(), argument.dtype)
+                key += (argument.shape, argument.stride(), argument.dtype, device.type)
             elif kind is list or kind is tuple:
                 key.append(len(argument))
                 if not self._describe(argument, key):
                     return False
-            elif isinstance(argument, Tensor) or (kind is torch.device and argument != _CPU):
+            elif isinstance(argument, Tensor) or (kind is torch.device and argument not in self._attributes):
                 return False
             else:
                 key += (kind, None if kind is float else argument)
@@ -98,27 +102,27 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         results = result if type(result) is tuple else (result,)
         storages = {part.untyped_storage()._cdata for part in _tensors(given)}
         for part in results:
-            if type(part) is not FakeTensor or part.fake_device != _CPU or part.constant is not None:
+            if type(part) is not FakeTensor or part.fake_device not in self._attributes or part.constant is not None:
                 return
             plain = part.layout is torch.strided and not part.is_complex() and not part.requires_grad
             if not plain or part.storage_offset() or part.untyped_storage()._cdata in storages:
                 return
         shapes = tuple((part.shape, part.stride(), part.dtype) for part in results)
-        _KNOWN[key] = (type(result) is tuple, shapes)
+        _KNOWN[key] = (type(result) is tuple, shapes, results[0].fake_device)
 
     def _again(self, known: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
         if type(known) is int:
             return args[known] if known < len(args) else list((kwargs or {}).values())[known - len(args)]
-        several, shapes = known
+        several, shapes, device = known
         with in_kernel_invocation_manager(self):
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes]
-        return tuple(self._fake(part) for part in made) if several else self._fake(made[0])
+        return tuple(self._fake(part, device) for part in made) if several else self._fake(made[0], device)
 
-    def _fake(self, meta: Tensor) -> FakeTensor:
-        """Return what ``FakeTensor(self, meta, cpu)`` does, without its checks."""
-        fake: Any = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU)
+    def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
+        """Return what ``FakeTensor(self, meta, device)`` does, without its checks."""
+        fake: Any = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
         torch._C._set_throw_on_mutable_data_ptr(fake)
-        fake.__dict__.update(self._attributes)
+        fake.__dict__.update(self._attributes[device])
         return fake  # type: ignore[no-any-return]
 
 
