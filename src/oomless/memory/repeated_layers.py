@@ -113,7 +113,9 @@ class _Stack:
 class _Layer(nn.Module):
     """Stands in for ``layer``: runs it and writes down what it asks for, or asks for that again."""
 
-    def __init__(self, layer: nn.Module, name: str, kind: _Kind, stack: _Stack, *, runs: bool, keeps_tape: bool) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str, kind: _Kind, stack: _Stack, *, runs: bool, keeps_tape: bool
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.name, self.kind, self.stack, self.runs, self.keeps_tape = name, kind, stack, runs, keeps_tape
@@ -139,8 +141,11 @@ class _Layer(nn.Module):
         if not self.runs:
             if self.kind.forward is None:
                 raise CannotRepeat("layers run in another order")
-            output: Tensor = _Repetition.apply(hidden, self)  # type: ignore[no-untyped-call]
-            return output
+            stack.recorder.module_started(self.name)
+            try:
+                return _Repetition.apply(hidden, self)  # type: ignore[no-untyped-call, no-any-return]
+            finally:
+                stack.recorder.module_ended()
         passed: Tensor = _Start.apply(hidden, self) if hidden.requires_grad else hidden  # type: ignore[no-untyped-call]
         self.tape = Tape("forward")
         counted = stack.work.snapshot()
@@ -182,8 +187,8 @@ class _Layer(nn.Module):
         assert self.tape is not None
         known: dict[Any, Any] = dict(self.tape.alive)
         known[GRADIENT] = stack.booking(gradient).allocation
-        output = known.pop(self.kind.output, None) if self.keeps_tape else None
-        del output  # the next layer's input by now
+        if self.keeps_tape:
+            known.pop(self.kind.output, None)  # the next layer's input by now
         if self.keeps_input:
             known[INPUT] = self.input
         known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
@@ -222,11 +227,7 @@ class _Layer(nn.Module):
         stack, kind = self.stack, self.kind
         assert kind.forward is not None
         held: dict[Any, Held] = {}
-        stack.recorder.module_started(self.name)
-        try:
-            stack.tracker.repeat(kind.forward, held)
-        finally:
-            stack.recorder.module_ended()
+        stack.tracker.repeat(kind.forward, held)
         stack.work.repeat(kind.counted_forward)
         return held.pop(kind.output), held
 

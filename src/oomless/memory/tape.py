@@ -68,7 +68,11 @@ class Tape:
             self._events.append((name, category))
 
     def repeat(
-        self, held: dict[Any, Held], allocate: Callable[[Any, int, object], Any], free: Callable[[Any, Any], None]
+        self,
+        held: dict[Any, Held],
+        allocate: Callable[[Any, int, object], Any],
+        free: Callable[[Any, Any], None],
+        label: Callable[[Any, object], None],
     ) -> None:
         """Ask all of it again; ``held`` has what it knows by name, and gets what is left at the end.
 
@@ -81,7 +85,7 @@ class Tape:
                     name, ledger, size_bytes, operation = event
                     held[name] = (ledger, allocate(ledger, size_bytes, operation))
                 elif len(event) == 2:
-                    held[event[0]][1].category = event[1]
+                    label(held[event[0]][1], event[1])
                 else:
                     free(*held.pop(event[0]))
         except BaseException:

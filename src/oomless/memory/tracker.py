@@ -294,7 +294,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def repeat(self, tape: Tape, held: dict[Any, Held]) -> None:
         """Ask again for what is on ``tape``; see ``Tape.repeat``."""
         with self.quiet():
-            tape.repeat(held, self._take, self._free)
+            tape.repeat(held, self._take, self._free, self._label)
 
     def adopt(self, make: Callable[[], Tensor], held: Held) -> Tensor:
         """Return the tensor that ``make`` makes, its one new storage booked as the allocation that is ``held`` already."""
@@ -312,9 +312,12 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for booking in self.find(tensor):
             allocation = booking.allocation
             if hasattr(allocation, "category") and (overwrite or allocation.category is None):
-                allocation.category = category
-                for tape in self._running_tapes:
-                    tape.labelled(allocation, category)
+                self._label(allocation, category)
+
+    def _label(self, allocation: Any, category: Any) -> None:
+        allocation.category = category
+        for tape in self._running_tapes:
+            tape.labelled(allocation, category)
 
     def _enter(self, storage: torch.UntypedStorage, ledger: Ledger, size_bytes: int, allocation: Any) -> None:
         booking = Booking(storage, self._died)

@@ -38,7 +38,7 @@ from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import trainable
-from oomless.techniques.checkpointing import decoder_layers
+from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
 from oomless.training.precision import choose_dtype
@@ -165,7 +165,11 @@ def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[No
     """Run only some of the layers of ``model`` inside; see ``memory.repeated_layers``."""
     layers = decoder_layers(model)
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
-    kinds = [(kind, *(_facts(name, part) for name, part in layer.named_modules())) for kind, layer in zip(types, layers, strict=True)]
+    backward = {id(layer) for layer in layers_of_backward(model)}
+    kinds = [
+        (kind, id(layer) in backward, *(_facts(name, part) for name, part in layer.named_modules()))
+        for kind, layer in zip(types, layers, strict=True)
+    ]
     return repeated_layers(model, layers, kinds, device)
 
 
@@ -176,7 +180,11 @@ def _facts(name: str, module: nn.Module) -> tuple[Any, ...]:
         for key, value in vars(module).items()
         if key != "layer_idx" and isinstance(value, (bool, int, float, str, NoneType))
     )
-    replaced = sorted((key, getattr(value, "__qualname__", type(value).__name__)) for key, value in vars(module).items() if callable(value))
+    replaced = sorted(
+        (key, getattr(value, "__qualname__", type(value).__name__))
+        for key, value in vars(module).items()
+        if callable(value)
+    )
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     sizes = tuple((key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors)
     return name, type(module), tuple(plain), tuple(replaced), sizes

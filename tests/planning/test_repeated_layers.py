@@ -1,0 +1,83 @@
+"""A rehearsal that runs some layers of each kind is, at every event, the rehearsal that runs them all."""
+
+import pytest
+
+from oomless.config import DataSource, TrainConfig
+from oomless.memory.repeated_layers import CannotRepeat
+from oomless.models.spec import resolve
+from oomless.planning.rehearse import rehearse, virtual_device
+
+LORA = {"trainable": "lora+embed_tokens+lm_head", "lora_r": 4, "dtype": "bf16"}
+CHECKPOINTED = {"gradient_checkpointing": True, "checkpointed_layers": 5}
+WIDE = {"hidden_size": 256, "intermediate_size": 768}
+CASES = [
+    ("llama", {"optimizer": "adamw", "dtype": "bf16", "gradient_accumulation_steps": 2}),
+    ("llama", {"optimizer": "adamw_8bit", "dtype": "bf16", "optimizer_in_backward": True, **CHECKPOINTED}),
+    ("qwen3", {"optimizer": "apollo", "dtype": "fp16", "cheap_recompute": True, "optimizer_in_backward": True}),
+    ("gemma", {"optimizer": "adafactor", "dtype": "fp16", "gradient_checkpointing": True, "cheap_recompute": True,
+               "optimizer_in_backward": True, "gradient_accumulation_steps": 4}),
+    ("gemma2", {"optimizer": "sgd", "dtype": "bf16", "mlp_tiles": 3, "per_device_train_batch_size": 2}),
+    ("llama", {"optimizer": "adamw", "dtype": "bf16", "offload_optimizer": True, "optimizer_in_backward": True, **WIDE}),
+    ("qwen2", {**LORA, **CHECKPOINTED, "quantization": "nf4", "cheap_recompute": True, "mlp_tiles": 2}),
+    ("llama", {**LORA, "quantization": "int8", "gradient_accumulation_steps": 3, "lora_dropout": 0.1}),
+    ("llama", {**LORA, "stream_frozen": True, "gradient_checkpointing": True}),
+    ("llama", {"trainable": "lm_head", "quantization": "nf4", "dtype": "bf16"}),
+    ("llama", {"trainable": "model.layers.5.*", "dtype": "bf16"}),
+]  # fmt: skip
+LAYERS = {"num_hidden_layers": 8}
+
+
+def step(folder, settings, *, run_all_layers, capacity_bytes=1 << 40):
+    spec = resolve(str(folder))
+    settings = {"data": (DataSource(path="none"),), "output_dir": "none", "max_seq_length": 64, **settings}
+    device = virtual_device(capacity_bytes)
+    return rehearse(
+        spec,
+        TrainConfig(model=str(folder), **settings),
+        device,
+        kernel="auto",
+        steps=1,
+        whole=False,
+        run_all_layers=run_all_layers,
+    )
+
+
+def in_the_books(found):
+    profile = found.device.profile(max_points=None)
+    timeline, count = profile.timeline, found.profile.event_count  # the end of the model is not of the run
+    fixed = {name: timeline.bytes_by_category[name][:count] for name in ("weights", "gradients", "optimizer state")}
+    work = found.work
+    counted = (sorted(work.of_passes), sorted(work.of_update), work.link_bytes_of_passes, work.link_bytes_of_update)
+    failures = [(failure.event, failure.phase, failure.operation, failure.size_bytes) for failure in profile.failures]
+    host_bytes = found.device.host_peak_allocated_bytes
+    levels = timeline.allocated_bytes[:count], timeline.reserved_bytes[:count], timeline.phases[:count]
+    return count, levels, fixed, counted, failures, host_bytes
+
+
+@pytest.mark.parametrize(("architecture", "settings"), CASES)
+def test_the_same_at_every_event(make_checkpoint, architecture, settings):
+    shape = {name: settings[name] for name in WIDE if name in settings}
+    settings = {name: value for name, value in settings.items() if name not in WIDE}
+    folder = make_checkpoint(architecture, tied=settings.get("trainable") != "lm_head", **LAYERS, **shape)
+    every = step(folder, settings, run_all_layers=True)
+    some = step(folder, settings, run_all_layers=False)
+    assert in_the_books(some) == in_the_books(every)
+    assert some.parameters == every.parameters
+
+
+@pytest.mark.parametrize("share", [0.55, 0.8, 0.97])
+def test_it_runs_out_at_the_same_request(make_checkpoint, share):
+    folder = make_checkpoint("llama", tied=True, **LAYERS, **WIDE)
+    settings = {"optimizer": "sgd", "dtype": "bf16", "optimizer_in_backward": True, **CHECKPOINTED}
+    peak_bytes = step(folder, settings, run_all_layers=True).profile.peak_reserved_bytes
+    found = [
+        step(folder, settings, run_all_layers=way, capacity_bytes=int(peak_bytes * share)) for way in (True, False)
+    ]
+    assert found[0].out_of_memory == found[1].out_of_memory is not None
+    assert in_the_books(found[0]) == in_the_books(found[1])
+
+
+def test_layers_that_know_their_number_are_all_run(make_checkpoint):
+    folder = make_checkpoint("llama", **LAYERS)
+    with pytest.raises(CannotRepeat):
+        step(folder, {"gradient_checkpointing": True, "offload_activations": True}, run_all_layers=False)
