@@ -27,7 +27,9 @@ CASES = [
 LAYERS = {"num_hidden_layers": 8}
 
 
-def step(folder, settings, *, run_all_layers, capacity_bytes=1 << 40):
+def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40):
+    """Two steps, an evaluation and a save; one step where layers are streamed, as what they fetch ahead is known by number."""
+    how = {"steps": 1, "whole": False} if "stream_frozen" in settings else {}
     spec = resolve(str(folder))
     settings = {"data": (DataSource(path="none"),), "output_dir": "none", "max_seq_length": 64, **settings}
     device = virtual_device(capacity_bytes)
@@ -36,9 +38,8 @@ def step(folder, settings, *, run_all_layers, capacity_bytes=1 << 40):
         TrainConfig(model=str(folder), **settings),
         device,
         kernel="auto",
-        steps=1,
-        whole=False,
         run_all_layers=run_all_layers,
+        **how,
     )
 
 
@@ -59,8 +60,8 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
     shape = {name: settings[name] for name in WIDE if name in settings}
     settings = {name: value for name, value in settings.items() if name not in WIDE}
     folder = make_checkpoint(architecture, tied=settings.get("trainable") != "lm_head", **LAYERS, **shape)
-    every = step(folder, settings, run_all_layers=True)
-    some = step(folder, settings, run_all_layers=False)
+    every = rehearsal(folder, settings, run_all_layers=True)
+    some = rehearsal(folder, settings, run_all_layers=False)
     assert in_the_books(some) == in_the_books(every)
     assert some.parameters == every.parameters
 
@@ -69,9 +70,9 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
 def test_it_runs_out_at_the_same_request(make_checkpoint, share):
     folder = make_checkpoint("llama", tied=True, **LAYERS, **WIDE)
     settings = {"optimizer": "sgd", "dtype": "bf16", "optimizer_in_backward": True, **CHECKPOINTED}
-    peak_bytes = step(folder, settings, run_all_layers=True).profile.peak_reserved_bytes
+    peak_bytes = rehearsal(folder, settings, run_all_layers=True).profile.peak_reserved_bytes
     found = [
-        step(folder, settings, run_all_layers=way, capacity_bytes=int(peak_bytes * share)) for way in (True, False)
+        rehearsal(folder, settings, run_all_layers=way, capacity_bytes=int(peak_bytes * share)) for way in (True, False)
     ]
     assert found[0].out_of_memory == found[1].out_of_memory is not None
     assert in_the_books(found[0]) == in_the_books(found[1])
@@ -80,4 +81,4 @@ def test_it_runs_out_at_the_same_request(make_checkpoint, share):
 def test_layers_that_know_their_number_are_all_run(make_checkpoint):
     folder = make_checkpoint("llama", **LAYERS)
     with pytest.raises(CannotRepeat):
-        step(folder, {"gradient_checkpointing": True, "offload_activations": True}, run_all_layers=False)
+        rehearsal(folder, {"gradient_checkpointing": True, "offload_activations": True}, run_all_layers=False)

@@ -18,9 +18,10 @@ from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_plain
 from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
-from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
+from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly, virtual_device
 from oomless.units import GiB, format_bytes
 
 Source = Literal["given", "log", "message", "assumed"]
@@ -253,26 +254,41 @@ def rehearse_run(
     if run.tool != "oomless":
         return rehearse_plain(run.plain(evaluates=evaluates), target, limited=limited, settings=settings)
     assert run.spec is not None
-    return rehearse_own(run.spec, run.config(), target, limited=limited, settings=settings)[0]
+    return rehearse_own(run.spec, run.config(), target, limited=limited, settings=settings, names_modules=True)[0]
 
 
 def rehearse_own(
-    spec: ModelSpec, config: TrainConfig, target: Target, *, limited: bool, settings: AllocatorSettings | None = None
+    spec: ModelSpec,
+    config: TrainConfig,
+    target: Target,
+    *,
+    limited: bool,
+    settings: AllocatorSettings | None = None,
+    names_modules: bool = False,
 ) -> tuple[Outcome, Rehearsal]:
     """Rehearse a run of oomless on ``target``, or without an end of memory where not ``limited``.
+
+    It takes more time where the outcome ``names_modules`` inside of layers.
 
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
-    device = virtual_device(
-        target.capacity_bytes if limited else UNLIMITED_BYTES,
-        name=target.name,
-        compute_capability=target.compute_capability,
-        outside_bytes=target.outside_bytes,
-        settings=settings,
-    )
-    found = rehearse(spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes)
-    return outcome(device, found.out_of_memory), found
+
+    def open_device() -> VirtualGPU:
+        return virtual_device(
+            target.capacity_bytes if limited else UNLIMITED_BYTES,
+            name=target.name,
+            compute_capability=target.compute_capability,
+            outside_bytes=target.outside_bytes,
+            settings=settings,
+        )
+
+    how: dict[str, Any] = {"kernel": target.kernel, "workspace_bytes": target.workspace_bytes}
+    if names_modules:
+        found = rehearse(spec, config, open_device(), **how)
+    else:
+        found = rehearse_briefly(spec, config, open_device, **how)
+    return outcome(found.device, found.out_of_memory), found
 
 
 def _with(run: FailedRun, dtype: str | None, length: int | None, *, from_message: bool) -> FailedRun:

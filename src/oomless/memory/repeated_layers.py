@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,15 @@ def repeated_layers(
         ends = {0, len(layers) - 1, members.get(kinds[place], [place])[0], members.get(kinds[place], [place])[-1]}
         name = names[id(layer)]
         runs = place in ends or len(members[kinds[place]]) < 3
-        part = _Layer(layer, name, kind, stack, runs=runs, keeps_tape=place in inner)
+        part = _Layer(
+            layer,
+            name,
+            kind,
+            stack,
+            runs=runs,
+            keeps_tape=place in inner,
+            leads=place == members.get(kinds[place], [None])[0],
+        )
         parent, _, child = name.rpartition(".")
         places.append((model.get_submodule(parent), child, layer))
         setattr(model.get_submodule(parent), child, part)
@@ -114,11 +123,22 @@ class _Layer(nn.Module):
     """Stands in for ``layer``: runs it and writes down what it asks for, or asks for that again."""
 
     def __init__(
-        self, layer: nn.Module, name: str, kind: _Kind, stack: _Stack, *, runs: bool, keeps_tape: bool
+        self,
+        layer: nn.Module,
+        name: str,
+        kind: _Kind,
+        stack: _Stack,
+        *,
+        runs: bool,
+        keeps_tape: bool,
+        leads: bool,
     ) -> None:
         super().__init__()
-        self.layer = layer
-        self.name, self.kind, self.stack, self.runs, self.keeps_tape = name, kind, stack, runs, keeps_tape
+        self.__dict__["layer"] = layer
+        # Parameters keep their names.
+        self._modules, self._parameters, self._buffers = layer._modules, layer._parameters, layer._buffers
+        self.name, self.kind, self.stack = name, kind, stack
+        self.runs, self.keeps_tape, self.leads = runs, keeps_tape, leads
         self.tape: Tape | None = None
         self.input: Any = None
         self.keeps_input = False
@@ -128,7 +148,7 @@ class _Layer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
+            return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return a hidden state like ``hidden``."""
@@ -163,12 +183,13 @@ class _Layer(nn.Module):
         kind = self.kind
         if type(output) is not torch._subclasses.FakeTensor or not self.tape.repeatable:
             raise CannotRepeat("a layer's forward frees what it did not make, or returns more than a hidden state")
-        if kind.forward is None or kind.backward is not None:  # the first layer of its kind, in this micro-batch
+        if self.leads:
+            self.stack.carried = []
             kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
             kind.output = self.tape.name_of(self.stack.booking(output).allocation)
             if kind.output is None:
                 raise CannotRepeat("a layer returns what it did not make")
-        elif not self.tape.same_as(kind.forward):
+        elif kind.forward is None or not self.tape.same_as(kind.forward):
             raise CannotRepeat("layers of one kind ask for different memory in forward")
 
     def note_whether_input_is_kept(self) -> None:
@@ -192,13 +213,13 @@ class _Layer(nn.Module):
         if self.keeps_input:
             known[INPUT] = self.input
         known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
-        known |= {("old", name): stack.booking(p.grad).allocation for name, p in self._with_gradients()}
+        known |= {("old", name): stack.booking(old).allocation for name, old in self._gradients()}
         self.tape = Tape("backward", known)
         self.counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
 
-    def _with_gradients(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.layer.named_parameters() if p.grad is not None]
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        return [(name, p.grad) for name, p in self.layer.named_parameters() if p.grad is not None]
 
     def backward_ended(self, gradient: Tensor) -> None:
         """Keep what was written down; ``gradient`` is that of this layer's input."""
@@ -208,7 +229,7 @@ class _Layer(nn.Module):
         stack.tracker.stop(tape)
         alive = tape.alive
         input_gradient = tape.name_of(stack.booking(gradient).allocation)
-        gradients = {name: tape.name_of(stack.booking(p.grad).allocation) for name, p in self._with_gradients()}
+        gradients = {name: tape.name_of(stack.booking(new).allocation) for name, new in self._gradients()}
         for name in (input_gradient, *gradients.values(), GRADIENT):
             alive.pop(name, None)
         carried = [name for name in alive if name[0] == "carried"] + [name for name in alive if name[0] == "backward"]
@@ -240,7 +261,7 @@ class _Layer(nn.Module):
         if hidden is not None:
             given[INPUT] = stack.booking(hidden)
         given |= {("carried", place): booking for place, booking in enumerate(stack.carried)}
-        given |= {("old", name): stack.booking(p.grad) for name, p in self._with_gradients() if p.grad is not None}
+        given |= {("old", name): stack.booking(old) for name, old in self._gradients()}
         held |= {name: stack.taken(booking) for name, booking in given.items()}
         stack.tracker.repeat(kind.backward, held)
         stack.work.repeat(kind.counted_backward)
@@ -265,21 +286,20 @@ class _Layer(nn.Module):
             elif called == ("old", name):
                 given[called].allocation = held.pop(called)[1]
             else:
-                parameter.grad = self.stack.tracker.adopt(
-                    lambda p=parameter: torch.empty_like(p, requires_grad=False), held.pop(called)
-                )
+                make = partial(torch.empty_like, parameter, requires_grad=False)
+                parameter.grad = self.stack.tracker.adopt(make, held.pop(called))
 
 
 class _Start(torch.autograd.Function):
     """Hands the hidden state to a layer that runs; tells it when its backward is over."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:
         ctx.layer = layer
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.layer.backward_ended(gradient)
         return gradient, None
 
@@ -288,12 +308,12 @@ class _End(torch.autograd.Function):
     """Hands on what a layer that runs returned; tells it when its backward begins."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:
         ctx.layer = layer
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.layer.backward_begins(gradient)
         return gradient, None
 
@@ -302,13 +322,13 @@ class _Repetition(torch.autograd.Function):
     """A layer that does not run."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:
         output, kept = layer.repeat_forward()
         ctx.layer, ctx.kept = layer, kept
         ctx.hidden = hidden.detach() if layer.kind.keeps_input else None
         return layer.stack.tracker.adopt(lambda: torch.empty_like(hidden), output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         hidden, ctx.hidden = ctx.hidden, None
         return ctx.layer.repeat_backward(hidden, gradient, ctx.kept), None

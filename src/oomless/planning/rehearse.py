@@ -16,8 +16,8 @@ allocator does hold and which is booked before the first step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -30,7 +30,7 @@ from oomless.data.loader import MicroBatch
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Device
 from oomless.memory.profile import MemoryProfile
-from oomless.memory.repeated_layers import repeated_layers
+from oomless.memory.repeated_layers import CannotRepeat, repeated_layers
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models import save
@@ -107,7 +107,7 @@ def rehearse(
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
         steps: optimizer steps; from two on the peak is that of a long run.
         whole: evaluate and save at the end.
-        run_all_layers: or only some of each kind, and repeat what they ask for; for a step alone.
+        run_all_layers: or only some of each kind, and repeat what they ask for; modules inside of layers are then not named.
 
     Raises:
         CannotRepeat: without ``run_all_layers``, where these layers have to be run.
@@ -138,6 +138,16 @@ def rehearse(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
         out_of_memory=failure,
     )
+
+
+def rehearse_briefly(
+    spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
+) -> Rehearsal:
+    """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
+    if not config.offload_activations:  # what is offloaded is known by its layer's number
+        with suppress(CannotRepeat):
+            return rehearse(spec, config, open_device(), run_all_layers=False, **how)
+    return rehearse(spec, config, open_device(), **how)
 
 
 def repeat_updates(optimizer: MemoryLeanOptimizer, device: VirtualGPU) -> None:

@@ -30,12 +30,12 @@ from oomless import optim
 from oomless.config import TrainConfig
 from oomless.errors import UserError
 from oomless.memory.profile import MemoryProfile, Request
-from oomless.memory.repeated_layers import CannotRepeat
+from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.plan import FIXED, Plan, Target, plan
-from oomless.planning.rehearse import Rehearsal, rehearse, virtual_device
+from oomless.planning.rehearse import rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.training.assemble import assemble
 from oomless.training.checkpoint import write_atomically
@@ -130,12 +130,26 @@ class Setting:
 
 def try_out(setting: Setting, settings: Settings) -> Trial:
     """Rehearse one step of the run with ``settings`` at the capacity that may be used."""
+    target = setting.target
+
+    def open_device() -> VirtualGPU:
+        return virtual_device(
+            target.capacity_bytes - target.margin_bytes,
+            name=target.name,
+            compute_capability=target.compute_capability,
+            outside_bytes=target.outside_bytes,
+        )
+
     try:
-        try:
-            # Offloaded activations are known by their layer's number.
-            found = _one_step(setting, settings, run_all_layers=bool(settings.get("offload_activations")))
-        except CannotRepeat:
-            found = _one_step(setting, settings, run_all_layers=True)
+        found = rehearse_briefly(
+            setting.spec,
+            setting.config(settings),
+            open_device,
+            kernel=target.kernel,
+            workspace_bytes=target.workspace_bytes,
+            steps=1,
+            whole=False,
+        )
     except UserError as error:
         return Trial(
             fits=False, needed_bytes=0, host_bytes=0, held_bytes={}, stopped_at=None, work=None, refused=str(error)
@@ -149,26 +163,6 @@ def try_out(setting: Setting, settings: Settings) -> Trial:
         held_bytes={category: max(timeline[category], default=0) for category in FIXED},
         stopped_at=asdict(failures[-1]) if found.out_of_memory is not None and failures else None,
         work=asdict(found.work) if found.out_of_memory is None and found.work is not None else None,
-    )
-
-
-def _one_step(setting: Setting, settings: Settings, *, run_all_layers: bool) -> Rehearsal:
-    target = setting.target
-    device = virtual_device(
-        target.capacity_bytes - target.margin_bytes,
-        name=target.name,
-        compute_capability=target.compute_capability,
-        outside_bytes=target.outside_bytes,
-    )
-    return rehearse(
-        setting.spec,
-        setting.config(settings),
-        device,
-        kernel=target.kernel,
-        workspace_bytes=target.workspace_bytes,
-        steps=1,
-        whole=False,
-        run_all_layers=run_all_layers,
     )
 
 
