@@ -1,6 +1,6 @@
 """Does it still learn? Every optimizer at its own tuned rate, and 16-bit weights every way, beside fp32 AdamW.
 
-    python bench/learning.py [--steps 300] [--tuning-steps 100] [--work folder] [--half optimizers|precisions]
+    python bench/learning.py optimizers|precisions [--steps 300] [--tuning-steps 100] [--work folder]
 
 A Llama of 4.2 M parameters, 1,024 tokens a step, on one CPU. Two halves:
 
@@ -13,8 +13,8 @@ precisions   Continued pretraining, where 16 bits are hard: the model that fp32 
              the smaller for it. Every way sees the same blocks in the same order. Their matrix products are made as
              tensor cores make them (``tensor_cores.py``), the same for every row.
 
-What is already in ``--work`` is not run again. Both halves together write ``bench/results/learning.json`` and the curves
-``docs/learning.svg``; one half alone (two may run side by side) writes neither.
+What is already in ``--work`` is not run again. A half writes ``bench/results/learning_<half>.json`` and draws the curves of
+both, ``docs/learning.svg``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from oomless.demo import collect_text
 from oomless.errors import TrainingError
 from oomless.training import audit
 from oomless.training.loop import train
-from provenance import write
+from provenance import RESULTS, write
 from tensor_cores import TensorCores
 
 SEQUENCE, BLOCKS = 256, 4
@@ -205,14 +205,17 @@ def compare(routes: list[Route], runs: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the curves: optimizers, then each 16-bit type."""
+def draw(path: Path) -> None:
+    """Draw the curves of both halves: optimizers, then each 16-bit type."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "oomless", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
+    runs: dict[str, dict[str, Any]] = {}
+    for half in HALVES:
+        runs |= json.loads((RESULTS / f"learning_{half}.json").read_text())["runs"]
     figure, places = pyplot.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     panels = {"code from nothing, fp32": OPTIMIZERS}
     for dtype, rate in CONTINUED_RATES.items():
@@ -230,26 +233,28 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+HALVES = {"optimizers": OPTIMIZERS, "precisions": PRECISIONS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("half", choices=HALVES)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tuning-steps", type=int, default=100)
     parser.add_argument("--work", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--half", choices=["optimizers", "precisions"])
     options = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench(options.work)
     bench.prepare()
-    runs: dict[str, dict[str, Any]] = {}
-    if options.half != "optimizers":
-        runs |= measure_precisions(bench, options.steps)
-        compare(PRECISIONS, runs)
-    if options.half != "precisions":
-        runs |= measure_optimizers(bench, options.steps, options.tuning_steps)
-        compare(OPTIMIZERS, runs)
-    if options.half is None:
-        write("learning", {"steps": options.steps, "tokens_per_step": SEQUENCE * BLOCKS, "runs": runs})
-        draw(runs, PICTURE)
+    if options.half == "optimizers":
+        runs = measure_optimizers(bench, options.steps, options.tuning_steps)
+    else:
+        runs = measure_precisions(bench, options.steps)
+    compare(HALVES[options.half], runs)
+    facts = {"steps": options.steps, "tokens_per_step": SEQUENCE * BLOCKS}
+    write(f"learning_{options.half}", facts | {"runs": runs})
+    if all((RESULTS / f"learning_{half}.json").is_file() for half in HALVES):
+        draw(PICTURE)
 
 
 if __name__ == "__main__":
