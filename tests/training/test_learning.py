@@ -1,5 +1,6 @@
 """The short form of bench/learning.py: optimizers learn, and 16-bit weights learn as fp32 masters do, plain ones do not."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -117,3 +118,19 @@ def test_fp32_products_are_left_alone():
     with TensorCores() as cores:
         torch.ones(2, 2) @ torch.ones(2, 2)
     assert cores.products == 0
+
+
+@pytest.mark.parametrize("half", ["optimizers", "precisions"])
+def test_the_documented_losses_are_the_measured_ones(half):
+    """Every row says what was measured, and says that it is worse where it lies further above its measure than allowed."""
+    root = Path(__file__).parents[2]
+    rows = [line for line in (root / "docs" / "optimizers.md").read_text().splitlines() if line.startswith("| ")]
+    runs = json.loads((root / "bench" / "results" / f"learning_{half}.json").read_text())["runs"]
+    for name, run in runs.items():
+        (row,) = (row for row in rows if row.startswith(f"| `{name}` | {run['loss']:.3f} |"))
+        if run["above"]:
+            assert f"{100 * run['above']:+.1f} %" in row
+        too_far = run["allowed"] is None or run["above"] > run["allowed"]
+        assert ("worse" in row) == too_far
+        if run["allowed"] is None:
+            assert run["above"] > 0.01
