@@ -1,12 +1,12 @@
 """Does it still learn? Every optimizer at its own tuned rate, and 16-bit weights every way, beside fp32 AdamW.
 
-    python bench/learning.py optimizers|precisions [--steps 300] [--tuning-steps 100] [--work folder]
+    python bench/learning.py optimizers|precisions [--steps 300] [--work folder]
 
 A Llama of 4.2 M parameters, 1,024 tokens a step, on one CPU. Two halves:
 
-optimizers   It learns the source code of Python's standard library from nothing, in fp32. An optimizer's rate is the
-             best of short runs at 1, 2, 5, 10 ...: further rates are tried until both neighbours of the best are worse.
-             That of AdamW, which the others are measured by, is the best of runs in full length.
+optimizers   It learns the source code of Python's standard library from nothing, in fp32, each optimizer at the best of
+             the rates given here. AdamW's, which the others are measured by, go on until both neighbours of the best are
+             worse; the others' are those that were best of three or more in earlier runs of 100 steps.
 precisions   Continued pretraining, where 16 bits are hard: the model that fp32 AdamW made goes on to learn Python's
              reference manual at the small rates that are usual there, where an update is smaller than half the distance
              between neighbouring 16-bit numbers. fp16's neighbours are eight times as close as bf16's, and its rate is
@@ -24,6 +24,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,6 @@ SHAPE = {
 }
 VOCABULARY = 4096
 HELD_OUT_CHARACTERS = 3000
-RATES = tuple(digit * 10.0**power for power in range(-5, 2) for digit in (1, 2, 5))
 PICTURE = Path(__file__).parents[1] / "docs" / "learning.svg"
 
 
@@ -62,24 +62,24 @@ class Route:
 
     name: str
     settings: dict[str, Any]
-    rate: float
-    """What to use; for an optimizer, where the search for its rate begins."""
+    rates: tuple[float, ...]
+    """All are tried, and the best is shown."""
 
     beside: str = "adamw"
     allowed: float | None = 0.02
     """How far its loss may lie above that of ``beside``; None for what is there to be worse."""
 
 
-ADAMW = Route("adamw", {"optimizer": "adamw"}, 2e-3)
+START_RATE = 2e-3
 OPTIMIZERS = [
-    ADAMW,
-    Route("adamw_8bit", {"optimizer": "adamw_8bit"}, 2e-3),
-    Route("adafactor", {"optimizer": "adafactor"}, 2e-3),
-    Route("apollo", {"optimizer": "apollo"}, 2e-3),
-    Route("apollo_mini", {"optimizer": "apollo_mini"}, 1e-3),
-    Route("galore", {"optimizer": "galore"}, 2e-3),
-    Route("muon", {"optimizer": "muon"}, 5e-3),
-    Route("sgd", {"optimizer": "sgd"}, 0.5),
+    Route("adamw", {"optimizer": "adamw"}, (5e-4, 1e-3, START_RATE)),
+    Route("adamw_8bit", {"optimizer": "adamw_8bit"}, (1e-3,)),
+    Route("adafactor", {"optimizer": "adafactor"}, (2e-3,)),
+    Route("apollo", {"optimizer": "apollo"}, (2e-3,)),
+    Route("apollo_mini", {"optimizer": "apollo_mini"}, (1e-3,)),
+    Route("galore", {"optimizer": "galore"}, (1e-3,)),
+    Route("muon", {"optimizer": "muon"}, (5e-3,)),
+    Route("sgd", {"optimizer": "sgd"}, (0.3,)),
 ]
 CONTINUED_RATES = {"bf16": 5e-5, "fp16": 5e-6}
 WAYS: dict[str, float | None] = {"master": 0.005, "plain": None, "correction": 0.005, "stochastic": 0.005}
@@ -87,7 +87,7 @@ PRECISIONS = [
     Route(
         f"{dtype} {way}",
         {"optimizer": "adamw", "dtype": dtype, "weight_precision": way},
-        rate,
+        (rate,),
         f"{dtype} master",
         allowed,
     )
@@ -117,11 +117,11 @@ class Bench:
         """Return the held-out loss at the end and the curve of one run from nothing on code."""
         return self._run(_name(route, rate, steps), route, rate, steps, "model", "code")
 
-    def continued(self, route: Route, steps: int) -> dict[str, Any]:
+    def continued(self, route: Route, rate: float, steps: int) -> dict[str, Any]:
         """Return the same of one run on the manual from the model that fp32 AdamW made in as many steps."""
-        self.run(ADAMW, ADAMW.rate, steps)
-        start = f"{_name(ADAMW, ADAMW.rate, steps)}/model"
-        return self._run(_name(route, route.rate, steps), route, route.rate, steps, start, "manual")
+        self.run(OPTIMIZERS[0], START_RATE, steps)
+        start = f"{_name(OPTIMIZERS[0], START_RATE, steps)}/model"
+        return self._run(_name(route, rate, steps), route, rate, steps, start, "manual")
 
     def _run(self, name: str, route: Route, rate: float, steps: int, model: str, text: str) -> dict[str, Any]:
         folder = self.work / name
@@ -162,33 +162,22 @@ class Bench:
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
-    def tuned(self, route: Route, steps: int) -> float:
-        """Return the rate whose neighbours are both worse after ``steps`` steps."""
-        place = RATES.index(route.rate)
-        while True:
-            near = (place, place - 1, place + 1)
-            best = min(near, key=lambda number: self.run(route, RATES[number], steps)["loss"])
-            if best == place:
-                return RATES[place]
-            place = best
-
 
 def _name(route: Route, rate: float, steps: int) -> str:
     return f"{route.name.replace(' ', '-')}-{rate:g}-{steps}"
 
 
-def measure_optimizers(bench: Bench, steps: int, tuning_steps: int) -> dict[str, dict[str, Any]]:
-    """Return for each optimizer its rate, loss and curve."""
+def measure(
+    routes: list[Route], run: Callable[[Route, float, int], dict[str, Any]], steps: int
+) -> dict[str, dict[str, Any]]:
+    """Return for each route its best rate with loss and curve, and the losses at all."""
     runs = {}
-    for route in OPTIMIZERS:
-        rate = bench.tuned(route, steps if route is ADAMW else tuning_steps)
-        runs[route.name] = {"learning_rate": rate, **bench.run(route, rate, steps)}
+    for route in routes:
+        found = {rate: run(route, rate, steps) for rate in route.rates}
+        best = min(found, key=lambda rate: found[rate]["loss"])
+        tried = {f"{rate:g}": tried["loss"] for rate, tried in found.items()}
+        runs[route.name] = {"learning_rate": best, "tried": tried, **found[best]}
     return runs
-
-
-def measure_precisions(bench: Bench, steps: int) -> dict[str, dict[str, Any]]:
-    """Return for each way to hold 16-bit weights its rate, loss and curve."""
-    return {route.name: {"learning_rate": route.rate, **bench.continued(route, steps)} for route in PRECISIONS}
 
 
 def compare(routes: list[Route], runs: dict[str, dict[str, Any]]) -> None:
@@ -240,16 +229,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("half", choices=HALVES)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tuning-steps", type=int, default=100)
     parser.add_argument("--work", type=Path, default=Path("runs/learning"))
     options = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench(options.work)
     bench.prepare()
-    if options.half == "optimizers":
-        runs = measure_optimizers(bench, options.steps, options.tuning_steps)
-    else:
-        runs = measure_precisions(bench, options.steps)
+    run = bench.run if options.half == "optimizers" else bench.continued
+    runs = measure(HALVES[options.half], run, options.steps)
     compare(HALVES[options.half], runs)
     facts = {"steps": options.steps, "tokens_per_step": SEQUENCE * BLOCKS}
     write(f"learning_{options.half}", facts | {"runs": runs})
