@@ -75,7 +75,7 @@ OPTIMIZERS = [
     Route("adamw", {"optimizer": "adamw"}, (5e-4, 1e-3, START_RATE)),
     Route("adamw_8bit", {"optimizer": "adamw_8bit"}, (1e-3,)),
     Route("adafactor", {"optimizer": "adafactor"}, (2e-3,)),
-    Route("apollo", {"optimizer": "apollo"}, (2e-3,)),
+    Route("apollo", {"optimizer": "apollo"}, (1e-3, 2e-3)),
     Route("apollo_mini", {"optimizer": "apollo_mini"}, (1e-3,)),
     Route("galore", {"optimizer": "galore"}, (1e-3,)),
     Route("muon", {"optimizer": "muon"}, (5e-3,)),
@@ -211,7 +211,7 @@ def draw(path: Path) -> None:
         title = f"on to the manual in {dtype} at {rate:g}"
         panels[title] = [route for route in PRECISIONS if route.settings["dtype"] == dtype]
     for place, (title, routes) in zip(places, panels.items(), strict=True):
-        for route in routes:
+        for route in (route for route in routes if route.name in runs):
             curve, loss = runs[route.name]["curve"], runs[route.name]["loss"]
             style = "--" if route.allowed is None else "-"
             place.plot(*zip(*curve, strict=True), style, label=f"{route.name}: {loss:.3f}", marker=".")
