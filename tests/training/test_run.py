@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oomless import optim
 from oomless.config import DataSource, TrainConfig
 from oomless.data.loader import micro_batches
 from oomless.errors import AuditError, CheckpointError, ConfigError, GradientOverflowError, TrainingError
@@ -230,6 +232,18 @@ class TestAudit:
         loop.train(config(folder, corpus, tmp_path / "a", weight_precision="correction", **settings))
         with pytest.raises(AuditError, match="norm.weight"):
             loop.train(config(folder, corpus, tmp_path / "b", weight_precision="plain", **settings))
+
+    @pytest.mark.parametrize("way", ["stochastic", "plain"])
+    def test_a_norm_that_is_rounded_by_chance_may_rest_during_a_warmup(self, way):
+        norm = torch.nn.RMSNorm(64, dtype=torch.bfloat16)
+        optimizer = optim.build("adamw", norm.parameters(), lr=1e-8, weight_precision=way)
+        audit = TrainabilityAudit(norm, optimizer)
+        with pytest.raises(AuditError, match="did not move") if way == "plain" else nullcontext():
+            for _ in range(5):
+                norm(torch.randn(3, 64, dtype=torch.bfloat16)).sum().backward()
+                optimizer.step()
+                audit.after_step()
+        assert torch.equal(norm.weight, torch.ones(64, dtype=torch.bfloat16))
 
 
 class TestPrecision:

@@ -22,6 +22,8 @@ By columns is used where a 16-bit head needs a gradient, by rows everywhere else
 divided by the tokens of the step) enters before the gradient is stored: unscaled, most of a softmax is below what fp16
 can hold.
 
+There is no choice of another implementation: torch's own (2.13) and cut-cross-entropy are weighed in ``docs/techniques.md``.
+
 Shapes in names: N tokens, V vocabulary, D width of the model.
 """
 

@@ -4,7 +4,8 @@ Before step 1 every trainable parameter must be in exactly one group of the opti
 have got a gradient and have moved, and no other may have. Movement is seen by a checksum (the sum of the tensor's bits
 as integers), so the audit keeps no copy of any weight. A parameter may need a few steps to move: LoRA's first matrix
 has no gradient until the second has moved, an expert none until a token is sent to it, and fp16 skips steps that
-overflow.
+overflow. A small parameter that is rounded by chance may rest for as long as a warmup takes, so it is asked for a gradient
+only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from oomless.errors import AuditError
 
 PATIENCE_STEPS = 5
+SURE_TO_MOVE_ELEMENTS = 1 << 20
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -32,8 +34,8 @@ class TrainabilityAudit:
         self.steps = 0
         self._check_groups()
         self.before = {name: self._checksum(parameter) for name, parameter in self.named}
-        self.unmoved = {name for name, parameter in self.named if parameter.requires_grad}
-        self.without_gradient = set(self.unmoved)
+        self.without_gradient = {name for name, parameter in self.named if parameter.requires_grad}
+        self.unmoved = self.without_gradient - self._moved_by_chance()
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._got_gradient, name))  # type: ignore[no-untyped-call]
             for name, parameter in self.named
@@ -51,6 +53,16 @@ class TrainabilityAudit:
                 raise AuditError(
                     f"{name} must be in {expected} of the optimizer's groups; it is in {times.get(id(parameter), 0)}"
                 )
+
+    def _moved_by_chance(self) -> set[str]:
+        """Return the parameters that are rounded stochastically and too small for some element to move in a few steps."""
+        groups = (group for group in self.optimizer.param_groups if group.get("weight_precision") == "stochastic")
+        rounded = {id(parameter) for group in groups for parameter in group["params"]}
+        return {
+            name
+            for name, parameter in self.named
+            if id(parameter) in rounded and parameter.numel() < SURE_TO_MOVE_ELEMENTS
+        }
 
     def _checksum(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Return checksums of all that a small update may move: the weight, its fp32 master, its 8 bits of correction."""
