@@ -125,12 +125,12 @@ def test_muon_wants_to_be_told_which_matrices():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("dtype", "way"), [(torch.float32, None), (torch.bfloat16, "stochastic")], ids=str)
 def test_no_second_tensor_of_the_size_of_an_embedding(name, dtype, way, peak_temporaries):
-    """Not even by what makes other matrices orthogonal or projects them: of 2 or 4 MiB no more than an eighth is taken."""
-    embedding = nn.Parameter(torch.ones(16384, 64, dtype=dtype))
+    """Not even what makes other matrices orthogonal or projects them: a slice, and with APOLLO some numbers for each row."""
+    embedding = nn.Parameter(torch.ones(1024, 128, dtype=dtype))
     settings = {"muon": {"orthogonalise": False}, "apollo": {"rank": 4}, "galore": {"rank": 4}}.get(name, {})
-    optimizer = build(name, [embedding], lr=1e-3, weight_precision=way, slice_bytes=1 << 16, **settings)
+    optimizer = build(name, [embedding], lr=1e-3, weight_precision=way, slice_bytes=1 << 15, **settings)
     embedding.grad = torch.ones_like(embedding)
     with peak_temporaries:
         optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0))
-    assert 0 <= peak_temporaries.peak_bytes <= (1 << 16) + (16 * 16384 if "apollo" in name else 0) + (1 << 13)
+    assert peak_temporaries.peak_bytes <= (1 << 15) + (16 * 1024 if "apollo" in name else 0) + (1 << 13)
     assert peak_temporaries.peak_bytes < embedding.nbytes / 4
