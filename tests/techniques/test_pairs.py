@@ -204,7 +204,7 @@ def plain_optimizer(model, config):
     return optim.build(config.optimizer, groups, lr=config.learning_rate, **calm)
 
 
-@pytest.mark.parametrize(("pair", "architecture"), cases())
+@pytest.mark.parametrize(("pair", "architecture"), list(cases()))
 def test_two_together_are_the_plain_path(make_checkpoint, pair, architecture):
     tied = MODELS[architecture]
     folder = make_checkpoint(architecture, tied=tied, num_hidden_layers=3, vocab_size=VOCABULARY, attention_dropout=0.0)
