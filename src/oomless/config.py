@@ -283,11 +283,6 @@ class TrainConfig:
             )
         if self.stream_frozen and (self.quantization is not None or self.use_dora):
             raise ConfigError("stream_frozen cannot be joined with quantization or use_dora: remove one of them")
-        stored_otherwise = self.stream_frozen or self.quantization is not None
-        if self.trainable_rows is not None and (stored_otherwise or "lora" in self.trainable_parts):
-            raise ConfigError(
-                "trainable_rows cannot be joined with LoRA, quantization or stream_frozen, whose checkpoints have no rows yet"
-            )
         if self.quantization is not None and self.use_dora:
             raise ConfigError(
                 "use_dora needs the norms of the weights that it adapts, which quantization rounds: remove one"

@@ -31,6 +31,20 @@ def test_rows_and_gradient(tokens, padding_index, chunk_bytes):
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_rows_that_occur_are_touched(dtype):
+    weight, ids, upstream = make(dtype)
+    before = torch.full_like(weight, torch.nan)
+    before[ids.unique()] = 1.0
+    before[0] = 1.0  # a row that may be added nothing to
+    weight.grad = before.clone()
+    embedding(ids, weight, destination="final").backward(upstream)
+    occurs = torch.isin(torch.arange(VOCABULARY), ids)
+    assert weight.grad[~occurs].isnan().sum() == before[~occurs].isnan().sum() > 0
+    assert torch.isfinite(weight.grad[occurs]).all()
+    assert (weight.grad[occurs] != 1).any(dim=1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_frequent_row_is_rounded_once(dtype):
     """500 tokens of one id, against fp32; a running sum in 16 bits is off by several units."""

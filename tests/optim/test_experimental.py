@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from oomless.optim import Apollo, ApolloMini, GaLore, Muon, build
+from oomless.optim import NAMES, Apollo, ApolloMini, GaLore, Muon, build
 from oomless.optim.muon import orthogonalised
 from oomless.optim.noise import noise_key, random_signs
 
@@ -120,3 +120,17 @@ def test_muon_wants_to_be_told_which_matrices():
     optimizer = build("muon", groups, lr=1e-3)
     assert set(optimizer.state_tensors(matrix)) == {"step", "momentum"}
     assert set(optimizer.state_tensors(embedding)) == {"step", "first_moment", "second_moment"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "way"), [(torch.float32, None), (torch.bfloat16, "stochastic")], ids=str)
+def test_no_second_tensor_of_the_size_of_an_embedding(name, dtype, way, peak_temporaries):
+    """Not even what makes other matrices orthogonal or projects them: a slice, and with APOLLO some numbers for each row."""
+    embedding = nn.Parameter(torch.ones(1024, 128, dtype=dtype))
+    settings = {"muon": {"orthogonalise": False}, "apollo": {"rank": 4}, "galore": {"rank": 4}}.get(name, {})
+    optimizer = build(name, [embedding], lr=1e-3, weight_precision=way, slice_bytes=1 << 15, **settings)
+    embedding.grad = torch.ones_like(embedding)
+    with peak_temporaries:
+        optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0))
+    assert peak_temporaries.peak_bytes <= (1 << 15) + (16 * 1024 if "apollo" in name else 0) + (1 << 13)
+    assert peak_temporaries.peak_bytes < embedding.nbytes / 4

@@ -47,6 +47,8 @@ QUANTIZED = [
     {"trainable": "lora+lm_head+embed_tokens", "quantization": "nf4", "dtype": "bf16", "gradient_checkpointing": True},
     {"trainable": "model.layers.1.*", "quantization": "int8", "dtype": "bf16"},
     {"trainable": "lora+lm_head", "tied_weights": "shared", "stream_frozen": True, "gradient_checkpointing": True},
+    {"trainable": "lora+lm_head+embed_tokens", "trainable_rows": "3,7-40", "quantization": "nf4", "dtype": "bf16"},
+    {"trainable": "lm_head", "tied_weights": "untied", "trainable_rows": "3,7-40", "stream_frozen": True},
 ]
 CASES += itertools.product(("llama", "gemma", "qwen2"), QUANTIZED)
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from oomless.training.assemble import assemble
 
 ROWS = "5,17-19,60-120"
 IDS = parse(ROWS, 512)
+TOKENS = torch.arange(1, 41)[None] * 17 % 512
 PARTS = [
     ("llama", False, {"trainable": "lm_head+embed_tokens"}),
     ("llama", True, {"trainable": "lm_head+embed_tokens"}),
@@ -64,23 +66,75 @@ def test_gradients_are_those_of_the_whole_matrix(make_checkpoint, architecture, 
 @pytest.mark.parametrize(("architecture", "tied", "parts"), PARTS[:2] + PARTS[3:4], ids=str)
 def test_only_they_move_and_they_are_saved(make_checkpoint, corpus, tmp_path, architecture, tied, parts):
     folder = make_checkpoint(architecture, tied=tied)
-    result = loop.train(configure(folder, corpus, tmp_path, max_steps=3, eval_fraction=0.1, **parts))
-    before, after = load_file(folder / "model.safetensors"), load_file(result.model_dir / "model.safetensors")
-    assert before.keys() == after.keys()
+    result = loop.train(configure(folder, corpus, tmp_path, max_steps=3, eval_fraction=0.0, **parts))
     trained = {"lm_head": ["lm_head.weight"]}.get(
         parts["trainable"], ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not tied)
     )
-    for name in before:
-        moved = (before[name] != after[name]).view(len(before[name]), -1).any(dim=1).nonzero()[:, 0].tolist()
-        assert set(moved) <= set(IDS if name in trained else []), name
-        assert bool(moved) == (name in trained), name
+    assert moved_rows(folder, result.model_dir) == dict.fromkeys(trained, IDS)
     plain = AutoModelForCausalLM.from_pretrained(result.model_dir)
     assert plain.config.tie_word_embeddings == tied
 
 
+def moved_rows(before, after):
+    """Return for each tensor that changed the rows of it that did, of those that were asked for; no others may."""
+    before, after = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert before.keys() == after.keys()
+    found = {}
+    for name in before:
+        rows = (before[name] != after[name]).view(len(before[name]), -1).any(dim=1).nonzero()[:, 0].tolist()
+        if rows:
+            assert set(rows) <= set(IDS)
+            found[name] = IDS
+    return found
+
+
+BESIDE = {
+    "lora": {"trainable": "lora+lm_head+embed_tokens", "lora_r": 4},
+    "nf4 and lora": {"trainable": "lora+lm_head+embed_tokens", "lora_r": 4, "quantization": "nf4"},
+    "int8": {"trainable": "lm_head", "quantization": "int8"},
+    "streamed": {"trainable": "lm_head+embed_tokens", "stream_frozen": True, "gpu": "virtual:64MiB"},
+}
+FILES = {"lora": "adapter_model", "nf4 and lora": "adapter_model"}
+
+
+@pytest.mark.parametrize(
+    ("beside", "tied"),
+    [("lora", True), ("lora", False), ("nf4 and lora", True), ("int8", False), ("int8", True), ("streamed", True)],
+)
+def test_beside_what_is_stored_otherwise(make_checkpoint, corpus, tmp_path, beside, tied, monkeypatch):
+    """They train, are all that a checkpoint holds of the embeddings, resume exactly, and end in the matrix."""
+    folder = make_checkpoint("llama", tied=tied)
+    both = "embed_tokens" in BESIDE[beside]["trainable"]
+    settings = BESIDE[beside] | ({"tied_weights": "shared"} if tied and not both else {})
+    common = settings | {"max_steps": 4, "save_steps": 2, "eval_fraction": 0.0}
+    runs = []
+    original = loop.Run.__init__
+    monkeypatch.setattr(loop.Run, "__init__", lambda run, *given: (original(run, *given), runs.append(run))[0])
+    result = loop.train(configure(folder, corpus, tmp_path, **common))
+    live = runs[0].assembly.model.eval()(TOKENS, use_cache=False).logits
+
+    kept = load_file(tmp_path / "checkpoint-4" / f"{FILES.get(beside, 'trained')}.safetensors")
+    owners = 1 if tied or not both else 2
+    assert [tuple(rows.shape) for name, rows in kept.items() if "lora_" not in name] == [(len(IDS), 64)] * owners
+    if "lora" not in beside:
+        matrices = ["lm_head.weight"] * (not tied) + ["model.embed_tokens.weight"] * (tied or both)
+        assert sorted(moved_rows(folder, result.model_dir)) == matrices
+    if beside == "lora":
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "checkpoint-4")
+        torch.testing.assert_close(adapted.eval()(TOKENS).logits, live, atol=1e-4, rtol=1e-3)
+        merged = AutoModelForCausalLM.from_pretrained(result.model_dir).eval()
+        torch.testing.assert_close(merged(TOKENS).logits, live, atol=1e-4, rtol=1e-3)
+
+    for name in ("checkpoint-4", "model"):
+        (tmp_path / name).rename(tmp_path / f"was-{name}")
+    again = loop.train(configure(folder, corpus, tmp_path, resume=True, **common))
+    left, right = (load_file(made / "model.safetensors") for made in (tmp_path / "was-model", again.model_dir))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_resumes(make_checkpoint, corpus, tmp_path):
     folder = make_checkpoint("llama", tied=True)
-    common = {"trainable": "lm_head+embed_tokens", "max_steps": 4, "save_steps": 2, "eval_fraction": 0.1}
+    common = {"trainable": "lm_head+embed_tokens", "max_steps": 4, "save_steps": 2, "eval_fraction": 0.0}
     straight = loop.train(configure(folder, corpus, tmp_path / "a", **common))
     loop.train(configure(folder, corpus, tmp_path / "b", **common))
     shutil.rmtree(tmp_path / "b" / "checkpoint-4")
@@ -102,16 +156,12 @@ def test_ids_are_once_and_in_order():
         parse("8", 8)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"trainable": "lora+lm_head"}, "cannot be joined"),
-        ({"trainable": "lm_head", "quantization": "nf4"}, "cannot be"),
-    ],
-)
-def test_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        configure("x", **settings)
+def test_peft_has_one_set_of_rows_for_a_tied_matrix(make_checkpoint):
+    folder = make_checkpoint("llama", tied=True)
+    apart = configure(folder, trainable="lora+lm_head+embed_tokens", tied_weights="untied")
+    with pytest.raises(ConfigError, match="one set of rows"):
+        assemble(resolve(str(folder)), apart, Device(), fill=True)
+    assemble(resolve(str(folder)), dataclasses.replace(apart, trainable="lora+lm_head"), Device(), fill=True)
 
 
 def test_no_effect(make_checkpoint):

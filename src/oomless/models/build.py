@@ -92,7 +92,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     wanted = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if id(tensor) not in inside and not name.endswith(trained_rows.NAME)
+        if id(tensor) not in inside and not trained_rows.is_rows(name)
     }
     found = set()
     with device.phase("load"), torch.no_grad():

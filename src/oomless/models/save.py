@@ -118,16 +118,21 @@ def model_tensors(model: Any, device: Device) -> dict[str, Tensor | LateTensor]:
     tensors: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and not name.endswith(trained_rows.NAME):
+        if id(tensor) not in seen and not trained_rows.is_rows(name):
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
     reverted: dict[str, Tensor | LateTensor] = revert_weight_conversion(model, tensors)
-    for name, module in model.named_modules():
-        matrix = f"{name}.weight"
-        if trained_rows.rows_of(module)[0] is not None and matrix in reverted:
-            make = partial(trained_rows.with_rows, module, device)
-            reverted[matrix] = LateTensor(tuple(module.weight.shape), module.weight.dtype, make)
-    return reverted
+    return reverted | _matrices_with_rows(model, device)
+
+
+def _matrices_with_rows(model: Any, device: Device) -> dict[str, LateTensor]:
+    """Return the matrices of ``model`` some of whose rows train, those in them."""
+    return {
+        f"{name}.weight": LateTensor(
+            tuple(module.weight.shape), module.weight.dtype, partial(trained_rows.with_rows, module, device)
+        )
+        for name, module in trained_rows.owners(model).items()
+    }
 
 
 def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tensor | LateTensor]:
@@ -151,7 +156,11 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tens
     layers = dict(frozen_layers.frozen_layers(model))
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     plain = {name: tensor for name, tensor in lora.plain_tensors(model).items() if name not in packed}
-    return plain | {f"{name}.weight": late(name, layer) for name, layer in layers.items()}
+    return (
+        plain
+        | _matrices_with_rows(model, device)
+        | {f"{name}.weight": late(name, layer) for name, layer in layers.items()}
+    )
 
 
 def save_model(model: Any, folder: Path, tensors: Mapping[str, Tensor | LateTensor], device: Device) -> None:

@@ -196,7 +196,8 @@ def _scores_attention(
     if sinks is not None:
         sink_scores = sinks.view(1, G, H // G, 1).expand(B, G, H // G, queries).reshape(B, G, -1, 1)
         scores = torch.cat([scores, sink_scores.to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=exact).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     if dropout:

@@ -2,7 +2,8 @@
 
 Saves: gradients and optimizer state of the adapted matrices; only r x (in + out) numbers train for each. Costs: a
 second, thin matrix product, its activations, and what a low rank cannot express. peft's layers are put into the one
-model given, in place; ``lm_head`` and ``embed_tokens`` beside LoRA are trained as they are, without peft's copies.
+model given, in place; ``lm_head`` and ``embed_tokens`` beside LoRA are trained as they are, or some rows of them
+(``trained_rows``), without peft's copies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.techniques import trained_rows
 
 ADAPTER = "default"
 
@@ -98,27 +100,36 @@ def checkpoint_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Return what trains beside and inside the adapters, under the names of peft's ``adapter_model.safetensors``."""
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if parameter.requires_grad and not trained_rows.is_rows(name):
             name = name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
             found[f"base_model.model.{name.replace(f'.{ADAPTER}.weight', '.weight')}"] = parameter
+    for name, module in trained_rows.owners(model).items():
+        found[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"] = module.trained_rows
     return found
 
 
 def save_config(model: Any, folder: Path) -> None:
     """Write peft's ``adapter_config.json``; matrices that are trained whole are its ``modules_to_save``."""
-    whole = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and not is_adapter(n)}
+    whole = {
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and not is_adapter(name) and not trained_rows.is_rows(name)
+    }
+    rows = {name: module.trained_row_ids.tolist() for name, module in trained_rows.owners(model).items()}
     adapter = copy.deepcopy(model.peft_config[ADAPTER])
-    adapter.modules_to_save = sorted({name.rpartition(".")[0] for name in whole}) or None
+    adapter.modules_to_save = sorted(whole) or None
+    adapter.trainable_token_indices = rows or None
     adapter.base_model_name_or_path = model.config._name_or_path
     adapter.inference_mode = True
     adapter.save_pretrained(folder)
 
 
 def merge(model: Any) -> None:
-    """Add every adapter into its matrix, in place."""
+    """Add every adapter into its matrix, and write the rows that train into theirs, in place."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
+    trained_rows.merge(model)
 
 
 def delta(layer: nn.Module) -> Tensor | None:
@@ -134,7 +145,7 @@ def plain_tensors(model: Any) -> dict[str, Tensor]:
     tensors = {}
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not is_adapter(name) and id(tensor) not in seen:
+        if not is_adapter(name) and not trained_rows.is_rows(name) and id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name.replace(".base_layer.", ".")] = tensor.detach()
     return tensors

@@ -70,6 +70,11 @@ def apply(model: Any, config: TrainConfig, device: Device) -> None:
     if config.trainable_rows is not None:
         trained_rows.apply(model, config.trainable_rows, device)
     if "lora" in parts:
+        if config.tied_weights == "untied" and len(trained_rows.owners(model)) == 2:
+            raise ConfigError(
+                "trainable_rows beside LoRA cannot train embed_tokens and lm_head apart where they were one matrix, for which "
+                "peft keeps one set of rows: choose tied_weights shared, train one of the two, or leave trainable_rows out"
+            )
         lora.inject(model, config, device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"trainable: {config.trainable!r} leaves nothing to train")

@@ -1,8 +1,9 @@
 """Train only some rows of ``embed_tokens`` and ``lm_head``: those of tokens that were added.
 
 Saves: gradient and optimizer state of all other rows. Costs: what those could have learnt. The rows are a parameter of their
-own that stands in the place of the matrix's; the matrix is frozen and never written. Saved models hold the matrix with the
-trained rows in it.
+own that stands in the place of the matrix's; the matrix is frozen and, until the model is merged at the end, never written.
+Saved models hold the matrix with the trained rows in it; checkpoints that hold only what trains hold the rows alone, beside
+LoRA in the form of peft's ``trainable_token_indices``.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def parse(wanted: str, vocabulary: int) -> list[int]:
     return sorted(ids)
 
 
+def is_rows(name: str) -> bool:
+    """Return whether the parameter ``name`` is rows that train."""
+    return name.endswith(f".{NAME}")
+
+
 def rows_of(module: nn.Module) -> tuple[nn.Parameter | None, Tensor | None]:
     """Return the rows of ``module`` that train, and their ids; ``None`` where it has none."""
     return getattr(module, NAME, None), getattr(module, "trained_row_ids", None)
@@ -78,6 +84,25 @@ def take_from_weight(model: Any) -> None:
         rows, ids = rows_of(module)
         if rows is not None and ids is not None:
             rows.data.copy_(module.weight.detach()[ids])
+
+
+def owners(model: Any) -> dict[str, Any]:
+    """Return the modules of ``model`` that have rows that train, by name; of two that share theirs the first."""
+    found: dict[str, Any] = {}
+    shared = set()
+    for name, module in model.named_modules():
+        rows, _ = rows_of(module)
+        if rows is not None and id(rows) not in shared:
+            shared.add(id(rows))
+            found[name] = module
+    return found
+
+
+@torch.no_grad()
+def merge(model: Any) -> None:
+    """Write the rows that train into their matrices, in place."""
+    for module in owners(model).values():
+        module.weight.index_copy_(0, module.trained_row_ids, module.trained_rows)
 
 
 def with_rows(module: Any, device: Device) -> Tensor:
