@@ -37,6 +37,7 @@ from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import trainable
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
+from oomless.training.distributed import rehearsed
 from oomless.training.precision import choose_dtype
 
 UNLIMITED_BYTES = 1 << 50
@@ -90,6 +91,7 @@ def rehearse(
     workspace_bytes: int = 0,
     steps: int = STEPS,
     whole: bool = True,
+    gpus: int = 1,
 ) -> Rehearsal:
     """Run the training of ``config`` on ``device``: load, ``steps`` optimizer steps, an evaluation and a save.
 
@@ -102,6 +104,7 @@ def rehearse(
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
         steps: optimizer steps; from two on the peak is that of a long run.
         whole: evaluate and save at the end.
+        gpus: how many train together; what is rehearsed is the first, whose parts are the largest.
 
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
@@ -109,13 +112,13 @@ def rehearse(
     lengths = tuple(document_lengths or usual_lengths(config))
     failure = None
     parts: Assembly | None = None
-    with device.active():
+    with rehearsed(gpus) as ranks, device.active():
         try:
             chosen = kernel or kernel_for(
                 device.compute_capability or (8, 0), choose_dtype(config.dtype, device), _head_width(spec.config)
             )
             with attention_kernel(chosen):
-                parts = assemble(spec, config, device, fill=False)
+                parts = assemble(spec, config, device, fill=False, ranks=ranks)
                 repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
                 run_phases(parts, config, lengths, steps, whole=whole)

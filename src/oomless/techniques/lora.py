@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.techniques import sharding
 
 ADAPTER = "default"
 
@@ -62,6 +63,30 @@ def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
         # B is zero, so the magnitudes of the sum are those of the matrix.
         magnitudes = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=1).to(dtype)
         layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(magnitudes)
+
+
+def initialise_parts(model: Any, device: Device) -> None:
+    """Initialise adapters of which each process holds a part: the whole is made as for one process, and cut."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            halves = (module.lora_A[ADAPTER], module.lora_B[ADAPTER])
+            parts = [half.weight for half in halves]
+            for half in halves:
+                shape, dtype = half.weight.shape, half.weight.dtype
+                half.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device.torch_device))
+            module.reset_lora_parameters(ADAPTER, True)
+            for half, part in zip(halves, parts, strict=True):
+                with torch.no_grad():
+                    sharding.fill(part, half.weight)
+                half.weight = part
+
+
+def merged(layer: nn.Module) -> Tensor:
+    """Return this process's part of the matrix of ``layer``, which is cut, with the adapter added in fp32."""
+    matrix = sharding.local(layer.get_base_layer().weight)  # type: ignore[operator]
+    a, b = (half[ADAPTER].weight for half in (layer.lora_A, layer.lora_B))  # type: ignore[index, union-attr]
+    added = sharding.local(b).float() @ a.full_tensor().float()
+    return (matrix.float() + added * layer.scaling[ADAPTER]).to(matrix.dtype)  # type: ignore[index, operator]
 
 
 def _targets(model: Any, wanted: str) -> list[str]:
