@@ -331,6 +331,8 @@ class _Search:
                     low = max(low, index)
                     if failure is None or index >= failure[0]:
                         failure = (index, self._failure(trial))
+        if not ladder:
+            return None, _Failure(needed_bytes=0, reason=self.refused or "")
         if high == len(ladder):
             return None, failure[1] if failure else None
         return self._found(settings | ladder[high], trials[high]), None

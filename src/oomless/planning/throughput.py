@@ -61,7 +61,7 @@ class Throughput:
 def throughput(
     work: Work, target: Target, config: TrainConfig, points: Sequence[Measured] | None = None
 ) -> Throughput | None:
-    """Return the predicted speed of a training; ``None`` where the rates of ``target`` are not known.
+    """Return the predicted speed of a training; ``None`` where rates are not known: the GPU's, or those between several.
 
     Args:
         work: of one optimizer step, from the rehearsal.
@@ -70,7 +70,7 @@ def throughput(
         points: measured ones; by default the catalogue's for this GPU.
     """
     gpu = target.gpu
-    if gpu is None or gpu.bandwidth_bytes_per_s is None or not gpu.peak_flops:
+    if target.gpus > 1 or gpu is None or gpu.bandwidth_bytes_per_s is None or not gpu.peak_flops:
         return None
     tokens = config.blocks_per_step * config.max_seq_length
     low, expected, high = (

@@ -81,12 +81,16 @@ def initialise_parts(model: Any, device: Device) -> None:
                 half.weight = part
 
 
-def merged(layer: nn.Module) -> Tensor:
-    """Return this process's part of the matrix of ``layer``, which is cut, with the adapter added in fp32."""
-    matrix = sharding.local(layer.get_base_layer().weight)  # type: ignore[operator]
-    a, b = (half[ADAPTER].weight for half in (layer.lora_A, layer.lora_B))  # type: ignore[index, union-attr]
-    added = sharding.local(b).float() @ a.full_tensor().float()
-    return (matrix.float() + added * layer.scaling[ADAPTER]).to(matrix.dtype)  # type: ignore[index, operator]
+@torch.no_grad()
+def merge_parts(model: Any) -> None:
+    """Add every adapter into its matrix, in place, where each process holds a part of both: rows of the matrix and of B."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            matrix: Any = module.get_base_layer()
+            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            added = sharding.local(b).float() @ a.full_tensor().float() * module.scaling[ADAPTER]
+            own = sharding.local(matrix.weight)
+            own.copy_(own.float() + added)
 
 
 def _targets(model: Any, wanted: str) -> list[str]:

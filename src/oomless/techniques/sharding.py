@@ -54,6 +54,8 @@ def check(config: TrainConfig) -> None:
         "trainable_rows": config.trainable_rows and "the rows of a matrix lie on several GPUs",
         "use_dora": config.use_dora and "its norms need whole matrices",
         "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
+        "tokens_per_step": config.tokens_per_step is not None
+        and "per_device_train_batch_size x gradient_accumulation_steps are those of each GPU; give these",
         "preemption_grace_s": config.preemption_grace_s is not None and "a step can only be finished by all processes",
         "on_bad_loss": config.on_bad_loss == "rewind" and "rewind is for one process so far; use skip or stop",
     }
@@ -122,7 +124,12 @@ class Sharded:
 
     def _cut(self, module: nn.Module, *, reshard_after_forward: bool = True) -> FSDPModule:
         self._materialise(module)
-        return fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        cut = fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        if any(parameter.shape[0] % self._mesh.size() for parameter in module.parameters()):
+            # On fake tensors FSDP makes padded parts anew at the first use, which has to come before ``local``.
+            cut.unshard()
+            cut.reshard()
+        return cut
 
     def _fetch_ahead(self, layers: list[Any]) -> None:
         """In backward, gather each layer while the one above it computes; said explicitly because evaluations mislead the default."""
@@ -150,10 +157,12 @@ def local(tensor: Tensor) -> Tensor:
     """Return this process's part of ``tensor``: always the same object, ``tensor`` itself where it was not cut."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with torch.no_grad():
-        held: Tensor = tensor.to_local()
-    if not hasattr(held, "whole_numel"):
+    held: Tensor | None = getattr(tensor, "held_here", None)
+    if held is None:
+        # What ``to_local`` returns is a new object each time, and optimizers know their parameters by identity.
+        held = tensor.to_local().detach()
         held.whole_numel = tensor.numel()  # type: ignore[attr-defined]
+        tensor.held_here = held  # type: ignore[attr-defined]
     return held
 
 

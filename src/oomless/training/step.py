@@ -141,6 +141,15 @@ class TrainingStep:
                 tokens += batch.target_count
         return total, tokens
 
+    @torch.no_grad()
+    def run_whole(self, function: Callable[[], None]) -> None:
+        """Run ``function``, which may use the model as it likes, but not train it."""
+        sharded = self.sharded
+        if sharded is None:
+            function()
+        else:
+            sharded.run(lambda: sharded.with_head(function))
+
     def _loss(self, batch: MicroBatch, scale: Tensor | float, **added: float) -> Tensor:
         """Return ``scale`` times the summed cross-entropy of ``batch``, with what ``head_loss`` may add to it."""
         put = self.device.put
