@@ -102,6 +102,7 @@ def plan(
     """
     from oomless.planning.choose import as_config, choose_training, compare, picked_settings
     from oomless.planning.plan import plan_training
+    from oomless.planning.throughput import speed_of
     from oomless.report import choice as report
     from oomless.report.plan import print_plan, write_timeline
 
@@ -127,7 +128,9 @@ def plan(
             raise ConfigError(
                 "--write and --host-memory have no effect with --as-given, where nothing is chosen; remove them"
             )
-        answer, picked = plan_training(as_config(given), snapshot=snapshot is not None), None
+        asked = as_config(given)
+        answer, picked = plan_training(asked, snapshot=snapshot is not None), None
+        speed = speed_of(answer, asked)
     else:
         with _progress(console, quiet=json) as say:
             picked = choose_training(given, host_bytes=host_size(host_memory), progress=say)
@@ -140,12 +143,15 @@ def plan(
         answer = picked.plan
         if snapshot is not None:
             answer = plan_training(picked.config, snapshot=True)
+        speed = None  # stands in the table
     if json:
-        print(dumps((picked or answer).to_dict(), indent=2))
+        print(dumps(picked.to_dict() if picked else report.plan_to_dict(answer, speed), indent=2))
     else:
         if picked is not None:
             report.print_choice(console, picked)
         print_plan(console, answer)
+        if speed is not None:
+            report.print_speed(console, speed, asked)
     if write is not None and picked is not None:
         _write_pick(console, write, picked_settings(picked, given), _launcher(picked.target.gpus))
     if timeline is not None:

@@ -226,6 +226,14 @@ class TrainConfig:
     loss_chunk_bytes: int = 64 << 20
     """Most bytes that the loss holds of the logits at once."""
 
+    recover_from_oom: bool = True
+    """On a GPU: run a step, evaluation or save that ran out of memory again with less memory and the same result, instead
+    of ending the run."""
+
+    undo_updates: bool = False
+    """Copy weights and state to host memory before each update, so that running out of memory inside the optimizer can be
+    recovered from too; all of them cross the bus once a step."""
+
     # Running
     seed: int = 0
     """Seed of shuffling, held-out documents, LoRA's start and dropout."""
@@ -311,6 +319,10 @@ class TrainConfig:
             raise ConfigError(
                 "optimizer_in_backward cannot clip by the global norm, which is known only after the first weights have been "
                 f"updated; got max_grad_norm {self.max_grad_norm}: leave it out, or choose adafactor, which clips each update"
+            )
+        if self.undo_updates and not self.recover_from_oom:
+            raise ConfigError(
+                "undo_updates has no effect without recover_from_oom: turn that on, or remove undo_updates"
             )
         for name in ("checkpointed_layers", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:

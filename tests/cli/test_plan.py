@@ -95,6 +95,7 @@ def test_the_same_search_again_rehearses_nothing(make_checkpoint, tmp_path):
     assert first["plan"]["profile"] == second["plan"]["profile"]
 
 
+@pytest.mark.slow
 def test_nothing_fits_and_what_would(make_checkpoint):
     result = oomless(
         *(
@@ -113,6 +114,7 @@ def test_nothing_fits_and_what_would(make_checkpoint):
     assert "on a larger GPU" in text
 
 
+@pytest.mark.slow
 def test_gpus_and_models_compared(make_checkpoint):
     models = f"{make_checkpoint('llama')},{make_checkpoint('qwen2')}"
     result = oomless(
@@ -125,6 +127,7 @@ def test_gpus_and_models_compared(make_checkpoint):
     assert all(any(row["picked"] for row in answer["strategies"]) for answer in answers)
 
 
+@pytest.mark.slow
 def test_the_longest_sequence(make_checkpoint):
     """A longer one by a step does not fit with the quality that a short one has."""
     folder = make_checkpoint("llama", max_position_embeddings=8192)

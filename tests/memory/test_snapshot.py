@@ -1,5 +1,6 @@
 """Snapshots: read by torch's own readers, replayed, and (where there is a GPU) compared with a real process."""
 
+import gc
 import os
 import pickle
 import pickletools
@@ -17,6 +18,7 @@ from torch.cuda import _memory_viz
 from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.snapshot import replay, snapshot, write_snapshot
+from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.units import GiB, MiB
 
 TEXTS = ["", "expandable_segments:True", "max_split_size_mb:32,roundup_power2_divisions:[4:2,>:8]"]
@@ -214,3 +216,21 @@ pickle.dump((torch.cuda.memory._snapshot(), stats), open(sys.argv[1], "wb"))
     for key in books:
         if key.split(".")[0] in ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes", "segment"):
             assert books[key] == stats[key], key
+
+
+def test_garbage_that_dies_meanwhile_does_no_harm():
+    gpu = VirtualGPU(GiB, snapshot_history=True)
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        with gpu.active():
+            cycle = [torch.empty(1000) for _ in range(200)]
+            cycle.append(cycle)
+            del cycle
+        gc.set_threshold(gc.get_count()[0] + 100)  # reached in the middle of the history
+        gc.enable()
+        (trace,) = snapshot(gpu.allocator)["device_traces"]
+    finally:
+        gc.enable()
+        gc.set_threshold(*before)
+    assert [entry["action"] for entry in trace].count("free_completed") == 200

@@ -1,7 +1,7 @@
 """Facts as data, each with its source: GPUs, what lies outside the allocator, and known models' configs.
 
 Plans are made from this without a download and without a GPU. Nothing here imports torch or transformers; the
-data lies in ``gpus.yaml``, ``overheads.yaml`` and ``model_configs/*.json`` beside the loaders.
+data lies in ``gpus.yaml``, ``overheads.yaml``, ``efficiency.yaml`` and ``model_configs/*.json`` beside the loaders.
 ``docs/catalogue.md`` tells how an entry is made.
 """
 

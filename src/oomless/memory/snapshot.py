@@ -8,6 +8,7 @@ device, and the addresses that the driver chose, which decide between blocks of 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import tempfile
@@ -29,6 +30,7 @@ _CONFIGURATIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 def snapshot(allocator: CachingAllocator) -> dict[str, Any]:
     """Return what ``torch.cuda.memory._snapshot()`` would return for GPU 0; without a history the trace is empty."""
+    gc.collect()  # Cycles of tensors die now, not while the books are read.
     trace = [_entry(event) for event in allocator.history or ()]
     segments = [_segment(view) for view in allocator.segments()]
     if allocator.history is not None:

@@ -1,10 +1,10 @@
 """What a rehearsal would compute and move: floating-point operations, bytes of device memory, bytes over the host's link.
 
 Every operator of the step is counted as it is dispatched, so recomputation, dequantisation, chunks and offloading are counted
-because they happen. Matrix products take their operations from torch's own FLOP counter. So would attention, but that counter
-takes every pair of tokens where a causal kernel skips half, and older ones refuse grouped heads; it is counted here. All else
-counts for the memory that it reads and writes, which the operator's schema tells: what it takes, what it changes, what it
-makes. Views and memory that is only set aside cost nothing. Copies over the host's link count there and not as operators.
+because they happen. Matrix products take their operations from torch's own FLOP counter. Attention is counted here, because that
+counter takes every pair of tokens where a causal kernel skips half. All else counts for the memory that it reads and writes,
+which the operator's schema tells: what it takes, what it changes, what it makes. Views and memory that is only set aside cost
+nothing. Copies over the host's link count there and not as operators.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _GATHERING = frozenset({aten.embedding, aten.index_select, aten.gather, aten.ind
 _SCATTERING = frozenset({aten.scatter_, aten.scatter_add_, aten.index_add_, aten.index_copy_, aten.index_put_})
 """These change as much of their first argument as the largest other one has."""
 
+_UNKNOWN = object()
 _OUT_OF_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 """What torch's counter does not know under the name that changes its first argument."""
 
@@ -100,16 +101,16 @@ class WorkCounter:
 
     def __init__(self) -> None:
         self.on = False
-        self._known: dict[Any, Cost | None] = {}
+        self._known: dict[Any, Any] = {}
         self._update = False
         self._costs: tuple[Counter[Cost], Counter[Cost]] = (Counter(), Counter())
         self._link = [0, 0]
 
     def operator(self, key: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, result: Any) -> None:
         """Count one call of ``func``; calls of one ``key`` cost the same."""
-        if key not in self._known:
-            self._known[key] = cost_of(func, args, kwargs or {}, result)
-        cost = self._known[key]
+        cost = self._known.get(key, _UNKNOWN)  # once: the key is long, and hashed anew each time
+        if cost is _UNKNOWN:
+            cost = self._known[key] = cost_of(func, args, kwargs or {}, result)
         if cost is not None:
             self._costs[self._update][cost] += 1
 

@@ -226,7 +226,7 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
 
     layers = dict(frozen_layers.frozen_layers(model))
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
-    plain = {name: tensor for name, tensor in lora.plain_tensors(model).items() if name not in packed}
+    plain: dict[str, Savable] = {n: tensor for n, tensor in lora.plain_tensors(model).items() if n not in packed}
     return plain | {f"{name}.weight": late(name, layer) for name, layer in layers.items()}
 
 

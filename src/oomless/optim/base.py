@@ -79,6 +79,8 @@ class MemoryLeanOptimizer(Optimizer):
         if slice_bytes < 64 * SLICE_MULTIPLE:
             raise ValueError(f"slice_bytes must be at least {64 * SLICE_MULTIPLE}; got {slice_bytes}")
         self.slice_bytes = slice_bytes
+        self.before_update: Callable[[Tensor], None] | None = None
+        """Called with each parameter before anything of it or its state changes."""
         self._offload = offload
         self._offloaded: dict[Tensor, int] = {}
         self._index: dict[Tensor, int] = {}
@@ -161,6 +163,8 @@ class MemoryLeanOptimizer(Optimizer):
                 f"gradients must be dense, contiguous and shaped as the parameter, {tuple(parameter.shape)}; "
                 f"got layout {gradient.layout}, shape {tuple(gradient.shape)}, strides {strides}"
             )
+        if self.before_update is not None:
+            self.before_update(parameter)
         state: State = self.state[parameter]
         state["step"].add_(1.0 if found_inf is None else 1.0 - found_inf)
         self._update(parameter, gradient, group, state, gradient_scale, found_inf)

@@ -93,6 +93,11 @@ class FusedBackward:
         self.optimizer.step()
         return norm, _not_finite(norm)
 
+    def abandon(self) -> None:
+        """Forget a backward pass that failed; the caller sees to the weights that it had updated."""
+        self._norm = None
+        self._updated.clear()
+
     def detach(self) -> None:
         """Take the hooks off; afterwards ``optimizer.step`` works as usual. Safe to call twice."""
         for handle in self._handles:

@@ -18,7 +18,7 @@ from oomless.catalogue import Gpu
 from oomless.catalogue.efficiency import Bound, Efficiency, Measured, efficiency, efficiency_source, measured
 from oomless.config import TrainConfig
 from oomless.memory.work import Cost, Work
-from oomless.planning.plan import Target
+from oomless.planning.plan import Plan, Target
 
 _BESIDE: dict[Bound, float] = {"low": 1.0, "expected": 0.5, "high": 0.0}
 """How much of the shorter of computation and copies is not hidden behind the longer."""
@@ -91,6 +91,11 @@ def throughput(
         basis=basis,
         calibrated=bool(points),
     )
+
+
+def speed_of(plan: Plan, config: TrainConfig) -> Throughput | None:
+    """Return the predicted speed of ``config``, whose plan is ``plan``; ``None`` where it does not fit, or as ``throughput``."""
+    return throughput(plan.work, plan.target, config) if plan.fits and plan.work is not None else None
 
 
 def relative_seconds(work: Work, target: Target, config: TrainConfig) -> float:

@@ -8,9 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from oomless.config import TrainConfig
 from oomless.planning.choose import Compared
+from oomless.planning.duration import tokens_to_read
+from oomless.planning.plan import Plan
 from oomless.planning.search import Choice, Row
 from oomless.planning.strategies import in_words
+from oomless.planning.throughput import Throughput
 from oomless.units import format_bytes
 
 
@@ -35,8 +39,32 @@ def print_choice(console: Console, choice: Choice) -> None:
         )
     console.print(table)
     picked = choice.picked
-    if picked is not None and picked.speed is not None:
-        console.print(f"tokens/s are predicted, not measured: {picked.speed.basis}", style="dim", highlight=False)
+    if picked is not None and picked.speed is not None and choice.config is not None:
+        print_speed(console, picked.speed, choice.config)
+
+
+def print_speed(console: Console, speed: Throughput, config: TrainConfig) -> None:
+    """Print the predicted speed, what it rests on, and how long the run would take where its length is known."""
+    reading = tokens_to_read(config)
+    if reading is not None:
+        fewest, most = speed.hours(reading.tokens_low)[0], speed.hours(reading.tokens_high)[1]
+        count = f"{reading.tokens_low:,}"
+        if reading.tokens_high > reading.tokens_low:
+            count += f" to {reading.tokens_high:,}"
+        console.print(
+            f"{count} tokens ({reading.basis}) would take {_hours(fewest)} to {_hours(most)}, predicted",
+            highlight=False,
+        )
+    console.print(
+        f"{speed.tokens_per_second_low:,.0f} to {speed.tokens_per_second_high:,.0f} tokens/s, {speed.tokens_per_second:,.0f} "
+        f"expected, are predicted, not measured: {speed.basis}",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{max(1, round(hours * 60))} min"
 
 
 def _shown(rows: Sequence[Row]) -> Iterable[Row]:
@@ -92,6 +120,11 @@ def print_nothing_fits(console: Console, choice: Choice, changes: Iterable[str])
         console.print(
             "  - nothing that was tried: not a shorter sequence, host memory, any GPU known, or a smaller model"
         )
+
+
+def plan_to_dict(plan: Plan, speed: Throughput | None) -> dict[str, Any]:
+    """Return plain values for JSON of a plan by itself, with its predicted speed."""
+    return {**plan.to_dict(), "speed": None if speed is None else speed.to_dict()}
 
 
 def compared_to_dict(compared: Sequence[Compared]) -> list[dict[str, Any]]:

@@ -36,11 +36,16 @@ def apply(model: Any, count: int | None = None) -> list[nn.Module]:
             f"checkpointed_layers must be at most {len(layers)}, the layers that backward runs through; got {count}"
         )
     chosen = layers[:count]
+    apply_to(model, chosen)
+    return chosen
+
+
+def apply_to(model: Any, layers: list[Any]) -> None:
+    """Have these ``layers`` of ``model`` keep only their input, until their ``gradient_checkpointing`` is set to False."""
     function = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(model))
-    for layer in chosen:
+    for layer in layers:
         layer._gradient_checkpointing_func = function
         layer.gradient_checkpointing = True
-    return chosen
 
 
 def decoder_layers(model: Any) -> list[Any]:

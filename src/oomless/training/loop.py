@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.bad_loss import MOST_IN_A_ROW, BadLoss
 from oomless.training.distributed import Ranks
+from oomless.training.guard import Guard
 from oomless.training.interruption import Abandoned, Interruption
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
@@ -39,7 +40,7 @@ MAY_CHANGE_ON_RESUME = {
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
+    *("recover_from_oom", "undo_updates", "on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
 }
 
 
@@ -140,6 +141,7 @@ class Run:
             start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
         )
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base, ranks=ranks)
+        self.guard = Guard.of(config, self.assembly.step, device, listener.said)
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
         self.total_steps = self._total_steps()
@@ -240,7 +242,8 @@ class Run:
         """Go to where ``start`` was saved."""
         parts = self.assembly
         state = checkpoint.read_state(start)
-        checkpoint.restore(
+        self.guard.retried(
+            checkpoint.restore,
             start,
             model=parts.model,
             spec=self.spec,
@@ -317,7 +320,7 @@ class Run:
         random_state = checkpoint.random_state(self.device) if may_abandon else {}
         try:
             with self.interrupted.timing_step():
-                return step.run(batches, tokens)
+                return self.guard.run(batches, tokens)
         except Abandoned:
             self.assembly.optimizer.zero_grad(set_to_none=True)
             checkpoint.set_random_state(random_state, self.device)
@@ -383,6 +386,7 @@ class Run:
         }
         if self.assembly.loss_scale.dynamic:
             metrics["loss_scale"] = float(self.assembly.loss_scale.scale)
+        metrics |= self.guard.metrics()
         self._record(metrics)
         self.listener.stepped(metrics)
         self.watch.device_after(self.step, usage)
@@ -404,15 +408,19 @@ class Run:
         try:
             for name, blocks in self.data.evaluation.items():
                 blocks.store.check_unchanged()
-                batches = micro_batches(blocks, self.config.per_device_eval_batch_size or 1)
-                own = self.ranks.share_batches(self.interrupted.until_set(batches))
-                losses[name] = self._mean_loss(*self.assembly.step.evaluate(own))
+                losses[name] = self._mean_loss(
+                    *self.guard.evaluate(blocks, self.config.per_device_eval_batch_size or 1, self._own_batches)
+                )
         except Abandoned:
             return {}
         if losses:
             self._record({"step": self.step, **{f"eval_loss/{name}": loss for name, loss in losses.items()}})
             self.listener.evaluated(self.step, losses)
         return losses
+
+    def _own_batches(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Return this process's share of ``batches``, to be cut short where the run is asked to end."""
+        return self.ranks.share_batches(self.interrupted.until_set(batches))
 
     def _mean_loss(self, total: Tensor, tokens: int) -> float:
         both = self.ranks.sum(torch.stack([total, torch.full_like(total, tokens)]))
@@ -438,7 +446,8 @@ class Run:
         if self.saved is not None and self.saved.step == self.step:
             return self.saved
         with self.interrupted.timing_save():
-            self.saved = checkpoint.save_checkpoint(
+            self.saved = self.guard.retried(
+                checkpoint.save_checkpoint,
                 self.folder,
                 self.step,
                 model=self.assembly.model,

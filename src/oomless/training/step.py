@@ -92,6 +92,12 @@ class TrainingStep:
         self.loss_scale.update(~torch.isfinite(norm))
         return StepResult(loss=loss, gradient_norm=norm, found_inf=found_inf)
 
+    def abandon(self) -> None:
+        """Leave nothing of a step that failed: no gradient, and no bookkeeping of updates in backward."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.fused is not None:
+            self.fused.abandon()
+
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         norm = self._gradient_norm() / self.loss_scale.scale
         found_inf = (~((loss < self.limits[0]) & (norm < self.limits[1]))).float()
