@@ -67,7 +67,7 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     listener = TerminalListener(console)
     try:
         result = run(resolved, listener if _speaks() else Listener())
-    except OutOfMemoryError as error:
+    except OutOfMemoryError as error:  # of one process; of several, one says so
         listener.close()
         _print_out_of_memory(console, error, resolved)
         raise TrainingError(
@@ -151,7 +151,7 @@ def plan(
             report.print_choice(console, picked)
         print_plan(console, answer)
         if speed is not None:
-            report.print_speed(console, speed, asked)
+            report.print_speed(console, speed, asked, answer.target.gpus)
     if write is not None and picked is not None:
         _write_pick(console, write, picked_settings(picked, given), _launcher(picked.target.gpus))
     if timeline is not None:
@@ -421,10 +421,9 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
-    except UserError as error:  # all of several processes end with it: one says so
-        _fail(str(error) if _speaks() else None, 2)
-    except TrainingError as error:
-        _fail(str(error), 1)
+    except (UserError, TrainingError) as error:
+        told = not _speaks() if error.told is None else error.told
+        _fail(None if told else str(error), 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

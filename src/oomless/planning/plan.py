@@ -188,7 +188,7 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
     if found.count > 1:
         notes.append(
             f"sizes are those of each of the {found.count} GPUs, rehearsed on one stream: on CUDA gathered weights have a pool of their "
-            "own, which was not measured; speed is not predicted"
+            "own, which was not measured"
         )
     notes.append(
         f"a search leaves {format_bytes(margin_bytes)} free: {MARGIN:.0%} for what kernels take for themselves, and the range of "

@@ -40,12 +40,12 @@ def print_choice(console: Console, choice: Choice) -> None:
     console.print(table)
     picked = choice.picked
     if picked is not None and picked.speed is not None and choice.config is not None:
-        print_speed(console, picked.speed, choice.config)
+        print_speed(console, picked.speed, choice.config, choice.target.gpus)
 
 
-def print_speed(console: Console, speed: Throughput, config: TrainConfig) -> None:
+def print_speed(console: Console, speed: Throughput, config: TrainConfig, gpus: int = 1) -> None:
     """Print the predicted speed, what it rests on, and how long the run would take where its length is known."""
-    reading = tokens_to_read(config)
+    reading = tokens_to_read(config, gpus)
     if reading is not None:
         fewest, most = speed.hours(reading.tokens_low)[0], speed.hours(reading.tokens_high)[1]
         count = f"{reading.tokens_low:,}"

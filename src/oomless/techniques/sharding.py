@@ -56,6 +56,7 @@ def check(config: TrainConfig) -> None:
         "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
         "tokens_per_step": config.tokens_per_step is not None
         and "per_device_train_batch_size x gradient_accumulation_steps are those of each GPU; give these",
+        "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
         "preemption_grace_s": config.preemption_grace_s is not None and "a step can only be finished by all processes",
         "on_bad_loss": config.on_bad_loss == "rewind" and "rewind is for one process so far; use skip or stop",
     }

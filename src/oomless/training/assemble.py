@@ -75,6 +75,12 @@ def open_device(name: str) -> Device:
             raise HardwareError(f"a virtual GPU is named by its size, such as virtual:256MiB; got {name!r}") from error
     if kind != "cuda" or not (rest == "" or rest.isdigit()):
         raise HardwareError(f"gpu is auto, cpu, cuda, cuda:1 or virtual:256MiB; got {name!r}")
+    here = environment("LOCAL_WORLD_SIZE", world_size())
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise HardwareError(
+            f"each process needs a GPU of its own: {here} were started, and PyTorch sees {torch.cuda.device_count()}; use "
+            f"--nproc-per-node {torch.cuda.device_count()}, or --gpu cpu"
+        )
     if not torch.cuda.is_available() or int(rest or 0) >= torch.cuda.device_count():
         raise HardwareError(f"no GPU answers to {name!r}: PyTorch sees {torch.cuda.device_count()}; use --gpu cpu")
     return CudaDevice(int(rest or 0))

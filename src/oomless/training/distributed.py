@@ -6,7 +6,9 @@
 would take a process for hung: the first process may be tokenising, or writing a checkpoint.
 
 Whatever a process decides alone (a signal, a disk that is full) it tells the others before anyone acts on it, because a process
-that goes its own way leaves the others waiting in a collective. A process that dies closes its connections, and the others end.
+that goes its own way leaves the others waiting in a collective. A process that dies, or runs out of memory inside a step, cannot
+tell them: it closes its connections, and the others end where they use them next (gloo), or torchrun ends them (NCCL). Whichever
+fails first says why, and the others are silent.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.data.loader import MicroBatch
 from oomless.data.pack import IGNORED
-from oomless.errors import CheckpointError, ConfigError, TrainingError
+from oomless.errors import CheckpointError, ConfigError, OomlessError, TrainingError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer is given up: some process hangs."""
@@ -155,26 +157,58 @@ def world_size() -> int:
 def joined(device_type: str) -> Iterator[Ranks]:
     """Meet the other processes that torchrun has started; alone where there are none.
 
+    An error that passes through here is marked (``OomlessError.told``) in all processes but the one that it reaches first.
+
     Raises:
-        TrainingError: they cannot be reached, or one of them is lost later on.
+        ConfigError: they run on several machines.
+        TrainingError: they cannot be reached, one of them is lost later on, or this one ran out of memory.
     """
     count = world_size()
     if count == 1:
         yield ALONE
         return
+    if environment("LOCAL_WORLD_SIZE", count) != count:
+        raise ConfigError(
+            f"all processes must run on one machine, because each writes its part into the same files; of {count} processes "
+            f"{environment('LOCAL_WORLD_SIZE', count)} are here"
+        )
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
         mesh = init_device_mesh(device_type, (count,))
         yield Ranks(rank=dist.get_rank(), count=count, mesh=mesh, control=control)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or not any(sign in str(error) for sign in _LOST_PEER):
+    except Exception as error:
+        explained = _explained(error, count)
+        if isinstance(explained, OomlessError):
+            explained.told = not _is_first_failure()
+        if explained is error:
             raise
-        raise TrainingError(
-            f"another of the {count} processes ended or cannot be reached, so this one stops. What ended it is said there; the last "
-            f"checkpoint is whole: go on with --resume ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise explained from error
     dist.destroy_process_group()
+
+
+def _explained(error: Exception, count: int) -> Exception:
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError(
+            f"process {environment('RANK', 0)} of {count} ran out of memory ({first_line}), and all end: the others cannot leave a step "
+            "that it does not finish. The last checkpoint is whole. `oomless plan` with the GPUs' number, as in --gpu 2xT4, names "
+            "settings that fit; what leaves a step as it is may be changed with --resume"
+        )
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER):
+        return TrainingError(
+            f"another of the {count} processes ended or cannot be reached, so process {environment('RANK', 0)} stops. The last "
+            f"checkpoint is whole: go on with --resume ({first_line})"
+        )
+    return error
+
+
+def _is_first_failure() -> bool:
+    """Return whether no other process has failed before this one, which torchrun's own store remembers."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("oomless/failures", 1) == 1)
+    except (RuntimeError, ValueError):  # not joined, or torchrun is gone: better said twice than never
+        return True
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class TrainingStep:
             self.fused.abandon()
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        norm = self._gradient_norm() / self.loss_scale.scale
+        norm = self._gradient_norm().div_(self.loss_scale.scale)
         found_inf = (~((loss < self.limits[0]) & (norm < self.limits[1]))).float()
         coefficient = 1 / self.loss_scale.scale
         if self.max_grad_norm:
