@@ -22,6 +22,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
+from oomless.techniques.sharding import shared
 from oomless.training.assemble import open_device
 from oomless.training.distributed import world_size
 from oomless.units import GiB, format_bytes
@@ -226,6 +227,7 @@ def plan(
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
     """
+    config = shared(config, target.gpus)
 
     def run(capacity_bytes: int) -> Rehearsal:
         device = virtual_device(

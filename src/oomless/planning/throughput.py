@@ -19,6 +19,7 @@ from oomless.catalogue.efficiency import Bound, Efficiency, Measured, efficiency
 from oomless.config import TrainConfig
 from oomless.memory.work import Cost, Work
 from oomless.planning.plan import Plan, Target
+from oomless.techniques.sharding import shared
 
 _BESIDE: dict[Bound, float] = {"low": 1.0, "expected": 0.5, "high": 0.0}
 """How much of the shorter of computation and copies is not hidden behind the longer."""
@@ -96,7 +97,9 @@ def throughput(
 
 def speed_of(plan: Plan, config: TrainConfig) -> Throughput | None:
     """Return the predicted speed of ``config``, whose plan is ``plan``; ``None`` where it does not fit, or as ``throughput``."""
-    return throughput(plan.work, plan.target, config) if plan.fits and plan.work is not None else None
+    if not plan.fits or plan.work is None:
+        return None
+    return throughput(plan.work, plan.target, shared(config, plan.target.gpus))
 
 
 def relative_seconds(work: Work, target: Target, config: TrainConfig) -> float:

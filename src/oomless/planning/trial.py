@@ -36,7 +36,7 @@ from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.plan import FIXED, Plan, Target, plan
 from oomless.planning.rehearse import rehearse, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
-from oomless.techniques.sharding import local
+from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
 from oomless.training.checkpoint import write_atomically
 from oomless.training.distributed import rehearsed
@@ -126,7 +126,7 @@ class Setting:
         Raises:
             ConfigError: they do not go together.
         """
-        return TrainConfig.from_mapping({**self.base, **settings})
+        return shared(TrainConfig.from_mapping({**self.base, **settings}), self.target.gpus)
 
 
 def try_out(setting: Setting, settings: Settings) -> Trial:

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from oomless.techniques.trainable import TrainableRow
-from oomless.training.loop import Listener, RunFacts, RunResult
+from oomless.training.listener import Listener, RunFacts
+from oomless.training.loop import RunResult
 from oomless.units import format_bytes
 
 SECONDS_BETWEEN_LOG_LINES = 10.0

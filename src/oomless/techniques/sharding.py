@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -54,8 +54,6 @@ def check(config: TrainConfig) -> None:
         "trainable_rows": config.trainable_rows and "the rows of a matrix lie on several GPUs",
         "use_dora": config.use_dora and "its norms need whole matrices",
         "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
-        "tokens_per_step": config.tokens_per_step is not None
-        and "per_device_train_batch_size x gradient_accumulation_steps are those of each GPU; give these",
         "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
         "preemption_grace_s": config.preemption_grace_s is not None and "a step can only be finished by all processes",
         "on_bad_loss": config.on_bad_loss == "rewind" and "rewind is for one process so far; use skip or stop",
@@ -63,6 +61,25 @@ def check(config: TrainConfig) -> None:
     for name, reason in reasons.items():
         if reason:
             raise ConfigError(f"{name} cannot be used with several GPUs: {reason}")
+
+
+def shared(config: TrainConfig, gpus: int) -> TrainConfig:
+    """Return the settings of each of ``gpus`` that train together: ``tokens_per_step`` is of all, the rest of each.
+
+    Raises:
+        ConfigError: the step cannot be shared out evenly.
+    """
+    if gpus == 1 or config.tokens_per_step is None:
+        return config
+    if config.gradient_accumulation_steps % gpus:
+        least = gpus * config.per_device_train_batch_size * config.max_seq_length
+        raise ConfigError(
+            "tokens_per_step must be a multiple of GPUs x per_device_train_batch_size x max_seq_length, "
+            f"{gpus} x {config.per_device_train_batch_size} x {config.max_seq_length}; got {config.tokens_per_step}: use "
+            f"{max(1, round(config.tokens_per_step / least)) * least}"
+        )
+    passes = config.gradient_accumulation_steps // gpus
+    return replace(config, tokens_per_step=None, gradient_accumulation_steps=passes)
 
 
 class Whole(nn.Module):

@@ -28,6 +28,7 @@ from oomless.training.bad_loss import MOST_IN_A_ROW, BadLoss
 from oomless.training.distributed import Ranks
 from oomless.training.guard import Guard
 from oomless.training.interruption import Abandoned, Interruption
+from oomless.training.listener import Listener, RunFacts
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
 from oomless.training.run_folder import Metrics, locked, remove_leftovers
@@ -39,43 +40,9 @@ MAY_CHANGE_ON_RESUME = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
     *("recover_from_oom", "undo_updates", "on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
 }
-
-
-class Listener:
-    """Someone who watches a run; this one does nothing with what it hears."""
-
-    def tokenising(self, done_bytes: int, total_bytes: int) -> None:
-        """Text is being tokenised."""
-
-    def prepared(self, facts: RunFacts) -> None:
-        """Everything is ready; the first step comes next."""
-
-    def stepped(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics was written."""
-
-    def evaluated(self, step: int, losses: dict[str, float]) -> None:
-        """Validation losses by source were measured after ``step``."""
-
-    def saved(self, folder: Path) -> None:
-        """A checkpoint or the final model was written."""
-
-    def said(self, message: str) -> None:
-        """Something happened that a person should know."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What is known before the first step."""
-
-    config: TrainConfig
-    table: list[trainable.TrainableRow]
-    data: PreparedData
-    device: Device
-    total_steps: int
-    first_step: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,6 +72,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
         TrainingError: the run went wrong and was stopped.
     """
     run = Path(config.output_dir)
+    config = sharding.shared(config, distributed.world_size())
     if distributed.world_size() > 1:
         sharding.check(config)
     device = open_device(config.gpu)
