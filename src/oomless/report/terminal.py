@@ -60,8 +60,8 @@ class TerminalListener(Listener):
         self.limit_bytes = facts.device.capacity_bytes
         config = facts.config
         self.console.print(
-            f"{facts.total_steps - facts.first_step} steps of {config.blocks_per_step} blocks x {config.max_seq_length} "
-            f"tokens on {facts.device.name}",
+            f"{facts.total_steps - facts.first_step} steps of {config.blocks_per_step * facts.gpus} blocks x "
+            f"{config.max_seq_length} tokens on {f'{facts.gpus} x ' if facts.gpus > 1 else ''}{facts.device.name}",
             highlight=False,
         )
         if self.console.is_terminal:

@@ -149,6 +149,8 @@ class Guard:
         on_gpu = device.capacity_bytes is not None
         if config.undo_updates and not on_gpu:
             raise ConfigError("undo_updates has no effect on a CPU, whose memory is the host's; remove it")
+        if on_gpu and config.recover_from_oom and step.ranks.count > 1:
+            say("recover_from_oom does nothing with several GPUs: a step that runs out of memory ends the run")
         return cls(
             step,
             device,

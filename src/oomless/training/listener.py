@@ -44,3 +44,5 @@ class RunFacts:
     device: Device
     total_steps: int
     first_step: int
+    gpus: int = 1
+    """How many train together."""

@@ -150,6 +150,7 @@ class Run:
             device=self.device,
             total_steps=self.total_steps,
             first_step=self.step,
+            gpus=self.ranks.count,
         )
         with self.interrupted.listening():
             self.listener.prepared(facts)
