@@ -133,7 +133,7 @@ class Sharded:
                 cut.set_modules_to_backward_prefetch([cut])
         self._head_apart = not tied
         self._cut(self._root, reshard_after_forward=False)
-        self._fetch_ahead(layers)
+        self._fetch_ahead(layers, any(parameter.requires_grad for parameter in embedding.parameters()))
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 # The loss is divided by all processes' tokens, so gradients are summed and not averaged.
@@ -149,12 +149,17 @@ class Sharded:
             cut.reshard()
         return cut
 
-    def _fetch_ahead(self, layers: list[Any]) -> None:
-        """In backward, gather each layer while the one above it computes; said explicitly because evaluations mislead the default."""
-        for lower, layer in zip([None, *layers], layers, strict=False):
-            layer.set_modules_to_backward_prefetch([lower or layer])
-        if layers:
-            self._root.set_modules_to_backward_prefetch([layers[-1]])  # type: ignore[operator]
+    def _fetch_ahead(self, layers: list[Any], reached: bool) -> None:
+        """In backward, gather each layer while the one above it computes; said explicitly because evaluations mislead the default.
+
+        Backward gets down to the embedding where it is ``reached``, else to the lowest layer in which something trains.
+        """
+        below: Any = None
+        for layer in layers:
+            reached = reached or any(parameter.requires_grad for parameter in layer.parameters())
+            layer.set_modules_to_backward_prefetch([below or layer])
+            below = layer if reached else None
+        self._root.set_modules_to_backward_prefetch([below or self._root])  # type: ignore[operator]
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Return what ``function``, which runs the body and then the head inside ``with_head``, returns."""
