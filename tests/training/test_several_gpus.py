@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from oomless.errors import ConfigError, HardwareError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import rehearse, run_phases, virtual_device
+from oomless.planning.plan import Target, target_for
+from oomless.planning.rehearse import rehearse, run_phases, usual_lengths, virtual_device
+from oomless.planning.search import search
+from oomless.planning.trial import Setting
 from oomless.techniques import sharding
 from oomless.training import checkpoint, distributed, loop
 from oomless.training.assemble import assemble, open_device
@@ -443,3 +447,56 @@ def test_refused_of_the_surroundings(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="WORLD_SIZE is set by torchrun to a whole number; got 'two'"):
         distributed.world_size()
+
+
+# The planner
+
+
+def train_pick(setting, settings, capacity_bytes):
+    """Two steps, an evaluation and a save with real tensors inside GPUs of that size."""
+    device, config = VirtualGPU(capacity_bytes), setting.config(settings)
+    with distributed.joined("cpu") as ranks, device.active():
+        parts = assemble(setting.spec, config, device, fill=True, ranks=ranks)
+        run_phases(parts, config, usual_lengths(config), steps=2)
+    return device.usage().peak_reserved_bytes
+
+
+@pytest.mark.slow
+def test_the_pick_for_two_trains_in_two_and_is_better_than_that_for_one(make_checkpoint, tmp_path, processes):
+    folder = make_checkpoint("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4)
+    given = {"model": str(folder), "data": "-", "output_dir": "-", "max_seq_length": 64, "tokens_per_step": 512}
+    one = Target(
+        name="a small GPU",
+        capacity_bytes=14 << 20,
+        outside_bytes=0,
+        workspace_bytes=0,
+        compute_capability=(8, 0),
+        kernel="auto",
+    )
+    two = replace(one, gpus=2)
+    spec = resolve(str(folder))
+    picks = [search(spec, given, target, processes=1, alternatives=0) for target in (one, two)]
+    assert str(picks[1].picked.quality) == "full, AdamW, fp32 masters"
+    assert str(picks[0].picked.quality) != "full, AdamW, fp32 masters"
+    assert picks[1].config.tokens_per_step is None
+    assert 2 * picks[1].config.blocks_per_step * 64 == 512
+    setting = Setting(spec=spec, target=two, base=given)
+    peaks = together(processes, tmp_path / "out", train_pick, setting, picks[1].picked.settings, two.capacity_bytes)
+    assert peaks == [picks[1].plan.needed_bytes] * 2
+
+
+def test_a_count_before_the_name_is_a_target():
+    one, two = target_for("T4"), target_for("2xT4")
+    assert (one.gpus, two.gpus, two.name) == (1, 2, "2 x T4")
+    assert two.capacity_bytes == one.capacity_bytes
+    assert two.outside_bytes > one.outside_bytes  # NCCL
+    assert two.host_bytes == one.host_bytes // 2
+
+
+def test_a_step_is_shared_out_or_refused():
+    config = make_config("none", "none", "none", per_device_train_batch_size=1, tokens_per_step=6 * 64)
+    assert sharding.shared(config, 1) is config
+    each = sharding.shared(config, 3)
+    assert (each.tokens_per_step, each.gradient_accumulation_steps) == (None, 2)
+    with pytest.raises(ConfigError, match=r"a multiple of GPUs x .*, 4 x 1 x 64; got 384: use 512"):
+        sharding.shared(config, 4)
