@@ -354,7 +354,7 @@ def test_killed_while_saving(make_checkpoint, corpus, tmp_path, processes, strai
 def test_killed_at_random_moments(make_checkpoint, corpus, tmp_path, processes):
     """One of two or both, a checkpoint at every step, so that most kills hit a write."""
     chance = random.Random(3)
-    kills = 20
+    kills = 12
     settings = dict(dtype="fp32", max_steps=4 * kills, save_steps=1, save_total_limit=3, eval_fraction=0)
     broken = make_config(make_checkpoint("llama"), corpus, tmp_path / "broken", resume=True, **settings)
     metrics = tmp_path / "broken" / "metrics.jsonl"
