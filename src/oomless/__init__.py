@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from oomless.models.attention import use_packed_attention
     from oomless.planning.choose import choose_training
     from oomless.planning.layers import fewest_checkpointed_layers
-    from oomless.training.loop import Listener, RunResult, train
+    from oomless.training.listener import Listener
+    from oomless.training.loop import RunResult, train
     from oomless.training.loss import causal_lm_loss
 
 __version__ = "0.1.0.dev0"
@@ -26,7 +27,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "DataSource": "oomless.config",
     "TrainConfig": "oomless.config",
-    "Listener": "oomless.training.loop",
+    "Listener": "oomless.training.listener",
     "RunResult": "oomless.training.loop",
     "train": "oomless.training.loop",
     "causal_lm_loss": "oomless.training.loss",

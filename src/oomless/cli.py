@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import time
 import typing
@@ -46,14 +47,16 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     from oomless.report.choice import print_choice
     from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
+    from oomless.training.distributed import world_size
+    from oomless.training.listener import Listener
     from oomless.training.loop import train as run
 
-    console = Console()
+    console = Console(quiet=not _speaks())
     given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
-    choice = None if as_given else _choice_to_train(console, given, host_memory)
+    choice = None if as_given or world_size() > 1 else _choice_to_train(console, given, host_memory)
     if choice is None:
         resolved = TrainConfig.from_mapping(given)
-        predicted = predict(resolved)
+        predicted = predict(resolved) if _speaks() else None
     else:
         if choice.config is None:
             _explain_nothing_fits(console, given, choice)
@@ -63,8 +66,8 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
         print_plan(console, predicted)
     listener = TerminalListener(console)
     try:
-        result = run(resolved, listener)
-    except OutOfMemoryError as error:
+        result = run(resolved, listener if _speaks() else Listener())
+    except OutOfMemoryError as error:  # of one process; of several, one says so
         listener.close()
         _print_out_of_memory(console, error, resolved)
         raise TrainingError(
@@ -72,7 +75,9 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
         ) from error
     finally:
         listener.close()
-    print_result(console, result, f"oomless train --config {resolved.output_dir}/config.yaml --resume")
+    print_result(
+        console, result, f"{_launcher(world_size())} train --config {resolved.output_dir}/config.yaml --resume"
+    )
     if predicted is not None:
         print_prediction(console, predicted, result.peak_memory_bytes)
     if result.interrupted:
@@ -146,9 +151,9 @@ def plan(
             report.print_choice(console, picked)
         print_plan(console, answer)
         if speed is not None:
-            report.print_speed(console, speed, asked)
+            report.print_speed(console, speed, asked, answer.target.gpus)
     if write is not None and picked is not None:
-        _write_pick(console, write, picked_settings(picked, given))
+        _write_pick(console, write, picked_settings(picked, given), _launcher(picked.target.gpus))
     if timeline is not None:
         write_timeline(answer.profile, timeline)
     if snapshot is not None:
@@ -206,14 +211,14 @@ def _progress(console: Console, *, quiet: bool = False) -> Iterator[Any]:
         console.print("\r\033[K", end="")
 
 
-def _write_pick(console: Console, path: Path, settings: dict[str, Any]) -> None:
+def _write_pick(console: Console, path: Path, settings: dict[str, Any], launcher: str) -> None:
     import yaml
 
     from oomless.training.checkpoint import write_atomically
 
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     missing = [f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if name not in settings]
-    console.print(f"written to {path}: oomless train --config {' '.join([str(path), *missing])}", highlight=False)
+    console.print(f"written to {path}: {launcher} train --config {' '.join([str(path), *missing])}", highlight=False)
 
 
 def explain(
@@ -416,14 +421,23 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
-    except UserError as error:
-        _fail(str(error), 2)
-    except TrainingError as error:
-        _fail(str(error), 1)
+    except (UserError, TrainingError) as error:
+        told = not _speaks() if error.told is None else error.told
+        _fail(None if told else str(error), 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
 
-def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True, markup=True)
+def _fail(message: str | None, code: int) -> None:
+    if message is not None:
+        Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True, markup=True)
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether this is the one of a run's processes that writes to the terminal."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _launcher(gpus: int) -> str:
+    return "oomless" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m oomless"

@@ -117,13 +117,13 @@ class TrainConfig:
 
     # Batch and length of the run
     per_device_train_batch_size: int = 1
-    """Blocks in one forward and backward pass."""
+    """Blocks in one forward and backward pass, of each GPU."""
 
     gradient_accumulation_steps: int = 1
-    """Passes in one optimizer step; the loss is normalised by the tokens of the whole step."""
+    """Passes in one optimizer step, of each GPU; the loss is normalised by the tokens of the whole step."""
 
     tokens_per_step: int | None = None
-    """Tokens in one optimizer step, a multiple of max_seq_length; gradient_accumulation_steps follows from it."""
+    """Tokens in one step of all GPUs, a multiple of max_seq_length; gradient_accumulation_steps follows from it."""
 
     per_device_eval_batch_size: int | None = None
     """Blocks in one evaluation pass. [default: per_device_train_batch_size]"""
@@ -199,7 +199,7 @@ class TrainConfig:
     overflows without, else off]"""
 
     gpu: str = "auto"
-    """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB."""
+    """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB; to plan, also T4 or 2xT4."""
 
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward."""

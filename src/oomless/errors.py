@@ -24,6 +24,9 @@ from collections.abc import Iterable
 class OomlessError(Exception):
     """Base of every exception that oomless raises on purpose."""
 
+    told: bool | None = None
+    """Of several processes that end together, whether another one says why; ``None`` where each came to it by itself."""
+
 
 class UserError(OomlessError):
     """What the user gave cannot work; shown as one message without a traceback, exit code 2."""

@@ -165,7 +165,6 @@ def test_the_longest_sequence(make_checkpoint):
         (["--gpu", "T4"], "model must be given"),
         (["--model", "meta-llama/Llama-3.2-1C", "--gpu", "T4"], "Did you mean"),
         (["--model", "gemma-7b", "--gpu", "RTX4009"], "Did you mean"),
-        (["--model", "gemma-7b", "--gpu", "2xT4"], "one GPU so far"),
         (["--model", "gemma-7b", "--gpu", "cpu"], "name one"),
         (["--model", "gemma-7b", "--gpu", "T4", "--max-seq-length", "0"], "at least 2"),
         (["--model", "gemma-7b", "--gpu", "T4", "--max-seq-length", "9000"], "max_position_embeddings, 8192"),

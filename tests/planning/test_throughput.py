@@ -53,6 +53,18 @@ def test_by_hand():
     assert not found.calibrated
 
 
+def test_several_gpus_by_hand():
+    """All of them make tokens; what each sends goes beside its work, over NVLink where that comes with the GPU."""
+    for name, rate in (("T4", gpu("T4").host_link_bytes_per_s), ("A100-80GB", 300e9)):
+        found, share = gpu(name), efficiency(gpu(name), "expected")
+        alone = replace(WORK, link_bytes_of_passes=0, link_bytes_of_update=0)
+        seconds = 6000 / throughput(alone, target(found), config(), ()).tokens_per_second
+        sent = 10**7  # in two of six passes
+        pair = throughput(replace(alone, exchanged_bytes=sent), replace(target(found), gpus=2), config())
+        assert pair.tokens_per_second == pytest.approx(12000 / (seconds + 3 * sent / (rate * share.peers) / 2))
+        assert "between GPUs assumed" in pair.basis
+
+
 @pytest.mark.parametrize("entry", gpus(), ids=lambda entry: entry.name)
 def test_the_range_contains_itself(entry):
     found = throughput(WORK, target(entry), config())

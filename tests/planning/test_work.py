@@ -16,13 +16,13 @@ PAIRS = T * (T + 1) // 2  # of tokens, of which the earlier is seen by the later
 ATTENTION = 2 * D * PAIRS  # one product of it, for all heads
 
 
-def work(folder, steps=1, **settings):
+def work(folder, steps=1, gpus=1, **settings):
     config = TrainConfig.from_mapping(
         {"model": str(folder), "data": "none", "output_dir": "none", "max_seq_length": T, "dtype": "fp32"}
         | {"packing": "concatenate"}
         | settings
     )
-    found = rehearse(resolve(str(folder)), config, virtual_device(), steps=steps, whole=False)
+    found = rehearse(resolve(str(folder)), config, virtual_device(), steps=steps, whole=False, gpus=gpus)
     assert found.out_of_memory is None
     return found.work
 
@@ -119,6 +119,21 @@ def test_frozen_weights_are_fetched_for_every_product(make_checkpoint):
     found = work(make_checkpoint("llama"), trainable="lora+lm_head", stream_frozen=True, lora_r=4)
     into_the_first = D * D + 2 * D * 32  # its input is an embedding, which wants no gradient
     assert found.link_bytes_of_passes == BATCH + 4 * (2 * LAYERS * LAYER - into_the_first)
+
+
+def test_what_several_gpus_send_each_other(make_checkpoint):
+    """Layers are gathered for forward and for backward, the rest once; every gradient is scattered once."""
+    folder = make_checkpoint("llama", num_hidden_layers=4)
+    layers, rest = 4 * (LAYER + 2 * D), 2 * V * D + D
+    numbers = 2 * (2 * 4)  # loss and gradient norm, summed: there and back
+    two = work(folder, gpus=2)
+    assert two.exchanged_bytes == 4 * (3 * layers + 2 * rest) // 2 + numbers
+    four = work(folder, gpus=4)
+    assert four.exchanged_bytes == 4 * (3 * layers + 2 * rest) * 3 // 4 + numbers
+    assert two.flops() == four.flops() == work(folder).flops()
+    head = work(folder, gpus=2, trainable="lm_head")
+    assert head.exchanged_bytes == 4 * (layers + rest + V * D) // 2 + numbers
+    assert work(folder).exchanged_bytes == 0
 
 
 def test_what_is_frozen_costs_less(make_checkpoint):

@@ -25,6 +25,9 @@ class Efficiency:
     link: float
     """Of the bandwidth to the host."""
 
+    peers: float
+    """Of the bandwidth from one GPU to the next: NVLink, else that to the host."""
+
     operator_seconds: float
     """What the host takes to start an operator; the GPU waits where its own work is shorter."""
 
@@ -44,9 +47,10 @@ def efficiency(gpu: Gpu, bound: Bound) -> Efficiency:
     return Efficiency(**{name: float(entry[name][bound]) for name in Efficiency.__dataclass_fields__})
 
 
-def efficiency_source(gpu: Gpu) -> str:
-    """Return what the range for ``gpu`` rests on."""
-    return str(_entry(gpu)["source"])
+def efficiency_source(gpu: Gpu, count: int = 1) -> str:
+    """Return what the range for ``gpu``, of which there are ``count``, rests on."""
+    entry = _entry(gpu)
+    return str(entry["source"]) if count == 1 else f"{entry['source']}; {entry['peers_source']}"
 
 
 def measured(gpu: Gpu) -> tuple[Measured, ...]:

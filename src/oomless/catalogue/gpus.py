@@ -67,6 +67,9 @@ class Gpu:
     pcie: tuple[int, int] | None = None
     """PCIe generation and lanes to the host; ``None`` where that depends on the machine."""
 
+    nvlink_bytes_per_s: float | None = None
+    """Peak rate of all NVLinks together in one direction; ``None`` where every machine with this GPU need not have them."""
+
     source: str
     """Where the rates and the capability come from."""
 
@@ -199,6 +202,7 @@ def _gpu_from(entry: Mapping[str, Any]) -> Gpu:
         bandwidth_bytes_per_s=entry["bandwidth_gb_per_s"] * 1e9,
         peak_flops={dtype: rate * 1e12 for dtype, rate in entry["tflops"].items()},
         pcie=None if pcie is None else (pcie["generation"], pcie["lanes"]),
+        nvlink_bytes_per_s=entry["nvlink_gb_per_s"] * 1e9 if "nvlink_gb_per_s" in entry else None,
         source=entry["source"],
         usable_source=entry["usable_source"],
     )

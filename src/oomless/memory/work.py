@@ -1,10 +1,11 @@
-"""What a rehearsal would compute and move: floating-point operations, bytes of device memory, bytes over the host's link.
+"""What a rehearsal would compute and move: floating-point operations, bytes of device memory, bytes over the links.
 
 Every operator of the step is counted as it is dispatched, so recomputation, dequantisation, chunks and offloading are counted
 because they happen. Matrix products take their operations from torch's own FLOP counter. Attention is counted here, because that
 counter takes every pair of tokens where a causal kernel skips half. All else counts for the memory that it reads and writes,
 which the operator's schema tells: what it takes, what it changes, what it makes. Views and memory that is only set aside cost
-nothing. Copies over the host's link count there and not as operators.
+nothing. Copies over the host's link count there and not as operators. What several GPUs gather, scatter and sum counts for what
+each of them sends, which is what it receives, as in a ring.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _SCATTERING = frozenset({aten.scatter_, aten.scatter_add_, aten.index_add_, aten
 """These change as much of their first argument as the largest other one has."""
 
 _UNKNOWN = object()
+_COLLECTIVES = "c10d::"
 _OUT_OF_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 """What torch's counter does not know under the name that changes its first argument."""
 
@@ -82,6 +84,9 @@ class Work:
 
     link_bytes_of_update: int
 
+    exchanged_bytes: int = 0
+    """What each of several GPUs sends to others in all these passes; an update sends a few numbers."""
+
     def flops(self) -> dict[str, int]:
         """Return the floating-point operations of passes and update by the rate that applies."""
         total: Counter[str] = Counter()
@@ -108,9 +113,13 @@ class WorkCounter:
         self._update = False
         self._costs: tuple[Counter[Cost], Counter[Cost]] = (Counter(), Counter())
         self._link = [0, 0]
+        self._exchanged = 0
 
     def operator(self, key: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, result: Any) -> None:
         """Count one call of ``func``; calls of one ``key`` cost the same."""
+        if _is_collective(func):
+            self._exchanged += exchanged_bytes(args)
+            return
         cost = self._known.get(key, _UNKNOWN)  # once: the key is long, and hashed anew each time
         if cost is _UNKNOWN:
             cost = self._known[key] = cost_of(func, args, kwargs or {}, result)
@@ -165,6 +174,7 @@ class WorkCounter:
             of_update=tuple(self._costs[1].items()),
             link_bytes_of_passes=self._link[0],
             link_bytes_of_update=self._link[1],
+            exchanged_bytes=self._exchanged,
         )
 
 
@@ -180,6 +190,17 @@ def cost_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: A
         taken = [result]
     floating = next((tensor.dtype for tensor in taken if tensor.is_floating_point()), torch.float32)
     return _RATES.get(floating, "fp32"), _flops(packet, args, kwargs, given, result), _moved(func, given, result)
+
+
+@cache
+def _is_collective(func: Any) -> bool:
+    return bool(func._schema.name.startswith(_COLLECTIVES))
+
+
+def exchanged_bytes(args: Sequence[Any]) -> int:
+    """Return what one process sends in a collective: gathering, scattering (of output and input), or summing what comes first."""
+    first, second = _size_bytes(args[0]), _size_bytes(args[1])
+    return abs(first - second) if second else 2 * first  # a sum is scattered and gathered; less where processes are few
 
 
 @cache

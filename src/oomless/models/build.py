@@ -23,13 +23,21 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention
 from oomless.models.spec import ModelSpec
-from oomless.techniques import frozen_layers, quantization, trained_rows
+from oomless.techniques import frozen_layers, lora, quantization, sharding, trained_rows
 
 
-def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype, prepare: Callable[[Any], None] | None = None) -> Any:
+def build(
+    spec: ModelSpec,
+    *,
+    device: Device,
+    dtype: torch.dtype,
+    prepare: Callable[[Any], None] | None = None,
+    cut: Callable[[Any, Callable[[nn.Module], None]], None] | None = None,
+) -> Any:
     """Return the model of ``spec`` on ``device``, its parameters allocated but not filled, its buffers right.
 
-    ``prepare`` may replace modules of the model while it is on the meta device.
+    ``prepare`` may replace modules of the model while it is on the meta device. ``cut`` may leave a part of each parameter;
+    it is given the model, and what allocates the parameters of a module.
 
     Raises:
         ModelError: transformers cannot build the architecture, or its attention cannot be replaced.
@@ -46,6 +54,8 @@ def build(spec: ModelSpec, *, device: Device, dtype: torch.dtype, prepare: Calla
     if prepare is not None:
         prepare(model)
     with device.phase("load"):
+        if cut is not None:
+            cut(model, lambda module: _materialise_parameters(module, device))
         _materialise(model, device)
         quantization.prepare(model, device)
     model.config.use_cache = False
@@ -61,18 +71,27 @@ def parameter_count(spec: ModelSpec) -> int:
 
 def _materialise(model: Any, device: Device) -> None:
     """Allocate every parameter and buffer on ``device``; tied ones stay one."""
-    made: dict[int, nn.Parameter] = {}
+    _materialise_parameters(model, device)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(_empty_like(parameter, device))
-                made[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined]
-            setattr(module, name, made[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             module._buffers[name] = _empty_like(buffer, device)
-    device.label(made.values(), "weights")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    device.label(model.parameters(), "weights")
     model.initialize_weights()
     device.label(model.buffers(), "weights")
+
+
+def _materialise_parameters(root: nn.Module, device: Device) -> None:
+    """Allocate the parameters inside ``root`` that have no memory yet; tied ones stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(_empty_like(parameter, device), parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
 
 
 def _empty_like(tensor: Tensor, device: Device) -> Tensor:
@@ -90,9 +109,9 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     stored = {f"{name}.weight": layer for name, layer in frozen_layers.frozen_layers(model)}
     inside = {id(buffer) for layer in stored.values() for buffer in layer.buffers()}
     wanted = {
-        name: tensor
+        name.replace(".base_layer.", "."): tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if id(tensor) not in inside and not trained_rows.is_rows(name)
+        if id(tensor) not in inside and not trained_rows.is_rows(name) and not lora.is_adapter(name)
     }
     found = set()
     with device.phase("load"), torch.no_grad():
@@ -102,7 +121,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
             _check_shape(name, tensor, tuple(wanted[name].shape), spec.folder)
             with device.host():
                 tensor = tensor.to(wanted[name].dtype)
-            wanted[name].copy_(tensor)
+            sharding.fill(wanted[name], tensor)
             found.add(id(wanted[name]))
         for name, tensor in checkpoint_tensors(spec.folder, device, list(stored)):
             _check_shape(name, tensor, stored[name].shape, spec.folder)
@@ -184,4 +203,4 @@ def _load_through_transformers(wanted: dict[str, Tensor], missing: list[str], sp
         source = host_model.state_dict()
         with torch.no_grad():
             for name in missing:
-                wanted[name].copy_(source[name].to(wanted[name].dtype))
+                sharding.fill(wanted[name], source[name].to(wanted[name].dtype))

@@ -18,10 +18,13 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models.build import checkpoint_tensors
 from oomless.techniques import frozen_layers, lora, trained_rows
+from oomless.techniques.sharding import Part, part
 
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -55,6 +58,9 @@ class LateTensor:
         return self.dtype.itemsize
 
 
+Savable = Tensor | LateTensor | Part
+
+
 @contextmanager
 def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open ``path`` for writing and have its bytes on the disk when the context ends."""
@@ -64,32 +70,78 @@ def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.fsync(file.fileno())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LateTensor], device: Device) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Savable], device: Device) -> None:
     """Write ``tensors``, which lie on ``device`` or the host, to the safetensors file ``path``."""
+    with durable(path) as file:
+        file.write(_header(tensors)[0])
+        for host in to_host(tensors, device):
+            file.write(_bytes_of(host))
+
+
+def _header(tensors: Mapping[str, Savable]) -> tuple[bytes, dict[str, int], int]:
+    """Return what a file of ``tensors`` begins with, where in it each of them begins, and its size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
+        begins[name], end = offset, offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    first = len(encoded).to_bytes(8, "little") + encoded
+    return first, {name: len(first) + begin for name, begin in begins.items()}, len(first) + offset
+
+
+def _bytes_of(host: Tensor) -> Any:
+    return host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else b""
+
+
+def begin_safetensors(path: Path, tensors: Mapping[str, Savable]) -> None:
+    """Write the safetensors file ``path`` with room for ``tensors``, whose parts ``write_parts`` puts there."""
+    first, _, size = _header(tensors)
     with durable(path) as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for host in to_host(tensors, device):
-            file.write(host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else b"")
+        file.write(first)
+        file.truncate(size)
 
 
-def to_host(tensors: Mapping[str, Tensor | LateTensor], device: Device) -> Iterator[Tensor]:
-    """Yield each of ``tensors`` on the host, contiguous; the one before may be forgotten."""
+def write_parts(path: Path, tensors: Mapping[str, Savable], own: Mapping[str, Savable], device: Device) -> None:
+    """Write into ``path``, which holds ``tensors``, those of them that are this process's ``own``: parts where they belong."""
+    _, begins, _ = _header(tensors)
+    with durable(path, "r+b") as file:
+        for (name, tensor), host in zip(own.items(), to_host(own, device), strict=True):
+            start = tensor.start if isinstance(tensor, Part) else 0
+            file.seek(begins[name] + start * tensor.element_size())
+            file.write(_bytes_of(host))
+
+
+def savable(parameter: Tensor, state: Tensor | None = None, name: str = "") -> Tensor | Part:
+    """Return ``parameter``, or the optimizer's ``state`` called ``name`` beside it; this process's part where it was cut."""
+    if isinstance(parameter, DTensor):
+        return part(parameter, state, name)
+    return parameter.detach() if state is None else state
+
+
+def to_host(tensors: Mapping[str, Savable], device: Device) -> Iterator[Tensor]:
+    """Yield each of ``tensors``, or this process's part of it, on the host, contiguous; the one before may be forgotten."""
     for tensor in tensors.values():
-        yield tensor.make() if isinstance(tensor, LateTensor) else device.fetch(tensor.contiguous())
+        if isinstance(tensor, LateTensor):
+            yield tensor.make()
+        else:
+            yield device.fetch((tensor.local if isinstance(tensor, Part) else tensor).contiguous())
 
 
-def save_weights(tensors: Mapping[str, Tensor | LateTensor], folder: Path, device: Device) -> None:
+def save_weights(tensors: Mapping[str, Savable], folder: Path, device: Device) -> None:
     """Write ``tensors`` as ``model.safetensors``, or in shards of at most ``SHARD_BYTES`` with an index."""
-    shards: list[dict[str, Tensor | LateTensor]] = [{}]
+    files = weight_files(tensors)
+    for name, contents in files.items():
+        write_safetensors(folder / name, contents, device)
+    write_index(files, folder)
+
+
+def weight_files(tensors: Mapping[str, Savable]) -> dict[str, Mapping[str, Savable]]:
+    """Return which of ``tensors`` belong in which file: one, or several of at most ``SHARD_BYTES``."""
+    shards: list[dict[str, Savable]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -99,19 +151,24 @@ def save_weights(tensors: Mapping[str, Tensor | LateTensor], folder: Path, devic
         shards[-1][name] = tensor
         filled += size
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0], device)
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)
+    }
+
+
+def write_index(files: Mapping[str, Mapping[str, Savable]], folder: Path) -> None:
+    """Write the index of ``files``, if there are several."""
+    if len(files) == 1:
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file_name, shard, device)
-        weight_map |= dict.fromkeys(shard, file_name)
-    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    weight_map = {name: file_name for file_name, tensors in files.items() for name in tensors}
+    tensors = [tensor for contents in files.values() for tensor in contents.values()]
+    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with durable(folder / "model.safetensors.index.json", "w") as file:
         json.dump({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, file, indent=2)
 
 
-def model_tensors(model: Any, device: Device) -> dict[str, Tensor | LateTensor]:
+def model_tensors(model: Any, device: Device) -> dict[str, Savable]:
     """Return the tensors of ``model`` under the names of its published checkpoints, tied ones once, trained rows in them."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -121,11 +178,13 @@ def model_tensors(model: Any, device: Device) -> dict[str, Tensor | LateTensor]:
         if id(tensor) not in seen and not trained_rows.is_rows(name):
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
-    reverted: dict[str, Tensor | LateTensor] = revert_weight_conversion(model, tensors)
+    reverted: dict[str, Savable] = {
+        name: savable(tensor) for name, tensor in revert_weight_conversion(model, tensors).items()
+    }
     return reverted | _matrices_with_rows(model, device)
 
 
-def _matrices_with_rows(model: Any, device: Device) -> dict[str, LateTensor]:
+def _matrices_with_rows(model: Any, device: Device) -> dict[str, Savable]:
     """Return the matrices of ``model`` some of whose rows train, those in them."""
     return {
         f"{name}.weight": LateTensor(
@@ -135,7 +194,24 @@ def _matrices_with_rows(model: Any, device: Device) -> dict[str, LateTensor]:
     }
 
 
-def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tensor | LateTensor]:
+def require_own_names(model: Any) -> None:
+    """Check that the published checkpoints of ``model``, which is on the meta device, hold its tensors one by one.
+
+    Raises:
+        ModelError: they join or split some of them (experts), which cannot be done in parts.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    reverted = revert_weight_conversion(model, dict(tensors))
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in reverted.items()}:
+        raise ModelError(
+            f"the checkpoints of {type(model).__name__} hold its tensors in another form than it trains in: it cannot be trained on "
+            "several GPUs yet"
+        )
+
+
+def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Savable]:
     """Return the tensors of ``model``, the weights of its frozen layers that are stored otherwise as they lie in ``folder``.
 
     They are in the model's dtype, adapters added in fp32, and each is made when it is written.
@@ -155,7 +231,7 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tens
 
     layers = dict(frozen_layers.frozen_layers(model))
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
-    plain = {name: tensor for name, tensor in lora.plain_tensors(model).items() if name not in packed}
+    plain: dict[str, Savable] = {n: tensor for n, tensor in lora.plain_tensors(model).items() if n not in packed}
     return (
         plain
         | _matrices_with_rows(model, device)
@@ -163,11 +239,16 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Tens
     )
 
 
-def save_model(model: Any, folder: Path, tensors: Mapping[str, Tensor | LateTensor], device: Device) -> None:
+def save_model(model: Any, folder: Path, tensors: Mapping[str, Savable], device: Device) -> None:
     """Write ``tensors`` with the config and generation config of ``model`` as transformers loads them."""
+    save_config(model, folder)
+    save_weights(tensors, folder, device)
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write the config and generation config of ``model``."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    save_weights(tensors, folder, device)

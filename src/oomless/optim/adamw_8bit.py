@@ -29,14 +29,14 @@ from oomless.optim.blockwise import (
 )
 
 SMALLEST_QUANTISED = 4096
-"""Tensors of fewer elements keep fp32 moments."""
+"""Tensors of fewer elements keep fp32 moments; for a part of one it is the whole (``whole_numel``) that counts."""
 
 
 class AdamW8bit(AdamW):
     """AdamW with blockwise 8-bit moments. Arguments: see ``AdamW`` and ``MemoryLeanOptimizer``."""
 
     def _new_moments(self, parameter: Tensor, group: Group) -> State:
-        if parameter.numel() < SMALLEST_QUANTISED:
+        if getattr(parameter, "whole_numel", parameter.numel()) < SMALLEST_QUANTISED:
             return super()._new_moments(parameter, group)
         blocks = block_count(parameter.numel())
         return {

@@ -25,9 +25,9 @@ class Reading:
     basis: str
 
 
-def tokens_to_read(config: TrainConfig) -> Reading | None:
-    """Return what the run of ``config`` reads; ``None`` where its length depends on data that is not here or is compressed."""
-    step = config.blocks_per_step * config.max_seq_length
+def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
+    """Return what the run of ``config`` on ``gpus`` reads; ``None`` where that depends on data that is not here or is compressed."""
+    step = config.blocks_per_step * config.max_seq_length * gpus
     if config.max_steps is not None:
         tokens = config.max_steps * step
         return Reading(tokens_low=tokens, tokens_high=tokens, basis=f"{config.max_steps:,} steps")

@@ -15,6 +15,7 @@ from oomless.planning.plan import Target, plan
 from oomless.planning.rehearse import virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.training.assemble import assemble
+from oomless.training.distributed import rehearsed
 
 
 def fewest_checkpointed_layers(
@@ -29,8 +30,8 @@ def fewest_checkpointed_layers(
     """
     plain = replace(config, gradient_checkpointing=False, checkpointed_layers=None, offload_activations=False)
     device = virtual_device()
-    with device.active():
-        layers = len(layers_of_backward(assemble(spec, plain, device, fill=False).model))
+    with rehearsed(target.gpus) as ranks, device.active():
+        layers = len(layers_of_backward(assemble(spec, plain, device, fill=False, ranks=ranks).model))
 
     def with_layers(count: int) -> TrainConfig:
         if not count:

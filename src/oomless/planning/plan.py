@@ -7,7 +7,7 @@ gets through or shows where the run would stop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oomless import hardware
@@ -22,7 +22,9 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
+from oomless.techniques.sharding import shared
 from oomless.training.assemble import open_device
+from oomless.training.distributed import world_size
 from oomless.units import GiB, format_bytes
 
 FIXED: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
@@ -42,7 +44,7 @@ class Target:
 
     name: str
     capacity_bytes: int
-    """What CUDA reports as total."""
+    """What CUDA reports as total, of one GPU where there are several."""
 
     outside_bytes: int
     """What the context and libraries take of it."""
@@ -51,6 +53,9 @@ class Target:
     """What cuBLAS takes from the allocator."""
 
     compute_capability: tuple[int, int]
+    gpus: int = 1
+    """How many train one model together, each with its part of it; what fits is told for each."""
+
     gpu: Gpu | None = None
     """Its entry in the catalogue, for its rates; ``None`` for a size or a virtual GPU."""
 
@@ -124,6 +129,7 @@ class Plan:
         return {
             "model": self.model,
             "gpu": self.target.name,
+            "gpus": self.target.gpus,
             "fits": self.fits,
             "capacity_bytes": self.target.capacity_bytes,
             "outside_bytes": self.target.outside_bytes,
@@ -143,11 +149,14 @@ class Plan:
 def target_for(text: str, host_bytes: int | None = None) -> Target:
     """Return the GPU that ``text`` names: the catalogue's (T4), a size (24GiB), virtual:256MiB, or auto for the one here.
 
+    A count before it (2xT4) means several that train together; of those that are here, as many as torchrun has started
+    processes.
+
     ``host_bytes`` is the memory of its machine; by default what is free here, or ``ASSUMED_HOST_BYTES`` beside a GPU that is
     only named.
 
     Raises:
-        HardwareError: it names none, several, or there is none here.
+        HardwareError: it names none, or there is none here.
     """
     if text.startswith("virtual:"):
         device = open_device(text)
@@ -157,6 +166,7 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
             outside_bytes=0,
             workspace_bytes=0,
             compute_capability=device.compute_capability or (8, 0),
+            gpus=world_size(),
             kernel="auto",
             host_bytes=_usable(host_bytes or hardware.available_host_bytes()),
         )
@@ -165,8 +175,8 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
         raise HardwareError(
             "a plan is for a GPU and none is here: name one, such as --gpu T4, RTX4090, A100-40G or 24GiB"
         )
-    if found.count > 1:
-        raise HardwareError(f"a plan is for one GPU so far; got {found}: name the GPU alone")
+    if found.detected:
+        found = replace(found, count=world_size())
     workspace = overhead("cublas workspace", found.gpu)
     notes = [f"memory of {found.gpu.name}: {found.gpu.usable_source}"]
     for item in found.outside_allocator:
@@ -176,6 +186,11 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
         )
     host = host_bytes or (hardware.available_host_bytes() if found.detected else ASSUMED_HOST_BYTES)
     margin_bytes = found.capacity_bytes - found.capacity_low_bytes + int(MARGIN * found.capacity_bytes)
+    if found.count > 1:
+        notes.append(
+            f"sizes are those of each of the {found.count} GPUs, rehearsed on one stream: on CUDA gathered weights have a pool of their "
+            "own, which was not measured"
+        )
     notes.append(
         f"a search leaves {format_bytes(margin_bytes)} free: {MARGIN:.0%} for what kernels take for themselves, and the range of "
         f"what lies outside; of {format_bytes(host)} of host memory{'' if host_bytes or found.detected else ' (assumed)'} it "
@@ -184,7 +199,8 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
     return Target(
         name=str(found),
         margin_bytes=margin_bytes,
-        host_bytes=_usable(host),
+        host_bytes=_usable(host) // found.count,
+        gpus=found.count,
         capacity_bytes=found.gpu.usable_bytes,
         outside_bytes=sum(item.bytes_expected for item in found.outside_allocator),
         workspace_bytes=workspace.bytes_expected if workspace is not None else 0,
@@ -211,6 +227,7 @@ def plan(
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
     """
+    config = shared(config, target.gpus)
 
     def run(capacity_bytes: int) -> Rehearsal:
         device = virtual_device(
@@ -221,7 +238,9 @@ def plan(
             settings=settings,
             snapshot=snapshot,
         )
-        return rehearse(spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes)
+        return rehearse(
+            spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes, gpus=target.gpus
+        )
 
     free = run(UNLIMITED_BYTES)
     shown, stopped_at, message = free, None, None

@@ -41,6 +41,7 @@ from oomless.techniques import trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
+from oomless.training.distributed import rehearsed
 from oomless.training.precision import choose_dtype
 
 UNLIMITED_BYTES = 1 << 50
@@ -95,6 +96,7 @@ def rehearse(
     steps: int = STEPS,
     whole: bool = True,
     run_all_layers: bool = True,
+    gpus: int = 1,
 ) -> Rehearsal:
     """Run the training of ``config`` on ``device``: load, ``steps`` optimizer steps, an evaluation and a save.
 
@@ -108,6 +110,7 @@ def rehearse(
         steps: optimizer steps; from two on the peak is that of a long run.
         whole: evaluate and save at the end.
         run_all_layers: or only some of each kind, and repeat what they ask for; modules inside of layers are then not named.
+        gpus: how many train together; what is rehearsed is the first, whose parts are the largest.
 
     Raises:
         CannotRepeat: without ``run_all_layers``, where these layers have to be run.
@@ -116,13 +119,13 @@ def rehearse(
     lengths = tuple(document_lengths or usual_lengths(config))
     failure = None
     parts: Assembly | None = None
-    with device.active():
+    with rehearsed(gpus) as ranks, device.active():
         try:
             chosen = kernel or kernel_for(
                 device.compute_capability or (8, 0), choose_dtype(config.dtype, device), _head_width(spec.config)
             )
             with attention_kernel(chosen):
-                parts = assemble(spec, config, device, fill=False)
+                parts = assemble(spec, config, device, fill=False, ranks=ranks)
                 repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
                 with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
@@ -144,7 +147,8 @@ def rehearse_briefly(
     spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
-    if not config.offload_activations:  # what is offloaded is known by its layer's number
+    # What is offloaded is known by its layer's number; several GPUs fetch one layer ahead.
+    if not config.offload_activations and how.get("gpus", 1) == 1:
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)
     return rehearse(spec, config, open_device(), **how)

@@ -170,7 +170,7 @@ class _Search:
         self.pins, self.target = setting.base, setting.target
         self.usable_bytes = self.target.usable_bytes - self.target.margin_bytes
         length = self.pins.get("max_seq_length", TrainConfig.__dataclass_fields__["max_seq_length"].default)
-        self.passes = micro_batches({**self.pins, "max_seq_length": length})
+        self.passes = micro_batches({**self.pins, "max_seq_length": length}, self.target.gpus)
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 
@@ -333,6 +333,8 @@ class _Search:
                     low = max(low, index)
                     if failure is None or index >= failure[0]:
                         failure = (index, self._failure(trial))
+        if not ladder:
+            return None, _Failure(needed_bytes=0, reason=self.refused or "")
         if high == len(ladder):
             return None, failure[1] if failure else None
         return self._found(settings | ladder[high], trials[high]), None

@@ -199,19 +199,19 @@ def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
     return found or [{name: value for name, value in pinned.items() if value}]
 
 
-def micro_batches(pins: Mapping[str, Any]) -> list[Settings]:
-    """Return how the blocks of a step may be cut into micro-batches, one block at a time first."""
+def micro_batches(pins: Mapping[str, Any], gpus: int = 1) -> list[Settings]:
+    """Return how the blocks of a step of ``gpus`` may be cut into micro-batches, one block at a time first."""
     size, steps = pins.get("per_device_train_batch_size"), pins.get("gradient_accumulation_steps")
-    if "tokens_per_step" not in pins or size is not None:
-        blocks = (size or 1) * (steps or 1)
-        sizes = [size or 1]
-        if size is None:
-            sizes = [blocks // steps] if steps else [1]
-    else:
+    blocks, sizes = (size or 1) * (steps or 1), [size or 1]
+    if "tokens_per_step" in pins:
         blocks = max(1, pins["tokens_per_step"] // pins["max_seq_length"])
-        sizes = [blocks // steps] if steps else [1 << power for power in range(8) if blocks % (1 << power) == 0]
+        if size is None:
+            whole = [1 << power for power in range(8) if blocks % (gpus << power) == 0]
+            sizes = [blocks // steps] if steps else whole or [1]
     return [
-        {"per_device_train_batch_size": size, "gradient_accumulation_steps": blocks // size} for size in sizes if size
+        {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, blocks // size)}
+        for size in sizes
+        if size
     ]
 
 

@@ -1,8 +1,8 @@
 """How fast a training would be, from what its rehearsal computed and moved. A prediction, and never shown as anything else.
 
 A roofline, operator by operator: each takes as long as its arithmetic at the GPU's rate, its bytes at the memory's bandwidth, or
-the host's start of it, whichever is longest; the catalogue's efficiencies scale all three. What goes over the host's link runs
-beside that at best, after it at worst, and half and half in between. The range is that of the efficiencies; where the
+the host's start of it, whichever is longest; the catalogue's efficiencies scale all three. What goes over the host's link, and
+between several GPUs, runs beside that at best, after it at worst, and half and half in between. The range is that of the efficiencies; where the
 catalogue has measured points for the GPU, the median of their ratios to the prediction scales it, and their spread, a little
 widened, is the range.
 """
@@ -19,12 +19,13 @@ from oomless.catalogue.efficiency import Bound, Efficiency, Measured, efficiency
 from oomless.config import TrainConfig
 from oomless.memory.work import Cost, Work
 from oomless.planning.plan import Plan, Target
+from oomless.techniques.sharding import shared
 
 _BESIDE: dict[Bound, float] = {"low": 1.0, "expected": 0.5, "high": 0.0}
 """How much of the shorter of computation and copies is not hidden behind the longer."""
 
 NOMINAL_RATES = {"fp32": 10e12, "fp16": 80e12, "bf16": 80e12}
-NOMINAL_BANDWIDTH, NOMINAL_LINK = 500e9, 12e9
+NOMINAL_BANDWIDTH, NOMINAL_LINK, NOMINAL_PEERS = 500e9, 12e9, 8e9
 """Proportions of a common GPU, which order strategies where the GPU's own rates are not known; never shown."""
 
 SPREAD = 0.1
@@ -65,20 +66,21 @@ def throughput(
 
     Args:
         work: of one optimizer step, from the rehearsal.
-        target: the GPU.
+        target: the GPU, or several.
         config: the run, for the tokens of a step.
-        points: measured ones; by default the catalogue's for this GPU.
+        points: measured ones; by default the catalogue's for this GPU, where there is one.
     """
     gpu = target.gpu
     if gpu is None or gpu.bandwidth_bytes_per_s is None or not gpu.peak_flops:
         return None
-    tokens = config.blocks_per_step * config.max_seq_length
+    tokens = tokens_of_step(config, target)
     low, expected, high = (
         tokens / _seconds(work, config, _Rates.of(gpu, efficiency(gpu, bound)), _BESIDE[bound])
         for bound in ("low", "expected", "high")
     )
-    basis = efficiency_source(gpu)
-    points = measured(gpu) if points is None else points
+    basis = efficiency_source(gpu, target.gpus)
+    if points is None:
+        points = measured(gpu) if target.gpus == 1 else ()
     if points:
         ratios = [point.measured / point.predicted for point in points]
         low, high = expected * min(ratios) * (1 - SPREAD), expected * max(ratios) * (1 + SPREAD)
@@ -95,7 +97,9 @@ def throughput(
 
 def speed_of(plan: Plan, config: TrainConfig) -> Throughput | None:
     """Return the predicted speed of ``config``, whose plan is ``plan``; ``None`` where it does not fit, or as ``throughput``."""
-    return throughput(plan.work, plan.target, config) if plan.fits and plan.work is not None else None
+    if not plan.fits or plan.work is None:
+        return None
+    return throughput(plan.work, plan.target, shared(config, plan.target.gpus))
 
 
 def relative_seconds(work: Work, target: Target, config: TrainConfig) -> float:
@@ -103,8 +107,15 @@ def relative_seconds(work: Work, target: Target, config: TrainConfig) -> float:
     known = throughput(work, target, config, ())
     if known is not None:
         return 1 / known.tokens_per_second
-    nominal = _Rates(flops=NOMINAL_RATES, memory=NOMINAL_BANDWIDTH, link=NOMINAL_LINK, operator_seconds=1e-5)
-    return _seconds(work, config, nominal, _BESIDE["expected"]) / (config.blocks_per_step * config.max_seq_length)
+    nominal = _Rates(
+        flops=NOMINAL_RATES, memory=NOMINAL_BANDWIDTH, link=NOMINAL_LINK, peers=NOMINAL_PEERS, operator_seconds=1e-5
+    )
+    return _seconds(work, config, nominal, _BESIDE["expected"]) / tokens_of_step(config, target)
+
+
+def tokens_of_step(config: TrainConfig, target: Target) -> int:
+    """Return the tokens of one optimizer step, those of all GPUs together."""
+    return config.blocks_per_step * config.max_seq_length * target.gpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +125,7 @@ class _Rates:
     flops: dict[str, float]
     memory: float
     link: float
+    peers: float
     operator_seconds: float
 
     @classmethod
@@ -125,6 +137,7 @@ class _Rates:
             flops={rate: peaks.get(rate, peaks.get("fp32", slowest)) for rate in ("fp32", "fp16", "bf16")},
             memory=(gpu.bandwidth_bytes_per_s or 0) * share.memory,
             link=(gpu.host_link_bytes_per_s or SLOWEST_LINK) * share.link,
+            peers=(gpu.nvlink_bytes_per_s or gpu.host_link_bytes_per_s or SLOWEST_LINK) * share.peers,
             operator_seconds=share.operator_seconds,
         )
 
@@ -140,10 +153,10 @@ def _seconds(work: Work, config: TrainConfig, rates: _Rates, beside: float) -> f
 
     passes = config.gradient_accumulation_steps / work.passes
     total = 0.0
-    for times, costs, link in (
-        (passes, work.of_passes, work.link_bytes_of_passes),
-        (1, work.of_update, work.link_bytes_of_update),
+    for times, costs, link, exchanged in (
+        (passes, work.of_passes, work.link_bytes_of_passes, work.exchanged_bytes),
+        (1, work.of_update, work.link_bytes_of_update, 0),
     ):
-        computed, copied = computing(costs), link / rates.link
+        computed, copied = computing(costs), link / rates.link + exchanged / rates.peers
         total += times * (max(computed, copied) + beside * min(computed, copied))
     return total

@@ -37,8 +37,10 @@ from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.plan import FIXED, Plan, Target, plan
 from oomless.planning.rehearse import rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
+from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
 from oomless.training.checkpoint import write_atomically
+from oomless.training.distributed import rehearsed
 
 Settings = dict[str, Any]
 
@@ -125,7 +127,7 @@ class Setting:
         Raises:
             ConfigError: they do not go together.
         """
-        return TrainConfig.from_mapping({**self.base, **settings})
+        return shared(TrainConfig.from_mapping({**self.base, **settings}), self.target.gpus)
 
 
 def try_out(setting: Setting, settings: Settings) -> Trial:
@@ -149,6 +151,7 @@ def try_out(setting: Setting, settings: Settings) -> Trial:
             workspace_bytes=target.workspace_bytes,
             steps=1,
             whole=False,
+            gpus=target.gpus,
         )
     except UserError as error:
         return Trial(
@@ -191,20 +194,25 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
     device = virtual_device(compute_capability=setting.target.compute_capability)
     try:
         config = setting.config(settings)
-        with device.active():
-            model = assemble(setting.spec, config, device, fill=False).model
+        with rehearsed(setting.target.gpus) as ranks, device.active():
+            model = assemble(setting.spec, config, device, fill=False, ranks=ranks).model
             layers = len(layers_of_backward(model))
+            parameters = [local(parameter) for parameter in model.parameters()]
+            trained = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
     except UserError as error:
         return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
     linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
-    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*parameters, *model.buffers())}
     return Parts(
         weight_bytes=sum(held.values()),
         layers=layers,
         trainable=tuple(
-            (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for p in model.parameters() if p.requires_grad
+            (tuple(p.shape), str(p.dtype).removeprefix("torch."))
+            for p in trained
+            # Whether 8-bit state is made for a part of a vector is told by the whole; a bound may leave it out.
+            if setting.target.gpus == 1 or p.ndim > 1
         ),
-        trainable_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        trainable_bytes=sum(p.nbytes for p in trained),
         streamed_bytes=sum(weight.nbytes for weight in linear if not weight.requires_grad),
     )
 

@@ -15,6 +15,7 @@ from oomless.planning.plan import Plan
 from oomless.planning.search import Choice, Row
 from oomless.planning.strategies import in_words
 from oomless.planning.throughput import Throughput
+from oomless.techniques.sharding import shared
 from oomless.units import format_bytes
 
 
@@ -40,12 +41,12 @@ def print_choice(console: Console, choice: Choice) -> None:
     console.print(table)
     picked = choice.picked
     if picked is not None and picked.speed is not None and choice.config is not None:
-        print_speed(console, picked.speed, choice.config)
+        print_speed(console, picked.speed, choice.config, choice.target.gpus)
 
 
-def print_speed(console: Console, speed: Throughput, config: TrainConfig) -> None:
+def print_speed(console: Console, speed: Throughput, config: TrainConfig, gpus: int = 1) -> None:
     """Print the predicted speed, what it rests on, and how long the run would take where its length is known."""
-    reading = tokens_to_read(config)
+    reading = tokens_to_read(shared(config, gpus), gpus)
     if reading is not None:
         fewest, most = speed.hours(reading.tokens_low)[0], speed.hours(reading.tokens_high)[1]
         count = f"{reading.tokens_low:,}"

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from oomless.techniques.trainable import TrainableRow
-from oomless.training.loop import Listener, RunFacts, RunResult
+from oomless.training.listener import Listener, RunFacts
+from oomless.training.loop import RunResult
 from oomless.units import format_bytes
 
 SECONDS_BETWEEN_LOG_LINES = 10.0
@@ -59,8 +60,8 @@ class TerminalListener(Listener):
         self.limit_bytes = facts.device.capacity_bytes
         config = facts.config
         self.console.print(
-            f"{facts.total_steps - facts.first_step} steps of {config.blocks_per_step} blocks x {config.max_seq_length} "
-            f"tokens on {facts.device.name}",
+            f"{facts.total_steps - facts.first_step} steps of {config.blocks_per_step * facts.gpus} blocks x "
+            f"{config.max_seq_length} tokens on {f'{facts.gpus} x ' if facts.gpus > 1 else ''}{facts.device.name}",
             highlight=False,
         )
         if self.console.is_terminal:

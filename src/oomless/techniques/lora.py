@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
-from oomless.techniques import trained_rows
+from oomless.techniques import sharding, trained_rows
 
 ADAPTER = "default"
 
@@ -64,6 +64,34 @@ def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
         # B is zero, so the magnitudes of the sum are those of the matrix.
         magnitudes = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=1).to(dtype)
         layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(magnitudes)
+
+
+def initialise_parts(model: Any, device: Device) -> None:
+    """Initialise adapters of which each process holds a part: the whole is made as for one process, and cut."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            halves = (module.lora_A[ADAPTER], module.lora_B[ADAPTER])
+            parts = [half.weight for half in halves]
+            for half in halves:
+                shape, dtype = half.weight.shape, half.weight.dtype
+                half.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device.torch_device))
+            module.reset_lora_parameters(ADAPTER, True)
+            for half, part in zip(halves, parts, strict=True):
+                with torch.no_grad():
+                    sharding.fill(part, half.weight)
+                half.weight = part
+
+
+@torch.no_grad()
+def merge_parts(model: Any) -> None:
+    """Add every adapter into its matrix, in place, where each process holds a part of both: rows of the matrix and of B."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            matrix: Any = module.get_base_layer()
+            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            added = sharding.local(b).float() @ a.full_tensor().float() * module.scaling[ADAPTER]
+            own = sharding.local(matrix.weight)
+            own.copy_(own.float() + added)
 
 
 def _targets(model: Any, wanted: str) -> list[str]:

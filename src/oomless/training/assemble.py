@@ -5,16 +5,18 @@ The rehearsal assembles through here as well, with nothing to fill the weights f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from oomless import optim
 from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.errors import ConfigError, HardwareError
 from oomless.memory.device import CudaDevice, Device
-from oomless.models import build
+from oomless.models import build, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
@@ -22,13 +24,16 @@ from oomless.techniques import (
     checkpointing,
     fp32_residual,
     frozen_layers,
+    lora,
     mlp_tiles,
     offload_activations,
     one_gradient_buffer,
     quantization,
+    sharding,
     stream_frozen,
     trainable,
 )
+from oomless.training.distributed import ALONE, Ranks, environment, world_size
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
@@ -50,8 +55,14 @@ def open_device(name: str) -> Device:
     Raises:
         HardwareError: the name is none of these, or no such GPU is visible.
     """
+    if world_size() > 1 and name.startswith("cuda:"):
+        raise HardwareError(
+            f"torchrun gives each process a GPU of its own; got {name!r}: use --gpu cuda, or leave it out"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{environment('LOCAL_RANK', 0)}"
     if name == "cpu":
         return Device()
     kind, _, rest = name.partition(":")
@@ -64,20 +75,29 @@ def open_device(name: str) -> Device:
             raise HardwareError(f"a virtual GPU is named by its size, such as virtual:256MiB; got {name!r}") from error
     if kind != "cuda" or not (rest == "" or rest.isdigit()):
         raise HardwareError(f"gpu is auto, cpu, cuda, cuda:1 or virtual:256MiB; got {name!r}")
+    here = environment("LOCAL_WORLD_SIZE", world_size())
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise HardwareError(
+            f"each process needs a GPU of its own: {here} were started, and PyTorch sees {torch.cuda.device_count()}; use "
+            f"--nproc-per-node {torch.cuda.device_count()}, or --gpu cpu"
+        )
     if not torch.cuda.is_available() or int(rest or 0) >= torch.cuda.device_count():
         raise HardwareError(f"no GPU answers to {name!r}: PyTorch sees {torch.cuda.device_count()}; use --gpu cpu")
     return CudaDevice(int(rest or 0))
 
 
-def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool) -> Assembly:
+def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool, ranks: Ranks = ALONE) -> Assembly:
     """Build the model of ``spec`` on ``device`` with everything that ``config`` asks for.
 
-    ``fill`` loads the weights; without it they are left as they are allocated, for a rehearsal or a checkpoint to come.
+    ``fill`` loads the weights; without it they are left as they are allocated, for a rehearsal or a checkpoint to come. Each of
+    several ``ranks`` holds its part of them.
 
     Raises:
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
+    if ranks.mesh is not None:
+        return _assemble_shards(spec, config, device, fill, ranks)
 
     def prepare(model: Any) -> None:
         if config.quantization is not None:
@@ -97,11 +117,47 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         if not fill:
             frozen_layers.rehearse_filling(model, device)
         trainable.apply(model, config, device)
-        one_gradient_buffer.apply(model)
-        wide = fp32_residual.wanted(model, config.fp32_residual)
-        if wide:
-            fp32_residual.apply(model)
-        _save_activations(model, config, device, norm_dtype=model.dtype if wide else None)
+        _shape(model, config, device)
+    return _ready(model, config, device, ALONE, None)
+
+
+def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill: bool, ranks: Ranks) -> Assembly:
+    """Give the model its final form while nothing of it is allocated, then allocate and fill this process's part of it."""
+    sharding.check(config)
+    made: list[sharding.Sharded] = []
+
+    def prepare(model: Any) -> None:
+        save.require_own_names(model)
+        nowhere = Device()
+        nowhere.torch_device = torch.device("meta")
+        trainable.apply(model, config, nowhere)
+        _shape(model, config, device)
+
+    def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:
+        assert ranks.mesh is not None
+        made.append(sharding.Sharded(model, ranks.mesh, materialise))
+
+    model = build.build(spec, device=device, dtype=choose_dtype(config.dtype, device), prepare=prepare, cut=cut)
+    if config.optimizer == "adamw_8bit":
+        sharding.check_blocks(model)
+    if fill:
+        build.load_weights(model, spec, device=device)
+    with device.phase("load"):
+        lora.initialise_parts(model, device)
+    return _ready(model, config, device, ranks, made[0])
+
+
+def _shape(model: Any, config: TrainConfig, device: Device) -> None:
+    """Give ``model``, in which it is settled what trains, the form that it trains in."""
+    one_gradient_buffer.apply(model)
+    wide = fp32_residual.wanted(model, config.fp32_residual)
+    if wide:
+        fp32_residual.apply(model)
+    _save_activations(model, config, device, norm_dtype=model.dtype if wide else None)
+
+
+def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharded: sharding.Sharded | None) -> Assembly:
+    with device.phase("load"):
         optimizer = _optimizer(model, config, device)
         loss_scale = LossScale(model.dtype, device)
     device.watch(model, optimizer)
@@ -115,6 +171,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         label_smoothing=config.label_smoothing_factor,
         z_loss=config.z_loss,
         in_backward=config.optimizer_in_backward,
+        ranks=ranks,
+        sharded=sharded,
     )
     return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
 
@@ -184,7 +242,7 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
     embedding_rate = config.embedding_learning_rate or config.learning_rate
     return [
         {
-            "params": parameters,
+            "params": [sharding.local(parameter) for parameter in parameters],
             "lr": embedding_rate if embedding else config.learning_rate,
             "peak_lr": embedding_rate if embedding else config.learning_rate,
             "weight_decay": config.weight_decay if matrix else 0.0,

@@ -10,7 +10,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oomless.errors import AuditError
+from oomless.techniques import sharding
 
 PATIENCE_STEPS = 5
 SURE_TO_MOVE_ELEMENTS = 1 << 20
@@ -28,8 +29,12 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 class TrainabilityAudit:
     """Watches the first steps of a run; ``after_step`` returns ``True`` when it has seen all it needs."""
 
-    def __init__(self, model: Any, optimizer: Optimizer) -> None:
+    def __init__(
+        self, model: Any, optimizer: Optimizer, any_of: Callable[[Sequence[bool]], Sequence[bool]] = tuple
+    ) -> None:
+        """Look at what ``model`` is now; ``any_of`` tells what any process saw, where each holds a part of every parameter."""
         self.named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
+        self.any_of = any_of
         self.optimizer = optimizer
         self.steps = 0
         self._check_groups()
@@ -49,10 +54,9 @@ class TrainabilityAudit:
                 times[id(parameter)] = times.get(id(parameter), 0) + 1
         for name, parameter in self.named:
             expected = 1 if parameter.requires_grad else 0
-            if times.get(id(parameter), 0) != expected:
-                raise AuditError(
-                    f"{name} must be in {expected} of the optimizer's groups; it is in {times.get(id(parameter), 0)}"
-                )
+            found = times.get(id(sharding.local(parameter)), 0)
+            if found != expected:
+                raise AuditError(f"{name} must be in {expected} of the optimizer's groups; it is in {found}")
 
     def _moved_by_chance(self) -> set[str]:
         """Return the parameters that are rounded stochastically and too small for some element to move in a few steps."""
@@ -66,10 +70,9 @@ class TrainabilityAudit:
 
     def _checksum(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Return checksums of all that a small update may move: the weight, its fp32 master, its 8 bits of correction."""
-        state = self.optimizer.state.get(parameter, {})
-        return tuple(checksum(state[name]) for name in ("master", "correction") if name in state) + (
-            checksum(parameter),
-        )
+        part = sharding.local(parameter)
+        state = self.optimizer.state.get(part, {})
+        return tuple(checksum(state[name]) for name in ("master", "correction") if name in state) + (checksum(part),)
 
     def _got_gradient(self, name: str, parameter: Tensor) -> None:
         self.without_gradient.discard(name)
@@ -83,7 +86,8 @@ class TrainabilityAudit:
         self.steps += 1
         if self.without_gradient:
             raise AuditError(_report("should train but have no gradient", self.without_gradient))
-        moved = {name for name, parameter in self.named if self._checksum(parameter) != self.before[name]}
+        seen = self.any_of([self._checksum(parameter) != self.before[name] for name, parameter in self.named])
+        moved = {name for (name, _), moves in zip(self.named, seen, strict=True) if moves}
         frozen = {name for name, parameter in self.named if not parameter.requires_grad}
         if moved & frozen:
             raise AuditError(_report("should be frozen but moved", moved & frozen))

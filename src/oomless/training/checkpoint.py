@@ -35,7 +35,8 @@ from oomless.memory.device import Device
 from oomless.models import build, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import frozen_layers, lora
+from oomless.techniques import frozen_layers, lora, sharding
+from oomless.training.distributed import ALONE, Ranks
 from oomless.training.precision import LossScale
 from oomless.units import format_bytes
 
@@ -85,17 +86,28 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Have ``fill`` write a folder beside ``target``, force it to the disk and move it into place."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_folder(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            _sync_folder(path) if path.is_dir() else _sync_file(path)
-        _sync_folder(temporary)
+        put_in_place(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def temporary_folder(target: Path) -> Path:
+    """Return where ``target`` is written before it is moved into place."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def put_in_place(target: Path) -> None:
+    """Force what was written beside ``target`` to the disk, and move it there."""
+    temporary = temporary_folder(target)
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        _sync_folder(path) if path.is_dir() else _sync_file(path)
+    _sync_folder(temporary)
     if target.exists():
         remove_folder(target)
     temporary.rename(target)
@@ -140,39 +152,91 @@ def save_checkpoint(
     state: Mapping[str, Any],
     device: Device,
     limit: int,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """Write the checkpoint of ``step`` to the run folder, then remove the oldest beyond ``limit``.
 
     Raises:
         CheckpointError: the disk is full, read-only or failing; earlier checkpoints are untouched.
     """
+    weights = weights_to_save(model, device)
+    beside = trainer_tensors(model, optimizer, loss_scale)
+    files: dict[str, Mapping[str, save.Savable]] = save.weight_files(weights)
+    if trained := _trained_file(model):
+        files = {trained: weights}
+    files["trainer/optimizer.safetensors"] = beside | random_state(device)
 
-    def fill(folder: Path) -> None:
+    def describe(folder: Path) -> None:
         if is_adapted(model):
             lora.save_config(model, folder)
-            save.write_safetensors(folder / "adapter_model.safetensors", weights_to_save(model, device), device)
-        elif frozen_layers.has_frozen_layers(model):
-            save.write_safetensors(folder / "trained.safetensors", weights_to_save(model, device), device)
-        else:
-            save.save_model(model, folder, weights_to_save(model, device), device)
+        elif not frozen_layers.has_frozen_layers(model):
+            save.save_config(model, folder)
+            save.write_index(save.weight_files(weights), folder)
         save_tokenizer(tokenizer, folder)
         trainer = folder / "trainer"
         trainer.mkdir()
-        tensors = trainer_tensors(model, optimizer, loss_scale) | random_state(device)
-        save.write_safetensors(trainer / "optimizer.safetensors", tensors, device)
         (trainer / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+
+    def seal(folder: Path) -> None:
         sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
 
     target = run / f"checkpoint-{step}"
     with device.phase("save"), clear_disk_errors(f"the checkpoint of step {step}"):
-        kept = _trained(model).values() or list(model.parameters())
-        _require_room(run, sum(t.nbytes for t in (*kept, *trainer_tensors(model, optimizer, loss_scale).values())))
-        write_folder(target, fill)
-        earlier = [found for found in list_checkpoints(run) if found.step < step]
-        for old in earlier[: max(0, len(earlier) + 1 - limit)]:
-            remove_folder(old.folder)
+        with ranks.together(f"the checkpoint of step {step}"):
+            tensors = [tensor for contents in (weights, beside) for tensor in contents.values()]
+            _require_room(run, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        write_model_folder(target, describe, files, seal, device, ranks)
+        if ranks.first:
+            earlier = [found for found in list_checkpoints(run) if found.step < step]
+            for old in earlier[: max(0, len(earlier) + 1 - limit)]:
+                remove_folder(old.folder)
     return Checkpoint(folder=target, step=step)
+
+
+def write_model_folder(
+    target: Path,
+    describe: Callable[[Path], None],
+    files: Mapping[str, Mapping[str, save.Savable]],
+    seal: Callable[[Path], None],
+    device: Device,
+    ranks: Ranks,
+) -> None:
+    """Write the folder ``target``: what ``describe`` writes, then the tensors in ``files``, then what ``seal`` writes.
+
+    Of several processes the first does it, and each writes its parts of the tensors into the first's files: nothing is gathered.
+    """
+    if ranks.count == 1:
+
+        def fill(folder: Path) -> None:
+            describe(folder)
+            for name, tensors in files.items():
+                save.write_safetensors(folder / name, tensors, device)
+            seal(folder)
+
+        write_folder(target, fill)
+        return
+    temporary = temporary_folder(target)
+    try:
+        with ranks.together(target.name):
+            if ranks.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                describe(temporary)
+                for name, tensors in files.items():
+                    save.begin_safetensors(temporary / name, tensors)
+        with ranks.together(target.name):
+            for name, tensors in files.items():
+                own = tensors if ranks.first else {n: t for n, t in tensors.items() if isinstance(t, sharding.Part)}
+                save.write_parts(temporary / name, tensors, own, device)
+        with ranks.together(target.name):
+            if ranks.first:
+                seal(temporary)
+                put_in_place(target)
+    except BaseException:
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -206,10 +270,10 @@ def is_adapted(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def weights_to_save(model: Any, device: Device) -> dict[str, Tensor | save.LateTensor]:
+def weights_to_save(model: Any, device: Device) -> dict[str, save.Savable]:
     """Return what a checkpoint keeps of the model: all of it, or with LoRA or frozen layers that are stored otherwise what trains."""
     if trained := _trained(model):
-        return {name: parameter.detach() for name, parameter in trained.items()}
+        return {name: save.savable(parameter) for name, parameter in trained.items()}
     return save.model_tensors(model, device)
 
 
@@ -222,13 +286,20 @@ def _trained(model: Any) -> dict[str, nn.Parameter]:
     return {}
 
 
-def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale) -> dict[str, Tensor]:
+def _trained_file(model: Any) -> str | None:
+    """Return the file of a checkpoint that keeps only what trains; ``None`` where it keeps the whole model."""
+    if is_adapted(model):
+        return "adapter_model.safetensors"
+    return "trained.safetensors" if frozen_layers.has_frozen_layers(model) else None
+
+
+def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale) -> dict[str, save.Savable]:
     """Return what a checkpoint keeps beside the model, all on the device."""
-    tensors = {
-        f"parameter/{name}/{key}": tensor
+    tensors: dict[str, save.Savable] = {
+        f"parameter/{name}/{key}": save.savable(parameter, tensor, key)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
-        for key, tensor in optimizer.state_tensors(parameter).items()
+        for key, tensor in optimizer.state_tensors(sharding.local(parameter)).items()
     }
     return tensors | {f"loss_scale/{key}": tensor for key, tensor in loss_scale.tensors().items()}
 
@@ -334,10 +405,11 @@ def restore(
         CheckpointError: the checkpoint was made with other trainable parts or another optimizer.
     """
     with device.phase("load"), torch.no_grad():
-        if trained := _trained(model):
-            file = "adapter_model.safetensors" if is_adapted(model) else "trained.safetensors"
+        file = _trained_file(model)
+        if file is not None:
+            trained = _trained(model)
             for name, tensor in _read(checkpoint.folder / file, set(trained), device):
-                trained[name].copy_(tensor)
+                sharding.fill(trained[name], tensor)
         else:
             saved = ModelSpec(name=spec.name, config=spec.config, folder=checkpoint.folder)
             build.load_weights(model, saved, device=device)
@@ -366,7 +438,8 @@ def _restore_trainer(
         if trained != by_parameter.keys():
             raise ValueError(f"it trained other parameters: {', '.join(sorted(trained ^ by_parameter.keys())[:5])}")
         for name, state in by_parameter.items():
-            optimizer.load_state_tensors(parameters[name], state)
+            own = {key: sharding.part_of_state(parameters[name], tensor, key) for key, tensor in state.items()}
+            optimizer.load_state_tensors(sharding.local(parameters[name]), own)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder} does not fit this run: {error}") from error
 

@@ -139,7 +139,9 @@ class Guard:
 
     @classmethod
     def of(cls, config: TrainConfig, step: TrainingStep, device: Device, say: Callable[[str], None]) -> Guard:
-        """Return the guard of a run, which is active on a GPU, real or virtual, unless the config turns it off.
+        """Return the guard of a run, which is active on one GPU, real or virtual, unless the config turns it off.
+
+        Of several GPUs one that runs out leaves the others in the middle of a collective, from which there is no way back.
 
         Raises:
             ConfigError: ``undo_updates`` is asked for on a CPU.
@@ -147,13 +149,15 @@ class Guard:
         on_gpu = device.capacity_bytes is not None
         if config.undo_updates and not on_gpu:
             raise ConfigError("undo_updates has no effect on a CPU, whose memory is the host's; remove it")
+        if on_gpu and config.recover_from_oom and step.ranks.count > 1:
+            say("recover_from_oom does nothing with several GPUs: a step that runs out of memory ends the run")
         return cls(
             step,
             device,
             say,
             micro_batch=config.per_device_train_batch_size,
             undo=config.undo_updates,
-            active=on_gpu and config.recover_from_oom,
+            active=on_gpu and config.recover_from_oom and step.ranks.count == 1,
         )
 
     def metrics(self) -> dict[str, int]:
@@ -165,14 +169,14 @@ class Guard:
             self._undo.remember(parameter)
         self._changed = True
 
-    def run(self, batches: Sequence[MicroBatch]) -> StepResult:
-        """Train on ``batches``, which are one optimizer step, at the rung that fits.
+    def run(self, batches: Sequence[MicroBatch], tokens: int | None = None) -> StepResult:
+        """Train on ``batches``, which are one optimizer step (of ``tokens``, as in ``TrainingStep.run``), at the rung that fits.
 
         Raises:
             torch.OutOfMemoryError: no rung fits, or weights had begun to change and nothing undoes it.
         """
         if not self.active:
-            return self.step.run(batches)
+            return self.step.run(batches, tokens)
         self._climb()
         random_state = self._random_state()
         tried = False
@@ -185,7 +189,7 @@ class Guard:
                 with self.device.host():
                     parts = list(split(batches, rung.micro_batch))
                 with self._at(rung):
-                    result = self.step.run(parts)
+                    result = self.step.run(parts, tokens)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or (self._changed and self._undo is None):
                     raise

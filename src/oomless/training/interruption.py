@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
@@ -25,9 +25,13 @@ class Abandoned(Exception):
 class Interruption:
     """Whether the run was asked to end, and whether a step may go on."""
 
-    def __init__(self, grace_s: float | None = None) -> None:
-        """Know that SIGKILL comes ``grace_s`` after SIGTERM; ``None``: not before the step is finished and saved."""
+    def __init__(self, grace_s: float | None = None, agree: Callable[[bool], bool] = bool) -> None:
+        """Know that SIGKILL comes ``grace_s`` after SIGTERM; ``None``: not before the step is finished and saved.
+
+        ``agree`` says whether any of the run's processes was asked to end, where there are several.
+        """
         self.grace_s = grace_s
+        self._agree = agree
         self.longest_step_s: float | None = None
         self.save_s: float | None = None
         self._asked = threading.Event()
@@ -37,6 +41,12 @@ class Interruption:
     def is_set(self) -> bool:
         """Return whether the run was asked to end."""
         return self._asked.is_set()
+
+    def agreed(self) -> bool:
+        """Return whether any process of the run was asked to end; from then on all were. All of them call this together."""
+        if self._agree(self.is_set()):
+            self._asked.set()
+        return self.is_set()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -98,6 +108,6 @@ class Interruption:
             Abandoned: the run was asked to end, and there is another item.
         """
         for item in items:
-            if self.is_set():
+            if self.agreed():
                 raise Abandoned
             yield item

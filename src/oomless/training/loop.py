@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oomless.config import BadLossPolicy, TrainConfig
 from oomless.data.encode import check_tokenizer
@@ -19,15 +19,16 @@ from oomless.data.loader import Loader, MicroBatch, micro_batches
 from oomless.data.prepare import PreparedData, prepare
 from oomless.errors import CheckpointError, ConfigError, DataError, HostMemoryError, TrainingError
 from oomless.memory.device import Device
-from oomless.models import save
 from oomless.models.spec import load_tokenizer, resolve
-from oomless.techniques import frozen_layers, lora, trainable
-from oomless.training import checkpoint
+from oomless.techniques import sharding, trainable
+from oomless.training import checkpoint, distributed, final_model
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.bad_loss import MOST_IN_A_ROW, BadLoss
+from oomless.training.distributed import Ranks
 from oomless.training.guard import Guard
 from oomless.training.interruption import Abandoned, Interruption
+from oomless.training.listener import Listener, RunFacts
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
 from oomless.training.run_folder import Metrics, locked, remove_leftovers
@@ -39,43 +40,9 @@ MAY_CHANGE_ON_RESUME = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
     *("recover_from_oom", "undo_updates", "on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
 }
-
-
-class Listener:
-    """Someone who watches a run; this one does nothing with what it hears."""
-
-    def tokenising(self, done_bytes: int, total_bytes: int) -> None:
-        """Text is being tokenised."""
-
-    def prepared(self, facts: RunFacts) -> None:
-        """Everything is ready; the first step comes next."""
-
-    def stepped(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics was written."""
-
-    def evaluated(self, step: int, losses: dict[str, float]) -> None:
-        """Validation losses by source were measured after ``step``."""
-
-    def saved(self, folder: Path) -> None:
-        """A checkpoint or the final model was written."""
-
-    def said(self, message: str) -> None:
-        """Something happened that a person should know."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What is known before the first step."""
-
-    config: TrainConfig
-    table: list[trainable.TrainableRow]
-    data: PreparedData
-    device: Device
-    total_steps: int
-    first_step: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,28 +72,43 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
         TrainingError: the run went wrong and was stopped.
     """
     run = Path(config.output_dir)
+    config = sharding.shared(config, distributed.world_size())
+    if distributed.world_size() > 1:
+        sharding.check(config)
     device = open_device(config.gpu)
-    with locked(run), device.active():
-        return Run(config, run, device, listener or Listener()).execute()
+    with distributed.joined(device.torch_device.type) as ranks, ExitStack() as stack:
+        with ranks.together("the lock of the run folder"):
+            if ranks.first:
+                stack.enter_context(locked(run))
+        stack.enter_context(device.active())
+        return Run(config, run, device, listener or Listener(), ranks).execute()
 
 
 class Run:
     """The state of one run while it lasts."""
 
-    def __init__(self, config: TrainConfig, run: Path, device: Device, listener: Listener) -> None:
-        self.config, self.folder, self.device, self.listener = config, run, device, listener
-        remove_leftovers(run)
-        start = self._checkpoint_to_resume()
+    def __init__(
+        self, config: TrainConfig, run: Path, device: Device, listener: Listener, ranks: Ranks = distributed.ALONE
+    ) -> None:
+        self.config, self.folder, self.device, self.listener, self.ranks = config, run, device, listener, ranks
+        self.blocks_per_step = config.blocks_per_step * ranks.count
+        start = ranks.from_first(self._checkpoint_to_resume)
         torch.manual_seed(config.seed)
         self.spec = spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
         check_tokenizer(self.tokenizer, spec.config.get_text_config().vocab_size)
         cache_dir = Path(config.cache_dir) if config.cache_dir else run / "token-cache"
-        self.data = prepare(config, self.tokenizer, cache_dir, listener.tokenising)
+
+        def prepared() -> PreparedData:
+            return prepare(config, self.tokenizer, cache_dir, listener.tokenising)
+
+        if ranks.count > 1:
+            ranks.from_first(lambda: prepared() is None)  # the others find the cache
+        self.data = prepared()
         reload_base = (
             start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
         )
-        self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
+        self.assembly: Assembly = assemble(spec, config, device, fill=reload_base, ranks=ranks)
         self.guard = Guard.of(config, self.assembly.step, device, listener.said)
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
@@ -138,7 +120,7 @@ class Run:
         self.bad_loss = BadLoss(
             config.on_bad_loss, config.bad_loss_factor, dynamic_scale=self.assembly.loss_scale.dynamic
         )
-        self.interrupted = Interruption(config.preemption_grace_s)
+        self.interrupted = Interruption(config.preemption_grace_s, ranks.any)
         self.assembly.step.before_micro_batch = self.interrupted.check_step
         self.watch = MemoryWatch(
             device,
@@ -151,12 +133,13 @@ class Run:
             self._restore(start)
             listener.said(f"resumed from {start.folder.name}")
         else:
-            self.metrics.cut(-1)
-            check_architecture(self.assembly.model, config.packing, device)
-        with checkpoint.clear_disk_errors(f"the config of {run}"):
-            checkpoint.write_atomically(run / "config.yaml", config.to_yaml())
+            self.assembly.step.run_whole(lambda: check_architecture(self.assembly.model, config.packing, device))
+        with ranks.together("the run folder"), checkpoint.clear_disk_errors(f"the config of {run}"):
+            if ranks.first:
+                self.metrics.cut(self.step if start is not None else -1)
+                checkpoint.write_atomically(run / "config.yaml", config.to_yaml())
         self.result = RunResult(output_dir=run)
-        self.writer = _tensorboard(run) if config.tensorboard else None
+        self.writer = _tensorboard(run) if config.tensorboard and ranks.first else None
 
     def execute(self) -> RunResult:
         """Run to the end, or to the interruption."""
@@ -167,6 +150,7 @@ class Run:
             device=self.device,
             total_steps=self.total_steps,
             first_step=self.step,
+            gpus=self.ranks.count,
         )
         with self.interrupted.listening():
             self.listener.prepared(facts)
@@ -187,18 +171,20 @@ class Run:
     # Preparing
 
     def _checkpoint_to_resume(self) -> checkpoint.Checkpoint | None:
+        remove_leftovers(self.folder)
         found = checkpoint.newest_good(self.folder, self.listener.said) if self.config.resume else None
         if not self.config.resume and checkpoint.list_checkpoints(self.folder):
             raise ConfigError(
                 f"{self.folder} holds the checkpoints of an earlier run: give --resume to go on with it, or another output_dir"
             )
         if found is not None:
-            self._check_same_config(TrainConfig.from_mapping(checkpoint.read_state(found)["config"]))
+            state = checkpoint.read_state(found)
+            self._check_same_config(TrainConfig.from_mapping(state["config"]), state.get("gpus", 1))
         elif self.config.resume:
             self.listener.said(f"nothing to resume in {self.folder}: starting at step 0")
         return found
 
-    def _check_same_config(self, earlier: TrainConfig) -> None:
+    def _check_same_config(self, earlier: TrainConfig, gpus: int) -> None:
         before, now = earlier.to_dict(), self.config.to_dict()
         for key in sorted((before.keys() | now.keys()) - MAY_CHANGE_ON_RESUME):
             if before.get(key) != now.get(key):
@@ -206,10 +192,10 @@ class Run:
                     f"a resumed run must keep {key}: it began with {before.get(key)!r}, now it is {now.get(key)!r}; "
                     "set it back, or start anew in another output_dir"
                 )
-        if earlier.blocks_per_step != self.config.blocks_per_step:
+        if earlier.blocks_per_step * gpus != self.blocks_per_step:
             raise ConfigError(
-                "a resumed run must keep per_device_train_batch_size x gradient_accumulation_steps at "
-                f"{earlier.blocks_per_step}; got {self.config.blocks_per_step}"
+                "a resumed run must keep per_device_train_batch_size x gradient_accumulation_steps x processes at "
+                f"{earlier.blocks_per_step * gpus}; got {self.blocks_per_step}"
             )
 
     def _total_steps(self) -> int:
@@ -217,9 +203,9 @@ class Run:
         if config.max_steps is not None:
             return config.max_steps
         if config.max_tokens is not None:
-            return math.ceil(config.max_tokens / (config.blocks_per_step * config.max_seq_length))
+            return math.ceil(config.max_tokens / (self.blocks_per_step * config.max_seq_length))
         blocks = self.data.train.blocks_per_epoch * (config.num_train_epochs or 1.0)
-        return max(1, math.ceil(blocks / config.blocks_per_step))
+        return max(1, math.ceil(blocks / self.blocks_per_step))
 
     def _restore(self, start: checkpoint.Checkpoint) -> None:
         """Go to where ``start`` was saved."""
@@ -237,28 +223,27 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.bad_loss.load_state_dict(state["bad_loss"])
         self.step, self.tokens, self.saved = start.step, state["tokens"], start
-        self.metrics.cut(self.step)
 
     # Training
 
     def _train_steps(self) -> None:
         config, parts = self.config, self.assembly
-        audit = TrainabilityAudit(parts.model, parts.optimizer) if self.step == 0 else None
+        audit = TrainabilityAudit(parts.model, parts.optimizer, self.ranks.any_of) if self.step == 0 else None
         unapplied = torch.zeros((), device=self.device.torch_device)
         began, tokens_before, logged_at = time.perf_counter(), self.tokens, (time.perf_counter(), self.tokens)
-        while self.step < self.total_steps and not self.interrupted.is_set():
+        while self.step < self.total_steps and not self.interrupted.agreed():
             factor = learning_rate_factor(config.lr_scheduler_type, self.step, self.total_steps, config.warmup_ratio)
             for group in parts.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            batches = self._next_batches()
-            outcome = self._run_step(batches)
+            batches, tokens = self._next_batches()
+            outcome = self._run_step(batches, tokens)
             if outcome is None:
                 break
             self.step += 1
             unapplied += outcome.found_inf
             reason = self._judge(outcome)
             if reason is None:
-                self.tokens += sum(batch.target_count for batch in batches)
+                self.tokens += tokens
             elif self._answer(reason) == "rewind":
                 continue
             if audit is not None and not float(outcome.found_inf) and audit.after_step():
@@ -282,16 +267,21 @@ class Run:
             self._watch_host()
         self.result.tokens_per_second = (self.tokens - tokens_before) / max(1e-9, time.perf_counter() - began)
 
-    def _next_batches(self) -> list[MicroBatch]:
+    def _next_batches(self) -> tuple[Sequence[MicroBatch], int]:
+        """Return this process's micro-batches of the next step, and how many tokens the step predicts in all processes."""
+        failure: DataError | None = None
         try:
             with self.device.host():
-                blocks = self.loader.take(self.config.blocks_per_step)
-                return list(micro_batches(blocks, self.config.per_device_train_batch_size))
-        except DataError:
+                blocks = self.loader.take(self.blocks_per_step)
+                batches = list(micro_batches(blocks, self.config.per_device_train_batch_size))
+        except DataError as error:
+            failure = error
+        if self.ranks.any(failure is not None):
             self._save()
-            raise
+            raise failure or DataError("the text changed for another process")
+        return self.ranks.share(batches), sum(batch.target_count for batch in batches)
 
-    def _run_step(self, batches: Sequence[MicroBatch]) -> StepResult | None:
+    def _run_step(self, batches: Sequence[MicroBatch], tokens: int) -> StepResult | None:
         """Return what the step measured, or ``None`` where it was abandoned and everything is as it was before."""
         step = self.assembly.step
         step.limits = self.bad_loss.limits()
@@ -299,7 +289,7 @@ class Run:
         random_state = checkpoint.random_state(self.device) if may_abandon else {}
         try:
             with self.interrupted.timing_step():
-                return self.guard.run(batches)
+                return self.guard.run(batches, tokens)
         except Abandoned:
             self.assembly.optimizer.zero_grad(set_to_none=True)
             checkpoint.set_random_state(random_state, self.device)
@@ -331,13 +321,12 @@ class Run:
             if last is None:
                 raise _stopped(f"{said}, and there is no checkpoint to go back to")
             self._restore(last)
+            self.metrics.cut(self.step)
             self.loader.left_out |= left_out
             self.listener.said(f"{said}; back to {last.folder.name}, the step's {len(blocks)} blocks left out")
         else:
             self.listener.said(f"{said}; it was skipped and changed nothing")
-        self.metrics.append(
-            {"step": self.step, "bad_step": bad_step, "answer": policy, "reason": reason, "blocks": blocks}
-        )
+        self._record({"step": self.step, "bad_step": bad_step, "answer": policy, "reason": reason, "blocks": blocks})
         return policy
 
     def _check_finite(self, loss: float, unapplied: float, batches: Any) -> None:
@@ -372,21 +361,25 @@ class Run:
         self.watch.device_after(self.step, usage)
 
     def _watch_host(self) -> None:
+        failure: HostMemoryError | None = None
         try:
             self.watch.host_after(self.step)
         except HostMemoryError as error:
+            failure = error
+        if self.ranks.any(failure is not None):
             self._save()
-            raise HostMemoryError(f"{error}. A checkpoint was written: make room and go on with --resume") from error
+            raise HostMemoryError(
+                f"{failure or 'the host is short, says another process'}. A checkpoint was written: make room and go on with --resume"
+            ) from failure
 
     def _evaluate(self) -> dict[str, float]:
         losses = {}
         try:
             for name, blocks in self.data.evaluation.items():
                 blocks.store.check_unchanged()
-                total, tokens = self.guard.evaluate(
-                    blocks, self.config.per_device_eval_batch_size or 1, self.interrupted.until_set
+                losses[name] = self._mean_loss(
+                    *self.guard.evaluate(blocks, self.config.per_device_eval_batch_size or 1, self._own_batches)
                 )
-                losses[name] = float(total) / tokens
         except Abandoned:
             return {}
         if losses:
@@ -394,7 +387,17 @@ class Run:
             self.listener.evaluated(self.step, losses)
         return losses
 
+    def _own_batches(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Return this process's share of ``batches``, to be cut short where the run is asked to end."""
+        return self.ranks.share_batches(self.interrupted.until_set(batches))
+
+    def _mean_loss(self, total: Tensor, tokens: int) -> float:
+        both = self.ranks.sum(torch.stack([total, torch.full_like(total, tokens)]))
+        return float(both[0]) / float(both[1])
+
     def _record(self, metrics: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
         self.metrics.append(metrics)
         if self.writer is not None:
             for key, value in metrics.items():
@@ -422,12 +425,14 @@ class Run:
                 loss_scale=self.assembly.loss_scale,
                 state={
                     "config": self.config.to_dict(),
+                    "gpus": self.ranks.count,
                     "tokens": self.tokens,
                     "loader": self.loader.state_dict(),
                     "bad_loss": self.bad_loss.state_dict(),
                 },
                 device=self.device,
                 limit=self.config.save_total_limit,
+                ranks=self.ranks,
             )
         self.listener.saved(self.saved.folder)
         return self.saved
@@ -453,27 +458,11 @@ class Run:
         self.result.eval_after = self._evaluate()
         if self.interrupted.is_set():
             return
-        last = self._save()
-        model = self.assembly.model
-
-        def fill(folder: Path) -> None:
-            if frozen_layers.has_frozen_layers(model):
-                save.save_model(model, folder, save.original_tensors(model, self.source, self.device), self.device)
-                checkpoint.save_tokenizer(self.tokenizer, folder)
-                return
-            if checkpoint.is_adapted(model):
-                lora.merge(model)
-                save.save_model(model, folder, lora.plain_tensors(model), self.device)
-                checkpoint.save_tokenizer(self.tokenizer, folder)
-                return
-            for path in last.folder.iterdir():
-                if path.is_file():
-                    _link_or_copy(path, folder / path.name)
-
-        with self.device.phase("save"), checkpoint.clear_disk_errors("the final model"):
-            checkpoint.write_folder(self.folder / "model", fill)
-        self.result.model_dir = self.folder / "model"
-        self.listener.saved(self.result.model_dir)
+        target = self.folder / "model"
+        parts = self.assembly
+        final_model.write(target, self._save(), parts.model, self.tokenizer, self.source, self.device, self.ranks)
+        self.result.model_dir = target
+        self.listener.saved(target)
 
 
 def _stopped(reason: str) -> TrainingError:
@@ -481,13 +470,6 @@ def _stopped(reason: str) -> TrainingError:
         f"{reason}: the run was stopped before it could spoil a checkpoint. Lower learning_rate, or set on_bad_loss to skip or "
         "rewind, and go on with --resume from the last checkpoint."
     )
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _tensorboard(run: Path) -> Any:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
 from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
-from oomless.techniques import one_gradient_buffer
+from oomless.techniques import one_gradient_buffer, sharding
+from oomless.training.distributed import ALONE, Ranks
 from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
 
@@ -52,6 +53,8 @@ class TrainingStep:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         in_backward: bool = False,
+        ranks: Ranks = ALONE,
+        sharded: sharding.Sharded | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -61,6 +64,7 @@ class TrainingStep:
         self.loss_chunk_bytes = loss_chunk_bytes
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.ranks, self.sharded = ranks, sharded
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self.fused = FusedBackward(optimizer) if in_backward else None
         self.limits = (math.inf, math.inf)
@@ -69,11 +73,14 @@ class TrainingStep:
         """May raise: no weight has been touched then, in any mode."""
         self._destination = one_gradient_buffer.head_destination(model)
 
-    def run(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """Train on ``micro_batches``, which together are one optimizer step."""
-        tokens = max(1, sum(batch.target_count for batch in micro_batches))
+    def run(self, micro_batches: Sequence[MicroBatch], tokens: int | None = None) -> StepResult:
+        """Train on ``micro_batches``, which together are one optimizer step, or one process's part of it.
+
+        ``tokens`` is how many the step predicts in all processes; by default those of ``micro_batches``.
+        """
+        tokens = max(1, tokens or sum(batch.target_count for batch in micro_batches))
         if self.fused is None:
-            loss = self.accumulate(micro_batches, tokens)
+            loss = self.ranks.sum(self.accumulate(micro_batches, tokens))
             with self.device.phase("optimizer"):
                 norm, found_inf = self._update(loss)
         else:
@@ -92,7 +99,7 @@ class TrainingStep:
             self.fused.abandon()
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        norm = global_gradient_norm(self.parameters) / self.loss_scale.scale
+        norm = self._gradient_norm().div_(self.loss_scale.scale)
         found_inf = (~((loss < self.limits[0]) & (norm < self.limits[1]))).float()
         coefficient = 1 / self.loss_scale.scale
         if self.max_grad_norm:
@@ -100,6 +107,16 @@ class TrainingStep:
         self.optimizer.step(gradient_scale=coefficient, found_inf=found_inf)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, found_inf
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients; those of parts are then where the optimizer, which has plain tensors, finds them."""
+        if self.sharded is None:
+            return global_gradient_norm(self.parameters)
+        parts = [sharding.local(parameter) for parameter in self.parameters]
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            if parameter.grad is not None:
+                part.grad, parameter.grad = sharding.local(parameter.grad), None
+        return self.ranks.sum(global_gradient_norm(parts).square_()).sqrt_()
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], tokens: int) -> Tensor:
         """Add the scaled gradients of the loss over ``tokens`` to those of the parameters; return the loss, 0-dim."""
@@ -130,11 +147,29 @@ class TrainingStep:
                 tokens += batch.target_count
         return total, tokens
 
+    @torch.no_grad()
+    def run_whole(self, function: Callable[[], None]) -> None:
+        """Run ``function``, which may use the model as it likes, but not train it."""
+        sharded = self.sharded
+        if sharded is None:
+            function()
+        else:
+            sharded.run(lambda: sharded.with_head(function))
+
     def _loss(self, batch: MicroBatch, scale: Tensor | float, **added: float) -> Tensor:
         """Return ``scale`` times the summed cross-entropy of ``batch``, with what ``head_loss`` may add to it."""
         put = self.device.put
-        with self.device.phase("forward"):
-            hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
-        with self.device.phase("loss"):
-            labels = put(batch.labels)
-            return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)
+
+        def loss_of_head(hidden: Tensor) -> Tensor:
+            with self.device.phase("loss"):
+                labels = put(batch.labels)
+                return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)
+
+        def whole_loss() -> Tensor:
+            with self.device.phase("forward"):
+                hidden = hidden_states(
+                    self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths
+                )
+            return loss_of_head(hidden) if self.sharded is None else self.sharded.with_head(loss_of_head, hidden)
+
+        return whole_loss() if self.sharded is None else self.sharded.run(whole_loss)

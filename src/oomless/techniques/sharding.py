@@ -1,0 +1,284 @@
+"""Every GPU keeps a part of every weight, gradient and optimizer state: FSDP2 (torch's ``fully_shard``; ZeRO-3, Rajbhandari 2020).
+
+Saves: with n GPUs all but 1/n of weights, gradients and optimizer state. Costs: each layer's weights are gathered before its
+forward and again before its backward, and its gradients are summed and scattered; while a layer runs, it and the next one
+are whole on every GPU, twice for a moment.
+
+Weights are cut by rows. The layers are groups of their own, and so are ``embed_tokens`` and ``lm_head``, each whole only while
+it is used; backward needs neither, so they are not gathered again. A tied matrix is used at both ends and stays whole through
+the step, as everything else outside the layers does (the last norm).
+
+The loss reads the head's matrix without calling the head, and a step calls the body and not the model, so FSDP's hooks
+are hung on two modules that exist for this alone and run a given function while what belongs to them is whole.
+
+Optimizers see plain tensors: each weight's local part (``local``). Those that update every element alone (AdamW, SGD) do in n parts
+what they would do in one; 8-bit AdamW does where no part cuts a block of 256. The others need whole matrices, and are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError, ModelError
+from oomless.optim.adamw_8bit import SMALLEST_QUANTISED
+from oomless.optim.blockwise import BLOCK
+from oomless.techniques.checkpointing import decoder_layers, has_dropout
+
+ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
+Result = TypeVar("Result")
+
+
+def check(config: TrainConfig) -> None:
+    """Check that what ``config`` asks for can be cut into parts.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    reasons = {
+        "optimizer": config.optimizer not in ELEMENTWISE_OPTIMIZERS
+        and f"{config.optimizer} needs whole matrices; use {', '.join(ELEMENTWISE_OPTIMIZERS)}",
+        "optimizer_in_backward": config.optimizer_in_backward
+        and "gradients are complete only when all GPUs have added theirs",
+        "quantization": config.quantization and "packed weights cannot be cut by rows",
+        "stream_frozen": config.stream_frozen and "streamed weights lie in the host's memory already",
+        "trainable_rows": config.trainable_rows and "the rows of a matrix lie on several GPUs",
+        "use_dora": config.use_dora and "its norms need whole matrices",
+        "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
+        "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
+        "preemption_grace_s": config.preemption_grace_s is not None and "a step can only be finished by all processes",
+        "on_bad_loss": config.on_bad_loss == "rewind" and "rewind is for one process so far; use skip or stop",
+    }
+    for name, reason in reasons.items():
+        if reason:
+            raise ConfigError(f"{name} cannot be used with several GPUs: {reason}")
+
+
+def shared(config: TrainConfig, gpus: int) -> TrainConfig:
+    """Return the settings of each of ``gpus`` that train together: ``tokens_per_step`` is of all, the rest of each.
+
+    Raises:
+        ConfigError: the step cannot be shared out evenly.
+    """
+    if gpus == 1 or config.tokens_per_step is None:
+        return config
+    if config.gradient_accumulation_steps % gpus:
+        least = gpus * config.per_device_train_batch_size * config.max_seq_length
+        raise ConfigError(
+            "tokens_per_step must be a multiple of GPUs x per_device_train_batch_size x max_seq_length, "
+            f"{gpus} x {config.per_device_train_batch_size} x {config.max_seq_length}; got {config.tokens_per_step}: use "
+            f"{max(1, round(config.tokens_per_step / least)) * least}"
+        )
+    passes = config.gradient_accumulation_steps // gpus
+    return replace(config, tokens_per_step=None, gradient_accumulation_steps=passes)
+
+
+class Whole(nn.Module):
+    """Runs a function while the parameters of its parts are whole."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, function: Callable[..., Result], *given: Any) -> Result:
+        """Return what ``function`` returns; tensors among ``given`` tell FSDP when their backward is over."""
+        return function(*given)
+
+
+class Sharded:
+    """A model whose parameters are cut; what is to run with it goes through ``run``.
+
+    Args:
+        model: on the meta device, in its final form.
+        mesh: the processes.
+        materialise: allocates the parameters of a module on the device; they are cut one module at a time.
+
+    Raises:
+        ConfigError: the model has dropout.
+        ModelError: some of its parameters belong neither to its body nor to its head.
+    """
+
+    def __init__(self, model: Any, mesh: DeviceMesh, materialise: Callable[[nn.Module], None]) -> None:
+        if has_dropout(model):
+            raise ConfigError(
+                "dropout cannot be used with several GPUs: the random state of one process is all that a checkpoint keeps; set "
+                "the model's dropouts to 0"
+            )
+        self._materialise, self._mesh = materialise, mesh
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head.weight is embedding.weight
+        layers = decoder_layers(model)
+        for layer in layers:
+            self._cut(layer)
+        self._head = Whole(head)
+        self._root = Whole(model.base_model, self._head)
+        inside = {id(parameter) for parameter in self._root.parameters()}
+        if outside := [name for name, parameter in model.named_parameters() if id(parameter) not in inside]:
+            raise ModelError(
+                f"{outside[0]} belongs neither to the body nor to the head of this model: it cannot be cut"
+            )
+        if not tied:
+            for end in (embedding, self._head):
+                cut = self._cut(end)
+                cut.set_unshard_in_backward(False)
+                cut.set_modules_to_backward_prefetch([cut])
+        self._head_apart = not tied
+        self._cut(self._root, reshard_after_forward=False)
+        self._fetch_ahead(layers, any(parameter.requires_grad for parameter in embedding.parameters()))
+        for module in self._root.modules():
+            if isinstance(module, FSDPModule):
+                # The loss is divided by all processes' tokens, so gradients are summed and not averaged.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def _cut(self, module: nn.Module, *, reshard_after_forward: bool = True) -> FSDPModule:
+        self._materialise(module)
+        cut = fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        if any(parameter.shape[0] % self._mesh.size() for parameter in module.parameters()):
+            # On fake tensors FSDP makes padded parts anew at the first use, which has to come before ``local``.
+            cut.unshard()
+            cut.reshard()
+        return cut
+
+    def _fetch_ahead(self, layers: list[Any], reached: bool) -> None:
+        """In backward, gather each layer while the one above it computes; said explicitly because evaluations mislead the default.
+
+        Backward gets down to the embedding where it is ``reached``, else to the lowest layer in which something trains.
+        """
+        below: Any = None
+        for layer in layers:
+            reached = reached or any(parameter.requires_grad for parameter in layer.parameters())
+            layer.set_modules_to_backward_prefetch([below or layer])
+            below = layer if reached else None
+        self._root.set_modules_to_backward_prefetch([below or self._root])  # type: ignore[operator]
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Return what ``function``, which runs the body and then the head inside ``with_head``, returns."""
+        result: Result = self._root(function)
+        if not torch.is_grad_enabled():
+            self._root.reshard()  # type: ignore[operator]
+        return result
+
+    def with_head(self, function: Callable[..., Result], *given: Any) -> Result:
+        """Return ``function(*given)``, run while the head's matrix is whole."""
+        if not self._head_apart:
+            return function(*given)
+        result: Result = self._head(function, *given)
+        return result
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of ``tensor``: always the same object, ``tensor`` itself where it was not cut."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    held: Tensor | None = getattr(tensor, "held_here", None)
+    if held is None:
+        # What ``to_local`` returns is a new object each time, and optimizers know their parameters by identity.
+        held = tensor.to_local().detach()
+        held.whole_numel = tensor.numel()  # type: ignore[attr-defined]
+        tensor.held_here = held  # type: ignore[attr-defined]
+    return held
+
+
+def first_element(parameter: Tensor) -> int:
+    """Return how many elements of ``parameter``, flat, come before this process's part."""
+    if not isinstance(parameter, DTensor) or not parameter.numel():
+        return 0
+    rows = parameter.shape[0]
+    each = -(-rows // parameter.device_mesh.size())
+    return int(min(parameter.device_mesh.get_local_rank() * each, rows) * (parameter.numel() // rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One process's part of a tensor: elements that follow each other, so that in a file they are one stretch of bytes."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+
+    start: int
+    """How many elements come before."""
+
+    local: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype, as a tensor has it."""
+        return self.local.dtype
+
+    def numel(self) -> int:
+        """Return the elements of the whole."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """Return the bytes of one element."""
+        return self.local.element_size()
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this part of a tensor that has the whole's shape."""
+        return whole.reshape(-1)[self.start : self.start + self.local.numel()].view(self.local.shape)
+
+
+def part(parameter: DTensor, state: Tensor | None = None, name: str = "") -> Part:
+    """Return this process's part of ``parameter``, or of the optimizer's ``state`` called ``name`` beside it."""
+    held = local(parameter) if state is None else state
+    shape, start = _whole(parameter, held, name)
+    if not shape and parameter.device_mesh.get_local_rank():
+        held = held.new_empty(0)  # the first process writes what all of them have
+    return Part(shape, start, held)
+
+
+def _whole(parameter: DTensor, held: Tensor, name: str) -> tuple[tuple[int, ...], int]:
+    """Return the shape of the whole that ``held`` is a part of, and how many of its elements come before."""
+    start = first_element(parameter)
+    if name.endswith("_scale"):
+        return (-(-parameter.numel() // BLOCK),), start // BLOCK
+    return ((), 0) if held.ndim == 0 else (tuple(parameter.shape), start)
+
+
+def part_of_state(parameter: Tensor, whole: Tensor, name: str) -> Tensor:
+    """Return of the optimizer's state ``whole``, called ``name``, what belongs beside this process's part of ``parameter``.
+
+    Raises:
+        ValueError: it belongs to another parameter.
+    """
+    if not isinstance(parameter, DTensor) or whole.ndim == 0:
+        return whole
+    held = local(parameter)
+    shape, start = _whole(parameter, held, name)
+    if tuple(whole.shape) != shape:
+        raise ValueError(f"{name} is {tuple(whole.shape)}, and its parameter needs {shape}")
+    if name.endswith("_scale"):
+        return whole[start : start + -(-held.numel() // BLOCK)]
+    return Part(shape, start, held).of(whole)
+
+
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy from ``whole`` what this process has of ``parameter``."""
+    local(parameter).copy_(part(parameter).of(whole) if isinstance(parameter, DTensor) else whole)
+
+
+def check_blocks(model: Any) -> None:
+    """Check that no part of a weight ends inside a block of 8-bit state.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.requires_grad and parameter.numel() >= SMALLEST_QUANTISED:
+            count = parameter.device_mesh.size()
+            each = -(-parameter.shape[0] // count) * (parameter.numel() // parameter.shape[0])
+            if each % BLOCK:
+                raise ConfigError(
+                    f"adamw_8bit keeps state in blocks of {BLOCK}, and {name} {tuple(parameter.shape)} is cut after {each} elements "
+                    f"for {count} GPUs: use adamw, or a number of GPUs that divides its rows"
+                )

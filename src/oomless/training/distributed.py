@@ -1,0 +1,233 @@
+"""Several processes that train one model: who this one is, and what all of them have to agree on.
+
+``torchrun`` starts one process for each GPU and says in the environment which is which. What each holds and computes of the model is
+``techniques/sharding.py``; here is what goes around it. Two groups of processes are made: the first moves weights and gradients
+(NCCL on GPUs, gloo on CPUs); the second, gloo on every machine, is for decisions of the host, and waits for days where the first
+would take a process for hung: the first process may be tokenising, or writing a checkpoint.
+
+Whatever a process decides alone (a signal, a disk that is full) it tells the others before anyone acts on it, because a process
+that goes its own way leaves the others waiting in a collective. A process that dies, or runs out of memory inside a step, cannot
+tell them: it closes its connections, and the others end where they use them next (gloo), or torchrun ends them (NCCL). Whichever
+fails first says why, and the others are silent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import _disable_current_modes
+
+from oomless.data.loader import MicroBatch
+from oomless.data.pack import IGNORED
+from oomless.errors import CheckpointError, ConfigError, OomlessError, TrainingError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A collective that takes longer is given up: some process hangs."""
+
+PATIENCE = timedelta(days=7)
+"""So long may one process prepare or write while the others wait."""
+
+_LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "TCPStore")
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """The processes of a run, and which this one is; by default the only one, for which everything here is free."""
+
+    rank: int = 0
+    count: int = 1
+    mesh: DeviceMesh | None = None
+    """The processes as FSDP takes them; ``None`` for one alone."""
+
+    control: dist.ProcessGroup | None = None
+    """Their group for decisions of the host."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's part of ``items``, which is as long as every other's."""
+        each = len(items) // self.count
+        return items[self.rank * each : (self.rank + 1) * each]
+
+    def share_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield every ``count``-th of ``batches``; as many in every process, so the last may be one that predicts nothing."""
+        while group := list(islice(batches, self.count)):
+            if self.rank < len(group):
+                yield group[self.rank]
+            else:
+                yield replace(group[0], labels=torch.full_like(group[0].labels, IGNORED), target_count=0)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up ``tensor``, which lies on the device, over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether any process has it set."""
+        if self.control is None:
+            return list(flags)
+        with _disable_current_modes():
+            agreed = torch.tensor(flags, dtype=torch.uint8)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in agreed.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is set in any process."""
+        return self.any_of([flag])[0]
+
+    def from_first(self, function: Callable[[], Result]) -> Result:
+        """Return what ``function`` gives the first process, in all of them; what it raises there, all raise."""
+        if self.control is None:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        with _disable_current_modes():
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Result = outcome[0]
+        return result
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Go on after the body only where it succeeded in every process; a collective inside it would not.
+
+        Raises:
+            CheckpointError: it failed in another process.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.control is not None:
+            told: list[Any] = [None] * self.count
+            with _disable_current_modes():
+                dist.all_gather_object(told, None if failure is None else str(failure), group=self.control)
+            others = [f"process {rank}: {text}" for rank, text in enumerate(told) if text and rank != self.rank]
+            if failure is None and others:
+                raise CheckpointError(f"{what} failed in another process ({'; '.join(others)})")
+        if failure is not None:
+            raise failure
+
+
+ALONE = Ranks()
+
+
+def environment(name: str, default: int) -> int:
+    """Return a number that torchrun sets.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(
+            f"{name} is set by torchrun to a whole number; got {text!r}: start with torchrun, or unset it"
+        )
+    return int(text)
+
+
+def world_size() -> int:
+    """Return how many processes torchrun has started, 1 without it."""
+    return max(1, environment("WORLD_SIZE", 1))
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[Ranks]:
+    """Meet the other processes that torchrun has started; alone where there are none.
+
+    An error that passes through here is marked (``OomlessError.told``) in all processes but the one that it reaches first.
+
+    Raises:
+        ConfigError: they run on several machines.
+        TrainingError: they cannot be reached, one of them is lost later on, or this one ran out of memory.
+    """
+    count = world_size()
+    if count == 1:
+        yield ALONE
+        return
+    if environment("LOCAL_WORLD_SIZE", count) != count:
+        raise ConfigError(
+            f"all processes must run on one machine, because each writes its part into the same files; of {count} processes "
+            f"{environment('LOCAL_WORLD_SIZE', count)} are here"
+        )
+    try:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        mesh = init_device_mesh(device_type, (count,))
+        yield Ranks(rank=dist.get_rank(), count=count, mesh=mesh, control=control)
+    except Exception as error:
+        explained = _explained(error, count)
+        if isinstance(explained, OomlessError):
+            explained.told = not _is_first_failure()
+        if explained is error:
+            raise
+        raise explained from error
+    dist.destroy_process_group()
+
+
+def _explained(error: Exception, count: int) -> Exception:
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError(
+            f"process {environment('RANK', 0)} of {count} ran out of memory ({first_line}), and all end: the others cannot leave a step "
+            "that it does not finish. The last checkpoint is whole. `oomless plan` with the GPUs' number, as in --gpu 2xT4, names "
+            "settings that fit; what leaves a step as it is may be changed with --resume"
+        )
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER):
+        return TrainingError(
+            f"another of the {count} processes ended or cannot be reached, so process {environment('RANK', 0)} stops. The last "
+            f"checkpoint is whole: go on with --resume ({first_line})"
+        )
+    return error
+
+
+def _is_first_failure() -> bool:
+    """Return whether no other process has failed before this one, which torchrun's own store remembers."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("oomless/failures", 1) == 1)
+    except (RuntimeError, ValueError):  # not joined, or torchrun is gone: better said twice than never
+        return True
+
+
+@contextmanager
+def rehearsed(count: int) -> Iterator[Ranks]:
+    """Be the first of ``count`` processes of which there are no others: collectives return at once and move nothing.
+
+    Raises:
+        ConfigError: this process has joined a real group.
+    """
+    if count == 1:
+        yield ALONE
+        return
+    if dist.is_initialized():
+        raise ConfigError("several GPUs are rehearsed before a process joins others, not afterwards")
+    import torch.distributed._tools.fake_collectives  # noqa: F401 (registers what they return on fake tensors)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield Ranks(count=count, mesh=init_device_mesh("cpu", (count,)))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""What a run leaves: the model alone, in the Hugging Face layout, adapters added and frozen layers in their full precision."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from oomless.memory.device import Device
+from oomless.models import save
+from oomless.techniques import frozen_layers, lora
+from oomless.training import checkpoint
+from oomless.training.distributed import Ranks
+
+
+def write(
+    target: Path,
+    last: checkpoint.Checkpoint,
+    model: Any,
+    tokenizer: Any,
+    source: Path,
+    device: Device,
+    ranks: Ranks,
+) -> None:
+    """Write ``model`` to the folder ``target``; adapters are merged into it.
+
+    Args:
+        target: the folder.
+        last: the checkpoint of the model as it is.
+        model: the model.
+        tokenizer: its tokenizer.
+        source: where the model came from, for what it holds in fewer bits.
+        device: where it lies.
+        ranks: the processes, of which each may hold a part of it.
+
+    Raises:
+        CheckpointError: the disk is full, read-only or failing.
+    """
+
+    def fill(folder: Path) -> None:
+        if frozen_layers.has_frozen_layers(model):
+            save.save_model(model, folder, save.original_tensors(model, source, device), device)
+            checkpoint.save_tokenizer(tokenizer, folder)
+            return
+        if checkpoint.is_adapted(model):
+            lora.merge(model)
+            save.save_model(model, folder, lora.plain_tensors(model), device)
+            checkpoint.save_tokenizer(tokenizer, folder)
+            return
+        for path in last.folder.iterdir():
+            if path.is_file():
+                _link_or_copy(path, folder / path.name)
+
+    with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
+        if ranks.count > 1 and checkpoint.is_adapted(model):
+            _write_merged_parts(target, model, tokenizer, device, ranks)
+            return
+        with ranks.together("the final model"):
+            if ranks.first:
+                checkpoint.write_folder(target, fill)
+
+
+def _write_merged_parts(target: Path, model: Any, tokenizer: Any, device: Device, ranks: Ranks) -> None:
+    """Write a model with adapters of which each process holds, merges and writes a part."""
+    lora.merge_parts(model)
+    files = save.weight_files({name: save.savable(tensor) for name, tensor in lora.plain_tensors(model).items()})
+
+    def describe(folder: Path) -> None:
+        save.save_config(model, folder)
+        save.write_index(files, folder)
+        checkpoint.save_tokenizer(tokenizer, folder)
+
+    checkpoint.write_model_folder(target, describe, files, lambda _: None, device, ranks)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,48 @@
+"""Who watches a run, and what is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oomless.config import TrainConfig
+from oomless.data.prepare import PreparedData
+from oomless.memory.device import Device
+from oomless.techniques import trainable
+
+
+class Listener:
+    """Someone who watches a run; this one does nothing with what it hears."""
+
+    def tokenising(self, done_bytes: int, total_bytes: int) -> None:
+        """Text is being tokenised."""
+
+    def prepared(self, facts: RunFacts) -> None:
+        """Everything is ready; the first step comes next."""
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics was written."""
+
+    def evaluated(self, step: int, losses: dict[str, float]) -> None:
+        """Validation losses by source were measured after ``step``."""
+
+    def saved(self, folder: Path) -> None:
+        """A checkpoint or the final model was written."""
+
+    def said(self, message: str) -> None:
+        """Something happened that a person should know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What is known before the first step."""
+
+    config: TrainConfig
+    table: list[trainable.TrainableRow]
+    data: PreparedData
+    device: Device
+    total_steps: int
+    first_step: int
+    gpus: int = 1
+    """How many train together."""

@@ -1,0 +1,51 @@
+"""What a user types for several GPUs: plan, write, torchrun, resume; and one message where it cannot be."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.cli.test_cli import ENVIRONMENT, oomless, plain
+
+
+def torchrun(*arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "oomless"]
+    return subprocess.run(
+        [*launcher, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pick, run = tmp_path / "pick.yaml", tmp_path / "run"
+    settings = ["--max-seq-length", 64, "--tokens-per-step", 256]
+    planned = oomless("plan", "--model", make_checkpoint("llama"), "--gpu", "2x8GiB", *settings, "--write", pick)
+    assert planned.returncode == 0, planned.stderr
+    text = " ".join(plain(planned.stdout).split())
+    assert "on 2 x GPU of 8.00 GiB: fits" in text
+    assert f"torchrun --nproc-per-node 2 -m oomless train --config {pick}" in text
+    data = ["--data", corpus, "--output-dir", run, "--gpu", "cpu", "--eval-fraction", 0]
+    trained = torchrun("train", "--config", pick, *data, "--max-steps", 3)
+    assert trained.returncode == 0, trained.stderr
+    for part in ("3 steps of 4 blocks x 64 tokens on 2 x ", "step 3/3", f"{run}/model"):
+        assert plain(trained.stdout).count(part) == 1, part
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    (tmp_path / "one.yaml").write_text(
+        yaml.safe_dump({**written, "gradient_accumulation_steps": 2 * written["gradient_accumulation_steps"]})
+    )
+    again = oomless("train", "--config", tmp_path / "one.yaml", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from checkpoint-3" in again.stdout
+
+
+@pytest.mark.slow
+def test_one_message_where_it_cannot_be(make_checkpoint, corpus, tmp_path):
+    common = ["train", "--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", tmp_path, "--gpu", "cpu"]
+    refused = torchrun(*common, "--optimizer", "muon", "--max-steps", 1)
+    assert refused.returncode != 0
+    assert plain(refused.stderr).count("error: optimizer cannot be used with several GPUs: muon needs whole") == 1
+    (tmp_path / "checkpoint-1").mkdir()
+    refused = torchrun(*common, "--max-steps", 1)
+    assert plain(refused.stderr).count("holds the checkpoints of an earlier run") == 1

@@ -1,0 +1,502 @@
+"""Two real processes over gloo: the losses of one, the peak that was rehearsed, checkpoints for any number, and clear ends."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oomless.config import DataSource, TrainConfig
+from oomless.errors import ConfigError, HardwareError
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models import save
+from oomless.models.spec import resolve
+from oomless.planning.plan import Target, target_for
+from oomless.planning.rehearse import rehearse, run_phases, usual_lengths, virtual_device
+from oomless.planning.search import search
+from oomless.planning.trial import Setting
+from oomless.techniques import sharding
+from oomless.training import checkpoint, distributed, loop
+from oomless.training.assemble import assemble, open_device
+from oomless.training.checkpoint import Checkpoint, damage, list_checkpoints
+
+LENGTHS = (20, 1, 43)
+LONGEST_S = 120
+"""A process that has not ended by then hangs: 50 times what these runs take alone."""
+
+LLAMA = dict(max_seq_length=64, per_device_train_batch_size=2, learning_rate=1e-3)
+LORA = dict(trainable="lora+embed_tokens+lm_head", lora_r=4)
+ROUTES = {
+    "full": ("llama", False, dict(dtype="fp32")),
+    "accumulation": ("llama", True, dict(dtype="fp32", gradient_accumulation_steps=2, weight_decay=0.1)),
+    "lora": ("gemma", True, dict(dtype="fp32", **LORA)),
+    "checkpointing": (
+        "qwen3",
+        False,
+        dict(dtype="fp32", gradient_checkpointing=True, checkpointed_layers=1, cheap_recompute=True, mlp_tiles=2),
+    ),
+    "8-bit": ("llama", False, dict(dtype="fp32", optimizer="adamw_8bit", max_grad_norm=None)),
+    "sgd": ("gemma2", False, dict(dtype="fp32", optimizer="sgd", z_loss=1e-4, label_smoothing_factor=0.1)),
+    "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512)),
+}
+MEMORY = {
+    "llama": ("llama", False, dict()),
+    "llama-tied": ("llama", True, dict(gradient_checkpointing=True, gradient_accumulation_steps=2, optimizer="sgd")),
+    "qwen": (
+        "qwen3",
+        False,
+        dict(optimizer="adamw_8bit", weight_precision="correction", gradient_accumulation_steps=2),
+    ),
+    "gemma": ("gemma", True, dict(trainable="embed_tokens", tied_weights="shared", per_device_train_batch_size=2)),
+    "lora": (
+        "llama",
+        False,
+        dict(trainable="lora+lm_head", lora_r=4, gradient_checkpointing=True, offload_activations=True, mlp_tiles=3),
+    ),
+    "fp16": ("gemma2", False, dict(dtype="fp16", gradient_checkpointing=True, checkpointed_layers=1)),
+}
+
+
+def some(names, *quick):
+    """Of ``names`` those that are not ``quick`` are slow tests."""
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two threads that wait for each other on a busy machine are many times slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start in a moment, because what they import is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["oomless.training.loop", "transformers.models.auto.modeling_auto", "peft"])
+    return context
+
+
+def as_rank(rank, count, port, out, function, arguments):
+    """Be what torchrun makes of a process; write what ``function`` returns, or the error that ends it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        outcome = function(*arguments)
+    except Exception as error:
+        told = getattr(error, "told", None)
+        outcome = f"{type(error).__name__}: {error}"
+        (out / f"{rank}.told").write_text(str(told))
+    (out / f"{rank}.json").write_text(json.dumps(outcome))
+
+
+def begin(processes, out, function, *arguments, count=2):
+    """Start ``count`` processes that run ``function`` together."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [
+        processes.Process(target=as_rank, args=(rank, count, port, out, function, arguments)) for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def end(started, out):
+    """Wait for processes, and return what each came to: ``None`` for one that was killed."""
+    for process in started:
+        process.join(LONGEST_S)
+    hanging = [process for process in started if process.is_alive()]
+    for process in hanging:
+        process.kill()
+        process.join()
+    assert not hanging, "a process hangs"
+    paths = [out / f"{rank}.json" for rank in range(len(started))]
+    return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def together(processes, out, function, *arguments, count=2):
+    return end(begin(processes, out, function, *arguments, count=count), out)
+
+
+def make_config(model, corpus, out, **settings):
+    return TrainConfig(
+        model=str(model),
+        data=(DataSource(path=str(corpus)),),
+        output_dir=str(out),
+        **{**dict(gpu="cpu", max_steps=6, save_steps=3, logging_steps=1, save_total_limit=9), **LLAMA, **settings},
+    )
+
+
+def again(config, **changes):
+    return TrainConfig.from_mapping({**config.to_dict(), "resume": True, **changes})
+
+
+def train(config):
+    return loop.train(config).steps
+
+
+def told_by(run_folder):
+    """What metrics.jsonl tells but speeds and memory, by step and name."""
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    names = ("loss", "gradient_norm", "eval_loss/library.jsonl", "learning_rate", "tokens")
+    return {(line["step"], name): line[name] for line in lines for name in names if name in line}
+
+
+def assert_same_losses(straight, other, tolerance=1e-5):
+    """``other`` tells what ``straight`` does, and where it was resumed one evaluation more."""
+    ours, theirs = told_by(straight), told_by(other)
+    assert {name for _, name in theirs.keys() - ours.keys()} <= {"eval_loss/library.jsonl"}
+    assert {key: theirs.get(key) for key in ours} == pytest.approx(ours, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit"))
+def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, processes, route):
+    architecture, tied, settings = ROUTES[route]
+    model = make_checkpoint(architecture, tied=tied)
+    two = make_config(model, corpus, tmp_path / "two", **settings)
+    alone = {"output_dir": str(tmp_path / "one")}
+    if two.tokens_per_step is None:
+        alone["gradient_accumulation_steps"] = 2 * two.gradient_accumulation_steps
+    one = TrainConfig.from_mapping({**two.to_dict(), **alone})
+    assert together(processes, tmp_path / "out", train, two) == [6, 6]
+    loop.train(one)
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    # AdamW divides a gradient by its own size: where it is all rounding, so is the sign of its first updates.
+    loose = 2e-3 if two.optimizer != "sgd" else 1e-5
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=loose), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "settings"),
+    [
+        (1, 2, dict(optimizer="adamw_8bit")),
+        (2, 1, LORA),
+        pytest.param(2, 3, dict(weight_decay=0.1), marks=pytest.mark.slow),  # no number of rows here divides by three
+    ],
+)
+def test_a_checkpoint_serves_any_number_of_processes(
+    make_checkpoint, corpus, tmp_path, processes, before, after, settings
+):
+    """What goes on with what others saved comes to what one process does that was never interrupted."""
+    settings = dict(dtype="fp32", per_device_train_batch_size=1) | settings
+    one = make_config(
+        make_checkpoint("llama"), corpus, tmp_path / "one", gradient_accumulation_steps=before * after, **settings
+    )
+    loop.train(one)
+    out = tmp_path / "resumed"
+    start = TrainConfig.from_mapping({**one.to_dict(), "output_dir": str(out), "gradient_accumulation_steps": after})
+    if before == 1:
+        shutil.copytree(one.output_dir, out)
+    else:
+        assert together(processes, tmp_path / "out", train, start, count=before) == [6] * before
+    shutil.rmtree(out / "checkpoint-6")
+    rest = again(start, gradient_accumulation_steps=before)
+    assert together(processes, tmp_path / "out", train, rest, count=after) == [6] * after
+    assert_same_losses(tmp_path / "one", out)
+    assert [(one.step, damage(one)) for one in list_checkpoints(out)] == [(3, None), (6, None)]
+    for path in (tmp_path / "one" / "checkpoint-6").rglob("*.safetensors"):
+        ours, theirs = load_file(path), load_file(out / path.relative_to(tmp_path / "one"))
+        assert {key: tensor.shape for key, tensor in ours.items()} == {
+            key: tensor.shape for key, tensor in theirs.items()
+        }
+
+
+def test_a_checkpoint_is_bit_for_bit_what_one_process_would_write(make_checkpoint, corpus, tmp_path, processes):
+    """Nothing trains between loading and saving, so nothing may differ, adapters and 8-bit state included."""
+    for number, settings in enumerate((dict(optimizer="adamw_8bit", dtype="bf16"), dict(dtype="bf16", **LORA))):
+        model = make_checkpoint("llama", dtype=torch.bfloat16)
+        one = make_config(model, corpus, tmp_path / f"one-{number}", max_steps=3, **settings)
+        loop.train(one)
+        two = tmp_path / f"two-{number}"
+        shutil.copytree(one.output_dir, two)
+        assert together(
+            processes, tmp_path / "out", load_and_save, again(one, output_dir=str(two), per_device_train_batch_size=1)
+        ) == [None, None]
+        for path in (two / "checkpoint-4").rglob("*.safetensors"):
+            ours, theirs = load_file(path), load_file(two / "checkpoint-3" / path.relative_to(two / "checkpoint-4"))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert damage(Checkpoint(folder=two / "checkpoint-4", step=4)) is None
+
+
+def load_and_save(config):
+    """Write what was loaded under the next step's name."""
+    with distributed.joined("cpu") as ranks:
+        run = loop.Run(config, loop.Path(config.output_dir), open_device("cpu"), loop.Listener(), ranks)
+        run.step += 1
+        run._save()
+
+
+def real_peak(model, config):
+    device = VirtualGPU(1 << 40, record_history=True)
+    with distributed.joined("cpu") as ranks, device.active():
+        run_phases(assemble(resolve(model), config, device, fill=True, ranks=ranks), config, LENGTHS, steps=2)
+    return figures(device)
+
+
+def figures(device):
+    profile = device.profile(max_points=None)
+    phases = {name: phase.allocated_bytes for name, phase in profile.phases.items()}
+    return [
+        profile.peak_allocated_bytes,
+        profile.peak_reserved_bytes,
+        dict(profile.peak_bytes_by_category),
+        phases,
+    ]
+
+
+@pytest.mark.parametrize("route", some(MEMORY, "llama-tied", "qwen", "lora"))
+def test_each_process_peaks_where_the_rehearsal_says(make_checkpoint, tmp_path, processes, route):
+    architecture, tied, settings = MEMORY[route]
+    model = str(make_checkpoint(architecture, tied=tied))
+    config = make_config(model, "none", "none", **{"dtype": "bf16", "per_device_train_batch_size": 1, **settings})
+    fake = virtual_device()
+    rehearse(resolve(model), config, fake, kernel="auto", document_lengths=LENGTHS, gpus=2)
+    expected = json.loads(json.dumps(figures(fake)))
+    assert together(processes, tmp_path / "out", real_peak, model, config) == [expected, expected]
+
+
+# Ends
+
+
+def out_of_memory_in_one(config, rank, allocation):
+    """Train on GPUs of which that of ``rank`` refuses an allocation."""
+
+    def open_one(name):
+        device = VirtualGPU(1 << 30)
+        if os.environ["RANK"] == str(rank):
+            device.fail_at(allocation)
+        return device
+
+    loop.open_device = open_one
+    return train(config)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_out_of_memory_in_one_ends_all_with_one_message(make_checkpoint, corpus, tmp_path, processes, rank):
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", gpu="virtual:1GiB", eval_fraction=0)
+    ends = together(processes, tmp_path / "out", out_of_memory_in_one, config, rank, 1000)
+    assert ends[rank].startswith(f"TrainingError: process {rank} of 2 ran out of memory (CUDA out of memory.")
+    assert "Allocation 1000" in ends[rank]
+    assert ends[1 - rank].startswith("TrainingError: another of the 2 processes ended or cannot be reached")
+    assert (tmp_path / "out" / f"{rank}.told").read_text() == "False"
+
+
+def dies(config, rank, name, number):
+    """Train, but kill the process ``rank`` in the middle of the ``number``-th call of ``checkpoint`` or ``save``'s ``name``."""
+    owner = save if hasattr(save, name) else checkpoint
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def or_die(path, *arguments):
+        if next(calls) == number:
+            if name == "write_parts":  # half of what it would have written
+                with path.open("r+b") as file:
+                    file.write(b"\0" * (path.stat().st_size // 2))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, *arguments)
+
+    if os.environ["RANK"] == str(rank):
+        setattr(owner, name, or_die)
+    return train(config)
+
+
+DEATHS = {
+    "first, with an empty file": (0, "begin_safetensors", 4),
+    "first, before the rename": (0, "put_in_place", 2),
+    "second, with half a file": (1, "write_parts", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(make_checkpoint, corpus, tmp_path_factory):
+    """A run of one process that nothing happened to, whose effective batch is that of two with the same settings."""
+    out = tmp_path_factory.mktemp("straight")
+    one = make_config(make_checkpoint("llama"), corpus, out, dtype="fp32", gradient_accumulation_steps=2)
+    loop.train(one)
+    return out
+
+
+@pytest.mark.parametrize("death", some(DEATHS, "second, with half a file"))
+def test_killed_while_saving(make_checkpoint, corpus, tmp_path, processes, straight, death):
+    """The other process ends by itself; the checkpoint before is whole, and the run ends as one that was never killed."""
+    rank, name, number = DEATHS[death]
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", dtype="fp32")
+    ends = together(processes, tmp_path / "out", dies, config, rank, name, number)
+    assert ends[rank] is None
+    assert ends[1 - rank].startswith("TrainingError: another of the 2 processes ended or cannot be reached")
+    found = list_checkpoints(tmp_path / "run")
+    assert [(one.step, damage(one)) for one in found] == [(3, None)]
+    assert together(processes, tmp_path / "out", train, again(config)) == [6, 6]
+    assert_same_losses(straight, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(make_checkpoint, corpus, tmp_path, processes):
+    """One of two or both, a checkpoint at every step, so that most kills hit a write."""
+    chance = random.Random(3)
+    kills = 12
+    settings = dict(dtype="fp32", max_steps=4 * kills, save_steps=1, save_total_limit=3, eval_fraction=0)
+    broken = make_config(make_checkpoint("llama"), corpus, tmp_path / "broken", resume=True, **settings)
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+
+    def steps_written():
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    for _ in range(kills):
+        before = steps_written()
+        victims = begin(processes, tmp_path / "out", train, broken)
+        while steps_written() <= before and all(victim.is_alive() for victim in victims):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.15))
+        for victim in chance.choice([victims, victims[:1], victims[1:]]):
+            victim.kill()
+        ends = end(victims, tmp_path / "out")
+        assert all(text is None or text.startswith("TrainingError: another of the 2 processes ended") for text in ends)
+        found = list_checkpoints(tmp_path / "broken")
+        assert [damage(one) for one in found] == [None] * len(found)
+    assert together(processes, tmp_path / "out", train, broken) == [4 * kills] * 2
+    one = make_config(broken.model, corpus, tmp_path / "one", **settings, gradient_accumulation_steps=2)
+    loop.train(one)
+    assert_same_losses(tmp_path / "one", tmp_path / "broken", 1e-4)
+
+
+def terminated(config, rank):
+    """Train, and get SIGTERM in one process after step 2."""
+
+    class Watching(loop.Listener):
+        def stepped(self, metrics):
+            if metrics["step"] == 2 and os.environ["RANK"] == str(rank):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    result = loop.train(config, Watching())
+    return [result.interrupted, result.steps]
+
+
+def test_sigterm_to_one_saves_and_ends_all(make_checkpoint, corpus, tmp_path, processes):
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", dtype="fp32")
+    assert together(processes, tmp_path / "out", terminated, config, 1) == [[True, 2], [True, 2]]
+    assert [(one.step, damage(one)) for one in list_checkpoints(tmp_path / "run")] == [(2, None)]
+
+
+def full_disk_in_one(config, rank):
+    """Train, but ``rank`` finds no room whenever it writes its part."""
+    if os.environ["RANK"] == str(rank):
+
+        def refuse(path, *arguments):
+            raise OSError(28, "No space left on device", str(path))
+
+        save.write_parts = refuse
+    return train(config)
+
+
+def test_a_disk_that_is_full_for_one_ends_all(make_checkpoint, corpus, tmp_path, processes):
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", dtype="fp32", save_steps=2)
+    ends = together(processes, tmp_path / "out", full_disk_in_one, config, 1)
+    assert ends[1].startswith("CheckpointError: the checkpoint of step 4 could not be written: No space left on device")
+    assert "process 1: [Errno 28] No space left on device" in ends[0]
+    assert sorted((tmp_path / "out" / f"{rank}.told").read_text() for rank in (0, 1)) == ["False", "True"]
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(optimizer="muon"), "needs whole matrices"),
+        (dict(optimizer_in_backward=True), "gradients are complete only when all GPUs have added theirs"),
+        (dict(quantization="nf4", trainable="lora"), "packed weights cannot be cut by rows"),
+        (dict(lora_dropout=0.1, trainable="lora"), "random state of one process"),
+        (dict(undo_updates=True), "not run again"),
+        (dict(on_bad_loss="rewind"), "one process so far"),
+    ],
+)
+def test_refused_before_anything_starts(settings, reason):
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))} cannot be used with several GPUs: .*{reason}"):
+        sharding.check(make_config("none", "none", "none", **settings))
+
+
+def test_refused_of_the_surroundings(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HardwareError, match="torchrun gives each process a GPU of its own"):
+        open_device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="all processes must run on one machine"), distributed.joined("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is set by torchrun to a whole number; got 'two'"):
+        distributed.world_size()
+
+
+# The planner
+
+
+def train_pick(setting, settings, capacity_bytes):
+    """Two steps, an evaluation and a save with real tensors inside GPUs of that size."""
+    device, config = VirtualGPU(capacity_bytes), setting.config(settings)
+    with distributed.joined("cpu") as ranks, device.active():
+        parts = assemble(setting.spec, config, device, fill=True, ranks=ranks)
+        run_phases(parts, config, usual_lengths(config), steps=2)
+    return device.usage().peak_reserved_bytes
+
+
+@pytest.mark.slow
+def test_the_pick_for_two_trains_in_two_and_is_better_than_that_for_one(make_checkpoint, tmp_path, processes):
+    folder = make_checkpoint("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4)
+    given = {"model": str(folder), "data": "-", "output_dir": "-", "max_seq_length": 64, "tokens_per_step": 512}
+    one = Target(
+        name="a small GPU",
+        capacity_bytes=14 << 20,
+        outside_bytes=0,
+        workspace_bytes=0,
+        compute_capability=(8, 0),
+        kernel="auto",
+    )
+    two = replace(one, gpus=2)
+    spec = resolve(str(folder))
+    picks = [search(spec, given, target, processes=1, alternatives=0) for target in (one, two)]
+    assert str(picks[1].picked.quality) == "full, AdamW, fp32 masters"
+    assert str(picks[0].picked.quality) != "full, AdamW, fp32 masters"
+    assert picks[1].config.tokens_per_step is None
+    assert 2 * picks[1].config.blocks_per_step * 64 == 512
+    setting = Setting(spec=spec, target=two, base=given)
+    peaks = together(processes, tmp_path / "out", train_pick, setting, picks[1].picked.settings, two.capacity_bytes)
+    assert peaks == [picks[1].plan.needed_bytes] * 2
+
+
+def test_a_count_before_the_name_is_a_target():
+    one, two = target_for("T4"), target_for("2xT4")
+    assert (one.gpus, two.gpus, two.name) == (1, 2, "2 x T4")
+    assert two.capacity_bytes == one.capacity_bytes
+    assert two.outside_bytes > one.outside_bytes  # NCCL
+    assert two.host_bytes == one.host_bytes // 2
+
+
+def test_a_step_is_shared_out_or_refused():
+    config = make_config("none", "none", "none", per_device_train_batch_size=1, tokens_per_step=6 * 64)
+    assert sharding.shared(config, 1) is config
+    each = sharding.shared(config, 3)
+    assert (each.tokens_per_step, each.gradient_accumulation_steps) == (None, 2)
+    with pytest.raises(ConfigError, match=r"a multiple of GPUs x .*, 4 x 1 x 64; got 384: use 512"):
+        sharding.shared(config, 4)
