@@ -1,6 +1,7 @@
 """Running out of memory at every allocation of a step: the run goes on, and ends with the weights of the undisturbed one."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from oomless.data.prepare import prepare
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import load_tokenizer, resolve
+from oomless.techniques import block_dropout
 from oomless.training import guard as guard_module
 from oomless.training import loop
 from oomless.training.assemble import assemble
 from oomless.training.checkpoint import save_checkpoint
-from oomless.training.guard import Guard, is_out_of_memory, ladder
+from oomless.training.guard import GoBack, Guard, is_out_of_memory
+from oomless.training.ladder import Rung, ladder
 
 OPTIMIZERS = {
     "adamw": dict(),
@@ -48,7 +51,7 @@ def _quick():
 class Bench:
     """One assembled model whose weights and state can be set back, so that a fault costs one step and no build."""
 
-    def __init__(self, folder, corpus, tmp_path, **settings):
+    def __init__(self, folder, corpus, tmp_path, *, leaner=False, **settings):
         self.device = VirtualGPU(256 << 20)
         self.folder = folder
         self.said = []
@@ -66,7 +69,7 @@ class Bench:
         self.batches = list(micro_batches(blocks, 2))
         with self.device.active():
             self.parts = assemble(resolve(str(folder)), config, self.device, fill=True)
-        self.guard = Guard(self.parts.step, self.device, self.said.append, micro_batch=2, undo=True)
+        self.guard = Guard(self.parts.step, self.device, self.said.append, micro_batch=2, undo=True, leaner=leaner)
         self.start = [tensor.detach().clone() for tensor in self.tensors()]
 
     def tensors(self):
@@ -132,18 +135,193 @@ def test_two_faults_in_a_row_take_a_lower_rung(make_checkpoint, corpus, tmp_path
             assert float((one - other).norm()) <= 1e-6 * float(other.norm())
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(optimizer_in_backward=True)], ids=["plain", "in_backward"])
-def test_every_rung_is_the_same_step(make_checkpoint, corpus, tmp_path, settings):
-    settings |= dict(optimizer="sgd", max_grad_norm=0)
-    bench = Bench(make_checkpoint("llama"), corpus, tmp_path, **settings)
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert float((one.double() - other.double()).norm()) <= 1e-6 * float(other.double().norm())
+
+
+MODES = {
+    "plain": dict(),
+    "in_backward": dict(optimizer_in_backward=True),
+    "lora_dropout": dict(trainable="lora+lm_head", lora_dropout=0.5, trainable_changes=dict(attention_dropout=0.3)),
+    "some_checkpointed": dict(gradient_checkpointing=True, checkpointed_layers=1),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_rung_is_the_same_step(make_checkpoint, corpus, tmp_path, mode):
+    settings = dict(optimizer="sgd", max_grad_norm=0) | MODES[mode]
+    changes = dict(intermediate_size=1024) | settings.pop("trainable_changes", {})
+    bench = Bench(make_checkpoint("llama", **changes), corpus, tmp_path, **settings)
     expected, loss, _ = bench.step()
+    usage = bench.device.usage().allocated_bytes
     for level in range(1, len(bench.guard.rungs)):
         found, found_loss, _ = bench.step(level=level)
         assert found_loss == pytest.approx(loss, rel=1e-6)
-        for one, other in zip(found, expected, strict=True):
-            assert float((one - other).norm()) <= 1e-6 * float(other.norm())
-    assert bench.guard.rungs[-1].checkpoint_all
-    assert not any(layer.gradient_checkpointing for layer in bench.parts.model.model.layers)
+        assert_close(found, expected)
+        moved = sum(
+            t.nbytes for p in bench.parts.optimizer._offloaded for t in [bench.parts.optimizer.state[p]["momentum"]]
+        )
+        assert bench.device.usage().allocated_bytes == usage - moved
+        assert bool(moved) == bench.guard.rungs[level].offload_optimizer
+    last = bench.guard.rungs[-1]
+    assert last.checkpoint_all
+    assert last.offload_activations
+    assert last.offload_optimizer == (mode != "lora_dropout")
+    assert all(
+        layer.gradient_checkpointing == (mode == "some_checkpointed") for layer in bench.parts.model.model.layers[:1]
+    )
+    again, _, _ = bench.step()
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True)), "the way up leaves something behind"
+    assert bench.device.usage().allocated_bytes == usage
+
+
+def test_masks_of_dropout_belong_to_blocks(make_checkpoint, corpus, tmp_path):
+    """Other masks are drawn for other blocks and at the next step, the same ones whatever the micro-batch."""
+    bench = Bench(
+        make_checkpoint("llama", attention_dropout=0.5),
+        corpus,
+        tmp_path,
+        trainable="full",
+        optimizer="sgd",
+        momentum=0.0,
+    )
+    step, (batch,) = bench.parts.step, bench.batches
+    twice = replace(
+        batch, **{name: getattr(batch, name)[:1].repeat(2, 1) for name in ("input_ids", "labels", "position_ids")}
+    )
+    twice = replace(twice, document_lengths=batch.document_lengths[:1] * 2)
+    with bench.device.active():
+        losses = []
+        for _ in range(2):
+            with bench.device.host():
+                parts = list(guard_module.split([twice], 1))
+            step._begin(parts)
+            losses += [float(step.accumulate([part], 1)) for part in parts]
+    assert len(set(losses)) == 4
+    assert block_dropout.belongs_to_blocks(bench.parts.model, bench.device)
+
+
+def test_masks_that_do_not_belong_to_blocks_are_seen(make_checkpoint, corpus, tmp_path):
+    """A model that calls F.dropout by itself, and one whose MLPs are cut into tiles, are never cut into smaller micro-batches."""
+    bench = Bench(make_checkpoint("llama", attention_dropout=0.5), corpus, tmp_path)
+    layer = bench.parts.model.model.layers[0]
+    forward = type(layer.mlp).forward
+    layer.mlp.forward = lambda x: torch.nn.functional.dropout(forward(layer.mlp, x), 0.5)
+    with bench.device.active():
+        assert not block_dropout.belongs_to_blocks(bench.parts.model, bench.device)
+    guard = Guard(bench.parts.step, bench.device, print, micro_batch=8, undo=False, may_split=False)
+    assert {rung.micro_batch for rung in guard.rungs} == {8}
+    tiled = Bench(make_checkpoint("llama"), corpus, tmp_path, trainable="lora", lora_dropout=0.5, mlp_tiles=2)
+    with tiled.device.active():
+        assert not block_dropout.belongs_to_blocks(tiled.parts.model, tiled.device)
+
+
+def test_the_question_about_masks_changes_no_random_number(make_checkpoint, corpus, tmp_path):
+    bench = Bench(make_checkpoint("llama"), corpus, tmp_path, trainable="lora", lora_dropout=0.5)
+    before = torch.get_rng_state()
+    with bench.device.active():
+        assert block_dropout.belongs_to_blocks(bench.parts.model, bench.device)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", ["adamw", "adamw_8bit", "muon", "in_backward", "fp16_in_backward", "lora_dropout"])
+def test_a_rehearsed_step_changes_nothing(make_checkpoint, corpus, tmp_path, mode):
+    """... and asks for what the step asks for; it recovers from running out of memory as the step does."""
+    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path, **OPTIMIZERS[mode])
+    bench.step()
+    device, guard = bench.device, bench.guard
+    torch.manual_seed(5)
+    start, random_state = [tensor.clone() for tensor in bench.tensors()], torch.get_rng_state()
+    with device.active():
+        device.reset_peak()
+        guard.run(bench.batches)
+        peak = device.usage().peak_allocated_bytes
+        held = device.usage().allocated_bytes
+        for tensor, value in zip(bench.tensors(), start, strict=True):
+            tensor.detach().copy_(value)
+        torch.manual_seed(5)
+        device.reset_peak()
+        first = device.allocation_count
+        guard.rehearse(bench.batches)
+        if "in_backward" in mode:  # else the peak was reset before the update
+            assert device.usage().peak_allocated_bytes == peak
+        count = device.allocation_count - first
+        for index in range(0, count, 37):
+            device.fail_at(device.allocation_count + index)
+            guard.rehearse(bench.batches)
+            device.fail_at(None)
+    assert all(torch.equal(a, b) for a, b in zip(bench.tensors(), start, strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert device.usage().allocated_bytes == held
+    assert all(parameter.grad is None for parameter in bench.parts.step.parameters)
+
+
+@pytest.mark.parametrize("mode", ["adamw_8bit", "adafactor", "muon", "galore"])
+def test_an_update_has_its_memory_before_it_begins(make_checkpoint, corpus, tmp_path, mode):
+    """A neighbour that takes all there is once the first weight changes finds the update's memory taken."""
+    folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=8192)
+    bench = Bench(folder, corpus, tmp_path, **OPTIMIZERS[mode])
+    device, guard, optimizer = bench.device, bench.guard, bench.parts.optimizer
+    guard._undo = None
+    expected, _, _ = bench.step()
+
+    hogs = []
+
+    def crowded(parameter):
+        if guard._changed or guard._rehearsing:
+            guard._before_update(parameter)
+            return
+        device.empty_cache()
+        device.set_capacity(device.usage().reserved_bytes)
+        for size in (8 << 20, 2 << 20, 1 << 19, 1 << 14, 512):
+            while True:
+                try:
+                    hogs.append(torch.empty(size, dtype=torch.uint8))
+                except torch.OutOfMemoryError:
+                    break
+        device.set_capacity(256 << 20)
+        guard._before_update(parameter)
+        device.set_capacity(device.usage().reserved_bytes)
+
+    optimizer.before_update = crowded
+    with pytest.raises(GoBack):  # nothing was measured yet
+        bench.step()
+    hogs.clear()
+    device.set_capacity(256 << 20)
+    with device.active():
+        guard.rehearse(bench.batches)
+    found, _, _ = bench.step()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_leaner_optimizer_where_it_is_allowed(make_checkpoint, corpus, tmp_path):
+    """The last rung; what it changes is small, stays on the way up, and is in the checkpoint."""
+    bench = Bench(make_checkpoint("llama", intermediate_size=1024), corpus, tmp_path, leaner=True)
+    rungs = bench.guard.rungs
+    assert [rung.leaner_optimizer for rung in rungs] == [False] * (len(rungs) - 1) + [True]
+    optimizer, parameters = bench.parts.optimizer, bench.parts.step.parameters
+    with bench.device.active():
+        bench.guard.run(bench.batches)  # moments that are not zero
+        usage = bench.device.usage().allocated_bytes
+        for level in (len(rungs) - 1, 0):
+            bench.guard.level = level
+            bench.guard.run(bench.batches)
+        saved = usage - bench.device.usage().allocated_bytes
+
+    def block_bytes(size_bytes):
+        return -(-size_bytes // 512) * 512
+
+    large = [parameter.numel() for parameter in parameters if parameter.numel() >= 4096]
+    kept = sum(2 * block_bytes(count) + 2 * block_bytes(4 * -(-count // 256)) for count in large)
+    assert saved == sum(2 * block_bytes(4 * count) for count in large) - kept
+    other = Bench(bench.folder, corpus, tmp_path / "other").parts  # a new optimizer takes what this one has come to
+    with bench.device.active():
+        for mine, theirs in zip(other.step.parameters, parameters, strict=True):
+            other.optimizer.load_state_tensors(mine, optimizer.state_tensors(theirs))
+            for name, tensor in optimizer.state_tensors(theirs).items():
+                assert torch.equal(other.optimizer.state[mine][name], tensor)
+                assert tensor.numel() < 2 or name == "step" or bool(tensor.any())
 
 
 def test_the_ladder_ends_in_the_error(make_checkpoint, corpus, tmp_path):
@@ -153,12 +331,17 @@ def test_the_ladder_ends_in_the_error(make_checkpoint, corpus, tmp_path):
     assert bench.guard.level == len(bench.guard.rungs) - 1
 
 
-def test_without_undo_an_error_inside_the_update_is_not_run_again(make_checkpoint, corpus, tmp_path):
+def test_without_undo_an_error_after_a_change_goes_back(make_checkpoint, corpus, tmp_path):
     bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
     _, _, count = bench.step()
     bench.guard._undo = None
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(GoBack):
         bench.step(count - 1)
+    assert bench.guard.level == 0
+    bench.guard.went_back(2)
+    with pytest.raises(GoBack):
+        bench.step(count - 1)
+    assert bench.guard.level == 1
 
 
 def test_evaluation_in_smaller_batches_is_the_same(make_checkpoint, corpus, tmp_path):
@@ -266,10 +449,13 @@ def test_nothing_to_undo_on_a_cpu(make_checkpoint, corpus, tmp_path):
 
 
 def test_rungs():
-    rungs = ladder(4, 16 << 20, can_checkpoint=True)
-    assert [rung.micro_batch for rung in rungs] == [4, 2, 1, 1, 1, 1]
-    assert [rung.chunk_bytes >> 20 for rung in rungs] == [16, 16, 16, 4, 1, 1]
-    assert [rung.checkpoint_all for rung in rungs] == [False] * 5 + [True]
+    further = ("checkpoint_all", "offload_activations", "offload_optimizer", "leaner_optimizer")
+    rungs = ladder(Rung(4, 16 << 20), may_split=True, **dict.fromkeys(further, True))
+    assert [rung.micro_batch for rung in rungs] == [4, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [rung.chunk_bytes >> 20 for rung in rungs] == [16, 16, 16, 4, 1, 1, 1, 1, 1]
+    for place, name in enumerate(further):
+        assert [getattr(rung, name) for rung in rungs] == [False] * (5 + place) + [True] * (4 - place)
+    assert len(ladder(Rung(4, 1 << 20), may_split=False, **dict.fromkeys(further, False))) == 1
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class FusedBackward:
     def __init__(self, optimizer: MemoryLeanOptimizer) -> None:
         self.optimizer = optimizer
         self._gradient_scale: Tensor | None = None
-        self._updating = False
+        self._updating = self._changes_nothing = False
         self._updated: set[Tensor] = set()
         self._norm: Tensor | None = None
         self._handles = [
@@ -59,8 +59,9 @@ class FusedBackward:
             assert gradient is not None
             norm = global_gradient_norm([parameter], slice_bytes=self.optimizer.slice_bytes)
             self._norm = norm if self._norm is None else torch.hypot(self._norm, norm)
+            found_inf = torch.ones_like(norm) if self._changes_nothing else _not_finite(norm)
             self.optimizer.step_parameter(
-                parameter, gradient, group, gradient_scale=self._gradient_scale, found_inf=_not_finite(norm)
+                parameter, gradient, group, gradient_scale=self._gradient_scale, found_inf=found_inf
             )
             parameter.grad = None
             self._updated.add(parameter)
@@ -68,12 +69,13 @@ class FusedBackward:
         return update
 
     @contextmanager
-    def updating(self, gradient_scale: Tensor | None = None) -> Iterator[None]:
+    def updating(self, gradient_scale: Tensor | None = None, *, changes_nothing: bool = False) -> Iterator[None]:
         """Inside, a parameter is updated as soon as backward has its gradient; for the last micro-batch of a step.
 
-        ``gradient_scale``, a 0-dim fp32 tensor, multiplies every gradient as it is read (1 / loss scale).
+        ``gradient_scale``, a 0-dim fp32 tensor, multiplies every gradient as it is read (1 / loss scale). With
+        ``changes_nothing`` updates are made as after an overflow: all of their work, and no change.
         """
-        self._updating, self._gradient_scale = True, gradient_scale
+        self._updating, self._gradient_scale, self._changes_nothing = True, gradient_scale, changes_nothing
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from oomless.models import build
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
+    block_dropout,
     cheap_recompute,
     checkpointing,
     fp32_residual,
@@ -121,6 +122,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
 
 def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtype: torch.dtype | None) -> None:
     """Apply the ways to keep less for backward, each on top of those before it."""
+    block_dropout.apply(model)
     if config.gradient_checkpointing:
         layers = checkpointing.apply(model, config.checkpointed_layers)
         if config.offload_activations:

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,24 @@ import torch
 from oomless.config import BadLossPolicy, TrainConfig
 from oomless.data.encode import check_tokenizer
 from oomless.data.loader import Loader, MicroBatch, micro_batches
-from oomless.data.prepare import PreparedData, prepare
+from oomless.data.prepare import prepare
 from oomless.errors import CheckpointError, ConfigError, DataError, HostMemoryError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import save
 from oomless.models.spec import load_tokenizer, resolve
 from oomless.techniques import frozen_layers, lora, trainable
-from oomless.training import checkpoint
+from oomless.training import checkpoint, guard
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.bad_loss import MOST_IN_A_ROW, BadLoss
-from oomless.training.guard import Guard
+from oomless.training.guard import GoBack, Guard, StartAgain
 from oomless.training.interruption import Abandoned, Interruption
+from oomless.training.listening import Listener as Listener
+from oomless.training.listening import RunFacts as RunFacts
+from oomless.training.listening import RunResult as RunResult
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
-from oomless.training.run_folder import Metrics, locked, remove_leftovers
+from oomless.training.run_folder import Metrics, locked, remove_leftovers, tensorboard
 from oomless.training.schedule import learning_rate_factor
 from oomless.training.step import StepResult
 from oomless.training.watch import MemoryWatch
@@ -44,59 +46,6 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-class Listener:
-    """Someone who watches a run; this one does nothing with what it hears."""
-
-    def tokenising(self, done_bytes: int, total_bytes: int) -> None:
-        """Text is being tokenised."""
-
-    def prepared(self, facts: RunFacts) -> None:
-        """Everything is ready; the first step comes next."""
-
-    def stepped(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics was written."""
-
-    def evaluated(self, step: int, losses: dict[str, float]) -> None:
-        """Validation losses by source were measured after ``step``."""
-
-    def saved(self, folder: Path) -> None:
-        """A checkpoint or the final model was written."""
-
-    def said(self, message: str) -> None:
-        """Something happened that a person should know."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What is known before the first step."""
-
-    config: TrainConfig
-    table: list[trainable.TrainableRow]
-    data: PreparedData
-    device: Device
-    total_steps: int
-    first_step: int
-
-
-@dataclass(kw_only=True, slots=True)
-class RunResult:
-    """What a run came to."""
-
-    output_dir: Path
-    model_dir: Path | None = None
-    """The final model in the Hugging Face layout; ``None`` where the run was interrupted."""
-
-    steps: int = 0
-    tokens: int = 0
-    tokens_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-    eval_before: dict[str, float] = field(default_factory=dict)
-    """Mean cross-entropy by source before the first step of this call."""
-
-    eval_after: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
-
-
 def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
     """Train as ``config`` says and return what came of it; the run folder holds the rest.
 
@@ -106,14 +55,22 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
     """
     run = Path(config.output_dir)
     device = open_device(config.gpu)
+    again: StartAgain | None = None
     with locked(run), device.active():
-        return Run(config, run, device, listener or Listener()).execute()
+        while True:
+            try:
+                return guard.built(Run, config, run, device, listener or Listener(), again).execute()
+            except StartAgain as error:
+                again = StartAgain(error.level, error.recoveries, error.steps)
+            guard.free(device)
 
 
 class Run:
     """The state of one run while it lasts."""
 
-    def __init__(self, config: TrainConfig, run: Path, device: Device, listener: Listener) -> None:
+    def __init__(
+        self, config: TrainConfig, run: Path, device: Device, listener: Listener, again: StartAgain | None = None
+    ) -> None:
         self.config, self.folder, self.device, self.listener = config, run, device, listener
         remove_leftovers(run)
         start = self._checkpoint_to_resume()
@@ -128,6 +85,8 @@ class Run:
         )
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base)
         self.guard = Guard.of(config, self.assembly.step, device, listener.said)
+        if again is not None:
+            self.guard.continue_from(again)
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
         self.total_steps = self._total_steps()
@@ -156,7 +115,7 @@ class Run:
         with checkpoint.clear_disk_errors(f"the config of {run}"):
             checkpoint.write_atomically(run / "config.yaml", config.to_yaml())
         self.result = RunResult(output_dir=run)
-        self.writer = _tensorboard(run) if config.tensorboard else None
+        self.writer = tensorboard(run) if config.tensorboard else None
 
     def execute(self) -> RunResult:
         """Run to the end, or to the interruption."""
@@ -170,6 +129,7 @@ class Run:
         )
         with self.interrupted.listening():
             self.listener.prepared(facts)
+            self._rehearse_heaviest()
             self.device.reset_peak()
             self.result.eval_before = self._evaluate()
             if self.config.on_bad_loss == "rewind":
@@ -241,6 +201,15 @@ class Run:
 
     # Training
 
+    def _rehearse_heaviest(self) -> None:
+        """Run the heaviest micro-batches that the data can give, and change nothing, so that what does not fit shows now."""
+        config = self.config
+        passes = min(3 if config.optimizer_in_backward else 2, config.gradient_accumulation_steps)
+        for blocks in self.data.train.heaviest(config.per_device_train_batch_size):
+            with self.device.host():
+                batches = list(micro_batches(blocks * passes, config.per_device_train_batch_size))
+            self.guard.rehearse(batches)
+
     def _train_steps(self) -> None:
         config, parts = self.config, self.assembly
         audit = TrainabilityAudit(parts.model, parts.optimizer) if self.step == 0 else None
@@ -253,7 +222,7 @@ class Run:
             batches = self._next_batches()
             outcome = self._run_step(batches)
             if outcome is None:
-                break
+                continue
             self.step += 1
             unapplied += outcome.found_inf
             reason = self._judge(outcome)
@@ -292,7 +261,7 @@ class Run:
             raise
 
     def _run_step(self, batches: Sequence[MicroBatch]) -> StepResult | None:
-        """Return what the step measured, or ``None`` where it was abandoned and everything is as it was before."""
+        """Return what the step measured; ``None`` where it was abandoned, or the run went back to before it."""
         step = self.assembly.step
         step.limits = self.bad_loss.limits()
         may_abandon = self.config.preemption_grace_s is not None
@@ -300,6 +269,9 @@ class Run:
         try:
             with self.interrupted.timing_step():
                 return self.guard.run(batches)
+        except GoBack:
+            self._go_back()
+            return None
         except Abandoned:
             self.assembly.optimizer.zero_grad(set_to_none=True)
             checkpoint.set_random_state(random_state, self.device)
@@ -308,6 +280,21 @@ class Run:
                 f"step {self.step + 1} was abandoned: it and the save might have outlasted the grace period"
             )
             return None
+
+    def _go_back(self) -> None:
+        """Undo a step that had changed weights when it ran out of memory, by going back to before it.
+
+        Raises:
+            StartAgain: there is no checkpoint yet.
+        """
+        failed, left_out = self.step + 1, self.loader.left_out
+        last = checkpoint.newest_good(self.folder, self.listener.said)
+        if last is None:
+            raise StartAgain(self.guard.level, self.guard.recoveries, failed)
+        self._restore(last)
+        self.loader.left_out |= left_out
+        self.guard.went_back(failed - last.step)
+        self.listener.said(f"back to {last.folder.name}")
 
     def _judge(self, outcome: StepResult) -> str | None:
         """Return what is bad about the step just run, where the host looks at every one."""
@@ -471,7 +458,7 @@ class Run:
                     _link_or_copy(path, folder / path.name)
 
         with self.device.phase("save"), checkpoint.clear_disk_errors("the final model"):
-            checkpoint.write_folder(self.folder / "model", fill)
+            self.guard.retried(checkpoint.write_folder, self.folder / "model", fill)
         self.result.model_dir = self.folder / "model"
         self.listener.saved(self.result.model_dir)
 
@@ -488,11 +475,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard is not installed: install oomless[tensorboard] or leave it out") from error
-    return SummaryWriter(str(run / "tensorboard"))
