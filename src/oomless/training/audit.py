@@ -35,7 +35,8 @@ class TrainabilityAudit:
         self.unmoved = {name for name, parameter in self.named if parameter.requires_grad}
         self.without_gradient = set(self.unmoved)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._got_gradient, name))  # type: ignore[no-untyped-call]
+            # Not a method: what a parameter's hook holds is never collected as garbage, and would hold the parameters.
+            parameter.register_post_accumulate_grad_hook(partial(_got_gradient, self.without_gradient, name))  # type: ignore[no-untyped-call]
             for name, parameter in self.named
             if parameter.requires_grad
         ]
@@ -59,9 +60,6 @@ class TrainabilityAudit:
             checksum(parameter),
         )
 
-    def _got_gradient(self, name: str, parameter: Tensor) -> None:
-        self.without_gradient.discard(name)
-
     def after_step(self) -> bool:
         """Compare every parameter with its start.
 
@@ -82,6 +80,10 @@ class TrainabilityAudit:
             for hook in self._hooks:
                 hook.remove()
         return not self.unmoved
+
+
+def _got_gradient(without_gradient: set[str], name: str, parameter: Tensor) -> None:
+    without_gradient.discard(name)
 
 
 def checksum(tensor: Tensor) -> int:

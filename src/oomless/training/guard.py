@@ -18,7 +18,6 @@ import gc
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +34,10 @@ from oomless.training.ladder import Ladder
 from oomless.training.step import StepResult, TrainingStep
 
 STEPS_BEFORE_CLIMBING = 50
-SMALL_POOL_BYTES = 1 << 20
+SMALL_BYTES = 1 << 20
 """Requests up to this size have a pool of their own in the caching allocator."""
+SMALL_RESERVE_BLOCKS = 8
+"""So many of them are reserved for an update at most: more than it ever has at a time."""
 
 Result = TypeVar("Result")
 Passed = Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]]
@@ -162,8 +163,9 @@ class Guard:
         if self._undo is not None:
             self._undo.remember(parameter)
         if not self._changed and self._reserve_bytes:
-            # One block from each of the allocator's pools, which stay cached for what the updates ask for.
-            sizes = {self._reserve_bytes, min(self._reserve_bytes, SMALL_POOL_BYTES)}
+            # From both of the allocator's pools; what is given back stays cached for what the updates ask for.
+            small = min(SMALL_RESERVE_BLOCKS, -(-self._reserve_bytes // SMALL_BYTES))
+            sizes = [self._reserve_bytes, *[SMALL_BYTES] * small]
             held = [torch.empty(size, dtype=torch.uint8, device=self.device.torch_device) for size in sizes]
             del held
         self._changed = not self._rehearsing
@@ -197,7 +199,8 @@ class Guard:
             self._reserve_bytes = self._recovering(batches, self.step.rehearse)
         finally:
             self._rehearsing = False
-        self._drop(random_state)
+        self.step.abandon()
+        self._set_random_state(random_state)
 
     def _recovering(self, batches: Sequence[MicroBatch], attempt: Callable[[list[MicroBatch]], Result]) -> Result:
         random_state = self._random_state()
@@ -306,6 +309,9 @@ class Guard:
         if self._undo is not None and self._changed:
             self._undo.restore()
         self._changed = False
+        self._set_random_state(random_state)
+
+    def _set_random_state(self, random_state: list[Tensor] | None) -> None:
         if random_state is not None:
             torch.set_rng_state(random_state[0])
             for state in random_state[1:]:
@@ -337,16 +343,17 @@ def release(error: BaseException) -> None:
         seen = following
 
 
-def built(make: Callable[..., Result], config: TrainConfig, run: Path, device: Device, *rest: Any) -> Result:
-    """Return what ``make`` returns of all the others; made once more after memory was freed where it runs out."""
+def built(make: Callable[[], Result], device: Device, say: Callable[[str], None]) -> Result:
+    """Return what ``make`` returns, which is called once more after memory was freed where it runs out."""
     try:
-        return make(config, run, device, *rest)
+        return make()
     except RuntimeError as error:
-        if device.capacity_bytes is None or not (config.recover_from_oom and is_out_of_memory(error)):
+        if not is_out_of_memory(error):
             raise
         release(error)
     free(device)
-    return make(config, run, device, *rest)
+    say("out of memory while the model was built: it is built again after freeing what was cached")
+    return make()
 
 
 def free(device: Device) -> None:

@@ -55,11 +55,16 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
     """
     run = Path(config.output_dir)
     device = open_device(config.gpu)
-    again: StartAgain | None = None
+    listener, again = listener or Listener(), None
+
+    def make() -> Run:
+        return Run(config, run, device, listener, again)
+
     with locked(run), device.active():
         while True:
             try:
-                return guard.built(Run, config, run, device, listener or Listener(), again).execute()
+                recovers = config.recover_from_oom and device.capacity_bytes is not None
+                return (guard.built(make, device, listener.said) if recovers else make()).execute()
             except StartAgain as error:
                 again = StartAgain(error.level, error.recoveries, error.steps)
             guard.free(device)

@@ -1,0 +1,106 @@
+"""Running out of memory anywhere in a whole run, from the build to the final model, with the settings as they are by default."""
+
+import gc
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oomless.config import DataSource, TrainConfig
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.training import loop
+
+MODES = {
+    "adamw": dict(),
+    "adamw_8bit": dict(optimizer="adamw_8bit", weight_precision="correction", dtype="bf16"),
+    "adafactor": dict(optimizer="adafactor", weight_precision="stochastic", dtype="bf16"),
+    "sgd": dict(optimizer="sgd"),
+    "apollo": dict(optimizer="apollo"),
+    "apollo_mini": dict(optimizer="apollo_mini"),
+    "galore": dict(optimizer="galore"),
+    "muon": dict(optimizer="muon"),
+    "offload_optimizer": dict(offload_optimizer=True),
+    "in_backward": dict(optimizer_in_backward=True, save_steps=2),
+    "in_backward_unsaved": dict(optimizer_in_backward=True, dtype="fp16", gradient_accumulation_steps=1),
+    "adafactor_in_backward": dict(optimizer="adafactor", optimizer_in_backward=True, save_steps=1),
+    "lora": dict(trainable="lora+lm_head", lora_dropout=0.3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+class Ear(loop.Listener):
+    def __init__(self):
+        self.heard = []
+
+    def said(self, message):
+        self.heard.append(message)
+
+
+class Runs:
+    """One run, made again and again with a fault at another allocation."""
+
+    def __init__(self, folder, corpus, tmp_path, monkeypatch, settings):
+        self.tmp_path, self.monkeypatch, self.number = tmp_path, monkeypatch, 0
+        self.settings = dict(
+            model=str(folder),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            **{
+                **dict(max_seq_length=32, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=3),
+                **dict(
+                    eval_fraction=0.02,
+                    per_device_eval_batch_size=64,
+                    dtype="fp32",
+                    learning_rate=1e-3,
+                    loss_chunk_bytes=1 << 20,
+                ),
+                **settings,
+            },
+        )
+
+    def run(self, fault=None):
+        """Return the final weights, the losses, what was said, what the device holds and how much it was asked for."""
+        self.number += 1
+        out = self.tmp_path / f"run-{self.number}"
+        device = VirtualGPU(256 << 20)
+        if fault is not None:
+            device.fail_at(fault)
+        self.monkeypatch.setattr(loop, "open_device", lambda name: device)
+        ear = Ear()
+        result = loop.train(TrainConfig(output_dir=str(out), **self.settings), ear)
+        gc.collect()
+        weights = load_file(result.model_dir / "model.safetensors")
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        losses = [{k: v for k, v in line.items() if "loss" in k or k == "step"} for line in lines]
+        return weights, losses, ear.heard, device.usage().allocated_bytes, device.allocation_count
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mode, full_length):
+    folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=1024 if "offload" in mode else 96)
+    runs = Runs(folder, corpus, tmp_path, monkeypatch, MODES[mode])
+    expected, losses, heard, held, count = runs.run()
+    assert not heard
+    assert held == 0
+    stride = 1 if full_length else count // 2
+    for index in range(count // 5 if stride > 1 else 0, count, stride):
+        weights, found_losses, heard, held, _ = runs.run(index)
+        assert any("out of memory" in message for message in heard), index
+        assert same(weights, expected), index
+        assert found_losses == losses, index
+        assert held == 0, index
