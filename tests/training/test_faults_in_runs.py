@@ -46,6 +46,9 @@ class Ear(loop.Listener):
     def said(self, message):
         self.heard.append(message)
 
+    def stepped(self, metrics):
+        self.heard.append(metrics)
+
 
 class Runs:
     """One run, made again and again with a fault at another allocation."""
@@ -83,7 +86,8 @@ class Runs:
         weights = load_file(result.model_dir / "model.safetensors")
         lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         losses = [{k: v for k, v in line.items() if "loss" in k or k == "step"} for line in lines]
-        return weights, losses, ear.heard, device.usage().allocated_bytes, device.allocation_count
+        heard = [message for message in ear.heard if isinstance(message, str)]
+        return weights, losses, heard, device.usage().allocated_bytes, device.allocation_count
 
 
 def same(left, right):
@@ -97,10 +101,46 @@ def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mo
     expected, losses, heard, held, count = runs.run()
     assert not heard
     assert held == 0
-    stride = 1 if full_length else count // 2
-    for index in range(count // 5 if stride > 1 else 0, count, stride):
+    # Each mode at another moment: from the build over rehearsal, steps and saves to the last evaluation.
+    moment = list(MODES).index(mode) * (count - 1) // (len(MODES) - 1)
+    for index in range(count) if full_length else (moment,):
         weights, found_losses, heard, held, _ = runs.run(index)
         assert any("out of memory" in message for message in heard), index
         assert same(weights, expected), index
         assert found_losses == losses, index
         assert held == 0, index
+
+
+def test_the_heaviest_batch_comes_first(make_checkpoint, texts, tmp_path, monkeypatch):
+    """Where attention keeps scores long documents need more; they come last, and what they need shows before step 1."""
+    lines = ["def a(b):\n    return b + 1\n" * 2] * 60 + [text[:3000] for text in texts[-3:]]
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+
+    def run(name, capacity_bytes):
+        monkeypatch.setattr(loop, "open_device", lambda gpu: VirtualGPU(capacity_bytes))
+        config = TrainConfig(
+            model=str(make_checkpoint("gemma2", sliding_window=512, num_hidden_layers=1)),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / name),
+            max_seq_length=256,
+            per_device_train_batch_size=4,
+            shuffle=False,
+            eval_fraction=0.0,
+            dtype="fp32",
+            loss_chunk_bytes=1 << 20,
+        )
+        ear = Ear()
+        loop.train(config, ear)
+        return ear.heard
+
+    alone = run("alone", 1 << 30)
+    assert all(not isinstance(said, str) for said in alone)
+    light, heavy = alone[0]["peak_memory_bytes"], alone[-1]["peak_memory_bytes"]
+    assert heavy > 1.5 * light
+    crowded = run("crowded", (light + heavy) // 2)
+    assert "out of memory" in crowded[0]
+    first_step = next(place for place, said in enumerate(crowded) if not isinstance(said, str))
+    assert not [said for said in crowded[first_step:] if isinstance(said, str)], "a step ran out of memory as well"
+    assert [line["loss"] for line in crowded[first_step:]] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
