@@ -1,6 +1,7 @@
 """Running out of memory at every allocation of a step: the run goes on, and ends with the weights of the undisturbed one."""
 
 import gc
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from oomless.data.loader import Loader, micro_batches
 from oomless.data.prepare import prepare
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models import save
 from oomless.models.spec import load_tokenizer, resolve
-from oomless.techniques import block_dropout
+from oomless.techniques import block_dropout, frozen_layers, lora
 from oomless.training import guard as guard_module
 from oomless.training import loop
 from oomless.training.assemble import assemble
@@ -51,7 +53,7 @@ def _quick():
 class Bench:
     """One assembled model whose weights and state can be set back, so that a fault costs one step and no build."""
 
-    def __init__(self, folder, corpus, tmp_path, *, leaner=False, **settings):
+    def __init__(self, folder, corpus, tmp_path, *, undo=True, leaner=False, length=32, **settings):
         self.device = VirtualGPU(256 << 20)
         self.folder = folder
         self.said = []
@@ -59,7 +61,7 @@ class Bench:
             model=str(folder),
             data=(DataSource(path=str(corpus)),),
             output_dir=str(tmp_path),
-            max_seq_length=32,
+            max_seq_length=length,
             per_device_train_batch_size=2,
             eval_fraction=0.0,
             **{"learning_rate": 1e-3, "dtype": "fp32", **settings},
@@ -69,7 +71,7 @@ class Bench:
         self.batches = list(micro_batches(blocks, 2))
         with self.device.active():
             self.parts = assemble(resolve(str(folder)), config, self.device, fill=True)
-        self.guard = Guard(self.parts.step, self.device, self.said.append, micro_batch=2, undo=True, leaner=leaner)
+        self.guard = Guard(self.parts.step, self.device, self.said.append, micro_batch=2, undo=undo, leaner=leaner)
         self.start = [tensor.detach().clone() for tensor in self.tensors()]
 
     def tensors(self):
@@ -77,12 +79,18 @@ class Bench:
         states = [parts.optimizer.state[p][name] for p in parts.step.parameters for name in parts.optimizer.state[p]]
         return [*parts.step.parameters, *states, *parts.loss_scale.tensors().values()]
 
+    goes_back = False
+    """Whether the start stands for a checkpoint, which a run would go back to."""
+
+    @torch.no_grad()
+    def go_to_start(self):
+        for tensor, value in zip(self.tensors(), self.start, strict=True):
+            tensor.copy_(value)
+        torch.manual_seed(5)
+
     def step(self, *faults, level=0):
         """Run a step from the start with faults at the given places; return weights and state after it, and its loss."""
-        with torch.no_grad():
-            for tensor, value in zip(self.tensors(), self.start, strict=True):
-                tensor.copy_(value)
-        torch.manual_seed(5)
+        self.go_to_start()
         self.guard.level = level
         with self.device.active():
             first = self.device.allocation_count
@@ -98,23 +106,27 @@ class Bench:
             self.guard._drop = and_fail_again
             if waiting:
                 self.device.fail_at(waiting.pop(0))
-            loss = float(self.guard.run(self.batches).loss)
+            try:
+                loss = float(self.guard.run(self.batches).loss)
+            except GoBack:
+                if self.guard._undo is not None or not self.goes_back:
+                    raise
+                self.go_to_start()
+                self.guard.went_back(1)
+                loss = float(self.guard.run(self.batches).loss)
             self.guard._drop = drop
             self.device.fail_at(None)
             count = self.device.allocation_count - first
         return [tensor.detach().clone() for tensor in self.tensors()], loss, count
 
 
-@pytest.mark.parametrize("stride", [48, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
-@pytest.mark.parametrize("mode", OPTIMIZERS)
-def test_a_fault_at_any_allocation_changes_no_bit(make_checkpoint, corpus, tmp_path, mode, stride):
-    width = 1024 if mode == "offload_optimizer" else 96  # only larger matrices' state goes to the host
-    folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=width)
-    bench = Bench(folder, corpus, tmp_path, **OPTIMIZERS[mode])
+def assert_no_fault_changes_a_bit(bench, indices):
+    """Return the allocations of the step, each of ``indices`` of which failed once."""
+    bench.goes_back = True
     bench.step()
     expected, loss, count = bench.step()
     usage = bench.device.usage().allocated_bytes
-    faults = [*range(0, count, stride), count - 1]
+    faults = indices(count)
     for index in faults:
         found, found_loss, _ = bench.step(index)
         assert found_loss == loss, index
@@ -122,6 +134,29 @@ def test_a_fault_at_any_allocation_changes_no_bit(make_checkpoint, corpus, tmp_p
         assert bench.device.usage().allocated_bytes == usage, index
         assert all(parameter.grad is None for parameter in bench.parts.step.parameters)
     assert len(bench.said) == len(faults)
+    return faults
+
+
+@pytest.mark.parametrize("undo", [True, False], ids=["undone", "gone_back"])
+@pytest.mark.parametrize("mode", OPTIMIZERS)
+def test_a_fault_at_any_allocation_changes_no_bit(
+    make_checkpoint, corpus, tmp_path, mode, undo, full_length, record_property
+):
+    width = 1024 if mode == "offload_optimizer" else 96  # only larger matrices' state goes to the host
+    folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=width)
+    bench = Bench(folder, corpus, tmp_path, undo=undo, **OPTIMIZERS[mode])
+    stride, offset = (1, 0) if full_length else (96, 48 * undo)
+    faults = assert_no_fault_changes_a_bit(bench, lambda count: [*range(offset, count, stride), count - 1])
+    record_property("faults", len(faults))
+
+
+@pytest.mark.parametrize("mode", ["adamw", "in_backward"])
+def test_a_fault_in_a_larger_model(make_checkpoint, corpus, tmp_path, mode, full_length, record_property):
+    folder = make_checkpoint("llama", hidden_size=256, intermediate_size=704, num_hidden_layers=8)
+    bench = Bench(folder, corpus, tmp_path, undo=False, length=128, **OPTIMIZERS[mode])
+    chance, sample = random.Random(mode), 300 if full_length else 2
+    faults = assert_no_fault_changes_a_bit(bench, lambda count: chance.sample(range(count), sample))
+    record_property("faults", len(faults))
 
 
 def test_two_faults_in_a_row_take_a_lower_rung(make_checkpoint, corpus, tmp_path):
@@ -360,10 +395,27 @@ def test_evaluation_in_smaller_batches_is_the_same(make_checkpoint, corpus, tmp_
     assert all(torch.equal(a, b) for a, b in zip(bench.tensors(), weights, strict=True)), "an update was undone"
 
 
-def test_saving_takes_no_byte_of_the_device(make_checkpoint, corpus, tmp_path):
-    bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
+SAVED = {
+    "full": dict(),
+    "tied": dict(),
+    "in_backward": dict(optimizer_in_backward=True, dtype="fp16"),
+    "offload_optimizer": dict(offload_optimizer=True),
+    "lora": dict(trainable="lora+lm_head"),
+    "nf4": dict(trainable="lora", quantization="nf4", dtype="bf16"),
+    "stream_frozen": dict(trainable="lora", stream_frozen=True),
+    "trainable_rows": dict(trainable="lm_head", trainable_rows="5,7-9"),
+}
+
+
+@pytest.mark.parametrize("mode", SAVED)
+def test_saving_takes_no_copy_of_the_model(make_checkpoint, corpus, tmp_path, mode):
+    """No byte of the device for a checkpoint; for the final model a few times its largest matrix, where that is put together."""
+    folder = make_checkpoint("llama", tied=mode == "tied", intermediate_size=1024)
+    bench = Bench(folder, corpus, tmp_path, **SAVED[mode])
     bench.step()
     parts, device = bench.parts, bench.device
+    spec = resolve(str(bench.folder))
+    tokenizer = load_tokenizer(str(bench.folder))
     with device.active():
         device.reset_peak()
         before = device.usage().peak_allocated_bytes
@@ -371,7 +423,7 @@ def test_saving_takes_no_byte_of_the_device(make_checkpoint, corpus, tmp_path):
             tmp_path,
             1,
             model=parts.model,
-            tokenizer=load_tokenizer(str(bench.folder)),
+            tokenizer=tokenizer,
             optimizer=parts.optimizer,
             loss_scale=parts.loss_scale,
             state={},
@@ -379,6 +431,14 @@ def test_saving_takes_no_byte_of_the_device(make_checkpoint, corpus, tmp_path):
             limit=2,
         )
         assert device.usage().peak_allocated_bytes == before
+        if frozen_layers.has_frozen_layers(parts.model):
+            save.save_model(
+                parts.model, tmp_path / "m", save.original_tensors(parts.model, spec.folder, device), device
+            )
+        elif parts.model.__dict__.get("peft_config"):
+            lora.merge(parts.model)
+        largest_bytes = 1024 * 64 * parts.model.dtype.itemsize
+        assert device.usage().peak_allocated_bytes <= before + 5 * largest_bytes
 
 
 class Neighbour(loop.Listener):
