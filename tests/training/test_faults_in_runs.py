@@ -3,15 +3,18 @@
 import gc
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from oomless.config import DataSource, TrainConfig
+from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.training import loop
 
+FILES = ("model.safetensors", "trainer/optimizer.safetensors")
 MODES = {
     "adamw": dict(),
     "adamw_8bit": dict(optimizer="adamw_8bit", weight_precision="correction", dtype="bf16"),
@@ -147,3 +150,55 @@ def test_the_heaviest_batch_comes_first(make_checkpoint, texts, tmp_path, monkey
     first_step = next(place for place, said in enumerate(crowded) if not isinstance(said, str))
     assert not [said for said in crowded[first_step:] if isinstance(said, str)], "a step ran out of memory as well"
     assert [line["loss"] for line in crowded[first_step:]] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+
+
+def test_a_leaner_optimizer_is_resumed(make_checkpoint, corpus, tmp_path):
+    """What its moments have come to is in the checkpoint, whose settings still say adamw."""
+    config = TrainConfig(
+        model=str(make_checkpoint("llama", intermediate_size=1024)),
+        data=(DataSource(path=str(corpus)),),
+        output_dir=str(tmp_path / "run"),
+        gpu="virtual:64MiB",
+        dtype="fp32",
+        max_seq_length=32,
+        max_steps=4,
+        save_steps=2,
+        eval_fraction=0.0,
+        loss_chunk_bytes=1 << 20,
+        allow_leaner_optimizer=True,
+    )
+    device = VirtualGPU(64 << 20)
+    with device.active():
+        run = loop.Run(config, tmp_path / "run", device, Ear())
+        run.guard.level = len(run.guard.rungs) - 1
+        run.execute()
+    assert run.guard.rungs[run.guard.level].leaner_optimizer
+    weights, state = (load_file(tmp_path / "run" / "checkpoint-4" / name) for name in FILES)
+    assert torch.int8 in {tensor.dtype for tensor in state.values()}
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run" / "model")
+    loop.train(TrainConfig.from_mapping(config.to_dict() | {"resume": True}))
+    assert same(load_file(tmp_path / "run" / "checkpoint-4" / FILES[0]), weights)
+    assert same(load_file(tmp_path / "run" / "checkpoint-4" / FILES[1]), state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(gpu="cpu"), "allow_leaner_optimizer has no effect on a CPU"),
+        (dict(gpu="virtual:64MiB", optimizer="sgd"), "only AdamW's moments of 32 bits"),
+        (dict(gpu="virtual:64MiB", recover_from_oom=False), "has no effect without recover_from_oom"),
+    ],
+)
+def test_a_leaner_optimizer_without_effect(make_checkpoint, corpus, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.train(
+            TrainConfig(
+                model=str(make_checkpoint("llama")),
+                data=(DataSource(path=str(corpus)),),
+                output_dir=str(tmp_path),
+                max_seq_length=32,
+                allow_leaner_optimizer=True,
+                **settings,
+            )
+        )

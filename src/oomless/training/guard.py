@@ -163,12 +163,15 @@ class Guard:
         if self._undo is not None:
             self._undo.remember(parameter)
         if not self._changed and self._reserve_bytes:
-            # From both of the allocator's pools; what is given back stays cached for what the updates ask for.
-            small = min(SMALL_RESERVE_BLOCKS, -(-self._reserve_bytes // SMALL_BYTES))
-            sizes = [self._reserve_bytes, *[SMALL_BYTES] * small]
+            self._reserve()
+        self._changed = not self._rehearsing
+
+    def _reserve(self) -> None:
+        """Ask for what an update asks for at once, of either pool; given back it stays cached for the updates."""
+        small_blocks = min(SMALL_RESERVE_BLOCKS, self._reserve_bytes // SMALL_BYTES)
+        for sizes in ([self._reserve_bytes], [SMALL_BYTES] * small_blocks):
             held = [torch.empty(size, dtype=torch.uint8, device=self.device.torch_device) for size in sizes]
             del held
-        self._changed = not self._rehearsing
 
     def run(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Train on ``batches``, which are one optimizer step, at the rung that fits.
@@ -199,8 +202,8 @@ class Guard:
             self._reserve_bytes = self._recovering(batches, self.step.rehearse)
         finally:
             self._rehearsing = False
-        self.step.abandon()
-        self._set_random_state(random_state)
+            self.step.abandon()
+            self._set_random_state(random_state)
 
     def _recovering(self, batches: Sequence[MicroBatch], attempt: Callable[[list[MicroBatch]], Result]) -> Result:
         random_state = self._random_state()

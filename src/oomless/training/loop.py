@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ class Run:
         for blocks in self.data.train.heaviest(config.per_device_train_batch_size):
             with self.device.host():
                 batches = list(micro_batches(blocks * passes, config.per_device_train_batch_size))
-            self.guard.rehearse(batches)
+            with suppress(Abandoned):  # the run was asked to end, and does so before its first step
+                self.guard.rehearse(batches)
 
     def _train_steps(self) -> None:
         config, parts = self.config, self.assembly
