@@ -231,8 +231,8 @@ class TrainConfig:
     of ending the run."""
 
     undo_updates: bool = False
-    """Copy weights and state to host memory before each update, so that running out of memory after the first update of a
-    step costs no step; all of them cross the bus once a step. [default: the run goes back to its last checkpoint]"""
+    """Copy weights and state to host memory before each update, so that running out of memory after the first one of a step
+    costs no step, where the run otherwise goes back to its last checkpoint; all of them cross the bus once a step."""
 
     allow_leaner_optimizer: bool = False
     """Where nothing else helps against running out of memory, keep AdamW's moments in 8 bits from then on; this alone changes

@@ -117,6 +117,60 @@ def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mo
     record_property("faults", len(faults))
 
 
+@pytest.mark.parametrize("save_steps", [2, None], ids=["checkpoint", "no_checkpoint"])
+def test_going_back(make_checkpoint, corpus, tmp_path, monkeypatch, save_steps):
+    """The last allocations of step 4 fail, twice, when most weights have changed: the second time at a lower rung."""
+    devices, ends = [], []
+    monkeypatch.setattr(loop, "open_device", lambda name: devices[-1])
+
+    class Unlucky(Ear):
+        def __init__(self, faults):
+            super().__init__()
+            self.faults = faults
+
+        def stepped(self, metrics):
+            super().stepped(metrics)
+            device = devices[-1]
+            ends.append(device.allocation_count)
+            if metrics["step"] == 3 and self.faults:
+                self.faults -= 1
+                device.fail_at(device.allocation_count + ends[2] - ends[1] - 9)
+
+    results = []
+    for faults in (0, 1, 2):
+        devices.append(VirtualGPU(256 << 20))
+        config = TrainConfig(
+            model=str(make_checkpoint("llama", num_hidden_layers=1)),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / f"{faults}"),
+            max_seq_length=32,
+            optimizer="sgd",
+            learning_rate=1e-2,
+            optimizer_in_backward=True,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            dtype="fp32",
+            max_steps=6,
+            save_steps=save_steps,
+            eval_fraction=0.0,
+            loss_chunk_bytes=1 << 20,
+        )
+        ear = Unlucky(faults)
+        result = loop.train(config, ear)
+        said = [message for message in ear.heard if isinstance(message, str)]
+        assert sum("after weights had changed" in message for message in said) == faults
+        assert sum(message == "back to checkpoint-2" for message in said) == (faults if save_steps else 0)
+        lines = [json.loads(line) for line in (tmp_path / f"{faults}" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert all(line["tokens_per_second"] > 0 for line in lines)
+        assert lines[-1].get("oom_recoveries", 0) == faults
+        assert lines[-1].get("recovery_rung", 0) == max(0, faults - 1)
+        results.append(load_file(result.model_dir / "model.safetensors"))
+    assert same(results[1], results[0])
+    assert same(results[2], results[0])
+
+
 def test_the_heaviest_batch_comes_first(make_checkpoint, texts, tmp_path, monkeypatch):
     """Where attention keeps scores long documents need more; they come last, and what they need shows before step 1."""
     lines = ["def a(b):\n    return b + 1\n" * 2] * 60 + [text[:3000] for text in texts[-3:]]

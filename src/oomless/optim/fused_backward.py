@@ -77,7 +77,7 @@ class FusedBackward:
         try:
             yield
         finally:
-            self._updating = False
+            self._updating, self._gradient_scale = False, None
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """End an optimizer step; return the norm of all its gradients, and 1 where it is not finite, else 0 (0-dim, fp32).

@@ -229,6 +229,7 @@ class Run:
             batches = self._next_batches()
             outcome = self._run_step(batches)
             if outcome is None:
+                logged_at = (time.perf_counter(), self.tokens)
                 continue
             self.step += 1
             unapplied += outcome.found_inf
