@@ -39,7 +39,18 @@ def check(claim: str) -> int:
     """Run the test of ``claim`` at full length, write what it counted, and return pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["--full-length", "-q", "-m", "", "-p", "no:cacheprovider", "--timeout=7200", f"--junitxml={report}"]
+        options = [
+            "--full-length",
+            "-q",
+            "-o",
+            "junit_family=xunit1",
+            "-m",
+            "",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=7200",
+            f"--junitxml={report}",
+        ]
         test = f"tests/training/test_{CLAIMS[claim]}"
         code = subprocess.run([sys.executable, "-m", "pytest", test, *options], cwd=ROOT).returncode
         rows = []
