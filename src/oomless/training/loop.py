@@ -43,7 +43,15 @@ MAY_CHANGE_ON_RESUME = {
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("recover_from_oom", "undo_updates", "on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
+    *(
+        "recover_from_oom",
+        "undo_updates",
+        "allow_leaner_optimizer",
+        "on_bad_loss",
+        "bad_loss_factor",
+        "preemption_grace_s",
+        "host_reserve_bytes",
+    ),
 }
 
 
