@@ -150,11 +150,12 @@ def test_a_fault_at_any_allocation_changes_no_bit(
     record_property("faults", len(faults))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["adamw", "in_backward"])
 def test_a_fault_in_a_larger_model(make_checkpoint, corpus, tmp_path, mode, full_length, record_property):
     folder = make_checkpoint("llama", hidden_size=256, intermediate_size=704, num_hidden_layers=8)
     bench = Bench(folder, corpus, tmp_path, undo=False, length=128, **OPTIMIZERS[mode])
-    chance, sample = random.Random(mode), 300 if full_length else 1
+    chance, sample = random.Random(mode), 300 if full_length else 5
     faults = assert_no_fault_changes_a_bit(bench, lambda count: chance.sample(range(count), sample))
     record_property("faults", len(faults))
 
@@ -276,11 +277,11 @@ def test_a_rehearsed_step_changes_nothing(make_checkpoint, corpus, tmp_path, mod
             first = device.allocation_count
             guard.rehearse(bench.batches)
             count = device.allocation_count - first
-            for index in (0, count // 2, count - 1):
+            for index in (count // 2, count - 1):
                 device.fail_at(device.allocation_count + index)
                 guard.rehearse(bench.batches)
                 device.fail_at(None)
-        assert len(bench.said) == 3
+        assert len(bench.said) == 2
         assert all(torch.equal(a, b) for a, b in zip(bench.tensors(), start, strict=True))
         assert torch.equal(torch.get_rng_state(), random_state)
         assert device.usage().allocated_bytes == held
