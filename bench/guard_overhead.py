@@ -3,7 +3,8 @@
 python bench/guard_overhead.py
 
 Both are taken in the same step, because the difference of guarded and plain steps drowns in their noise. What the guard does
-(cutting batches, one call before each parameter's update) is work of the host and the same on any device; ``undo_updates``,
+(cutting batches, one call before each parameter's update, one request before the first) is work of the host and the same on any
+device; ``undo_updates``,
 which copies, is not part of it.
 """
 
@@ -69,6 +70,7 @@ def main() -> None:
             target_count=ids.numel(),
         )
         guard = Guard(parts.step, device, print, micro_batch=BLOCKS, undo=False)
+        guard.rehearse([batch])
         clock = Clock()
         parts.step.run = clock.timed(parts.step.run, "step")  # type: ignore[method-assign]
         hook = parts.optimizer.before_update

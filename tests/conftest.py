@@ -10,6 +10,16 @@ import torch
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full-length", action="store_true", help="run tests of chance as long as bench/survival.py does")
+
+
+@pytest.fixture
+def full_length(request) -> bool:
+    """Whether a test of chance should run as long as the claims in the documentation say, which takes minutes."""
+    return request.config.getoption("--full-length")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_per_worker(worker_id):
     """Under xdist each worker keeps to one core."""

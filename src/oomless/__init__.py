@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from oomless.models.attention import use_packed_attention
     from oomless.planning.choose import choose_training
     from oomless.planning.layers import fewest_checkpointed_layers
-    from oomless.training.listener import Listener
-    from oomless.training.loop import RunResult, train
+    from oomless.training.listening import Listener, RunResult
+    from oomless.training.loop import train
     from oomless.training.loss import causal_lm_loss
 
 __version__ = "0.1.0.dev0"
@@ -27,8 +27,8 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "DataSource": "oomless.config",
     "TrainConfig": "oomless.config",
-    "Listener": "oomless.training.listener",
-    "RunResult": "oomless.training.loop",
+    "Listener": "oomless.training.listening",
+    "RunResult": "oomless.training.listening",
     "train": "oomless.training.loop",
     "causal_lm_loss": "oomless.training.loss",
     "choose_training": "oomless.planning.choose",

@@ -48,7 +48,7 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
     from oomless.training.distributed import world_size
-    from oomless.training.listener import Listener
+    from oomless.training.listening import Listener
     from oomless.training.loop import train as run
 
     console = Console(quiet=not _speaks())

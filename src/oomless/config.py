@@ -231,8 +231,12 @@ class TrainConfig:
     of ending the run."""
 
     undo_updates: bool = False
-    """Copy weights and state to host memory before each update, so that running out of memory inside the optimizer can be
-    recovered from too; all of them cross the bus once a step."""
+    """Copy weights and state to host memory before each update, so that running out of memory after the first one of a step
+    costs no step, where the run otherwise goes back to its last checkpoint; all of them cross the bus once a step."""
+
+    allow_leaner_optimizer: bool = False
+    """Where nothing else helps against running out of memory, keep AdamW's moments in 8 bits from then on; this alone changes
+    the result."""
 
     # Running
     seed: int = 0
@@ -318,6 +322,10 @@ class TrainConfig:
         if self.undo_updates and not self.recover_from_oom:
             raise ConfigError(
                 "undo_updates has no effect without recover_from_oom: turn that on, or remove undo_updates"
+            )
+        if self.allow_leaner_optimizer and not self.recover_from_oom:
+            raise ConfigError(
+                "allow_leaner_optimizer has no effect without recover_from_oom: turn that on, or remove it"
             )
         for name in ("checkpointed_layers", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from oomless.config import DataSource, TrainConfig
 from oomless.report.terminal import TerminalListener, perplexity
-from oomless.training.loop import RunResult, train
+from oomless.training.listening import RunResult
+from oomless.training.loop import train
 from oomless.units import format_bytes
 
 CODE_BYTES = 3_000_000

@@ -55,6 +55,20 @@ def test_every_token_is_predicted_once(sizes, length, packing, data):
         assert len(blocks) == -(-len(expected) // length)
 
 
+@settings(deadline=None, max_examples=100)
+@given(sizes=document_sizes, length=st.integers(1, 33), packing=st.sampled_from(PACKINGS))
+def test_weights_of_blocks_are_what_blocks_hold(sizes, length, packing):
+    store = make_store(sizes)
+    blocks = PackedBlocks(store, all_documents(store), length, packing)
+    if not len(blocks):
+        return
+    counts, longest = blocks.weights_of_blocks()
+    for block, count, most in zip(blocks, counts, longest, strict=True):
+        begins = np.cumsum([0, *block.document_lengths[:-1]])
+        real = [n for n, at in zip(block.document_lengths, begins, strict=True) if block.labels[at] != IGNORED]
+        assert (len(real), max(real)) == (count, most)
+
+
 @settings(deadline=None, max_examples=150)
 @given(sizes=document_sizes, length=st.integers(1, 33), packing=st.sampled_from(PACKINGS))
 def test_blocks_are_well_formed(sizes, length, packing):

@@ -51,6 +51,10 @@ QUANTIZED = [
     {"trainable": "lm_head", "tied_weights": "untied", "trainable_rows": "3,7-40", "stream_frozen": True},
 ]
 CASES += itertools.product(("llama", "gemma", "qwen2"), QUANTIZED)
+CASES += [
+    ("llama", {"trainable": "lora", "lora_dropout": 0.3, "gradient_checkpointing": True, "mlp_tiles": tiles})
+    for tiles in (None, 2)
+]
 
 
 def both_profiles(folder, settings, lengths=LENGTHS):
@@ -71,6 +75,14 @@ def both_profiles(folder, settings, lengths=LENGTHS):
 
 def identify(case):
     return "-".join(str(value) for value in case.values()) if isinstance(case, dict) else case
+
+
+def test_attention_that_drops_weights(make_checkpoint):
+    """Its masks are drawn block by block."""
+    folder = make_checkpoint("llama", attention_dropout=0.2)
+    real, fake = both_profiles(folder, {"dtype": "fp32", "optimizer": "sgd", "per_device_train_batch_size": 3})
+    assert fake.peak_bytes_by_category == real.peak_bytes_by_category
+    assert fake.phases == real.phases
 
 
 @pytest.mark.parametrize(("architecture", "settings"), CASES, ids=identify)

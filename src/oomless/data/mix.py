@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,25 @@ class BlockStream:
         source, place = self._place(number)
         turn, index = divmod(place, len(self.sources[source]))
         return self.sources[source][int(self._order(source, turn)[index]) if self.shuffle else index]
+
+    def heaviest(self, count: int) -> list[list[Block]]:
+        """Return the ``count`` blocks with the most documents, and the ``count`` with the longest, where those are others.
+
+        Blocks are all equally long; what attention asks for depends on how documents lie in them.
+        """
+        found: list[list[tuple[int, int]]] = []
+        weights = [source.weights_of_blocks() for source in self.sources]
+        for measure in range(2):
+            ranked = [
+                (int(values[measure][index]), source, int(index))
+                for source, values in enumerate(weights)
+                for index in np.argsort(-values[measure], kind="stable")[:count]
+            ]
+            ranked.sort(key=lambda entry: -entry[0])
+            places = [(source, index) for _, source, index in ranked]
+            if places and sorted(places[:count]) not in map(sorted, found):
+                found.append(list(islice(cycle(places), count)))
+        return [[self.sources[source][index] for source, index in places] for places in found]
 
     def check_unchanged(self) -> None:
         """Check that the files under the blocks are those that were opened.

@@ -68,6 +68,23 @@ class PackedBlocks:
         last = int(self.ends[-1]) if len(self.ends) else 0
         return max(0, last - (self.packing == "concatenate"))
 
+    def weights_of_blocks(self) -> tuple[Any, Any]:
+        """Return for each block how many documents it holds, and how long the longest of them is; padding is left out."""
+        if self.packing == "concatenate":
+            return np.ones(self.count, dtype=np.int64), np.full(self.count, self.length, dtype=np.int64)
+        begins = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        sizes = self.ends - begins
+        if self.packing == "best_fit":
+            return np.diff(self.first_part), np.maximum.reduceat(sizes, self.first_part[:-1])
+        begins, ends = begins[sizes > 0], self.ends[sizes > 0]
+        first, last = begins // self.length, (ends - 1) // self.length
+        # A document opens one count in its first block and closes it behind its last.
+        steps = _changes(first, last + 1, self.count)
+        longest = np.where(np.cumsum(_changes(first + 1, last, self.count))[: self.count] > 0, self.length, 0)
+        np.maximum.at(longest, first, np.minimum(ends - begins, (first + 1) * self.length - begins))
+        np.maximum.at(longest, last, ends - np.maximum(begins, last * self.length))
+        return np.cumsum(steps)[: self.count], longest
+
     def __iter__(self) -> Iterator[Block]:
         return (self[number] for number in range(len(self)))
 
@@ -158,6 +175,12 @@ def _best_fit(starts: Any, targets: Any, length: int) -> tuple[Any, Any, Any]:
     by_block = np.argsort(block_of, kind="stable")
     first_part = np.searchsorted(block_of[by_block], np.arange(blocks + 1))
     return part_starts[order][by_block], sizes[order][by_block], first_part
+
+
+def _changes(first: Any, behind: Any, count: int) -> Any:
+    """Return what is added at each place where spans from ``first`` to before ``behind`` are counted; empty ones are not."""
+    spans = behind > first
+    return np.bincount(first[spans], minlength=count + 1) - np.bincount(behind[spans], minlength=count + 1)
 
 
 def _counts_up(counts: Any) -> Any:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from oomless.ops.attention import packed_attention
+from oomless.techniques import block_dropout
 
 NAME = "oomless"
 
@@ -40,17 +42,25 @@ def attention_forward(
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes document_lengths, not a mask")
-    output = packed_attention(
-        query,
-        key,
-        value,
-        document_lengths=document_lengths,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout=dropout,
-    )
+    settings: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "dropout": dropout,
+    }
+    blocks = block_dropout.of(module)
+    if not dropout or blocks is None:
+        return packed_attention(query, key, value, document_lengths=document_lengths, **settings), None
+    count = query.shape[0]
+    outputs = []
+    for block, (mask, *states) in enumerate(
+        zip(blocks.each_block(query.device, count), *(torch.split(t, 1) for t in (query, key, value)), strict=True)
+    ):
+        lengths = None if document_lengths is None else document_lengths[block : block + 1]
+        with mask:
+            outputs.append(packed_attention(*states, document_lengths=lengths, **settings))
+    output = torch.cat(outputs)
     return output, None
 
 

@@ -27,9 +27,14 @@ from oomless.optim.base import (
     State,
     require_range,
     state_slice,
+    store_unless,
     weight_precision_of,
 )
-from oomless.optim.offload import HostMemory
+from oomless.optim.blockwise import block_count, decode_signed, decode_unsigned, encode_signed, encode_unsigned
+from oomless.optim.offload import HostMemory, to_host
+
+SMALLEST_QUANTISED = 4096
+"""Tensors of fewer elements keep fp32 moments where those of others are coded."""
 
 
 class AdamW(MemoryLeanOptimizer):
@@ -140,14 +145,79 @@ class AdamW(MemoryLeanOptimizer):
 
         The fp32 gradient of a slice and the coding of the moments do not exist at the same time.
         """
-        return 0
+        return 14 if "first_moment_scale" in state else 0
 
     def _read_moments(self, state: State) -> tuple[Tensor, Tensor]:
         """Return the moments of a slice in fp32."""
-        return state["first_moment"], state["second_moment"]
+        if "first_moment_scale" not in state:
+            return state["first_moment"], state["second_moment"]
+        return (
+            decode_signed(state["first_moment"], state["first_moment_scale"]),
+            decode_unsigned(state["second_moment"], state["second_moment_scale"]),
+        )
 
     def _write_moments(self, state: State, first: Tensor, second: Tensor, found_inf: Tensor | None) -> None:
         """Store moments that ``_read_moments`` returned and the update changed."""
+        if "first_moment_scale" not in state:
+            return
+        for name, (codes, scales) in (
+            ("first_moment", encode_signed(first)),
+            ("second_moment", encode_unsigned(second)),
+        ):
+            store_unless(found_inf, state[name], codes)
+            store_unless(found_inf, state[f"{name}_scale"], scales)
+
+    # Moments of 32 bits that become such of 8 in the middle of a run
+
+    def can_be_leaner(self) -> bool:
+        """Return whether there are moments that ``make_leaner`` would change."""
+        return any(self._has_wide_moments(parameter) for parameter in self._index)
+
+    def _has_wide_moments(self, parameter: Tensor) -> bool:
+        state = self.state[parameter]
+        wide = "first_moment" in state and "first_moment_scale" not in state
+        return wide and getattr(parameter, "whole_numel", parameter.numel()) >= SMALLEST_QUANTISED
+
+    @torch.no_grad()
+    def make_leaner(self, device: HostMemory) -> None:
+        """Code the moments in 8 bits, as those of ``adamw_8bit``, from now on; the work is the host's."""
+        for parameter in self._index:
+            if not self._has_wide_moments(parameter):
+                continue
+            state, offloaded = self.state[parameter], parameter in self._offloaded
+            coded = {}
+            for name, encode in (("first_moment", encode_signed), ("second_moment", encode_unsigned)):
+                with device.host():
+                    whole = state[name].clone() if offloaded else device.fetch(state[name])
+                    codes, coded[f"{name}_scale"] = encode(whole.view(-1))
+                    coded[name] = codes.view(parameter.shape)
+            self._become_leaner(parameter, coded, device)
+
+    def _become_leaner(self, parameter: Tensor, coded: State, device: HostMemory) -> None:
+        offloaded = parameter in self._offloaded
+        self.state[parameter] |= to_host(dict(coded), self.sliced_state if offloaded else frozenset(), device)
+        if offloaded:
+            self._note_offloaded(parameter)
+
+    def load_state_tensors(self, parameter: Tensor, tensors: State) -> None:
+        """Copy as ``MemoryLeanOptimizer`` does; what was saved after ``make_leaner`` makes these moments leaner too."""
+        if "first_moment_scale" in tensors and self._has_wide_moments(parameter):
+            if self._offload is not None and parameter in self._offloaded:
+                self._become_leaner(parameter, tensors, self._offload)
+            else:
+                self.state[parameter] |= moments_of_8_bits(parameter)
+        super().load_state_tensors(parameter, tensors)
+
+
+def moments_of_8_bits(parameter: Tensor) -> State:
+    """Return both moments of ``parameter``, all zero, in the codes of ``blockwise``."""
+    blocks = block_count(parameter.numel())
+    return {
+        "first_moment": torch.zeros_like(parameter, dtype=torch.int8),
+        "first_moment_scale": torch.zeros(blocks, dtype=torch.float32, device=parameter.device),
+        "second_moment": torch.zeros_like(parameter, dtype=torch.uint8),
+        "second_moment_scale": torch.zeros(blocks, dtype=torch.float32, device=parameter.device),
+    }
 
 
 def check_adam_group(group: Group) -> None:

@@ -219,6 +219,47 @@ class MemoryLeanOptimizer(Optimizer):
             return None
         return noise_key(group["seed"], self._index[parameter], state["step"])
 
+    # -- where state lies ------------------------------------------------------------------------------------
+
+    def movable_bytes(self) -> int:
+        """Return how much of the state lies on the device and could lie on the host."""
+        return sum(
+            self.state[parameter][name].nbytes
+            for parameter in self._index
+            if parameter not in self._offloaded
+            for name in self._movable(parameter)
+        )
+
+    def _movable(self, parameter: Tensor) -> list[str]:
+        return (
+            [] if parameter.numel() < SMALLEST_OFFLOADED else sorted(self.sliced_state & self.state[parameter].keys())
+        )
+
+    @torch.no_grad()
+    def offload_state(self, device: HostMemory) -> None:
+        """Move what can lie on the host to pinned memory of ``device``; what lies there already stays."""
+        self._offload = device
+        for parameter in self._index:
+            names = self._movable(parameter)
+            if names and parameter not in self._offloaded:
+                state = self.state[parameter]
+                state |= to_host({name: state[name] for name in names}, self.sliced_state, device)
+                self._note_offloaded(parameter)
+
+    @torch.no_grad()
+    def fetch_state(self) -> None:
+        """Move all state to the device; where it ends for lack of room each parameter's lies in one place or the other."""
+        for parameter in list(self._offloaded):
+            assert self._offload is not None
+            here = {name: self._offload.put(self.state[parameter][name]) for name in self._movable(parameter)}
+            self._offload.label(here.values(), "optimizer state")
+            self.state[parameter] |= here
+            del self._offloaded[parameter]
+
+    def _note_offloaded(self, parameter: Tensor) -> None:
+        bytes_ = sum(self.state[parameter][name].nbytes for name in self._movable(parameter))
+        self._offloaded[parameter] = 3 * -(-bytes_ // parameter.numel())
+
     # -- state -----------------------------------------------------------------------------------------------
 
     def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:

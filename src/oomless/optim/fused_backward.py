@@ -16,6 +16,7 @@ What it costs in freedom:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,48 +37,47 @@ class FusedBackward:
     def __init__(self, optimizer: MemoryLeanOptimizer) -> None:
         self.optimizer = optimizer
         self._gradient_scale: Tensor | None = None
-        self._updating = False
+        self._updating = self._changes_nothing = False
         self._updated: set[Tensor] = set()
         self._norm: Tensor | None = None
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(group))
-            for group in optimizer.param_groups
+            parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), number))
+            for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
             if parameter.requires_grad
         ]
 
-    def _hook(self, group: dict[str, Any]) -> Any:
-        def update(parameter: Tensor) -> None:
-            if not self._updating:
-                return
-            if parameter in self._updated:
-                raise RuntimeError(
-                    "a parameter got a second gradient since the last FusedBackward.finish(); call finish() after each "
-                    "backward pass inside updating(), and use non-reentrant checkpointing"
-                )
-            gradient = parameter.grad
-            assert gradient is not None
-            norm = global_gradient_norm([parameter], slice_bytes=self.optimizer.slice_bytes)
-            self._norm = norm if self._norm is None else torch.hypot(self._norm, norm)
-            self.optimizer.step_parameter(
-                parameter, gradient, group, gradient_scale=self._gradient_scale, found_inf=_not_finite(norm)
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        if not self._updating:
+            return
+        if parameter in self._updated:
+            raise RuntimeError(
+                "a parameter got a second gradient since the last FusedBackward.finish(); call finish() after each "
+                "backward pass inside updating(), and use non-reentrant checkpointing"
             )
-            parameter.grad = None
-            self._updated.add(parameter)
-
-        return update
+        gradient = parameter.grad
+        assert gradient is not None
+        norm = global_gradient_norm([parameter], slice_bytes=self.optimizer.slice_bytes)
+        self._norm = norm if self._norm is None else torch.hypot(self._norm, norm)
+        found_inf = torch.ones_like(norm) if self._changes_nothing else _not_finite(norm)
+        self.optimizer.step_parameter(
+            parameter, gradient, group, gradient_scale=self._gradient_scale, found_inf=found_inf
+        )
+        parameter.grad = None
+        self._updated.add(parameter)
 
     @contextmanager
-    def updating(self, gradient_scale: Tensor | None = None) -> Iterator[None]:
+    def updating(self, gradient_scale: Tensor | None = None, *, changes_nothing: bool = False) -> Iterator[None]:
         """Inside, a parameter is updated as soon as backward has its gradient; for the last micro-batch of a step.
 
-        ``gradient_scale``, a 0-dim fp32 tensor, multiplies every gradient as it is read (1 / loss scale).
+        ``gradient_scale``, a 0-dim fp32 tensor, multiplies every gradient as it is read (1 / loss scale). With
+        ``changes_nothing`` updates are made as after an overflow: all of their work, and no change.
         """
-        self._updating, self._gradient_scale = True, gradient_scale
+        self._updating, self._gradient_scale, self._changes_nothing = True, gradient_scale, changes_nothing
         try:
             yield
         finally:
-            self._updating = False
+            self._updating, self._gradient_scale = False, None
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """End an optimizer step; return the norm of all its gradients, and 1 where it is not finite, else 0 (0-dim, fp32).
@@ -103,6 +103,20 @@ class FusedBackward:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _hook(owner: weakref.ref[FusedBackward], number: int) -> Any:
+    """Return what a parameter of group ``number`` does with its gradient.
+
+    What a parameter's hook holds is never collected as garbage, so it must not hold the parameters.
+    """
+
+    def update(parameter: Tensor) -> None:
+        fused = owner()
+        if fused is not None:
+            fused._update(parameter, fused.optimizer.param_groups[number])
+
+    return update
 
 
 def _not_finite(norm: Tensor) -> Tensor:

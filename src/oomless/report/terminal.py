@@ -12,8 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from oomless.techniques.trainable import TrainableRow
-from oomless.training.listener import Listener, RunFacts
-from oomless.training.loop import RunResult
+from oomless.training.listening import Listener, RunFacts, RunResult
 from oomless.units import format_bytes
 
 SECONDS_BETWEEN_LOG_LINES = 10.0

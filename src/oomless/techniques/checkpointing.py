@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oomless.errors import ConfigError
+from oomless.techniques import block_dropout
 
 
 def apply(model: Any, count: int | None = None) -> list[nn.Module]:
@@ -42,7 +43,9 @@ def apply(model: Any, count: int | None = None) -> list[nn.Module]:
 
 def apply_to(model: Any, layers: list[Any]) -> None:
     """Have these ``layers`` of ``model`` keep only their input, until their ``gradient_checkpointing`` is set to False."""
-    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(model))
+    blocks = block_dropout.of(model)
+    masks: dict[str, Any] = {} if blocks is None else {"context_fn": blocks.recomputation}
+    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=blocks is not None, **masks)
     for layer in layers:
         layer._gradient_checkpointing_func = function
         layer.gradient_checkpointing = True
@@ -59,9 +62,3 @@ def layers_of_backward(model: Any) -> list[Any]:
     lowest = min((order[id(p)] for p in model.base_model.parameters() if p.requires_grad), default=len(order))
     layers = decoder_layers(model)
     return [layer for layer in layers if max((order[id(p)] for p in layer.parameters()), default=-1) >= lowest]
-
-
-def has_dropout(model: Any) -> bool:
-    """Return whether any dropout of ``model`` is switched on."""
-    active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return active or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))

@@ -153,9 +153,9 @@ def save_config(model: Any, folder: Path) -> None:
 
 
 def merge(model: Any) -> None:
-    """Add every adapter into its matrix, and write the rows that train into theirs, in place."""
+    """Add every adapter into its matrix, and write the rows that train into theirs, in place; what was cut short may be begun again."""
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and not module.merged:
             module.merge(safe_merge=True)
     trained_rows.merge(model)
 

@@ -49,7 +49,10 @@ class _Tiles:
         self.module = weakref.ref(module)  # the module holds this: a strong reference would keep both from dying
         self.own: Function | None = vars(module).get("forward")
         self.tiles = tiles
-        self.dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+        dropouts = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
+        self.dropout = bool(dropouts)
+        for part in dropouts:  # a tile is no block: masks are ordinary ones (block_dropout)
+            vars(part).pop("forward", None)
 
     def __call__(self, x: Tensor) -> Tensor:
         module = self.module()

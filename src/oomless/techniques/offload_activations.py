@@ -8,7 +8,8 @@ layer's. The last layer's input stays where it is, since backward takes it first
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,12 +35,41 @@ def apply(layers: list[nn.Module], device: Device) -> None:
         raise ConfigError(
             "offload_activations has no effect with a single checkpointed layer, whose input backward takes first; remove it"
         )
-    store = _Store(device, last=len(layers) - 1)
+    _apply(layers, _Store(device, last=len(layers) - 1))
+
+
+def _apply(layers: list[Any], store: _Store) -> None:
     for number, layer in enumerate(layers):
-        checkpointed: Any = layer
-        checkpointed._gradient_checkpointing_func = partial(
-            _checkpoint_offloaded, store, number, checkpointed._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = partial(
+            _checkpoint_offloaded, store, number, layer._gradient_checkpointing_func
         )
+
+
+def is_offloaded(layer: Any) -> bool:
+    """Return whether the inputs of ``layer`` wait in host memory."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    return isinstance(function, partial) and function.func is _checkpoint_offloaded
+
+
+class Offloading:
+    """The same for a while: inside ``on``. What the layers need of the host is kept from one time to the next."""
+
+    def __init__(self, layers: list[Any], device: Device) -> None:
+        """Take two or more ``layers`` in forward's order, which are checkpointed whenever this is on."""
+        self._layers, self._device = layers, device
+        self._store = _Store(device, last=len(layers) - 1)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside, the inputs of the layers wait for backward in host memory."""
+        before = [layer._gradient_checkpointing_func for layer in self._layers]
+        _apply(self._layers, self._store)
+        try:
+            yield
+        finally:
+            self._store.clear()
+            for layer, function in zip(self._layers, before, strict=True):
+                layer._gradient_checkpointing_func = function
 
 
 def _checkpoint_offloaded(
@@ -102,6 +132,11 @@ class _Store:
         if sent.number > 0:
             self._fetch(sent.number - 1)
         return tensor
+
+    def clear(self) -> None:
+        """Let go of what is on the device, as after a step that was cut short."""
+        self._release()
+        self._coming.clear()
 
     def _fetch(self, number: int) -> None:
         host = self._hosts[number]

@@ -30,9 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, ModelError
-from oomless.optim.adamw_8bit import SMALLEST_QUANTISED
+from oomless.optim.adamw import SMALLEST_QUANTISED
 from oomless.optim.blockwise import BLOCK
-from oomless.techniques.checkpointing import decoder_layers, has_dropout
+from oomless.techniques.block_dropout import has_dropout
+from oomless.techniques.checkpointing import decoder_layers
 
 ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 Result = TypeVar("Result")
@@ -55,6 +56,8 @@ def check(config: TrainConfig) -> None:
         "use_dora": config.use_dora and "its norms need whole matrices",
         "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
         "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
+        "allow_leaner_optimizer": config.allow_leaner_optimizer
+        and "a step that ran out of memory in one process is not run again",
         "preemption_grace_s": config.preemption_grace_s is not None and "a step can only be finished by all processes",
         "on_bad_loss": config.on_bad_loss == "rewind" and "rewind is for one process so far; use skip or stop",
     }

@@ -20,6 +20,7 @@ from oomless.models import build, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
+    block_dropout,
     cheap_recompute,
     checkpointing,
     fp32_residual,
@@ -179,6 +180,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
 
 def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtype: torch.dtype | None) -> None:
     """Apply the ways to keep less for backward, each on top of those before it."""
+    block_dropout.apply(model)
     if config.gradient_checkpointing:
         layers = checkpointing.apply(model, config.checkpointed_layers)
         if config.offload_activations:

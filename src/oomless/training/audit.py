@@ -42,7 +42,8 @@ class TrainabilityAudit:
         self.without_gradient = {name for name, parameter in self.named if parameter.requires_grad}
         self.unmoved = self.without_gradient - self._moved_by_chance()
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._got_gradient, name))  # type: ignore[no-untyped-call]
+            # Not a method: what a parameter's hook holds is never collected as garbage, and would hold the parameters.
+            parameter.register_post_accumulate_grad_hook(partial(_got_gradient, self.without_gradient, name))  # type: ignore[no-untyped-call]
             for name, parameter in self.named
             if parameter.requires_grad
         ]
@@ -74,9 +75,6 @@ class TrainabilityAudit:
         state = self.optimizer.state.get(part, {})
         return tuple(checksum(state[name]) for name in ("master", "correction") if name in state) + (checksum(part),)
 
-    def _got_gradient(self, name: str, parameter: Tensor) -> None:
-        self.without_gradient.discard(name)
-
     def after_step(self) -> bool:
         """Compare every parameter with its start.
 
@@ -98,6 +96,10 @@ class TrainabilityAudit:
             for hook in self._hooks:
                 hook.remove()
         return not self.unmoved
+
+
+def _got_gradient(without_gradient: set[str], name: str, parameter: Tensor) -> None:
+    without_gradient.discard(name)
 
 
 def checksum(tensor: Tensor) -> int:

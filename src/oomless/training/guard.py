@@ -1,13 +1,15 @@
 """Out of memory in the middle of a run: the same tokens are run again with less memory, and the result is the same.
 
 A step that runs out of memory is dropped (gradients, graph, random state), the cache is emptied, and the same blocks are
-run under the next rung: once more as before, then in smaller micro-batches, then with smaller chunks of logits, then with
-every layer checkpointed. The loss is divided by the step's tokens whatever the micro-batch, so the update is the one that
-the undisturbed step would have made, to rounding; a plain retry gives it bit for bit. Masks of dropout depend on the
-micro-batch, so there a smaller one draws others.
+run under the next rung of ``ladder``. The loss is divided by the step's tokens whatever the micro-batch, and masks of dropout
+belong to the blocks (``techniques.block_dropout``), so the update is the one that the undisturbed step would have made, to
+rounding; a plain retry gives it bit for bit.
 
-Once the optimizer has begun to change weights, running the step again would change them twice. With ``undo_updates`` what
-an update is about to change is first copied to host memory and put back; without it such an error ends the run, as before.
+Once the optimizer has begun to change weights, running the step again would change them twice. Three things answer that.
+Before an ordinary update changes the first weight, what an update asks for, as measured in ``rehearse``, is asked for and
+given back, so that a lack shows while nothing is lost. With ``undo_updates`` what an update is about to change is first copied to
+host memory and put back. Else the caller is told to go back to the last checkpoint (``GoBack``), from where the next rung
+trains the same blocks.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ import gc
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,29 +29,31 @@ from oomless.data.pack import IGNORED, Block
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.techniques import checkpointing
+from oomless.techniques import block_dropout
+from oomless.training.ladder import Ladder
 from oomless.training.step import StepResult, TrainingStep
 
-SMALLEST_CHUNK_BYTES = 1 << 20
 STEPS_BEFORE_CLIMBING = 50
+SMALL_BYTES = 1 << 20
+"""Requests up to this size have a pool of their own in the caching allocator."""
+SMALL_RESERVE_BLOCKS = 8
+"""So many of them are reserved for an update at most: more than it ever has at a time."""
+
 Result = TypeVar("Result")
 Passed = Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]]
 _MESSAGES = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|memory mapping failed with OOM", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """One way to run a step."""
+class GoBack(Exception):
+    """A step ran out of memory after it had changed weights: the run goes on from its last checkpoint."""
 
-    micro_batch: int
-    chunk_bytes: int
-    checkpoint_all: bool = False
 
-    def __str__(self) -> str:
-        return (
-            f"micro-batches of {self.micro_batch}, {self.chunk_bytes >> 10} KiB of logits"
-            + ", every layer checkpointed" * self.checkpoint_all
-        )
+class StartAgain(Exception):
+    """The same, where there is no checkpoint yet: the run is built again and begins at its first step."""
+
+    def __init__(self, level: int, recoveries: int, steps: int) -> None:
+        """Begin at rung ``level`` after so many ``recoveries``, with ``steps`` to be run again."""
+        self.level, self.recoveries, self.steps = level, recoveries, steps
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -59,18 +61,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _MESSAGES.search(str(error)) is not None
-
-
-def ladder(micro_batch: int, chunk_bytes: int, *, can_checkpoint: bool) -> list[Rung]:
-    """Return the rungs from the configured step to the one that needs least."""
-    rungs = [Rung(micro_batch, chunk_bytes)]
-    while rungs[-1].micro_batch > 1:
-        rungs.append(Rung(rungs[-1].micro_batch // 2, chunk_bytes))
-    while rungs[-1].chunk_bytes // 4 >= SMALLEST_CHUNK_BYTES:
-        rungs.append(Rung(1, rungs[-1].chunk_bytes // 4))
-    if can_checkpoint:
-        rungs.append(Rung(1, rungs[-1].chunk_bytes, checkpoint_all=True))
-    return rungs
 
 
 class UndoLog:
@@ -120,20 +110,25 @@ class Guard:
         micro_batch: int,
         undo: bool,
         active: bool = True,
+        may_split: bool = True,
+        leaner: bool = False,
     ) -> None:
-        """Begin with micro-batches of ``micro_batch``; one that is not ``active`` lets every error through."""
+        """Begin with micro-batches of ``micro_batch``; one that is not ``active`` lets every error through.
+
+        ``may_split`` and ``leaner`` are the ``Ladder``'s.
+        """
         self.active = active
         self.step, self.device, self.say = step, device, say
-        layers = checkpointing.layers_of_backward(step.model)
-        free = [layer for layer in layers if not layer.gradient_checkpointing and "forward" not in vars(layer)]
-        self._free_layers = free
-        self.rungs = ladder(micro_batch, step.loss_chunk_bytes, can_checkpoint=bool(free))
+        self._ladder = Ladder(step, device, micro_batch=micro_batch, may_split=may_split, leaner=leaner)
+        self.rungs = self._ladder.rungs
         self.level = 0
         self.recoveries = 0
         self._good_steps, self._patience = 0, STEPS_BEFORE_CLIMBING
-        self._dropout = checkpointing.has_dropout(step.model)
+        self._steps_to_redo = 0
+        self._dropout = block_dropout.has_dropout(step.model)
         self._undo = UndoLog(step.optimizer, step, device) if undo else None
-        self._changed = False
+        self._changed = self._rehearsing = False
+        self._reserve_bytes = 0
         if active:
             step.optimizer.before_update = self._before_update
 
@@ -144,12 +139,14 @@ class Guard:
         Of several GPUs one that runs out leaves the others in the middle of a collective, from which there is no way back.
 
         Raises:
-            ConfigError: ``undo_updates`` is asked for on a CPU.
+            ConfigError: ``undo_updates`` or ``allow_leaner_optimizer`` has no effect.
         """
         on_gpu = device.capacity_bytes is not None
-        if config.undo_updates and not on_gpu:
-            raise ConfigError("undo_updates has no effect on a CPU, whose memory is the host's; remove it")
-        if on_gpu and config.recover_from_oom and step.ranks.count > 1:
+        for name in ("undo_updates", "allow_leaner_optimizer"):
+            if getattr(config, name) and not on_gpu:
+                raise ConfigError(f"{name} has no effect on a CPU, whose memory is the host's; remove it")
+        active = on_gpu and config.recover_from_oom and step.ranks.count == 1
+        if on_gpu and config.recover_from_oom and not active:
             say("recover_from_oom does nothing with several GPUs: a step that runs out of memory ends the run")
         return cls(
             step,
@@ -157,7 +154,9 @@ class Guard:
             say,
             micro_batch=config.per_device_train_batch_size,
             undo=config.undo_updates,
-            active=on_gpu and config.recover_from_oom and step.ranks.count == 1,
+            active=active,
+            may_split=not active or block_dropout.belongs_to_blocks(step.model, device),
+            leaner=config.allow_leaner_optimizer,
         )
 
     def metrics(self) -> dict[str, int]:
@@ -167,19 +166,57 @@ class Guard:
     def _before_update(self, parameter: Tensor) -> None:
         if self._undo is not None:
             self._undo.remember(parameter)
-        self._changed = True
+        if not self._changed and self._reserve_bytes:
+            self._reserve()
+        self._changed = not self._rehearsing
+
+    def _reserve(self) -> None:
+        """Ask for what an update asks for at once, of either pool; given back it stays cached for the updates."""
+        small_blocks = min(SMALL_RESERVE_BLOCKS, self._reserve_bytes // SMALL_BYTES)
+        for sizes in ([self._reserve_bytes], [SMALL_BYTES] * small_blocks):
+            held = [torch.empty(size, dtype=torch.uint8, device=self.device.torch_device) for size in sizes]
+            del held
 
     def run(self, batches: Sequence[MicroBatch], tokens: int | None = None) -> StepResult:
         """Train on ``batches``, which are one optimizer step (of ``tokens``, as in ``TrainingStep.run``), at the rung that fits.
 
         Raises:
-            torch.OutOfMemoryError: no rung fits, or weights had begun to change and nothing undoes it.
+            torch.OutOfMemoryError: no rung fits.
+            GoBack: weights had begun to change and nothing undoes it; the rung that comes next is chosen.
         """
         if not self.active:
             return self.step.run(batches, tokens)
         self._climb()
+        result = self._recovering(batches, tokens, self.step.run)
+        self._good_steps += 1
+        self._steps_to_redo = max(0, self._steps_to_redo - 1)
+        return result
+
+    def rehearse(self, batches: Sequence[MicroBatch]) -> None:
+        """Run ``batches`` as one optimizer step that changes nothing, and so find the rung at which it fits.
+
+        Raises:
+            torch.OutOfMemoryError: no rung fits.
+        """
+        if not self.active:
+            return
         random_state = self._random_state()
-        tried = False
+        self._rehearsing, self._reserve_bytes = True, 0
+        try:
+            self._reserve_bytes = self._recovering(batches, None, self.step.rehearse)
+        finally:
+            self._rehearsing = False
+            self.step.abandon()
+            self._set_random_state(random_state)
+
+    def _recovering(
+        self,
+        batches: Sequence[MicroBatch],
+        tokens: int | None,
+        attempt: Callable[[list[MicroBatch], int | None], Result],
+    ) -> Result:
+        random_state = self._random_state()
+        tried = self._steps_to_redo > 0
         while True:
             self._changed = False
             if self._undo is not None:
@@ -188,28 +225,38 @@ class Guard:
                 rung = self.rungs[self.level]
                 with self.device.host():
                     parts = list(split(batches, rung.micro_batch))
-                with self._at(rung):
-                    result = self.step.run(parts, tokens)
+                with self._ladder.at(rung):
+                    result = attempt(parts, tokens)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or (self._changed and self._undo is None):
-                    raise
                 last = tried and self.level == len(self.rungs) - 1
-                if last:
+                if not is_out_of_memory(error) or last:
                     raise
-                _release(error)
+                release(error)
             else:
-                self._good_steps += 1
                 self._changed = False
                 if self._undo is not None:
                     self._undo.clear()
                 return result
+            spoiled = self._changed and self._undo is None
             self._drop(random_state)
             self.recoveries += 1
             if tried:
                 self.level += 1
             tried = True
             self._good_steps = 0
-            self.say(f"out of memory: the step is run again with {self.rungs[self.level]}")
+            self.say(
+                f"out of memory{' after weights had changed' * spoiled}: the step is run again with {self.rungs[self.level]}"
+            )
+            if spoiled:
+                raise GoBack
+
+    def continue_from(self, again: StartAgain) -> None:
+        """Stand where the guard of the run that begins again stood."""
+        self.level, self.recoveries, self._steps_to_redo = again.level, again.recoveries, again.steps
+
+    def went_back(self, steps: int) -> None:
+        """Know that so many steps, the one that ran out of memory among them, are run again."""
+        self._steps_to_redo = steps
 
     def evaluate(self, blocks: Iterable[Block], size: int, passed: Passed = iter) -> tuple[Tensor, int]:
         """Return what ``TrainingStep.evaluate`` does of ``blocks``, ``size`` at a time, or fewer where that does not fit.
@@ -228,7 +275,7 @@ class Guard:
             except RuntimeError as error:
                 if not self._may_recover(error) or attempt == len(sizes) - 1:
                     raise
-                _release(error)
+                release(error)
             self._drop(None)
             self.say(f"out of memory: the evaluation is run again in batches of {sizes[attempt + 1]}")
         raise AssertionError("the last size returned or raised")
@@ -240,7 +287,7 @@ class Guard:
         except RuntimeError as error:
             if not self._may_recover(error):
                 raise
-            _release(error)
+            release(error)
         self._drop(None)
         self.say("out of memory while saving or loading: done again after freeing what was cached")
         return action(*arguments, **keywords)
@@ -256,19 +303,6 @@ class Guard:
             self._patience *= 2
             self.say(f"trying {self.rungs[self.level]} again")
 
-    @contextmanager
-    def _at(self, rung: Rung) -> Iterator[None]:
-        before = self.step.loss_chunk_bytes
-        self.step.loss_chunk_bytes = rung.chunk_bytes
-        if rung.checkpoint_all:
-            checkpointing.apply_to(self.step.model, self._free_layers)
-        try:
-            yield
-        finally:
-            self.step.loss_chunk_bytes = before
-            for layer in self._free_layers if rung.checkpoint_all else ():
-                layer.gradient_checkpointing = False
-
     def _random_state(self) -> list[Tensor] | None:
         if not self._dropout:
             return None
@@ -279,15 +313,17 @@ class Guard:
     def _drop(self, random_state: list[Tensor] | None) -> None:
         """Leave nothing of the failed attempt behind."""
         self.step.abandon()
-        gc.collect()
         if self.device.torch_device.type == "cuda":
             torch.cuda.synchronize(
                 self.device.torch_device
             )  # copies that were under way must not land after what is put back
-        self.device.empty_cache()
+        free(self.device)
         if self._undo is not None and self._changed:
             self._undo.restore()
         self._changed = False
+        self._set_random_state(random_state)
+
+    def _set_random_state(self, random_state: list[Tensor] | None) -> None:
         if random_state is not None:
             torch.set_rng_state(random_state[0])
             for state in random_state[1:]:
@@ -309,7 +345,7 @@ def split(batches: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
             )
 
 
-def _release(error: BaseException) -> None:
+def release(error: BaseException) -> None:
     """Let go of the tensors that the frames of ``error`` hold."""
     seen: BaseException | None = error
     while seen is not None:
@@ -317,3 +353,22 @@ def _release(error: BaseException) -> None:
         following = seen.__cause__ or seen.__context__
         seen.__traceback__ = None
         seen = following
+
+
+def built(make: Callable[[], Result], device: Device, say: Callable[[str], None]) -> Result:
+    """Return what ``make`` returns, which is called once more after memory was freed where it runs out."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        release(error)
+    free(device)
+    say("out of memory while the model was built: it is built again after freeing what was cached")
+    return make()
+
+
+def free(device: Device) -> None:
+    """Give back what only garbage holds, and what is cached."""
+    gc.collect()
+    device.empty_cache()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ from torch import Tensor
 from oomless.config import BadLossPolicy, TrainConfig
 from oomless.data.encode import check_tokenizer
 from oomless.data.loader import Loader, MicroBatch, micro_batches
-from oomless.data.prepare import PreparedData, prepare
+from oomless.data.prepare import prepare
 from oomless.errors import CheckpointError, ConfigError, DataError, HostMemoryError, TrainingError
 from oomless.memory.device import Device
 from oomless.models.spec import load_tokenizer, resolve
 from oomless.techniques import sharding, trainable
-from oomless.training import checkpoint, distributed, final_model
+from oomless.training import checkpoint, distributed, final_model, guard
 from oomless.training.assemble import Assembly, assemble, open_device
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.bad_loss import MOST_IN_A_ROW, BadLoss
 from oomless.training.distributed import Ranks
-from oomless.training.guard import Guard
+from oomless.training.guard import GoBack, Guard, StartAgain
 from oomless.training.interruption import Abandoned, Interruption
-from oomless.training.listener import Listener, RunFacts
+from oomless.training.listening import Listener, RunFacts, RunResult
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
-from oomless.training.run_folder import Metrics, locked, remove_leftovers
+from oomless.training.run_folder import Metrics, locked, remove_leftovers, tensorboard
 from oomless.training.schedule import learning_rate_factor
 from oomless.training.step import StepResult
 from oomless.training.watch import MemoryWatch
@@ -41,27 +41,9 @@ MAY_CHANGE_ON_RESUME = {
     *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
-    *("recover_from_oom", "undo_updates", "on_bad_loss", "bad_loss_factor", "preemption_grace_s", "host_reserve_bytes"),
+    *("recover_from_oom", "undo_updates", "allow_leaner_optimizer", "on_bad_loss", "bad_loss_factor"),
+    *("preemption_grace_s", "host_reserve_bytes"),
 }
-
-
-@dataclass(kw_only=True, slots=True)
-class RunResult:
-    """What a run came to."""
-
-    output_dir: Path
-    model_dir: Path | None = None
-    """The final model in the Hugging Face layout; ``None`` where the run was interrupted."""
-
-    steps: int = 0
-    tokens: int = 0
-    tokens_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-    eval_before: dict[str, float] = field(default_factory=dict)
-    """Mean cross-entropy by source before the first step of this call."""
-
-    eval_after: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
@@ -76,19 +58,36 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
     if distributed.world_size() > 1:
         sharding.check(config)
     device = open_device(config.gpu)
+    listener, again = listener or Listener(), None
     with distributed.joined(device.torch_device.type) as ranks, ExitStack() as stack:
         with ranks.together("the lock of the run folder"):
             if ranks.first:
                 stack.enter_context(locked(run))
         stack.enter_context(device.active())
-        return Run(config, run, device, listener or Listener(), ranks).execute()
+
+        def make() -> Run:
+            return Run(config, run, device, listener, ranks, again)
+
+        while True:
+            try:
+                recovers = config.recover_from_oom and device.capacity_bytes is not None and ranks.count == 1
+                return (guard.built(make, device, listener.said) if recovers else make()).execute()
+            except StartAgain as error:
+                again = StartAgain(error.level, error.recoveries, error.steps)
+            guard.free(device)
 
 
 class Run:
     """The state of one run while it lasts."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, device: Device, listener: Listener, ranks: Ranks = distributed.ALONE
+        self,
+        config: TrainConfig,
+        run: Path,
+        device: Device,
+        listener: Listener,
+        ranks: Ranks = distributed.ALONE,
+        again: StartAgain | None = None,
     ) -> None:
         self.config, self.folder, self.device, self.listener, self.ranks = config, run, device, listener, ranks
         self.blocks_per_step = config.blocks_per_step * ranks.count
@@ -98,10 +97,7 @@ class Run:
         self.tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
         check_tokenizer(self.tokenizer, spec.config.get_text_config().vocab_size)
         cache_dir = Path(config.cache_dir) if config.cache_dir else run / "token-cache"
-
-        def prepared() -> PreparedData:
-            return prepare(config, self.tokenizer, cache_dir, listener.tokenising)
-
+        prepared = partial(prepare, config, self.tokenizer, cache_dir, listener.tokenising)
         if ranks.count > 1:
             ranks.from_first(lambda: prepared() is None)  # the others find the cache
         self.data = prepared()
@@ -110,12 +106,13 @@ class Run:
         )
         self.assembly: Assembly = assemble(spec, config, device, fill=reload_base, ranks=ranks)
         self.guard = Guard.of(config, self.assembly.step, device, listener.said)
+        if again is not None:
+            self.guard.continue_from(again)
         self.source = spec.folder or Path(config.model)
         self.loader = Loader(self.data.train)
         self.total_steps = self._total_steps()
         self.step, self.tokens = 0, 0
-        self.saved: checkpoint.Checkpoint | None = None
-        self.last_save_failed = False
+        self.saved, self.last_save_failed = start, False
         self.metrics = Metrics(run / "metrics.jsonl", listener.said)
         self.bad_loss = BadLoss(
             config.on_bad_loss, config.bad_loss_factor, dynamic_scale=self.assembly.loss_scale.dynamic
@@ -139,7 +136,7 @@ class Run:
                 self.metrics.cut(self.step if start is not None else -1)
                 checkpoint.write_atomically(run / "config.yaml", config.to_yaml())
         self.result = RunResult(output_dir=run)
-        self.writer = _tensorboard(run) if config.tensorboard and ranks.first else None
+        self.writer = tensorboard(run) if config.tensorboard and ranks.first else None
 
     def execute(self) -> RunResult:
         """Run to the end, or to the interruption."""
@@ -154,6 +151,7 @@ class Run:
         )
         with self.interrupted.listening():
             self.listener.prepared(facts)
+            self._rehearse_heaviest()
             self.device.reset_peak()
             self.result.eval_before = self._evaluate()
             if self.config.on_bad_loss == "rewind":
@@ -226,6 +224,16 @@ class Run:
 
     # Training
 
+    def _rehearse_heaviest(self) -> None:
+        """Run the heaviest micro-batches that the data can give, and change nothing, so that what does not fit shows now."""
+        config = self.config
+        passes = min(3 if config.optimizer_in_backward else 2, config.gradient_accumulation_steps)
+        for blocks in self.data.train.heaviest(config.per_device_train_batch_size):
+            with self.device.host():
+                batches = list(micro_batches(blocks * passes, config.per_device_train_batch_size))
+            with suppress(Abandoned):  # the run was asked to end, and does so before its first step
+                self.guard.rehearse(batches)
+
     def _train_steps(self) -> None:
         config, parts = self.config, self.assembly
         audit = TrainabilityAudit(parts.model, parts.optimizer, self.ranks.any_of) if self.step == 0 else None
@@ -238,7 +246,8 @@ class Run:
             batches, tokens = self._next_batches()
             outcome = self._run_step(batches, tokens)
             if outcome is None:
-                break
+                logged_at = (time.perf_counter(), self.tokens)
+                continue
             self.step += 1
             unapplied += outcome.found_inf
             reason = self._judge(outcome)
@@ -282,7 +291,7 @@ class Run:
         return self.ranks.share(batches), sum(batch.target_count for batch in batches)
 
     def _run_step(self, batches: Sequence[MicroBatch], tokens: int) -> StepResult | None:
-        """Return what the step measured, or ``None`` where it was abandoned and everything is as it was before."""
+        """Return what the step measured; ``None`` where it was abandoned, or the run went back to before it."""
         step = self.assembly.step
         step.limits = self.bad_loss.limits()
         may_abandon = self.config.preemption_grace_s is not None
@@ -290,14 +299,32 @@ class Run:
         try:
             with self.interrupted.timing_step():
                 return self.guard.run(batches, tokens)
+        except GoBack:
+            self._go_back()
+            return None
         except Abandoned:
             self.assembly.optimizer.zero_grad(set_to_none=True)
             checkpoint.set_random_state(random_state, self.device)
             self.loader.position = self.loader.taken[0]
-            self.listener.said(
-                f"step {self.step + 1} was abandoned: it and the save might have outlasted the grace period"
-            )
+            said = f"step {self.step + 1} was abandoned: it and the save might have outlasted the grace period"
+            self.listener.said(said)
             return None
+
+    def _go_back(self) -> None:
+        """Undo a step that had changed weights when it ran out of memory, by going back to before it.
+
+        Raises:
+            StartAgain: there is no checkpoint yet.
+        """
+        failed, left_out = self.step + 1, self.loader.left_out
+        last = checkpoint.newest_good(self.folder, self.listener.said)
+        if last is None:
+            raise StartAgain(self.guard.level, self.guard.recoveries, failed)
+        self._restore(last)
+        self.metrics.cut(self.step)
+        self.loader.left_out |= left_out
+        self.guard.went_back(failed - last.step)
+        self.listener.said(f"back to {last.folder.name}")
 
     def _judge(self, outcome: StepResult) -> str | None:
         """Return what is bad about the step just run, where the host looks at every one."""
@@ -458,9 +485,9 @@ class Run:
         self.result.eval_after = self._evaluate()
         if self.interrupted.is_set():
             return
-        target = self.folder / "model"
-        parts = self.assembly
-        final_model.write(target, self._save(), parts.model, self.tokenizer, self.source, self.device, self.ranks)
+        target, model = self.folder / "model", self.assembly.model
+        write = partial(final_model.write, target, self._save(), model, self.tokenizer, self.source)
+        self.guard.retried(write, self.device, self.ranks)
         self.result.model_dir = target
         self.listener.saved(target)
 
@@ -470,11 +497,3 @@ def _stopped(reason: str) -> TrainingError:
         f"{reason}: the run was stopped before it could spoil a checkpoint. Lower learning_rate, or set on_bad_loss to skip or "
         "rewind, and go on with --resume from the last checkpoint."
     )
-
-
-def _tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard is not installed: install oomless[tensorboard] or leave it out") from error
-    return SummaryWriter(str(run / "tensorboard"))

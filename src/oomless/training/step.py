@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
 from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
-from oomless.techniques import one_gradient_buffer, sharding
+from oomless.techniques import block_dropout, one_gradient_buffer, sharding
 from oomless.training.distributed import ALONE, Ranks
 from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
@@ -71,6 +71,7 @@ class TrainingStep:
         """What loss and gradient norm must stay below, or the step changes nothing; not looked at with ``in_backward``."""
         self.before_micro_batch: Callable[[], None] = lambda: None
         """May raise: no weight has been touched then, in any mode."""
+        self._block_dropout = block_dropout.of(model)
         self._destination = one_gradient_buffer.head_destination(model)
 
     def run(self, micro_batches: Sequence[MicroBatch], tokens: int | None = None) -> StepResult:
@@ -78,7 +79,7 @@ class TrainingStep:
 
         ``tokens`` is how many the step predicts in all processes; by default those of ``micro_batches``.
         """
-        tokens = max(1, tokens or sum(batch.target_count for batch in micro_batches))
+        tokens = self._begin(micro_batches, tokens)
         if self.fused is None:
             loss = self.ranks.sum(self.accumulate(micro_batches, tokens))
             with self.device.phase("optimizer"):
@@ -92,15 +93,43 @@ class TrainingStep:
         self.loss_scale.update(~torch.isfinite(norm))
         return StepResult(loss=loss, gradient_norm=norm, found_inf=found_inf)
 
+    def _begin(self, micro_batches: Sequence[MicroBatch], tokens: int | None) -> int:
+        """Begin a step, and return how many tokens it predicts: ``tokens``, or those of ``micro_batches``."""
+        if self._block_dropout is not None:
+            self._block_dropout.begin_step()
+        return max(1, tokens or sum(batch.target_count for batch in micro_batches))
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch], tokens: int | None = None) -> int:
+        """Ask for all the memory that ``run`` asks for and change no weight and no state; gradients are left.
+
+        Returns:
+            The most that the update asked for beyond what was there; 0 where it lies inside backward.
+        """
+        tokens = self._begin(micro_batches, tokens)
+        if self.fused is None:
+            loss = self.accumulate(micro_batches, tokens)
+            self.device.reset_peak()
+            before = self.device.usage().allocated_bytes
+            with self.device.phase("optimizer"):
+                self._update(loss, changes_nothing=True)
+            return self.device.usage().peak_allocated_bytes - before
+        loss = self.accumulate(micro_batches[:-1], tokens)
+        with self.fused.updating(1 / self.loss_scale.scale, changes_nothing=True):
+            loss += self.accumulate(micro_batches[-1:], tokens)
+        self.fused.finish()
+        return 0
+
     def abandon(self) -> None:
         """Leave nothing of a step that failed: no gradient, and no bookkeeping of updates in backward."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.fused is not None:
             self.fused.abandon()
 
-    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, loss: Tensor, *, changes_nothing: bool = False) -> tuple[Tensor, Tensor]:
         norm = self._gradient_norm().div_(self.loss_scale.scale)
         found_inf = (~((loss < self.limits[0]) & (norm < self.limits[1]))).float()
+        if changes_nothing:
+            found_inf.fill_(1.0)
         coefficient = 1 / self.loss_scale.scale
         if self.max_grad_norm:
             coefficient = coefficient * clip_coefficient(norm, self.max_grad_norm)
@@ -124,6 +153,8 @@ class TrainingStep:
         self.model.train()
         for batch in micro_batches:
             self.before_micro_batch()
+            if self._block_dropout is not None:
+                self._block_dropout.begin(*batch.input_ids.shape)
             loss = self._loss(
                 batch, self.loss_scale.scale / tokens, label_smoothing=self.label_smoothing, z_loss=self.z_loss
             )

@@ -1,8 +1,8 @@
-"""Who watches a run, and what is told."""
+"""What a run tells those who watch it, while it lasts and at its end."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,22 @@ class RunFacts:
     first_step: int
     gpus: int = 1
     """How many train together."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunResult:
+    """What a run came to."""
+
+    output_dir: Path
+    model_dir: Path | None = None
+    """The final model in the Hugging Face layout; ``None`` where the run was interrupted."""
+
+    steps: int = 0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    eval_before: dict[str, float] = field(default_factory=dict)
+    """Mean cross-entropy by source before the first step of this call."""
+
+    eval_after: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False

@@ -1,0 +1,67 @@
+"""The claims of docs/recovery.md and docs/survival.md at their full length, which the tests make in a short form.
+
+python bench/survival.py CLAIM ...
+
+Runs the tests themselves with --full-length, and keeps what they counted in a result for each claim.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from provenance import write
+
+ROOT = Path(__file__).parent.parent
+CLAIMS = {
+    "faults_in_steps": "guard.py::test_a_fault_at_any_allocation_changes_no_bit",
+    "faults_in_a_larger_model": "guard.py::test_a_fault_in_a_larger_model",
+    "faults_in_runs": "faults_in_runs.py::test_no_mode_ends_the_run",
+    "kills": "survival.py::test_killed_at_random_moments",
+    "full_disks": "survival.py::test_disk_full_at_every_page_and_every_file",
+    "damage": "survival.py::test_every_flip_and_cut_is_noticed",
+    "soak": "survival.py::test_soak",
+}
+
+
+def main() -> None:
+    unknown = set(sys.argv[1:]) - CLAIMS.keys()
+    if unknown or len(sys.argv) == 1:
+        raise SystemExit(f"claims are {', '.join(CLAIMS)}")
+    codes = [check(claim) for claim in sys.argv[1:]]
+    raise SystemExit(max(codes))
+
+
+def check(claim: str) -> int:
+    """Run the test of ``claim`` at full length, write what it counted, and return pytest's exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        options = [
+            "--full-length",
+            "-q",
+            "-o",
+            "junit_family=xunit1",
+            "-m",
+            "",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=7200",
+            f"--junitxml={report}",
+        ]
+        test = f"tests/training/test_{CLAIMS[claim]}"
+        code = subprocess.run([sys.executable, "-m", "pytest", test, *options], cwd=ROOT).returncode
+        rows = []
+        for case in ElementTree.parse(report).iter("testcase"):
+            counted = {p.get("name", ""): int(p.get("value", "0")) for p in case.iter("property")}
+            failed = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
+            seconds = round(float(case.get("time", "0")), 1)
+            rows.append({"test": case.get("name"), "passed": not failed, "seconds": seconds, **counted})
+    print(f"written to {write(f'survival_{claim}', {'tests': rows})}")
+    return code
+
+
+if __name__ == "__main__":
+    main()

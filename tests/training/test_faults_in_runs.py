@@ -1,0 +1,258 @@
+"""Running out of memory anywhere in a whole run, from the build to the final model, with the settings as they are by default."""
+
+import gc
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oomless.config import DataSource, TrainConfig
+from oomless.errors import ConfigError
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.training import loop
+
+FILES = ("model.safetensors", "trainer/optimizer.safetensors")
+MODES = {
+    "adamw": dict(),
+    "adamw_8bit": dict(optimizer="adamw_8bit", weight_precision="correction", dtype="bf16"),
+    "adafactor": dict(optimizer="adafactor", weight_precision="stochastic", dtype="bf16"),
+    "sgd": dict(optimizer="sgd"),
+    "apollo": dict(optimizer="apollo"),
+    "apollo_mini": dict(optimizer="apollo_mini"),
+    "galore": dict(optimizer="galore"),
+    "muon": dict(optimizer="muon"),
+    "offload_optimizer": dict(offload_optimizer=True),
+    "in_backward": dict(optimizer_in_backward=True, save_steps=2),
+    "in_backward_unsaved": dict(optimizer_in_backward=True, dtype="fp16", gradient_accumulation_steps=1),
+    "adafactor_in_backward": dict(optimizer="adafactor", optimizer_in_backward=True, save_steps=1),
+    "lora": dict(trainable="lora+lm_head", lora_dropout=0.3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+class Ear(loop.Listener):
+    def __init__(self):
+        self.heard = []
+
+    def said(self, message):
+        self.heard.append(message)
+
+    def stepped(self, metrics):
+        self.heard.append(metrics)
+
+
+class Runs:
+    """One run, made again and again with a fault at another allocation."""
+
+    def __init__(self, folder, corpus, tmp_path, monkeypatch, settings):
+        self.tmp_path, self.monkeypatch, self.number = tmp_path, monkeypatch, 0
+        self.settings = dict(
+            model=str(folder),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            **{
+                **dict(max_seq_length=32, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=3),
+                **dict(
+                    eval_fraction=0.02,
+                    per_device_eval_batch_size=64,
+                    dtype="fp32",
+                    learning_rate=1e-3,
+                    loss_chunk_bytes=1 << 20,
+                ),
+                **settings,
+            },
+        )
+
+    def run(self, fault=None):
+        """Return the final weights, the losses, what was said, what the device holds and how much it was asked for."""
+        self.number += 1
+        out = self.tmp_path / f"run-{self.number}"
+        device = VirtualGPU(256 << 20)
+        if fault is not None:
+            device.fail_at(fault)
+        self.monkeypatch.setattr(loop, "open_device", lambda name: device)
+        ear = Ear()
+        result = loop.train(TrainConfig(output_dir=str(out), **self.settings), ear)
+        gc.collect()
+        weights = load_file(result.model_dir / "model.safetensors")
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        losses = [{k: v for k, v in line.items() if "loss" in k or k == "step"} for line in lines]
+        heard = [message for message in ear.heard if isinstance(message, str)]
+        return weights, losses, heard, device.usage().allocated_bytes, device.allocation_count
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mode, full_length, record_property):
+    folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=1024 if "offload" in mode else 96)
+    runs = Runs(folder, corpus, tmp_path, monkeypatch, MODES[mode])
+    expected, losses, heard, held, count = runs.run()
+    assert not heard
+    assert held == 0
+    # Each mode at another moment: from the build over rehearsal, steps and saves to the last evaluation.
+    moment = list(MODES).index(mode) * (count - 1) // (len(MODES) - 1)
+    faults = random.Random(mode).sample(range(count), 20) if full_length else [moment]
+    for index in faults:
+        weights, found_losses, heard, held, _ = runs.run(index)
+        assert any("out of memory" in message for message in heard), index
+        assert same(weights, expected), index
+        assert found_losses == losses, index
+        assert held == 0, index
+    record_property("faults", len(faults))
+
+
+@pytest.mark.parametrize("save_steps", [2, None], ids=["checkpoint", "no_checkpoint"])
+def test_going_back(make_checkpoint, corpus, tmp_path, monkeypatch, save_steps):
+    """The last allocations of step 4 fail, twice, when most weights have changed: the second time at a lower rung."""
+    devices, ends = [], []
+    monkeypatch.setattr(loop, "open_device", lambda name: devices[-1])
+
+    class Unlucky(Ear):
+        def __init__(self, faults):
+            super().__init__()
+            self.faults = faults
+
+        def stepped(self, metrics):
+            super().stepped(metrics)
+            device = devices[-1]
+            ends.append(device.allocation_count)
+            if metrics["step"] == 3 and self.faults:
+                self.faults -= 1
+                device.fail_at(device.allocation_count + ends[2] - ends[1] - 9)
+
+    results = []
+    for faults in (0, 1, 2):
+        devices.append(VirtualGPU(256 << 20))
+        config = TrainConfig(
+            model=str(make_checkpoint("llama", num_hidden_layers=1)),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / f"{faults}"),
+            max_seq_length=32,
+            optimizer="sgd",
+            learning_rate=1e-2,
+            optimizer_in_backward=True,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            dtype="fp32",
+            max_steps=6,
+            save_steps=save_steps,
+            eval_fraction=0.0,
+            loss_chunk_bytes=1 << 20,
+        )
+        ear = Unlucky(faults)
+        result = loop.train(config, ear)
+        said = [message for message in ear.heard if isinstance(message, str)]
+        assert sum("after weights had changed" in message for message in said) == faults
+        assert sum(message == "back to checkpoint-2" for message in said) == (faults if save_steps else 0)
+        lines = [json.loads(line) for line in (tmp_path / f"{faults}" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert all(line["tokens_per_second"] > 0 for line in lines)
+        assert lines[-1].get("oom_recoveries", 0) == faults
+        assert lines[-1].get("recovery_rung", 0) == max(0, faults - 1)
+        results.append(load_file(result.model_dir / "model.safetensors"))
+    assert same(results[1], results[0])
+    assert same(results[2], results[0])
+
+
+def test_the_heaviest_batch_comes_first(make_checkpoint, texts, tmp_path, monkeypatch):
+    """Where attention keeps scores long documents need more; they come last, and what they need shows before step 1."""
+    lines = ["def a(b):\n    return b + 1\n" * 2] * 60 + [text[:3000] for text in texts[-3:]]
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+
+    def run(name, capacity_bytes):
+        monkeypatch.setattr(loop, "open_device", lambda gpu: VirtualGPU(capacity_bytes))
+        config = TrainConfig(
+            model=str(make_checkpoint("gemma2", sliding_window=512, num_hidden_layers=1)),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / name),
+            max_seq_length=256,
+            per_device_train_batch_size=4,
+            shuffle=False,
+            eval_fraction=0.0,
+            dtype="fp32",
+            loss_chunk_bytes=1 << 20,
+        )
+        ear = Ear()
+        loop.train(config, ear)
+        return ear.heard
+
+    alone = run("alone", 1 << 30)
+    assert all(not isinstance(said, str) for said in alone)
+    light, heavy = alone[0]["peak_memory_bytes"], alone[-1]["peak_memory_bytes"]
+    assert heavy > 1.5 * light
+    crowded = run("crowded", (light + heavy) // 2)
+    assert "out of memory" in crowded[0]
+    first_step = next(place for place, said in enumerate(crowded) if not isinstance(said, str))
+    assert not [said for said in crowded[first_step:] if isinstance(said, str)], "a step ran out of memory as well"
+    assert [line["loss"] for line in crowded[first_step:]] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+
+
+def test_a_leaner_optimizer_is_resumed(make_checkpoint, corpus, tmp_path):
+    """What its moments have come to is in the checkpoint, whose settings still say adamw."""
+    config = TrainConfig(
+        model=str(make_checkpoint("llama", intermediate_size=1024)),
+        data=(DataSource(path=str(corpus)),),
+        output_dir=str(tmp_path / "run"),
+        gpu="virtual:64MiB",
+        dtype="fp32",
+        max_seq_length=32,
+        max_steps=4,
+        save_steps=2,
+        eval_fraction=0.0,
+        loss_chunk_bytes=1 << 20,
+        allow_leaner_optimizer=True,
+    )
+    device = VirtualGPU(64 << 20)
+    with device.active():
+        run = loop.Run(config, tmp_path / "run", device, Ear())
+        run.guard.level = len(run.guard.rungs) - 1
+        run.execute()
+    assert run.guard.rungs[run.guard.level].leaner_optimizer
+    weights, state = (load_file(tmp_path / "run" / "checkpoint-4" / name) for name in FILES)
+    assert torch.int8 in {tensor.dtype for tensor in state.values()}
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run" / "model")
+    loop.train(TrainConfig.from_mapping(config.to_dict() | {"resume": True}))
+    assert same(load_file(tmp_path / "run" / "checkpoint-4" / FILES[0]), weights)
+    assert same(load_file(tmp_path / "run" / "checkpoint-4" / FILES[1]), state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(gpu="cpu"), "allow_leaner_optimizer has no effect on a CPU"),
+        (dict(gpu="virtual:64MiB", optimizer="sgd"), "only AdamW's moments of 32 bits"),
+        (dict(gpu="virtual:64MiB", recover_from_oom=False), "has no effect without recover_from_oom"),
+    ],
+)
+def test_a_leaner_optimizer_without_effect(make_checkpoint, corpus, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.train(
+            TrainConfig(
+                model=str(make_checkpoint("llama")),
+                data=(DataSource(path=str(corpus)),),
+                output_dir=str(tmp_path),
+                max_seq_length=32,
+                allow_leaner_optimizer=True,
+                **settings,
+            )
+        )
