@@ -1,6 +1,6 @@
 """Products of 16-bit tensors on a CPU as a GPU's tensor cores make them: fp32 inside, rounded once.
 
-A CPU without 16-bit arithmetic of its own takes ten times as long for a 16-bit product as for one in fp32, and some of its
+A CPU without 16-bit arithmetic of its own takes up to nine times as long for a 16-bit product as for one in fp32, and some of its
 kernels round on the way. Under this mode matrix products and attention of 16-bit tensors are computed in fp32 from the same
 16-bit values, and their results rounded to 16 bits. Everything else runs as it is.
 """
