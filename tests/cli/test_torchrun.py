@@ -20,14 +20,14 @@ def torchrun(*arguments):
 def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
     pick, run = tmp_path / "pick.yaml", tmp_path / "run"
-    settings = ["--max-seq-length", 64, "--tokens-per-step", 256]
+    settings = ["--max-seq-length", 64, "--tokens-per-step", 256, "--max-steps", 3]
     planned = oomless("plan", "--model", make_checkpoint("llama"), "--gpu", "2x8GiB", *settings, "--write", pick)
     assert planned.returncode == 0, planned.stderr
     text = " ".join(plain(planned.stdout).split())
     assert "on 2 x GPU of 8.00 GiB: fits" in text
     assert f"torchrun --nproc-per-node 2 -m oomless train --config {pick}" in text
     data = ["--data", corpus, "--output-dir", run, "--gpu", "cpu", "--eval-fraction", 0]
-    trained = torchrun("train", "--config", pick, *data, "--max-steps", 3)
+    trained = torchrun("train", "--config", pick, *data)
     assert trained.returncode == 0, trained.stderr
     for part in ("3 steps of 4 blocks x 64 tokens on 2 x ", "step 3/3", f"{run}/model"):
         assert plain(trained.stdout).count(part) == 1, part
