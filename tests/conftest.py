@@ -11,7 +11,16 @@ STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full-length", action="store_true", help="run tests of chance as long as bench/survival.py does")
+    parser.addoption(
+        "--full-length", action="store_true", help="run tests of chance as long as bench/full_length.py does"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full-length"):
+        longest = [item for item in items if item.get_closest_marker("full_length")]
+        config.hook.pytest_deselected(items=longest)
+        items[:] = [item for item in items if item not in set(longest)]
 
 
 @pytest.fixture

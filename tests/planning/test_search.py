@@ -65,6 +65,15 @@ def best_of_all(setting):
     return None
 
 
+def some(cases, by_default, slow):
+    """Mark ``cases``: those numbered ``by_default`` always run, those below ``slow`` in CI, the others at full length."""
+    marked = []
+    for number, case in enumerate(cases):
+        marks = () if number in by_default else pytest.mark.slow if number < slow else pytest.mark.full_length
+        marked.append(pytest.param(*case.values, id=case.id, marks=marks))
+    return marked
+
+
 WITHOUT_TILES = {"gradient_checkpointing": False}
 PINS = [
     {"trainable": "full", "optimizer": "adamw_8bit", "weight_precision": "correction"},
@@ -91,7 +100,7 @@ PINS = [
 def cases():
     """(architecture, tied, pins, capacity) from a seed."""
     draw = random.Random(0)
-    for number in range(11):
+    for number in range(52):
         architecture, tied = draw.choice(["llama", "gemma", "qwen2"]), draw.random() < 0.5
         pins = PINS[number % len(PINS)]
         yield pytest.param(architecture, tied, pins, draw.randrange(3, 12) * 2 * MiB, id=f"{number}-{architecture}")
@@ -99,10 +108,7 @@ def cases():
 
 @pytest.mark.parametrize(
     ("architecture", "tied", "pins", "capacity_bytes"),
-    [
-        case if number in (0, 2, 5) else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
-        for number, case in enumerate(cases())
-    ],
+    some(cases(), by_default=(0, 2, 5), slow=8),
 )
 def test_the_pick_is_the_best_of_all(make_checkpoint, architecture, tied, pins, capacity_bytes):
     folder = make_checkpoint(architecture, tied=tied, **SHAPE)
@@ -140,10 +146,7 @@ def plans():
 
 @pytest.mark.parametrize(
     ("architecture", "tied", "pins", "capacity_bytes"),
-    [
-        plan if number < 5 else pytest.param(*plan.values, id=plan.id, marks=pytest.mark.slow)
-        for number, plan in enumerate(plans())
-    ],
+    some(plans(), by_default=range(3), slow=10),
 )
 def test_the_pick_trains_and_the_next_better_runs_out(make_checkpoint, architecture, tied, pins, capacity_bytes):
     folder = make_checkpoint(architecture, tied=tied, **SHAPE)

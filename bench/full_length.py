@@ -1,6 +1,6 @@
-"""The claims of docs/recovery.md and docs/survival.md at their full length, which the tests make in a short form.
+"""Claims of the documentation at their full length, which the tests make in a short form.
 
-python bench/survival.py CLAIM ...
+python bench/full_length.py CLAIM ...
 
 Runs the tests themselves with --full-length, and keeps what they counted in a result for each claim.
 """
@@ -17,13 +17,15 @@ from provenance import write
 
 ROOT = Path(__file__).parent.parent
 CLAIMS = {
-    "faults_in_steps": "guard.py::test_a_fault_at_any_allocation_changes_no_bit",
-    "faults_in_a_larger_model": "guard.py::test_a_fault_in_a_larger_model",
-    "faults_in_runs": "faults_in_runs.py::test_no_mode_ends_the_run",
-    "kills": "survival.py::test_killed_at_random_moments",
-    "full_disks": "survival.py::test_disk_full_at_every_page_and_every_file",
-    "damage": "survival.py::test_every_flip_and_cut_is_noticed",
-    "soak": "survival.py::test_soak",
+    "faults_in_steps": "training/test_guard.py::test_a_fault_at_any_allocation_changes_no_bit",
+    "faults_in_a_larger_model": "training/test_guard.py::test_a_fault_in_a_larger_model",
+    "faults_in_runs": "training/test_faults_in_runs.py::test_no_mode_ends_the_run",
+    "kills": "training/test_survival.py::test_killed_at_random_moments",
+    "full_disks": "training/test_survival.py::test_disk_full_at_every_page_and_every_file",
+    "damage": "training/test_survival.py::test_every_flip_and_cut_is_noticed",
+    "soak": "training/test_survival.py::test_soak",
+    "picks": "planning/test_search.py::test_the_pick_is_the_best_of_all",
+    "plans": "planning/test_search.py::test_the_pick_trains_and_the_next_better_runs_out",
 }
 
 
@@ -51,7 +53,7 @@ def check(claim: str) -> int:
             "--timeout=7200",
             f"--junitxml={report}",
         ]
-        test = f"tests/training/test_{CLAIMS[claim]}"
+        test = f"tests/{CLAIMS[claim]}"
         code = subprocess.run([sys.executable, "-m", "pytest", test, *options], cwd=ROOT).returncode
         rows = []
         for case in ElementTree.parse(report).iter("testcase"):
@@ -59,7 +61,7 @@ def check(claim: str) -> int:
             failed = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
             seconds = round(float(case.get("time", "0")), 1)
             rows.append({"test": case.get("name"), "passed": not failed, "seconds": seconds, **counted})
-    print(f"written to {write(f'survival_{claim}', {'tests': rows})}")
+    print(f"written to {write(f'full_length_{claim}', {'tests': rows})}")
     return code
 
 
