@@ -49,23 +49,23 @@ def repeated_layers(
     """
     names = {id(module): name for name, module in model.named_modules()}
     inner = range(1, len(layers) - 1)
-    members = {kind: [place for place in inner if kinds[place] == kind] for kind in {kinds[place] for place in inner}}
+    members = {kind: [place for place in inner if kinds[place] == kind] for kind in kinds}
     stack = _Stack(device)
     places = []
-    for place, layer in enumerate(layers):
-        kind = stack.kinds.setdefault(kinds[place], _Kind())
-        ends = {0, len(layers) - 1, members.get(kinds[place], [place])[0], members.get(kinds[place], [place])[-1]}
-        name = names[id(layer)]
-        runs = place in ends or len(members[kinds[place]]) < 3
+    for place, layer in enumerate(layers if any(len(alike) > 2 for alike in members.values()) else ()):
+        alike, name = members[kinds[place]], names[id(layer)]
+        repeats = place in inner and len(alike) > 2
         part = _Layer(
             layer,
             name,
-            kind,
+            stack.kinds.setdefault(kinds[place], _Kind()),
             stack,
-            runs=runs,
-            keeps_tape=place in inner,
-            leads=place == members.get(kinds[place], [None])[0],
+            runs=not repeats or place in (alike[0], alike[-1]),
+            keeps_tape=repeats,
+            leads=repeats and place == alike[0],
         )
+        if not place:
+            stack.first = part
         parent, _, child = name.rpartition(".")
         places.append((model.get_submodule(parent), child, layer))
         setattr(model.get_submodule(parent), child, part)
@@ -102,6 +102,7 @@ class _Stack:
         self.carried: list[Booking] = []
         """Of tensors that one layer's backward leaves for the next; their allocation is the newest."""
 
+        self.first: _Layer | None = None
         self.before: _Layer | None = None
 
     def booking(self, tensor: Tensor) -> Booking:
@@ -116,7 +117,10 @@ class _Stack:
         return booking.ledger, allocation
 
     def holder(self, allocation: Any) -> Booking:
-        return next(booking for booking in self.tracker._bookings.values() if booking.allocation is allocation)
+        for booking in self.tracker._bookings.values():
+            if booking.allocation is allocation:
+                return booking
+        raise CannotRepeat("a layer's backward leaves memory that no tensor has")
 
 
 class _Layer(nn.Module):
@@ -157,6 +161,8 @@ class _Layer(nn.Module):
         if before is not None:
             before.note_whether_input_is_kept()
         stack.before = self
+        if stack.first is self:
+            stack.carried = []
         self.input = stack.booking(hidden).allocation
         if not self.runs:
             if self.kind.forward is None:
@@ -184,7 +190,6 @@ class _Layer(nn.Module):
         if type(output) is not torch._subclasses.FakeTensor or not self.tape.repeatable:
             raise CannotRepeat("a layer's forward frees what it did not make, or returns more than a hidden state")
         if self.leads:
-            self.stack.carried = []
             kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
             kind.output = self.tape.name_of(self.stack.booking(output).allocation)
             if kind.output is None:

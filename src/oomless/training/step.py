@@ -93,7 +93,7 @@ class TrainingStep:
         self.loss_scale.update(~torch.isfinite(norm))
         return StepResult(loss=loss, gradient_norm=norm, found_inf=found_inf)
 
-    def _begin(self, micro_batches: Sequence[MicroBatch], tokens: int | None) -> int:
+    def _begin(self, micro_batches: Sequence[MicroBatch], tokens: int | None = None) -> int:
         """Begin a step, and return how many tokens it predicts: ``tokens``, or those of ``micro_batches``."""
         if self._block_dropout is not None:
             self._block_dropout.begin_step()
