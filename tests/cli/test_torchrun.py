@@ -20,7 +20,7 @@ def torchrun(*arguments):
 def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
     pick, run = tmp_path / "pick.yaml", tmp_path / "run"
-    settings = ["--max-seq-length", 64, "--tokens-per-step", 256, "--max-steps", 3]
+    settings = ["--max-seq-length", 64, "--tokens-per-step", 256, "--max-steps", 3, "--dtype", "bf16"]
     planned = oomless("plan", "--model", make_checkpoint("llama"), "--gpu", "2x8GiB", *settings, "--write", pick)
     assert planned.returncode == 0, planned.stderr
     text = " ".join(plain(planned.stdout).split())
@@ -29,7 +29,8 @@ def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeyp
     data = ["--data", corpus, "--output-dir", run, "--gpu", "cpu", "--eval-fraction", 0]
     trained = torchrun("train", "--config", pick, *data)
     assert trained.returncode == 0, trained.stderr
-    for part in ("3 steps of 4 blocks x 64 tokens on 2 x ", "step 3/3", f"{run}/model"):
+    assert (run / "model" / "config.json").is_file()
+    for part in ("3 steps of 4 blocks x 64 tokens on 2 x ", "step 3/3"):
         assert plain(trained.stdout).count(part) == 1, part
     written = yaml.safe_load((run / "config.yaml").read_text())
     (tmp_path / "one.yaml").write_text(

@@ -467,7 +467,7 @@ def test_the_pick_for_two_trains_in_two_and_is_better_than_that_for_one(make_che
     given = {"model": str(folder), "data": "-", "output_dir": "-", "max_seq_length": 64, "tokens_per_step": 512}
     one = Target(
         name="a small GPU",
-        capacity_bytes=14 << 20,
+        capacity_bytes=12 << 20,
         outside_bytes=0,
         workspace_bytes=0,
         compute_capability=(8, 0),
