@@ -30,10 +30,9 @@ def full_length(request) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_per_worker(worker_id):
-    """Under xdist each worker keeps to one core."""
-    if worker_id != "master":
-        torch.set_num_threads(1)
+def _one_thread():
+    """What tests compute is too small for more, and two threads that wait for each other on a busy machine are many times slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

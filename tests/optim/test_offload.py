@@ -77,8 +77,19 @@ def test_same_bits_and_three_slices(name, dtype, way, bytes_each):
             )
     assert plain[2] - ours[2] == bytes_each * COUNT
     assert ours[3] <= SLICE + BESIDE_SLICES.get(name, 0)
-    # While state is made, one tensor of it exists twice, or the parameter beside it.
     assert bytes_each * COUNT <= device.host_peak_allocated_bytes <= (bytes_each + 4) * COUNT + 4096
+
+
+@pytest.mark.parametrize(("name", "dtype", "way", "bytes_each"), ROUTES)
+def test_state_is_made_with_no_second_one_beside_it(name, dtype, way, bytes_each):
+    """... but one tensor of it, or the parameter that it is made of."""
+    device = VirtualGPU(1 << 30)
+    with device.active():
+        parameter = nn.Parameter(torch.zeros(SHAPE, dtype=dtype))
+        settings = {"weight_precision": way, "offload": device, **SETTINGS.get(name, {})}
+        optimizer = build(name, [parameter], lr=1e-2, **settings)
+        sizes = [tensor.nbytes for tensor in (parameter, *optimizer.state_tensors(parameter).values())]
+    assert device.host_peak_allocated_bytes <= sum(sizes[1:]) + max(sizes) + 4096
 
 
 def test_an_overflow_changes_nothing():

@@ -16,15 +16,6 @@ from oomless.training.bad_loss import FEWEST, BadLoss
 SETTINGS = dict(max_seq_length=32, per_device_train_batch_size=2, max_steps=12, learning_rate=1e-2, eval_fraction=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads that wait for each other on a busy machine are many times slower than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Ear(loop.Listener):
     """Remembers what a run says."""
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.test_guard import OPTIMIZERS
 
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
@@ -15,15 +16,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.training import loop
 
 FILES = ("model.safetensors", "trainer/optimizer.safetensors")
-MODES = {
-    "adamw": dict(),
-    "adamw_8bit": dict(optimizer="adamw_8bit", weight_precision="correction", dtype="bf16"),
-    "adafactor": dict(optimizer="adafactor", weight_precision="stochastic", dtype="bf16"),
-    "sgd": dict(optimizer="sgd"),
-    "apollo": dict(optimizer="apollo"),
-    "apollo_mini": dict(optimizer="apollo_mini"),
-    "galore": dict(optimizer="galore"),
-    "muon": dict(optimizer="muon"),
+MODES = OPTIMIZERS | {
     "offload_optimizer": dict(offload_optimizer=True),
     "in_backward": dict(optimizer_in_backward=True, save_steps=2),
     "in_backward_unsaved": dict(optimizer_in_backward=True, dtype="fp16", gradient_accumulation_steps=1),
@@ -32,15 +25,7 @@ MODES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("frozen_garbage")
 
 
 class Ear(loop.Listener):

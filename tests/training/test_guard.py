@@ -1,6 +1,5 @@
 """Running out of memory at every allocation of a step: the run goes on, and ends with the weights of the undisturbed one."""
 
-import gc
 import random
 from dataclasses import replace
 
@@ -31,6 +30,8 @@ OPTIMIZERS = {
     "apollo_mini": dict(optimizer="apollo_mini"),
     "galore": dict(optimizer="galore"),
     "muon": dict(optimizer="muon"),
+}
+IN_STEPS = OPTIMIZERS | {
     "offload_optimizer": dict(offload_optimizer=True),
     "in_backward": dict(optimizer_in_backward=True),
     "lora_dropout": dict(trainable="lora", lora_dropout=0.5),
@@ -38,16 +39,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick():
-    """Steps are too small for threads, and what imports left need not be looked at in each recovery's garbage collection."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("frozen_garbage")
 
 
 class Bench:
@@ -138,13 +130,13 @@ def assert_no_fault_changes_a_bit(bench, indices):
 
 
 @pytest.mark.parametrize("undo", [True, False], ids=["undone", "gone_back"])
-@pytest.mark.parametrize("mode", OPTIMIZERS)
+@pytest.mark.parametrize("mode", IN_STEPS)
 def test_a_fault_at_any_allocation_changes_no_bit(
     make_checkpoint, corpus, tmp_path, mode, undo, full_length, record_property
 ):
     width = 1024 if mode == "offload_optimizer" else 96  # only larger matrices' state goes to the host
     folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=width)
-    bench = Bench(folder, corpus, tmp_path, undo=undo, **OPTIMIZERS[mode])
+    bench = Bench(folder, corpus, tmp_path, undo=undo, **IN_STEPS[mode])
     stride, offset = (1, 0) if full_length else (240, 120 * undo)
     faults = assert_no_fault_changes_a_bit(bench, lambda count: [*range(offset, count, stride), count - 1])
     record_property("faults", len(faults))
@@ -154,7 +146,7 @@ def test_a_fault_at_any_allocation_changes_no_bit(
 @pytest.mark.parametrize("mode", ["adamw", "in_backward"])
 def test_a_fault_in_a_larger_model(make_checkpoint, corpus, tmp_path, mode, full_length, record_property):
     folder = make_checkpoint("llama", hidden_size=256, intermediate_size=704, num_hidden_layers=8)
-    bench = Bench(folder, corpus, tmp_path, undo=False, length=128, **OPTIMIZERS[mode])
+    bench = Bench(folder, corpus, tmp_path, undo=False, length=128, **IN_STEPS[mode])
     chance, sample = random.Random(mode), 300 if full_length else 5
     faults = assert_no_fault_changes_a_bit(bench, lambda count: chance.sample(range(count), sample))
     record_property("faults", len(faults))
@@ -261,12 +253,12 @@ def test_the_question_about_masks_changes_no_random_number(make_checkpoint, corp
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("mode", OPTIMIZERS)
+@pytest.mark.parametrize("mode", IN_STEPS)
 def test_a_rehearsed_step_changes_nothing(make_checkpoint, corpus, tmp_path, mode):
     """... be it the first or a later one, and though memory runs out in it."""
     width = 1024 if mode == "offload_optimizer" else 96
     folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=width)
-    bench = Bench(folder, corpus, tmp_path, **OPTIMIZERS[mode])
+    bench = Bench(folder, corpus, tmp_path, **IN_STEPS[mode])
     device, guard = bench.device, bench.guard
     for _ in range(2):
         bench.said.clear()
@@ -291,7 +283,7 @@ def test_a_rehearsed_step_changes_nothing(make_checkpoint, corpus, tmp_path, mod
 
 @pytest.mark.parametrize("mode", ["adamw", "muon", "in_backward"])
 def test_a_rehearsed_step_asks_for_what_a_step_asks_for(make_checkpoint, corpus, tmp_path, mode):
-    bench = Bench(make_checkpoint("llama"), corpus, tmp_path, **OPTIMIZERS[mode])
+    bench = Bench(make_checkpoint("llama"), corpus, tmp_path, **IN_STEPS[mode])
     bench.step()
     step, device = bench.parts.step, bench.device
     peaks = []
@@ -312,7 +304,7 @@ def test_a_rehearsed_step_asks_for_what_a_step_asks_for(make_checkpoint, corpus,
 def test_an_update_has_its_memory_before_it_begins(make_checkpoint, corpus, tmp_path, mode):
     """A neighbour that takes all there is once the first weight changes finds the update's memory taken."""
     folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=8192)
-    bench = Bench(folder, corpus, tmp_path, **OPTIMIZERS[mode])
+    bench = Bench(folder, corpus, tmp_path, **IN_STEPS[mode])
     device, guard, optimizer = bench.device, bench.guard, bench.parts.optimizer
     guard._undo = None
     expected, _, _ = bench.step()

@@ -26,15 +26,6 @@ from oomless.training.step import TrainingStep
 DISK = Path(__file__).with_name("full_disk.py")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads that wait for each other on a busy machine are many times slower than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Ear(loop.Listener):
     """Remembers what a run says."""
 

@@ -24,7 +24,7 @@ from oomless.models import build
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.planning.plan import Target
-from oomless.planning.rehearse import UNLIMITED_BYTES, virtual_device
+from oomless.planning.rehearse import UNLIMITED_BYTES
 from oomless.techniques import checkpointing, frozen_layers, quantization, trainable
 from oomless.training.assemble import check_length
 from oomless.training.precision import choose_dtype
@@ -84,13 +84,7 @@ def rehearse_plain(
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
-    device = virtual_device(
-        target.capacity_bytes if limited else UNLIMITED_BYTES,
-        name=target.name,
-        compute_capability=target.compute_capability,
-        outside_bytes=target.outside_bytes,
-        settings=settings,
-    )
+    device = target.simulated(target.capacity_bytes if limited else UNLIMITED_BYTES, settings=settings)
     message = None
     with device.active():
         try:

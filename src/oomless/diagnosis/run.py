@@ -21,7 +21,7 @@ from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
-from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly, virtual_device
+from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
 from oomless.units import GiB, format_bytes
 
 Source = Literal["given", "log", "message", "assumed"]
@@ -275,13 +275,7 @@ def rehearse_own(
     """
 
     def open_device() -> VirtualGPU:
-        return virtual_device(
-            target.capacity_bytes if limited else UNLIMITED_BYTES,
-            name=target.name,
-            compute_capability=target.compute_capability,
-            outside_bytes=target.outside_bytes,
-            settings=settings,
-        )
+        return target.simulated(target.capacity_bytes if limited else UNLIMITED_BYTES, settings=settings)
 
     how: dict[str, Any] = {"kernel": target.kernel, "workspace_bytes": target.workspace_bytes}
     if names_modules:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,3 +167,20 @@ class CudaDevice(Device):
 
     def empty_cache(self) -> None:  # noqa: D102
         torch.cuda.empty_cache()
+
+
+def random_state(device: Device) -> dict[str, Tensor]:
+    """Return the state of the random generators, which lies on the host."""
+    with device.host():
+        states = {"random/cpu": torch.get_rng_state()}
+        if device.torch_device.type == "cuda":
+            states["random/cuda"] = torch.cuda.get_rng_state(device.torch_device)
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: Device) -> None:
+    """Put the random generators where ``random_state`` found them."""
+    if "random/cpu" in states:
+        torch.set_rng_state(states["random/cpu"])
+    if "random/cuda" in states and device.torch_device.type == "cuda":
+        torch.cuda.set_rng_state(states["random/cuda"], device.torch_device)

@@ -26,15 +26,17 @@ _KNOWN: dict[Any, Any] = {}
 
 _VIEWS = frozenset(
     {
-        *(aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.detach.default, aten.t.default),
-        *(
-            aten.view.dtype,
-            aten.transpose.int,
-            aten.unsqueeze.default,
-            aten.select.int,
-            aten.expand.default,
-            aten.split.Tensor,
-        ),
+        aten.view.default,
+        aten.view.dtype,
+        aten._unsafe_view.default,
+        aten.slice.Tensor,
+        aten.detach.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.select.int,
+        aten.expand.default,
+        aten.split.Tensor,
         aten.split_with_sizes.default,
     }
 )

@@ -12,7 +12,7 @@ layer that frees anything else cannot be repeated, and ``CannotRepeat`` says so:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -145,6 +145,7 @@ class _Layer(nn.Module):
         self.runs, self.keeps_tape, self.leads = runs, keeps_tape, leads
         self.tape: Tape | None = None
         self.input: Any = None
+        self.counted: Counted = ()
         self.keeps_input = False
 
     def __getattr__(self, name: str) -> Any:
@@ -172,7 +173,7 @@ class _Layer(nn.Module):
                 return _Repetition.apply(hidden, self)  # type: ignore[no-untyped-call, no-any-return]
             finally:
                 stack.recorder.module_ended()
-        passed: Tensor = _Start.apply(hidden, self) if hidden.requires_grad else hidden  # type: ignore[no-untyped-call]
+        passed = _marked(hidden, self.backward_ended)
         self.tape = Tape("forward")
         counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
@@ -182,7 +183,7 @@ class _Layer(nn.Module):
             stack.tracker.stop(self.tape)
         if self.keeps_tape:
             self._forward_ended(output, stack.work.since(counted))
-        return _End.apply(output, self) if output.requires_grad else output  # type: ignore[no-untyped-call, no-any-return]
+        return _marked(output, self.backward_begins)
 
     def _forward_ended(self, output: Any, counted: Counted) -> None:
         assert self.tape is not None
@@ -204,7 +205,7 @@ class _Layer(nn.Module):
             if self.keeps_tape:
                 self.kind.keeps_input = self.keeps_input
 
-    # A layer that runs: its backward lies between these two.
+    # A layer that runs: its backward lies between the marks that call these two.
 
     def backward_begins(self, gradient: Tensor) -> None:
         """Start to write down this layer's backward; ``gradient`` is that of its output."""
@@ -229,7 +230,7 @@ class _Layer(nn.Module):
     def backward_ended(self, gradient: Tensor) -> None:
         """Keep what was written down; ``gradient`` is that of this layer's input."""
         stack, tape, kind = self.stack, self.tape, self.kind
-        if tape is None or tape._name != "backward":
+        if tape is None or tape.name != "backward":
             raise CannotRepeat("a layer's backward ended before it began")
         stack.tracker.stop(tape)
         alive = tape.alive
@@ -295,32 +296,22 @@ class _Layer(nn.Module):
                 parameter.grad = self.stack.tracker.adopt(make, held.pop(called))
 
 
-class _Start(torch.autograd.Function):
-    """Hands the hidden state to a layer that runs; tells it when its backward is over."""
+class _Mark(torch.autograd.Function):
+    """Hands on a hidden state, and tells when backward has come back to it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: Any, hidden: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+        ctx.tell = tell
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.layer.backward_ended(gradient)
+        ctx.tell(gradient)
         return gradient, None
 
 
-class _End(torch.autograd.Function):
-    """Hands on what a layer that runs returned; tells it when its backward begins."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: _Layer) -> Tensor:
-        ctx.layer = layer
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.layer.backward_begins(gradient)
-        return gradient, None
+def _marked(hidden: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+    return _Mark.apply(hidden, tell) if hidden.requires_grad else hidden  # type: ignore[no-untyped-call]
 
 
 class _Repetition(torch.autograd.Function):

@@ -26,7 +26,7 @@ class Tape:
     """
 
     def __init__(self, name: str = "", known: Mapping[Any, Any] | None = None) -> None:
-        self._name = name
+        self.name = name
         self._events: list[tuple[Any, ...]] = []
         self._alive = {id(allocation): (name, allocation) for name, allocation in (known or {}).items()}
         self._foreign = False
@@ -51,7 +51,7 @@ class Tape:
 
     def allocated(self, ledger: Any, size_bytes: int, operation: object, allocation: Any) -> None:
         """Note a request that was served."""
-        name = (self._name, len(self._events))
+        name = (self.name, len(self._events))
         self._alive[id(allocation)] = (name, allocation)
         self._events.append((name, ledger, size_bytes, operation))
 
@@ -89,6 +89,6 @@ class Tape:
                 else:
                     free(*held.pop(event[0]))
         except BaseException:
-            for name in [name for name in held if isinstance(name, tuple) and name[0] == self._name]:
+            for name in [name for name in held if isinstance(name, tuple) and name[0] == self.name]:
                 free(*held.pop(name))
             raise

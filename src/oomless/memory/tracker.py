@@ -45,7 +45,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oomless.memory.tape import Held, Tape
 
 aten = torch.ops.aten
-_DEVICE_OF = torch.ops.prim.device.default
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
 _BOOKED_THOUGH_ALIASING = frozenset(
     {
@@ -199,8 +198,6 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run ``func`` and book what is new in its result."""
         if types and not _PLAIN_TYPES.issuperset(types):
             return NotImplemented  # A wrapper runs first; the operators on its parts come here.
-        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
-            return args[0].fake_device
         result = func(*args, **kwargs) if kwargs else func(*args)
         rule = _rule(func)
         if rule is _Rule.NOTHING_NEW:
@@ -236,7 +233,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if booking is not None:
             if rule is _Rule.MAY_RESIZE and storage.nbytes() != booking.size_bytes:
                 self._rebook(booking, storage.nbytes(), operation)
-        elif rule is _Rule.NEW_STORAGES and not _is_meta(tensor):
+        elif rule is _Rule.NEW_STORAGES and not tensor.is_meta:
             size_bytes = storage.nbytes()
             allocation = self._allocate(self.ledger, size_bytes, operation)
             self._enter(storage, self.ledger, size_bytes, allocation)
@@ -364,10 +361,6 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if booking is not None:
             self._enter(result.untyped_storage(), booking.ledger, booking.size_bytes, booking.allocation)
             booking.allocation = None
-
-
-def _is_meta(tensor: Tensor) -> bool:
-    return tensor.fake_device.type == "meta" if type(tensor) is FakeTensor else tensor.is_meta
 
 
 def _reference_counts(tensor: Tensor) -> tuple[int, int]:

@@ -175,8 +175,7 @@ class AdamW(MemoryLeanOptimizer):
 
     def _has_wide_moments(self, parameter: Tensor) -> bool:
         state = self.state[parameter]
-        wide = "first_moment" in state and "first_moment_scale" not in state
-        return wide and getattr(parameter, "whole_numel", parameter.numel()) >= SMALLEST_QUANTISED
+        return "first_moment" in state and "first_moment_scale" not in state and is_quantisable(parameter)
 
     @torch.no_grad()
     def make_leaner(self, device: HostMemory) -> None:
@@ -197,7 +196,7 @@ class AdamW(MemoryLeanOptimizer):
         offloaded = parameter in self._offloaded
         self.state[parameter] |= to_host(dict(coded), self.sliced_state if offloaded else frozenset(), device)
         if offloaded:
-            self._note_offloaded(parameter)
+            self._note_offloaded(parameter, self.state[parameter])
 
     def load_state_tensors(self, parameter: Tensor, tensors: State) -> None:
         """Copy as ``MemoryLeanOptimizer`` does; what was saved after ``make_leaner`` makes these moments leaner too."""
@@ -207,6 +206,11 @@ class AdamW(MemoryLeanOptimizer):
             else:
                 self.state[parameter] |= moments_of_8_bits(parameter)
         super().load_state_tensors(parameter, tensors)
+
+
+def is_quantisable(parameter: Tensor) -> bool:
+    """Return whether ``parameter``, or that which it is one process's part of, is large enough for moments of 8 bits."""
+    return int(getattr(parameter, "whole_numel", parameter.numel())) >= SMALLEST_QUANTISED
 
 
 def moments_of_8_bits(parameter: Tensor) -> State:

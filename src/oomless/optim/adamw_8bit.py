@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from oomless.optim.adamw import SMALLEST_QUANTISED, AdamW, moments_of_8_bits
+from oomless.optim.adamw import AdamW, is_quantisable, moments_of_8_bits
 from oomless.optim.base import Group, State
 
 
@@ -25,6 +25,4 @@ class AdamW8bit(AdamW):
     """AdamW with blockwise 8-bit moments. Arguments: see ``AdamW`` and ``MemoryLeanOptimizer``."""
 
     def _new_moments(self, parameter: Tensor, group: Group) -> State:
-        if getattr(parameter, "whole_numel", parameter.numel()) < SMALLEST_QUANTISED:
-            return super()._new_moments(parameter, group)
-        return moments_of_8_bits(parameter)
+        return moments_of_8_bits(parameter) if is_quantisable(parameter) else super()._new_moments(parameter, group)

@@ -174,10 +174,9 @@ class MemoryLeanOptimizer(Optimizer):
         if self._offload is None or parameter.numel() < SMALLEST_OFFLOADED:
             return self._new_state(parameter, group)
         shapes = self._new_state(parameter.detach().to("meta"), group)
-        bytes_ = sum(tensor.nbytes for name, tensor in shapes.items() if name in self.sliced_state)
-        if not bytes_:
+        if not self.sliced_state & shapes.keys():
             return self._new_state(parameter, group)
-        self._offloaded[parameter] = 3 * -(-bytes_ // parameter.numel())
+        self._note_offloaded(parameter, shapes)
         host = self._offload.fetch(parameter)
         with self._offload.host():
             state = self._new_state(host, group)
@@ -244,7 +243,7 @@ class MemoryLeanOptimizer(Optimizer):
             if names and parameter not in self._offloaded:
                 state = self.state[parameter]
                 state |= to_host({name: state[name] for name in names}, self.sliced_state, device)
-                self._note_offloaded(parameter)
+                self._note_offloaded(parameter, state)
 
     @torch.no_grad()
     def fetch_state(self) -> None:
@@ -256,8 +255,8 @@ class MemoryLeanOptimizer(Optimizer):
             self.state[parameter] |= here
             del self._offloaded[parameter]
 
-    def _note_offloaded(self, parameter: Tensor) -> None:
-        bytes_ = sum(self.state[parameter][name].nbytes for name in self._movable(parameter))
+    def _note_offloaded(self, parameter: Tensor, state: State) -> None:
+        bytes_ = sum(state[name].nbytes for name in self.sliced_state & state.keys())
         self._offloaded[parameter] = 3 * -(-bytes_ // parameter.numel())
 
     # -- state -----------------------------------------------------------------------------------------------

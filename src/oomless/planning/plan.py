@@ -76,6 +76,23 @@ class Target:
         """What the caching allocator can have."""
         return self.capacity_bytes - self.outside_bytes
 
+    def simulated(
+        self,
+        capacity_bytes: int = UNLIMITED_BYTES,
+        *,
+        settings: AllocatorSettings | None = None,
+        snapshot: bool = False,
+    ) -> VirtualGPU:
+        """Return this GPU to rehearse on, with so much memory; see ``virtual_device``."""
+        return virtual_device(
+            capacity_bytes,
+            name=self.name,
+            compute_capability=self.compute_capability,
+            outside_bytes=self.outside_bytes,
+            settings=settings,
+            snapshot=snapshot,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -230,14 +247,7 @@ def plan(
     config = shared(config, target.gpus)
 
     def run(capacity_bytes: int) -> Rehearsal:
-        device = virtual_device(
-            capacity_bytes,
-            name=target.name,
-            compute_capability=target.compute_capability,
-            outside_bytes=target.outside_bytes,
-            settings=settings,
-            snapshot=snapshot,
-        )
+        device = target.simulated(capacity_bytes, settings=settings, snapshot=snapshot)
         return rehearse(
             spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes, gpus=target.gpus
         )

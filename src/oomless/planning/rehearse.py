@@ -43,6 +43,7 @@ from oomless.training import checkpoint
 from oomless.training.assemble import Assembly, assemble
 from oomless.training.distributed import rehearsed
 from oomless.training.precision import choose_dtype
+from oomless.training.step import passes_of
 
 UNLIMITED_BYTES = 1 << 50
 STEPS = 2
@@ -222,11 +223,6 @@ def run_phases(
         beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
         for host in save.to_host(checkpoint.weights_to_save(parts.model, device) | beside, device):
             del host
-
-
-def passes_of(config: TrainConfig) -> int:
-    """Return how many passes of a step are rehearsed: the first makes the gradients, further ones add, the last may use them up."""
-    return min(3 if config.optimizer_in_backward else 2, config.gradient_accumulation_steps)
 
 
 def usual_lengths(config: TrainConfig) -> tuple[int, ...]:

@@ -30,7 +30,6 @@ from oomless import optim
 from oomless.config import TrainConfig
 from oomless.errors import UserError
 from oomless.memory.profile import MemoryProfile, Request
-from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.offload import SMALLEST_OFFLOADED
@@ -134,19 +133,11 @@ def try_out(setting: Setting, settings: Settings) -> Trial:
     """Rehearse one step of the run with ``settings`` at the capacity that may be used."""
     target = setting.target
 
-    def open_device() -> VirtualGPU:
-        return virtual_device(
-            target.capacity_bytes - target.margin_bytes,
-            name=target.name,
-            compute_capability=target.compute_capability,
-            outside_bytes=target.outside_bytes,
-        )
-
     try:
         found = rehearse_briefly(
             setting.spec,
             setting.config(settings),
-            open_device,
+            lambda: target.simulated(target.capacity_bytes - target.margin_bytes),
             kernel=target.kernel,
             workspace_bytes=target.workspace_bytes,
             steps=1,

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, ModelError
-from oomless.optim.adamw import SMALLEST_QUANTISED
+from oomless.optim.adamw import is_quantisable
 from oomless.optim.blockwise import BLOCK
 from oomless.techniques.block_dropout import has_dropout
 from oomless.techniques.checkpointing import decoder_layers
@@ -277,7 +277,7 @@ def check_blocks(model: Any) -> None:
         ConfigError: one does.
     """
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and parameter.requires_grad and parameter.numel() >= SMALLEST_QUANTISED:
+        if isinstance(parameter, DTensor) and parameter.requires_grad and is_quantisable(parameter):
             count = parameter.device_mesh.size()
             each = -(-parameter.shape[0] // count) * (parameter.numel() // parameter.shape[0])
             if each % BLOCK:

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from oomless.errors import CheckpointError
-from oomless.memory.device import Device
+from oomless.memory.device import Device, random_state, set_random_state
 from oomless.models import build, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
@@ -161,17 +161,16 @@ def save_checkpoint(
     """
     weights = weights_to_save(model, device)
     beside = trainer_tensors(model, optimizer, loss_scale)
-    files: dict[str, Mapping[str, save.Savable]] = save.weight_files(weights)
-    if trained := _trained_file(model):
-        files = {trained: weights}
-    files["trainer/optimizer.safetensors"] = beside | random_state(device)
+    trained = _trained_file(model)
+    of_model = save.weight_files(weights) if trained is None else {trained: weights}
+    files = {**of_model, "trainer/optimizer.safetensors": beside | random_state(device)}
 
     def describe(folder: Path) -> None:
         if is_adapted(model):
             lora.save_config(model, folder)
-        elif not frozen_layers.has_frozen_layers(model):
+        elif trained is None:
             save.save_config(model, folder)
-            save.write_index(save.weight_files(weights), folder)
+            save.write_index(of_model, folder)
         save_tokenizer(tokenizer, folder)
         trainer = folder / "trainer"
         trainer.mkdir()
@@ -302,23 +301,6 @@ def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: Loss
         for key, tensor in optimizer.state_tensors(sharding.local(parameter)).items()
     }
     return tensors | {f"loss_scale/{key}": tensor for key, tensor in loss_scale.tensors().items()}
-
-
-def random_state(device: Device) -> dict[str, Tensor]:
-    """Return the state of the random generators, which lies on the host."""
-    with device.host():
-        states = {"random/cpu": torch.get_rng_state()}
-        if device.torch_device.type == "cuda":
-            states["random/cuda"] = torch.cuda.get_rng_state(device.torch_device)
-    return states
-
-
-def set_random_state(states: Mapping[str, Tensor], device: Device) -> None:
-    """Put the random generators where ``random_state`` found them."""
-    if "random/cpu" in states:
-        torch.set_rng_state(states["random/cpu"])
-    if "random/cuda" in states and device.torch_device.type == "cuda":
-        torch.cuda.set_rng_state(states["random/cuda"], device.torch_device)
 
 
 def checksum(path: Path) -> str:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import gc
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +29,7 @@ from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch, micro_batches
 from oomless.data.pack import IGNORED, Block
 from oomless.errors import ConfigError
-from oomless.memory.device import Device
+from oomless.memory.device import Device, random_state, set_random_state
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import block_dropout
 from oomless.training.ladder import Ladder
@@ -200,14 +202,14 @@ class Guard:
         """
         if not self.active:
             return
-        random_state = self._random_state()
+        random_before = self._random_state()
         self._rehearsing, self._reserve_bytes = True, 0
         try:
             self._reserve_bytes = self._recovering(batches, None, self.step.rehearse)
         finally:
             self._rehearsing = False
             self.step.abandon()
-            self._set_random_state(random_state)
+            set_random_state(random_before, self.device)
 
     def _recovering(
         self,
@@ -215,7 +217,7 @@ class Guard:
         tokens: int | None,
         attempt: Callable[[list[MicroBatch], int | None], Result],
     ) -> Result:
-        random_state = self._random_state()
+        random_before = self._random_state()
         tried = self._steps_to_redo > 0
         while True:
             self._changed = False
@@ -238,7 +240,7 @@ class Guard:
                     self._undo.clear()
                 return result
             spoiled = self._changed and self._undo is None
-            self._drop(random_state)
+            self._drop(random_before)
             self.recoveries += 1
             if tried:
                 self.level += 1
@@ -273,27 +275,20 @@ class Guard:
             try:
                 return self.step.evaluate(passed(micro_batches(blocks, number)))
             except RuntimeError as error:
-                if not self._may_recover(error) or attempt == len(sizes) - 1:
+                if not (self.active and is_out_of_memory(error)) or attempt == len(sizes) - 1:
                     raise
                 release(error)
-            self._drop(None)
+            self._drop()
             self.say(f"out of memory: the evaluation is run again in batches of {sizes[attempt + 1]}")
         raise AssertionError("the last size returned or raised")
 
     def retried(self, action: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
         """Return what ``action``, which may be begun again, returns; once more after memory was freed."""
-        try:
-            return action(*arguments, **keywords)
-        except RuntimeError as error:
-            if not self._may_recover(error):
-                raise
-            release(error)
-        self._drop(None)
-        self.say("out of memory while saving or loading: done again after freeing what was cached")
-        return action(*arguments, **keywords)
-
-    def _may_recover(self, error: RuntimeError) -> bool:
-        return self.active and is_out_of_memory(error)
+        call = partial(action, *arguments, **keywords)
+        if not self.active:
+            return call()
+        said = "out of memory while saving or loading: done again after freeing what was cached"
+        return _once_more(call, self._drop, lambda: self.say(said))
 
     def _climb(self) -> None:
         """Try the rung above after enough good steps; twice as many are enough the next time."""
@@ -303,14 +298,10 @@ class Guard:
             self._patience *= 2
             self.say(f"trying {self.rungs[self.level]} again")
 
-    def _random_state(self) -> list[Tensor] | None:
-        if not self._dropout:
-            return None
-        cuda = self.device.torch_device.type == "cuda"
-        with self.device.host():
-            return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device.torch_device)] if cuda else [])]
+    def _random_state(self) -> Mapping[str, Tensor]:
+        return random_state(self.device) if self._dropout else {}
 
-    def _drop(self, random_state: list[Tensor] | None) -> None:
+    def _drop(self, random_before: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Leave nothing of the failed attempt behind."""
         self.step.abandon()
         if self.device.torch_device.type == "cuda":
@@ -321,13 +312,7 @@ class Guard:
         if self._undo is not None and self._changed:
             self._undo.restore()
         self._changed = False
-        self._set_random_state(random_state)
-
-    def _set_random_state(self, random_state: list[Tensor] | None) -> None:
-        if random_state is not None:
-            torch.set_rng_state(random_state[0])
-            for state in random_state[1:]:
-                torch.cuda.set_rng_state(state, self.device.torch_device)
+        set_random_state(random_before, self.device)
 
 
 def split(batches: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
@@ -357,15 +342,21 @@ def release(error: BaseException) -> None:
 
 def built(make: Callable[[], Result], device: Device, say: Callable[[str], None]) -> Result:
     """Return what ``make`` returns, which is called once more after memory was freed where it runs out."""
+    said = "out of memory while the model was built: it is built again after freeing what was cached"
+    return _once_more(make, lambda: free(device), lambda: say(said))
+
+
+def _once_more(action: Callable[[], Result], clean: Callable[[], None], say: Callable[[], None]) -> Result:
+    """Return what ``action`` returns; where it runs out of memory, what it does when called again after ``clean``."""
     try:
-        return make()
+        return action()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         release(error)
-    free(device)
-    say("out of memory while the model was built: it is built again after freeing what was cached")
-    return make()
+    clean()
+    say()
+    return action()
 
 
 def free(device: Device) -> None:

@@ -18,7 +18,7 @@ from oomless.data.encode import check_tokenizer
 from oomless.data.loader import Loader, MicroBatch, micro_batches
 from oomless.data.prepare import prepare
 from oomless.errors import CheckpointError, ConfigError, DataError, HostMemoryError, TrainingError
-from oomless.memory.device import Device
+from oomless.memory.device import Device, random_state, set_random_state
 from oomless.models.spec import load_tokenizer, resolve
 from oomless.techniques import sharding, trainable
 from oomless.training import checkpoint, distributed, final_model, guard
@@ -33,7 +33,7 @@ from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.probe import check_architecture
 from oomless.training.run_folder import Metrics, locked, remove_leftovers, tensorboard
 from oomless.training.schedule import learning_rate_factor
-from oomless.training.step import StepResult
+from oomless.training.step import StepResult, passes_of
 from oomless.training.watch import MemoryWatch
 
 MAY_CHANGE_ON_RESUME = {
@@ -227,10 +227,9 @@ class Run:
     def _rehearse_heaviest(self) -> None:
         """Run the heaviest micro-batches that the data can give, and change nothing, so that what does not fit shows now."""
         config = self.config
-        passes = min(3 if config.optimizer_in_backward else 2, config.gradient_accumulation_steps)
         for blocks in self.data.train.heaviest(config.per_device_train_batch_size):
             with self.device.host():
-                batches = list(micro_batches(blocks * passes, config.per_device_train_batch_size))
+                batches = list(micro_batches(blocks * passes_of(config), config.per_device_train_batch_size))
             with suppress(Abandoned):  # the run was asked to end, and does so before its first step
                 self.guard.rehearse(batches)
 
@@ -295,7 +294,7 @@ class Run:
         step = self.assembly.step
         step.limits = self.bad_loss.limits()
         may_abandon = self.config.preemption_grace_s is not None
-        random_state = checkpoint.random_state(self.device) if may_abandon else {}
+        random_before = random_state(self.device) if may_abandon else {}
         try:
             with self.interrupted.timing_step():
                 return self.guard.run(batches, tokens)
@@ -304,7 +303,7 @@ class Run:
             return None
         except Abandoned:
             self.assembly.optimizer.zero_grad(set_to_none=True)
-            checkpoint.set_random_state(random_state, self.device)
+            set_random_state(random_before, self.device)
             self.loader.position = self.loader.taken[0]
             said = f"step {self.step + 1} was abandoned: it and the save might have outlasted the grace period"
             self.listener.said(said)
@@ -316,15 +315,22 @@ class Run:
         Raises:
             StartAgain: there is no checkpoint yet.
         """
-        failed, left_out = self.step + 1, self.loader.left_out
-        last = checkpoint.newest_good(self.folder, self.listener.said)
+        failed = self.step + 1
+        last = self._back_to_checkpoint()
         if last is None:
             raise StartAgain(self.guard.level, self.guard.recoveries, failed)
-        self._restore(last)
-        self.metrics.cut(self.step)
-        self.loader.left_out |= left_out
         self.guard.went_back(failed - last.step)
         self.listener.said(f"back to {last.folder.name}")
+
+    def _back_to_checkpoint(self, leave_out: Iterable[int] = ()) -> checkpoint.Checkpoint | None:
+        """Go back to the newest checkpoint and return it; blocks that were left out still are, and ``leave_out`` with them."""
+        left_out = self.loader.left_out | set(leave_out)
+        last = checkpoint.newest_good(self.folder, self.listener.said)
+        if last is not None:
+            self._restore(last)
+            self.metrics.cut(self.step)
+            self.loader.left_out |= left_out
+        return last
 
     def _judge(self, outcome: StepResult) -> str | None:
         """Return what is bad about the step just run, where the host looks at every one."""
@@ -343,13 +349,9 @@ class Run:
         if policy == "stop" or self.bad_loss.in_a_row >= MOST_IN_A_ROW:
             raise _stopped(said + (f" (bad for the {MOST_IN_A_ROW}th time in a row)" if policy != "stop" else ""))
         if policy == "rewind":
-            left_out = self.loader.left_out | set(blocks)
-            last = checkpoint.newest_good(self.folder, self.listener.said)
+            last = self._back_to_checkpoint(leave_out=blocks)
             if last is None:
                 raise _stopped(f"{said}, and there is no checkpoint to go back to")
-            self._restore(last)
-            self.metrics.cut(self.step)
-            self.loader.left_out |= left_out
             self.listener.said(f"{said}; back to {last.folder.name}, the step's {len(blocks)} blocks left out")
         else:
             self.listener.said(f"{said}; it was skipped and changed nothing")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
 from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
@@ -204,3 +205,8 @@ class TrainingStep:
             return loss_of_head(hidden) if self.sharded is None else self.sharded.with_head(loss_of_head, hidden)
 
         return whole_loss() if self.sharded is None else self.sharded.run(whole_loss)
+
+
+def passes_of(config: TrainConfig) -> int:
+    """Return how many passes of a step are rehearsed: the first makes the gradients, further ones add, the last may use them up."""
+    return min(3 if config.optimizer_in_backward else 2, config.gradient_accumulation_steps)
