@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.planning.plan import Plan, Target
 from oomless.planning.strategies import (
+    LEANER_RUNGS,
     OPTIMIZER_NAMES,
     Quality,
     Settings,
@@ -36,7 +38,7 @@ from oomless.planning.strategies import (
     rungs,
 )
 from oomless.planning.throughput import Throughput, relative_seconds, throughput
-from oomless.planning.trial import Laboratory, Parts, Proof, Setting, Trial, state_bytes
+from oomless.planning.trial import Laboratory, Parts, Proof, Setting, Trial, host_bytes_of_state, state_bytes
 from oomless.units import format_bytes
 
 ALTERNATIVES = 3
@@ -230,14 +232,17 @@ class _Search:
         self.progress(str(quality))
         found: _Found | None = None
         failures: list[_Failure] = []
-        for placement in placements(quality, self.pins):
+        ladder = rungs(self.pins, built.layers)
+        # Where any way will do, the leanest, which takes the longest to try, comes last.
+        ladders = [ladder[: max(1, len(ladder) - LEANER_RUNGS)], ladder[-1:]] if quick else [ladder]
+        for part, placement in product(ladders, placements(quality, self.pins)):
             bound = self._bound(quality, placement, built)
             if bound is not None:
                 failures.append(bound)
                 continue
             if found is not None and (quick or not self._could_be_faster(quality, placement, found)):
                 continue
-            candidate, failed = self._fastest(quality.settings() | placement, rungs(self.pins, built.layers), quick)
+            candidate, failed = self._fastest(quality.settings() | placement, part, quick)
             failures += [failed] if failed is not None else []
             if candidate is not None and (found is None or candidate.seconds < found.seconds):
                 found = candidate
@@ -279,9 +284,15 @@ class _Search:
         needed = sum(parts.values())
         if needed > self.usable_bytes:
             return _Failure(needed_bytes=needed, reason=f"needs at least {format_bytes(needed)}: {_listed(parts)}")
-        if self.target.host_bytes is not None and moved + streamed > self.target.host_bytes:
-            reason = f"offloaded, {self._of_the_host(moved + streamed)}"
-            return _Failure(needed_bytes=needed, reason=reason, host_bytes=moved + streamed)
+        if self.target.host_bytes is None or not moved + streamed:
+            return None
+        hosted = moved + streamed
+        if moved and hosted <= self.target.host_bytes:
+            making = host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
+            hosted = streamed + max(moved, making)
+        if hosted > self.target.host_bytes:
+            reason = f"offloaded, {self._of_the_host(hosted)}"
+            return _Failure(needed_bytes=needed, reason=reason, host_bytes=hosted)
         return None
 
     def _could_be_faster(self, quality: Quality, placement: Settings, found: _Found) -> bool:

@@ -47,6 +47,9 @@ GIVEN_UP = {
 RUNGS_OF_LAYERS = 8
 """Checkpointing is tried in so many steps from no layer to all."""
 
+LEANER_RUNGS = 3
+"""So many rungs follow when all layers are checkpointed."""
+
 TILES = 8
 SMALL_LOSS_CHUNK_BYTES = 16 << 20
 

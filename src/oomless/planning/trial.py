@@ -32,6 +32,7 @@ from oomless.errors import UserError
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
+from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.plan import FIXED, Plan, Target, plan
 from oomless.planning.rehearse import rehearse_briefly, virtual_device
@@ -42,6 +43,7 @@ from oomless.training.checkpoint import write_atomically
 from oomless.training.distributed import rehearsed
 
 Settings = dict[str, Any]
+Trainable = tuple[tuple[tuple[int, ...], str], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +78,8 @@ class Parts:
     layers: int
     """How many can be checkpointed."""
 
-    trainable: tuple[tuple[tuple[int, ...], str], ...]
-    """Shape and dtype of each parameter that trains."""
+    trainable: Trainable
+    """Shape and dtype of each parameter that trains, in the optimizer's order."""
 
     trainable_bytes: int
     """Of the weights, those that train: what their gradients take."""
@@ -186,10 +188,11 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
     try:
         config = setting.config(settings)
         with rehearsed(setting.target.gpus) as ranks, device.active():
-            model = assemble(setting.spec, config, device, fill=False, ranks=ranks).model
+            built = assemble(setting.spec, config, device, fill=False, ranks=ranks)
+            model = built.model
             layers = len(layers_of_backward(model))
             parameters = [local(parameter) for parameter in model.parameters()]
-            trained = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
+            trained = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
     except UserError as error:
         return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
     linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
@@ -209,16 +212,9 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
 
 
 @cache
-def state_bytes(
-    trainable: tuple[tuple[tuple[int, ...], str], ...], optimizer: str, precision: str | None
-) -> tuple[int, int]:
+def state_bytes(trainable: Trainable, optimizer: str, precision: str | None) -> tuple[int, int]:
     """Return the bytes of the optimizer's state, and how many of them could lie in host memory; nothing is allocated."""
-    sixteen = [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in trainable]
-    groups = [
-        {"params": [p], "weight_precision": (precision or "master") if p.dtype != torch.float32 else None}
-        for p in sixteen
-    ]
-    built = optim.build(optimizer, groups, lr=1.0)
+    built = _built(trainable, optimizer, precision, torch.device("meta"))
     total = movable = 0
     for parameter, state in built.state.items():
         for name, tensor in state.items():
@@ -226,6 +222,26 @@ def state_bytes(
             if name in built.sliced_state and parameter.numel() >= SMALLEST_OFFLOADED:
                 movable += tensor.nbytes
     return total, movable
+
+
+@cache
+def host_bytes_of_state(trainable: Trainable, optimizer: str, precision: str | None) -> int:
+    """Return the most that lies in host memory while offloaded state is made, which is made for real on a virtual GPU."""
+    device = virtual_device()
+    with device.active():
+        _built(trainable, optimizer, precision, device.torch_device, offload=device)
+    return device.host_peak_allocated_bytes
+
+
+def _built(
+    trainable: Trainable, optimizer: str, precision: str | None, where: torch.device, **how: Any
+) -> MemoryLeanOptimizer:
+    parameters = [torch.empty(shape, dtype=getattr(torch, kind), device=where) for shape, kind in trainable]
+    groups = [
+        {"params": [p], "weight_precision": (precision or "master") if p.dtype != torch.float32 else None}
+        for p in parameters
+    ]
+    return optim.build(optimizer, groups, lr=1.0, **how)
 
 
 class Laboratory:
