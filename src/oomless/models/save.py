@@ -18,13 +18,12 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models.build import checkpoint_tensors
 from oomless.techniques import frozen_layers, lora, trained_rows
-from oomless.techniques.sharding import Part, part
+from oomless.techniques.sharding import Part, is_cut, part
 
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -117,7 +116,7 @@ def write_parts(path: Path, tensors: Mapping[str, Savable], own: Mapping[str, Sa
 
 def savable(parameter: Tensor, state: Tensor | None = None, name: str = "") -> Tensor | Part:
     """Return ``parameter``, or the optimizer's ``state`` called ``name`` beside it; this process's part where it was cut."""
-    if isinstance(parameter, DTensor):
+    if is_cut(parameter):
         return part(parameter, state, name)
     return parameter.detach() if state is None else state
 

@@ -245,18 +245,11 @@ def plan(
         UserError: what is asked for does not fit together; the same as training would say.
     """
     config = shared(config, target.gpus)
-
-    def run(capacity_bytes: int) -> Rehearsal:
-        device = target.simulated(capacity_bytes, settings=settings, snapshot=snapshot)
-        return rehearse(
-            spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes, gpus=target.gpus
-        )
-
-    free = run(UNLIMITED_BYTES)
+    free = rehearse_on(target, spec, config, UNLIMITED_BYTES, settings, snapshot=snapshot)
     shown, stopped_at, message = free, None, None
     fits = free.profile.peak_reserved_bytes <= target.usable_bytes
     if not fits:
-        limited = run(target.capacity_bytes)
+        limited = rehearse_on(target, spec, config, target.capacity_bytes, settings, snapshot=snapshot)
         fits, message = limited.out_of_memory is None, limited.out_of_memory
         if fits:
             shown = limited
@@ -273,6 +266,22 @@ def plan(
         trainable_parameters=free.trainable_parameters,
         work=free.work,
         device=shown.device,
+    )
+
+
+def rehearse_on(
+    target: Target,
+    spec: ModelSpec,
+    config: TrainConfig,
+    capacity_bytes: int,
+    settings: AllocatorSettings | None = None,
+    *,
+    snapshot: bool = False,
+) -> Rehearsal:
+    """Rehearse the whole run of ``config``, each process's settings where there are several, on ``target`` with so much memory."""
+    device = target.simulated(capacity_bytes, settings=settings, snapshot=snapshot)
+    return rehearse(
+        spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes, gpus=target.gpus
     )
 
 

@@ -41,6 +41,9 @@ from oomless.planning.throughput import Throughput, relative_seconds, throughput
 from oomless.planning.trial import Laboratory, Parts, Proof, Setting, Trial, host_bytes_of_state, state_bytes
 from oomless.units import format_bytes
 
+TIGHT = 0.97
+"""Where one step leaves less than the rest of this of what may be used, a whole run may well not fit."""
+
 ALTERNATIVES = 3
 """So many strategies that give up more than the pick are shown beside it."""
 
@@ -198,7 +201,7 @@ class _Search:
                 if row.fits:
                     shown |= {(trainable,), (trainable, quality.optimizer)}
                     if proof is None:
-                        proof = self.laboratory.proof(row.settings)
+                        proof = self.laboratory.proof(row.settings, tight=row.needed_bytes > TIGHT * self.usable_bytes)
                         row = replace(row, picked=True)
                     else:
                         alternatives -= 1

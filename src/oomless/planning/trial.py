@@ -34,7 +34,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
-from oomless.planning.plan import FIXED, Plan, Target, plan
+from oomless.planning.plan import FIXED, Plan, Target, plan, rehearse_on
 from oomless.planning.rehearse import rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.sharding import local, shared
@@ -101,11 +101,12 @@ class Proof:
     fits: bool
     """Below what may be used, the margin taken off."""
 
-    plan: dict[str, Any]
-    """A ``Plan``'s fields that the search does not know already."""
+    plan: dict[str, Any] | None = None
+    """A ``Plan``'s fields that the search does not know already, where it fits."""
 
     def as_plan(self, setting: Setting) -> Plan:
         """Return the plan."""
+        assert self.plan is not None
         profile = MemoryProfile.from_dict(self.plan["profile"])
         stopped_at = None if self.plan["stopped_at"] is None else Request(**self.plan["stopped_at"])
         work = None if self.plan["work"] is None else Work.from_dict(self.plan["work"])
@@ -162,17 +163,18 @@ def try_out(setting: Setting, settings: Settings) -> Trial:
     )
 
 
-def prove(setting: Setting, settings: Settings) -> Proof:
-    """Rehearse the whole run with ``settings``."""
+def prove(setting: Setting, settings: Settings, tight: bool) -> Proof:
+    """Rehearse the whole run with ``settings``; where they are ``tight``, which may well fail, in the memory that may be used first."""
     target, config = setting.target, setting.config(settings)
+
+    def fits_what_may_be_used() -> bool:
+        capacity_bytes = target.capacity_bytes - target.margin_bytes
+        return rehearse_on(target, setting.spec, config, capacity_bytes).out_of_memory is None
+
+    if tight and not fits_what_may_be_used():
+        return Proof(fits=False)
     whole = plan(setting.spec, config, target)
-    fits = whole.needed_bytes <= target.usable_bytes - target.margin_bytes
-    if not fits and target.margin_bytes:
-        fits = plan(
-            setting.spec, config, replace(target, capacity_bytes=target.capacity_bytes - target.margin_bytes)
-        ).fits
-    elif not fits:
-        fits = whole.fits
+    fits = tight or whole.needed_bytes <= target.usable_bytes - target.margin_bytes or fits_what_may_be_used()
     kept = {field.name: getattr(whole, field.name) for field in fields(Plan)}
     for name in ("model", "target", "device"):
         del kept[name]
@@ -295,30 +297,30 @@ class Laboratory:
             self._keep(key, future.result())
         return [self._results[key] for key in keys]
 
-    def proof(self, settings: Settings) -> Callable[[], Proof]:
-        """Begin to rehearse the whole run; call what is returned to wait for what came of it."""
+    def proof(self, settings: Settings, *, tight: bool) -> Callable[[], Proof]:
+        """Begin to rehearse the whole run, as ``prove`` does; call what is returned to wait for what came of it."""
         key = self._key("prove", settings)
         if key in self._results or self._read(key, Proof):
             return lambda: self._results[key]
         self.made += 1
-        running = self._submit(prove, settings) if self._processes > 1 else None
+        running = self._submit(prove, settings, tight) if self._processes > 1 else None
 
         def wait() -> Proof:
             if key not in self._results:
-                self._keep(key, prove(self.setting, settings) if running is None else running.result())
+                self._keep(key, prove(self.setting, settings, tight) if running is None else running.result())
             found: Proof = self._results[key]
             return found
 
         return wait
 
-    def _submit(self, function: Any, settings: Settings) -> Future[Any]:
+    def _submit(self, function: Any, settings: Settings, *more: Any) -> Future[Any]:
         if self._pool is None:
             # A fork has everything imported already. It computes on one thread, as a fork of OpenMP's threads cannot.
             way = get_context("fork" if sys.platform == "linux" else "spawn")
             self._pool = ProcessPoolExecutor(
                 self._processes, mp_context=way, initializer=_begin_process, initargs=(os.getpid(),)
             )
-        return self._pool.submit(function, self.setting, settings)
+        return self._pool.submit(function, self.setting, settings, *more)
 
     def _key(self, what: str, settings: Settings) -> str:
         shared = self.setting

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Imported here and not where used: its modules make tensors, which must be neither fake nor booked.
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
@@ -27,6 +27,14 @@ from oomless.techniques import sharding, trained_rows
 ADAPTER = "default"
 
 
+@cache
+def _peft() -> Any:
+    """Return peft, which takes seconds to import; the tensors that it makes meanwhile must be neither fake nor booked."""
+    with _disable_current_modes():
+        import peft
+    return peft
+
+
 def inject(model: Any, config: TrainConfig, device: Device) -> None:
     """Put LoRA layers into ``model``, in the dtype of the matrices that they adapt.
 
@@ -34,7 +42,7 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
         ConfigError: ``lora_target_modules`` matches no linear layer, or names the head or the embedding.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapter = LoraConfig(
+    adapter = _peft().LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -46,10 +54,9 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
         warnings.simplefilter("ignore", FutureWarning)
-        inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            _materialise(module, model.dtype, device)
+        _peft().inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+    for module in _adapted_layers(model):
+        _materialise(module, model.dtype, device)
     for parameter in trained:
         parameter.requires_grad_(True)
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
@@ -68,30 +75,35 @@ def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
 
 def initialise_parts(model: Any, device: Device) -> None:
     """Initialise adapters of which each process holds a part: the whole is made as for one process, and cut."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            halves = (module.lora_A[ADAPTER], module.lora_B[ADAPTER])
-            parts = [half.weight for half in halves]
-            for half in halves:
-                shape, dtype = half.weight.shape, half.weight.dtype
-                half.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device.torch_device))
-            module.reset_lora_parameters(ADAPTER, True)
-            for half, part in zip(halves, parts, strict=True):
-                with torch.no_grad():
-                    sharding.fill(part, half.weight)
-                half.weight = part
+    for module in _adapted_layers(model):
+        halves = (module.lora_A[ADAPTER], module.lora_B[ADAPTER])
+        parts = [half.weight for half in halves]
+        for half in halves:
+            shape, dtype = half.weight.shape, half.weight.dtype
+            half.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device.torch_device))
+        module.reset_lora_parameters(ADAPTER, True)
+        for half, part in zip(halves, parts, strict=True):
+            with torch.no_grad():
+                sharding.fill(part, half.weight)
+            half.weight = part
 
 
 @torch.no_grad()
 def merge_parts(model: Any) -> None:
     """Add every adapter into its matrix, in place, where each process holds a part of both: rows of the matrix and of B."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            matrix: Any = module.get_base_layer()
-            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-            added = sharding.local(b).float() @ a.full_tensor().float() * module.scaling[ADAPTER]
-            own = sharding.local(matrix.weight)
-            own.copy_(own.float() + added)
+    for module in _adapted_layers(model):
+        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        added = sharding.local(b).float() @ a.full_tensor().float() * module.scaling[ADAPTER]
+        own = sharding.local(module.get_base_layer().weight)
+        own.copy_(own.float() + added)
+
+
+def _adapted_layers(model: Any) -> Iterator[Any]:
+    return (module for module in model.modules() if _is_adapted(module))
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    return hasattr(layer, "lora_A")
 
 
 def _targets(model: Any, wanted: str) -> list[str]:
@@ -154,17 +166,17 @@ def save_config(model: Any, folder: Path) -> None:
 
 def merge(model: Any) -> None:
     """Add every adapter into its matrix, and write the rows that train into theirs, in place; what was cut short may be begun again."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not module.merged:
+    for module in _adapted_layers(model):
+        if not module.merged:
             module.merge(safe_merge=True)
     trained_rows.merge(model)
 
 
 def delta(layer: nn.Module) -> Tensor | None:
     """Return what the adapter of ``layer`` adds to its matrix, or ``None`` where it has none."""
-    if not isinstance(layer, LoraLayer):
+    if not _is_adapted(layer):
         return None
-    added: Tensor = layer.get_delta_weight(ADAPTER)
+    added: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
     return added.detach()
 
 

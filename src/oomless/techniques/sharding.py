@@ -20,13 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, ModelError
@@ -138,14 +138,14 @@ class Sharded:
         self._cut(self._root, reshard_after_forward=False)
         self._fetch_ahead(layers, any(parameter.requires_grad for parameter in embedding.parameters()))
         for module in self._root.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, _fsdp().FSDPModule):
                 # The loss is divided by all processes' tokens, so gradients are summed and not averaged.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def _cut(self, module: nn.Module, *, reshard_after_forward: bool = True) -> FSDPModule:
+    def _cut(self, module: nn.Module, *, reshard_after_forward: bool = True) -> Any:
         self._materialise(module)
-        cut = fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        cut = _fsdp().fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
         if any(parameter.shape[0] % self._mesh.size() for parameter in module.parameters()):
             # On fake tensors FSDP makes padded parts anew at the first use, which has to come before ``local``.
             cut.unshard()
@@ -179,22 +179,35 @@ class Sharded:
         return result
 
 
+@cache
+def _fsdp() -> Any:
+    """Return torch's FSDP2, which takes a second to import; tensors that it makes meanwhile must be neither fake nor booked."""
+    with _disable_current_modes():
+        import torch.distributed.fsdp
+    return torch.distributed.fsdp
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is one process's part of a whole, in torch's terms a ``DTensor``."""
+    return hasattr(tensor, "device_mesh")
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of ``tensor``: always the same object, ``tensor`` itself where it was not cut."""
-    if not isinstance(tensor, DTensor):
+    if not is_cut(tensor):
         return tensor
-    held: Tensor | None = getattr(tensor, "held_here", None)
+    cut: Any = tensor
+    held: Any = getattr(cut, "held_here", None)
     if held is None:
         # What ``to_local`` returns is a new object each time, and optimizers know their parameters by identity.
-        held = tensor.to_local().detach()
-        held.whole_numel = tensor.numel()  # type: ignore[attr-defined]
-        tensor.held_here = held  # type: ignore[attr-defined]
-    return held
+        held = cut.to_local().detach()
+        held.whole_numel, cut.held_here = cut.numel(), held
+    return held  # type: ignore[no-any-return]
 
 
-def first_element(parameter: Tensor) -> int:
+def first_element(parameter: Any) -> int:
     """Return how many elements of ``parameter``, flat, come before this process's part."""
-    if not isinstance(parameter, DTensor) or not parameter.numel():
+    if not is_cut(parameter) or not parameter.numel():
         return 0
     rows = parameter.shape[0]
     each = -(-rows // parameter.device_mesh.size())
@@ -231,7 +244,7 @@ class Part:
         return whole.reshape(-1)[self.start : self.start + self.local.numel()].view(self.local.shape)
 
 
-def part(parameter: DTensor, state: Tensor | None = None, name: str = "") -> Part:
+def part(parameter: Any, state: Tensor | None = None, name: str = "") -> Part:
     """Return this process's part of ``parameter``, or of the optimizer's ``state`` called ``name`` beside it."""
     held = local(parameter) if state is None else state
     shape, start = _whole(parameter, held, name)
@@ -240,7 +253,7 @@ def part(parameter: DTensor, state: Tensor | None = None, name: str = "") -> Par
     return Part(shape, start, held)
 
 
-def _whole(parameter: DTensor, held: Tensor, name: str) -> tuple[tuple[int, ...], int]:
+def _whole(parameter: Any, held: Tensor, name: str) -> tuple[tuple[int, ...], int]:
     """Return the shape of the whole that ``held`` is a part of, and how many of its elements come before."""
     start = first_element(parameter)
     if name.endswith("_scale"):
@@ -254,7 +267,7 @@ def part_of_state(parameter: Tensor, whole: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: it belongs to another parameter.
     """
-    if not isinstance(parameter, DTensor) or whole.ndim == 0:
+    if not is_cut(parameter) or whole.ndim == 0:
         return whole
     held = local(parameter)
     shape, start = _whole(parameter, held, name)
@@ -267,7 +280,7 @@ def part_of_state(parameter: Tensor, whole: Tensor, name: str) -> Tensor:
 
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy from ``whole`` what this process has of ``parameter``."""
-    local(parameter).copy_(part(parameter).of(whole) if isinstance(parameter, DTensor) else whole)
+    local(parameter).copy_(part(parameter).of(whole) if is_cut(parameter) else whole)
 
 
 def check_blocks(model: Any) -> None:
@@ -277,7 +290,7 @@ def check_blocks(model: Any) -> None:
         ConfigError: one does.
     """
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and parameter.requires_grad and is_quantisable(parameter):
+        if is_cut(parameter) and parameter.requires_grad and is_quantisable(parameter):
             count = parameter.device_mesh.size()
             each = -(-parameter.shape[0] // count) * (parameter.numel() // parameter.shape[0])
             if each % BLOCK:
