@@ -35,12 +35,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from oomless.memory.tape import Held, Tape
 
@@ -396,3 +397,9 @@ def _reference_counts_of_a_summed_gradient() -> tuple[int, int]:
     counts: tuple[int, int]
     (counts,) = probe.counts
     return counts
+
+
+def import_unbooked(name: str) -> Any:
+    """Return the module ``name``, imported where it is used because that takes long; what tensors it makes are neither fake nor booked."""
+    with _disable_current_modes():
+        return import_module(name)

@@ -11,28 +11,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.memory.tracker import import_unbooked
 from oomless.techniques import sharding, trained_rows
 
 ADAPTER = "default"
-
-
-@cache
-def _peft() -> Any:
-    """Return peft, which takes seconds to import; the tensors that it makes meanwhile must be neither fake nor booked."""
-    with _disable_current_modes():
-        import peft
-    return peft
 
 
 def inject(model: Any, config: TrainConfig, device: Device) -> None:
@@ -41,8 +32,9 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     Raises:
         ConfigError: ``lora_target_modules`` matches no linear layer, or names the head or the embedding.
     """
+    peft = import_unbooked("peft")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapter = _peft().LoraConfig(
+    adapter = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -54,7 +46,7 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
         warnings.simplefilter("ignore", FutureWarning)
-        _peft().inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+        peft.inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
     for module in _adapted_layers(model):
         _materialise(module, model.dtype, device)
     for parameter in trained:

@@ -17,14 +17,10 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.memory.tracker import import_unbooked
 from oomless.ops.frozen_linear import PackedWeight, Quantization, new_code, pack, packed_shapes
 from oomless.techniques import frozen_layers
 from oomless.techniques.frozen_layers import FrozenLinear
-
-try:  # Imported here and not where used: its modules make tensors, which must be neither fake nor booked.
-    import bitsandbytes
-except ImportError:
-    bitsandbytes = None
 
 
 class QuantizedLinear(FrozenLinear):
@@ -63,8 +59,10 @@ def replace(model: Any, kind: Quantization, trained: list[nn.Module]) -> None:
     Raises:
         ConfigError: bitsandbytes is missing, there is nothing to quantise, or most of the body would stay as it is.
     """
-    if bitsandbytes is None:
-        raise ConfigError("quantization needs bitsandbytes: install oomless[quantize], or leave it out")
+    try:
+        import_unbooked("bitsandbytes")
+    except ImportError as error:
+        raise ConfigError("quantization needs bitsandbytes: install oomless[quantize], or leave it out") from error
     frozen_layers.replace(model, lambda layer: QuantizedLinear(layer, kind), trained, key="quantization")
 
 

@@ -20,21 +20,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, ModelError
+from oomless.memory.tracker import import_unbooked
 from oomless.optim.adamw import is_quantisable
 from oomless.optim.blockwise import BLOCK
 from oomless.techniques.block_dropout import has_dropout
 from oomless.techniques.checkpointing import decoder_layers
 
+FSDP = "torch.distributed.fsdp"
 ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 Result = TypeVar("Result")
 
@@ -138,14 +138,14 @@ class Sharded:
         self._cut(self._root, reshard_after_forward=False)
         self._fetch_ahead(layers, any(parameter.requires_grad for parameter in embedding.parameters()))
         for module in self._root.modules():
-            if isinstance(module, _fsdp().FSDPModule):
+            if isinstance(module, import_unbooked(FSDP).FSDPModule):
                 # The loss is divided by all processes' tokens, so gradients are summed and not averaged.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
     def _cut(self, module: nn.Module, *, reshard_after_forward: bool = True) -> Any:
         self._materialise(module)
-        cut = _fsdp().fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        cut = import_unbooked(FSDP).fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
         if any(parameter.shape[0] % self._mesh.size() for parameter in module.parameters()):
             # On fake tensors FSDP makes padded parts anew at the first use, which has to come before ``local``.
             cut.unshard()
@@ -177,14 +177,6 @@ class Sharded:
             return function(*given)
         result: Result = self._head(function, *given)
         return result
-
-
-@cache
-def _fsdp() -> Any:
-    """Return torch's FSDP2, which takes a second to import; tensors that it makes meanwhile must be neither fake nor booked."""
-    with _disable_current_modes():
-        import torch.distributed.fsdp
-    return torch.distributed.fsdp
 
 
 def is_cut(tensor: Tensor) -> bool:

@@ -305,8 +305,7 @@ class Run:
             self.assembly.optimizer.zero_grad(set_to_none=True)
             set_random_state(random_before, self.device)
             self.loader.position = self.loader.taken[0]
-            said = f"step {self.step + 1} was abandoned: it and the save might have outlasted the grace period"
-            self.listener.said(said)
+            self.listener.said(f"step {self.step + 1} was abandoned: it and the save might outlast the grace period")
             return None
 
     def _go_back(self) -> None:
