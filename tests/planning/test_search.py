@@ -60,7 +60,7 @@ def best_of_all(setting):
             trials = zip(every, laboratory.trials(every), strict=True)
             fitting = [judge._found(settings, trial) for settings, trial in trials if judge._fits(trial)]
             for found in sorted(fitting, key=lambda found: found.seconds):
-                if laboratory.proof(found.settings, tight=False)().fits:
+                if laboratory.proof(found.settings)().fits:
                     return quality, found.seconds, judge
     return None
 

@@ -1,8 +1,8 @@
 """``oomless plan``: does this training fit that GPU, and what fills it?
 
-The answer comes from one rehearsal without a limit, and, where what it reserves is more than the GPU has, from a second
-one at the GPU's own size: the allocator then gives cached memory back before it fails, as the real one does, and either
-gets through or shows where the run would stop.
+The answer comes from a rehearsal at the GPU's own size, where the allocator gives cached memory back before it fails, as the
+real one does, and either gets through or shows where the run would stop; what it would have needed then comes from a second
+one without a limit.
 """
 
 from __future__ import annotations
@@ -245,27 +245,28 @@ def plan(
         UserError: what is asked for does not fit together; the same as training would say.
     """
     config = shared(config, target.gpus)
-    free = rehearse_on(target, spec, config, UNLIMITED_BYTES, settings, snapshot=snapshot)
-    shown, stopped_at, message = free, None, None
-    fits = free.profile.peak_reserved_bytes <= target.usable_bytes
-    if not fits:
-        limited = rehearse_on(target, spec, config, target.capacity_bytes, settings, snapshot=snapshot)
-        fits, message = limited.out_of_memory is None, limited.out_of_memory
-        if fits:
-            shown = limited
-        else:
-            stopped_at = limited.profile.failures[-1] if limited.profile.failures else None
+    found = rehearse_on(target, spec, config, target.capacity_bytes, settings, snapshot=snapshot)
+    if found.out_of_memory is None:
+        return plan_of(spec, target, found)
+    return plan_of(
+        spec, target, rehearse_on(target, spec, config, UNLIMITED_BYTES, settings, snapshot=snapshot), stopped=found
+    )
+
+
+def plan_of(spec: ModelSpec, target: Target, found: Rehearsal, *, stopped: Rehearsal | None = None) -> Plan:
+    """Return the plan that ``found`` is; it went on without a limit where the GPU's own memory ``stopped`` another."""
+    failures = () if stopped is None else stopped.profile.failures
     return Plan(
         model=spec.name,
         target=target,
-        fits=fits,
-        profile=shown.profile,
-        stopped_at=stopped_at,
-        out_of_memory=message,
-        parameters=free.parameters,
-        trainable_parameters=free.trainable_parameters,
-        work=free.work,
-        device=shown.device,
+        fits=stopped is None,
+        profile=found.profile,
+        stopped_at=failures[-1] if failures else None,
+        out_of_memory=None if stopped is None else stopped.out_of_memory,
+        parameters=found.parameters,
+        trainable_parameters=found.trainable_parameters,
+        work=found.work,
+        device=found.device,
     )
 
 

@@ -41,9 +41,6 @@ from oomless.planning.throughput import Throughput, relative_seconds, throughput
 from oomless.planning.trial import Laboratory, Parts, Proof, Setting, Trial, host_bytes_of_state, state_bytes
 from oomless.units import format_bytes
 
-TIGHT = 0.97
-"""Where one step leaves less than the rest of this of what may be used, a whole run may well not fit."""
-
 ALTERNATIVES = 3
 """So many strategies that give up more than the pick are shown beside it."""
 
@@ -201,7 +198,7 @@ class _Search:
                 if row.fits:
                     shown |= {(trainable,), (trainable, quality.optimizer)}
                     if proof is None:
-                        proof = self.laboratory.proof(row.settings, tight=row.needed_bytes > TIGHT * self.usable_bytes)
+                        proof = self.laboratory.proof(row.settings)
                         row = replace(row, picked=True)
                     else:
                         alternatives -= 1
@@ -236,8 +233,9 @@ class _Search:
         found: _Found | None = None
         failures: list[_Failure] = []
         ladder = rungs(self.pins, built.layers)
+        usual = ladder[: max(1, len(ladder) - LEANER_RUNGS)]
         # Where any way will do, the leanest, which takes the longest to try, comes last.
-        ladders = [ladder[: max(1, len(ladder) - LEANER_RUNGS)], ladder[-1:]] if quick else [ladder]
+        ladders = [usual[:1] + usual[1:][-1:], ladder[-1:]] if quick else [ladder]
         for part, placement in product(ladders, placements(quality, self.pins)):
             bound = self._bound(quality, placement, built)
             if bound is not None:
@@ -327,7 +325,7 @@ class _Search:
         trials: dict[int, Trial] = {}
         low, high = -1, len(ladder)
         while high - low > 1 and not (quick and high < len(ladder)):
-            probes = _probes(low, high, len(ladder), 1 if quick else self.laboratory.processes)
+            probes = [*range(len(ladder))] if quick else _probes(low, high, len(ladder), self.laboratory.processes)
             made = self.laboratory.trials([settings | ladder[index] for index in probes])
             refused = [
                 index for index, trial in zip(probes, made, strict=True) if self._cannot_apply(trial, ladder[index])

@@ -34,7 +34,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
-from oomless.planning.plan import FIXED, Plan, Target, plan, rehearse_on
+from oomless.planning.plan import FIXED, Plan, Target, plan, plan_of, rehearse_on
 from oomless.planning.rehearse import rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.sharding import local, shared
@@ -163,25 +163,24 @@ def try_out(setting: Setting, settings: Settings) -> Trial:
     )
 
 
-def prove(setting: Setting, settings: Settings, tight: bool) -> Proof:
-    """Rehearse the whole run with ``settings``; where they are ``tight``, which may well fail, in the memory that may be used first."""
+def prove(setting: Setting, settings: Settings) -> Proof:
+    """Rehearse the whole run with ``settings`` in the memory that may be used."""
     target, config = setting.target, setting.config(settings)
-
-    def fits_what_may_be_used() -> bool:
-        capacity_bytes = target.capacity_bytes - target.margin_bytes
-        return rehearse_on(target, setting.spec, config, capacity_bytes).out_of_memory is None
-
-    if tight and not fits_what_may_be_used():
+    found = rehearse_on(target, setting.spec, config, target.capacity_bytes - target.margin_bytes)
+    if found.out_of_memory is not None:
         return Proof(fits=False)
-    whole = plan(setting.spec, config, target)
-    fits = tight or whole.needed_bytes <= target.usable_bytes - target.margin_bytes or fits_what_may_be_used()
+    if found.device.allocator.statistics.num_alloc_retries:
+        whole = plan(setting.spec, config, target)
+    else:  # it was never short of memory, so with more it would be the same
+        profile = replace(found.profile, capacity_bytes=target.capacity_bytes)
+        whole = plan_of(setting.spec, target, replace(found, profile=profile))
     kept = {field.name: getattr(whole, field.name) for field in fields(Plan)}
     for name in ("model", "target", "device"):
         del kept[name]
     kept["profile"] = whole.profile.to_dict()
     kept["stopped_at"] = whole.stopped_at and asdict(whole.stopped_at)
     kept["work"] = whole.work and asdict(whole.work)
-    return Proof(fits=fits, plan=kept)
+    return Proof(fits=True, plan=kept)
 
 
 def measure_parts(setting: Setting, settings: Settings) -> Parts:
@@ -297,30 +296,30 @@ class Laboratory:
             self._keep(key, future.result())
         return [self._results[key] for key in keys]
 
-    def proof(self, settings: Settings, *, tight: bool) -> Callable[[], Proof]:
-        """Begin to rehearse the whole run, as ``prove`` does; call what is returned to wait for what came of it."""
+    def proof(self, settings: Settings) -> Callable[[], Proof]:
+        """Begin to rehearse the whole run; call what is returned to wait for what came of it."""
         key = self._key("prove", settings)
         if key in self._results or self._read(key, Proof):
             return lambda: self._results[key]
         self.made += 1
-        running = self._submit(prove, settings, tight) if self._processes > 1 else None
+        running = self._submit(prove, settings) if self._processes > 1 else None
 
         def wait() -> Proof:
             if key not in self._results:
-                self._keep(key, prove(self.setting, settings, tight) if running is None else running.result())
+                self._keep(key, prove(self.setting, settings) if running is None else running.result())
             found: Proof = self._results[key]
             return found
 
         return wait
 
-    def _submit(self, function: Any, settings: Settings, *more: Any) -> Future[Any]:
+    def _submit(self, function: Any, settings: Settings) -> Future[Any]:
         if self._pool is None:
             # A fork has everything imported already. It computes on one thread, as a fork of OpenMP's threads cannot.
             way = get_context("fork" if sys.platform == "linux" else "spawn")
             self._pool = ProcessPoolExecutor(
                 self._processes, mp_context=way, initializer=_begin_process, initargs=(os.getpid(),)
             )
-        return self._pool.submit(function, self.setting, settings, *more)
+        return self._pool.submit(function, self.setting, settings)
 
     def _key(self, what: str, settings: Settings) -> str:
         shared = self.setting
