@@ -63,7 +63,7 @@ def main() -> None:
     facts = provenance()
     closing = (
         f"Rehearsed with torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}; searches with two "
-        f"processes on {facts['device'].partition(',')[0]}, two cores, which other work used at the same time."
+        f"processes on {facts['device'].partition(',')[0]}, two cores."
     )
     for model, gpu in PAIRS:
         rows.append(row(model, gpu))
