@@ -11,10 +11,9 @@ from __future__ import annotations
 import time
 
 from oomless.models.spec import resolve_for_plan
-from oomless.planning.choose import UNPLANNED
 from oomless.planning.plan import target_for
 from oomless.planning.search import search
-from oomless.planning.strategies import in_words
+from oomless.planning.strategies import UNPLANNED, in_words
 from oomless.report.choice import speed_in_words
 from oomless.units import format_bytes
 from provenance import RESULTS, provenance

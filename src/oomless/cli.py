@@ -41,6 +41,9 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
 
     On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
     """
+    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
+    TrainConfig.from_mapping(given)  # says what is missing or contradictory before anything that takes long is imported
+
     from torch import OutOfMemoryError
 
     from oomless.planning.plan import predict
@@ -52,7 +55,6 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     from oomless.training.loop import train as run
 
     console = Console(quiet=not _speaks())
-    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
     choice = None if as_given or world_size() > 1 else _choice_to_train(console, given, host_memory)
     if choice is None:
         resolved = TrainConfig.from_mapping(given)
@@ -100,40 +102,47 @@ def plan(
     What is given is kept, the rest is chosen. --model a,b and --what-if gpu=T4,L4 compare; --max-seq-length max finds the
     longest sequence.
     """
+    from oomless.planning.strategies import UNPLANNED
+
+    if timeline is not None and timeline.suffix not in (".html", ".png"):
+        raise ConfigError(f"a timeline is written as .html or .png; got {timeline.name}")
+    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
+    models, gpus = str(given.get("model", "")).split(","), gpus_to_compare(what_if) or [str(given.get("gpu", "auto"))]
+    host_bytes = host_size(host_memory)
+    compares = len(models) > 1 or what_if is not None
+    if compares and (as_given or write or timeline or snapshot):
+        raise ConfigError(
+            "a comparison goes without --as-given, --write, --timeline and --snapshot: plan one of them for these"
+        )
+    if as_given and (write is not None or host_memory is not None):
+        raise ConfigError(
+            "--write and --host-memory have no effect with --as-given, where nothing is chosen; remove them"
+        )
+    if given.get("max_seq_length") != "max":
+        TrainConfig.from_mapping({**UNPLANNED, **given})
+
     from oomless.planning.choose import as_config, choose_training, compare, picked_settings
     from oomless.planning.plan import plan_training
     from oomless.planning.throughput import speed_of
     from oomless.report import choice as report
     from oomless.report.plan import print_plan, write_timeline
 
-    if timeline is not None and timeline.suffix not in (".html", ".png"):
-        raise ConfigError(f"a timeline is written as .html or .png; got {timeline.name}")
-    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
-    models, gpus = str(given.get("model", "")).split(","), gpus_to_compare(what_if) or [str(given.get("gpu", "auto"))]
     console = Console()
-    if len(models) > 1 or what_if is not None:
-        if as_given or write or timeline or snapshot:
-            raise ConfigError(
-                "a comparison goes without --as-given, --write, --timeline and --snapshot: plan one of them for these"
-            )
+    if compares:
         with _progress(console, quiet=json) as say:
-            compared = compare(given, models, gpus, host_bytes=host_size(host_memory), progress=say)
+            compared = compare(given, models, gpus, host_bytes=host_bytes, progress=say)
         if json:
             print(dumps(report.compared_to_dict(compared), indent=2))
         else:
             report.print_comparison(console, compared)
         return
     if as_given:
-        if write is not None or host_memory is not None:
-            raise ConfigError(
-                "--write and --host-memory have no effect with --as-given, where nothing is chosen; remove them"
-            )
         asked = as_config(given)
         answer, picked = plan_training(asked, snapshot=snapshot is not None), None
         speed = speed_of(answer, asked)
     else:
         with _progress(console, quiet=json) as say:
-            picked = choose_training(given, host_bytes=host_size(host_memory), progress=say)
+            picked = choose_training(given, host_bytes=host_bytes, progress=say)
         if picked.config is None or picked.plan is None:
             if json:
                 print(dumps(picked.to_dict(), indent=2))
@@ -168,7 +177,6 @@ def _choice_to_train(console: Console, given: dict[str, Any], host_memory: str |
     from oomless.planning.choose import choose_training
     from oomless.training.assemble import open_device
 
-    TrainConfig.from_mapping(given)  # says at once what is missing or contradictory
     device = open_device(str(given.get("gpu", "auto")))
     began = Path(str(given["output_dir"])) / "config.yaml"
     if given.get("resume") and began.is_file():

@@ -12,14 +12,11 @@ from oomless.errors import ConfigError
 from oomless.models.spec import resolve_for_plan
 from oomless.planning.plan import Target, target_for
 from oomless.planning.search import ALTERNATIVES, Choice, search
-from oomless.planning.strategies import Settings
+from oomless.planning.strategies import UNPLANNED, Settings
 from oomless.planning.trial import results_folder
 
 LENGTH_STEP = 256
 """The longest sequence is found to within so many tokens."""
-
-UNPLANNED = {"data": "-", "output_dir": "-"}
-"""What a plan does not look at, where it is not given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,10 +15,9 @@ from oomless import catalogue
 from oomless.errors import UserError
 from oomless.models.build import parameter_count
 from oomless.models.spec import ModelSpec, resolve_for_plan
-from oomless.planning.choose import UNPLANNED
 from oomless.planning.plan import HOST_SHARE, Target, target_for
 from oomless.planning.search import Choice, Row, search
-from oomless.planning.strategies import Settings
+from oomless.planning.strategies import UNPLANNED, Settings
 from oomless.units import GiB, format_bytes
 
 PINS_OF_TECHNIQUE = (

@@ -54,6 +54,8 @@ TILES = 8
 SMALL_LOSS_CHUNK_BYTES = 16 << 20
 
 Settings = dict[str, Any]
+UNPLANNED: Settings = {"data": "-", "output_dir": "-"}
+"""What a plan does not look at, where it is not given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
