@@ -4,6 +4,8 @@ import gc
 import json
 import random
 import shutil
+import sys
+import traceback
 
 import pytest
 import torch
@@ -61,13 +63,26 @@ class Runs:
             },
         )
 
-    def run(self, fault=None):
-        """Return the final weights, the losses, what was said, what the device holds and how much it was asked for."""
+    def run(self, fault=None, places=None):
+        """Return the final weights, the losses, what was said, what the device holds and how much it was asked for.
+
+        ``places`` gets the allocations by the lines of the loop that asked for them.
+        """
         self.number += 1
         out = self.tmp_path / f"run-{self.number}"
         device = VirtualGPU(256 << 20)
         if fault is not None:
             device.fail_at(fault)
+        if places is not None:
+            allocate = device._ledger.allocate
+
+            def noted(*asked):
+                frames = traceback.walk_stack(sys._getframe())
+                lines = tuple(line for frame, line in frames if frame.f_code.co_filename == loop.__file__)
+                places.setdefault(lines, []).append(device.allocation_count)
+                return allocate(*asked)
+
+            device._ledger.allocate = noted
         self.monkeypatch.setattr(loop, "open_device", lambda name: device)
         ear = Ear()
         result = loop.train(TrainConfig(output_dir=str(out), **self.settings), ear)
@@ -100,6 +115,21 @@ def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mo
         assert found_losses == losses, index
         assert held == 0, index
     record_property("faults", len(faults))
+
+
+def test_no_place_in_the_loop_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch):
+    runs = Runs(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path, monkeypatch, {"save_steps": 2})
+    places = {}
+    expected, losses, heard, held, _ = runs.run(places=places)
+    assert not heard
+    assert len(places) > 10
+    chance = random.Random(0)
+    for lines, indices in places.items():
+        weights, found_losses, heard, held, _ = runs.run(chance.choice(indices))
+        assert any("out of memory" in message for message in heard), lines
+        assert same(weights, expected), lines
+        assert found_losses == losses, lines
+        assert held == 0, lines
 
 
 @pytest.mark.parametrize("save_steps", [2, None], ids=["checkpoint", "no_checkpoint"])

@@ -81,10 +81,11 @@ class TrainabilityAudit:
         Raises:
             AuditError: a frozen parameter moved, or a trainable one has no gradient or did not move in time.
         """
-        self.steps += 1
         if self.without_gradient:
             raise AuditError(_report("should train but have no gradient", self.without_gradient))
+        # May run out of memory, and be asked again.
         seen = self.any_of([self._checksum(parameter) != self.before[name] for name, parameter in self.named])
+        self.steps += 1
         moved = {name for (name, _), moves in zip(self.named, seen, strict=True) if moves}
         frozen = {name for name, parameter in self.named if not parameter.requires_grad}
         if moved & frozen:

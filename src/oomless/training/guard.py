@@ -287,7 +287,7 @@ class Guard:
         call = partial(action, *arguments, **keywords)
         if not self.active:
             return call()
-        said = "out of memory while saving or loading: done again after freeing what was cached"
+        said = "out of memory between two steps: what was begun is done again after freeing what was cached"
         return _once_more(call, self._drop, lambda: self.say(said))
 
     def _climb(self) -> None:

@@ -234,9 +234,9 @@ class Run:
                 self.guard.rehearse(batches)
 
     def _train_steps(self) -> None:
-        config, parts = self.config, self.assembly
-        audit = TrainabilityAudit(parts.model, parts.optimizer, self.ranks.any_of) if self.step == 0 else None
-        unapplied = torch.zeros((), device=self.device.torch_device)
+        config, parts, retried = self.config, self.assembly, self.guard.retried
+        audit = retried(TrainabilityAudit, parts.model, parts.optimizer, self.ranks.any_of) if self.step == 0 else None
+        unapplied = retried(torch.zeros, (), device=self.device.torch_device)
         began, tokens_before, logged_at = time.perf_counter(), self.tokens, (time.perf_counter(), self.tokens)
         while self.step < self.total_steps and not self.interrupted.agreed():
             factor = learning_rate_factor(config.lr_scheduler_type, self.step, self.total_steps, config.warmup_ratio)
@@ -254,7 +254,7 @@ class Run:
                 self.tokens += tokens
             elif self._answer(reason) == "rewind":
                 continue
-            if audit is not None and not float(outcome.found_inf) and audit.after_step():
+            if audit is not None and not float(outcome.found_inf) and retried(audit.after_step):
                 audit = None
             saves = bool(config.save_steps) and self.step % (config.save_steps or 1) == 0
             logs = reason is None and (self.step % config.logging_steps == 0 or self.step == self.total_steps)
@@ -405,9 +405,8 @@ class Run:
         try:
             for name, blocks in self.data.evaluation.items():
                 blocks.store.check_unchanged()
-                losses[name] = self._mean_loss(
-                    *self.guard.evaluate(blocks, self.config.per_device_eval_batch_size or 1, self._own_batches)
-                )
+                found = self.guard.evaluate(blocks, self.config.per_device_eval_batch_size or 1, self._own_batches)
+                losses[name] = self.guard.retried(self._mean_loss, *found)
         except Abandoned:
             return {}
         if losses:
