@@ -54,6 +54,7 @@ TILES = 8
 SMALL_LOSS_CHUNK_BYTES = 16 << 20
 
 Settings = dict[str, Any]
+CHEAP: Settings = {"cheap_recompute": True}
 UNPLANNED: Settings = {"data": "-", "output_dir": "-"}
 """What a plan does not look at, where it is not given."""
 
@@ -176,7 +177,7 @@ def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
 
     ``layers`` is how many can be checkpointed.
     """
-    cheap, tiles = {"cheap_recompute": True}, {"mlp_tiles": pins.get("mlp_tiles", TILES)}
+    cheap, tiles = CHEAP, {"mlp_tiles": pins.get("mlp_tiles", TILES)}
     small_chunk = {"loss_chunk_bytes": SMALL_LOSS_CHUNK_BYTES}
     ladder: list[Settings] = [{}, cheap]
     if not layers:
