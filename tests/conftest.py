@@ -4,6 +4,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import peft  # noqa: F401 (what it logs when it is first imported, pytest keeps, with all that the frames there hold)
 import pytest
 import torch
 

@@ -49,6 +49,30 @@ def test_tables_are_those_that_were_measured(result, page):
     assert made in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
 
 
+CLAIMS = (
+    *(
+        "faults_in_steps",
+        "faults_in_a_larger_model",
+        "faults_in_runs",
+        "kills",
+        "full_disks",
+        "damage",
+        "soak",
+        "picks",
+    ),
+    "plans",
+)
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claims_at_full_length_were_kept(claim):
+    result = f"full_length_{claim}.json"
+    tests = json.loads((ROOT / "bench" / "results" / result).read_text(encoding="utf-8"))["tests"]
+    assert tests
+    assert all(test["passed"] for test in tests)
+    assert any(result in page.read_text(encoding="utf-8") for page in PAGES)
+
+
 def test_readme_shows_what_was_measured_beside_the_trainer():
     parity, speed = (
         json.loads((ROOT / "bench" / "results" / f"trainer_{name}.json").read_text()) for name in ("parity", "speed")

@@ -1,6 +1,8 @@
 """The books of storages: against hand counts, against torch's own CPU allocator, and through autograd."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -416,3 +418,19 @@ def test_fifty_steps_are_flat(tracked):
         held.append(tracked.allocated_bytes)
     parameter_bytes = 4 * (8 * 16 + 16 + 16 * 8 + 8)
     assert set(held) == {3 * parameter_bytes + 4 * 4}, "weights, two moments, and four step counts"
+
+
+IMPORTS = """
+from oomless.memory.tracker import import_unbooked
+from oomless.memory.virtual_gpu import VirtualGPU
+device = VirtualGPU(1 << 30, fake=True)
+with device.active():
+    for name in ("peft", "bitsandbytes", "torch.distributed.fsdp"):
+        import_unbooked(name)
+print(device.allocation_count)
+"""
+
+
+def test_what_is_imported_late_is_not_booked():
+    result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert result.stdout == "0\n", result.stderr
