@@ -298,11 +298,20 @@ class _Search:
         return None
 
     def _could_be_faster(self, quality: Quality, placement: Settings, found: _Found) -> bool:
-        """Whether ``placement`` with nothing computed again would be faster than ``found``, which may compute again."""
+        """Whether ``placement`` could be faster than ``found`` by computing less again."""
         if not set(found.settings) & {"gradient_checkpointing", "cheap_recompute", "mlp_tiles"}:
             return False
-        trial = self.laboratory.trials([quality.settings() | placement | self.passes[0]])[0]
-        return not self._fits(trial) or self._found({}, trial).seconds < found.seconds
+        sizes = self.passes[:1] + self.passes[1:][-1:]
+        least = [quality.settings() | placement | size | rung for size, rung in product(sizes, ({}, CHEAP))]
+        trials = zip(least, self.laboratory.trials(least, limited=False), strict=True)
+        faster = [
+            settings
+            for settings, trial in trials
+            if trial.work is not None and self._found({}, trial).seconds < found.seconds
+        ]
+        if any("cheap_recompute" in settings for settings in faster):
+            return True  # and so may be others that compute more again
+        return any(self._fits(trial) for trial in self.laboratory.trials(faster))
 
     def _fastest(
         self, settings: Settings, ladder: list[Settings], quick: bool

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.plan import FIXED, Plan, Target, plan, plan_of, rehearse_on
-from oomless.planning.rehearse import rehearse_briefly, virtual_device
+from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
@@ -132,15 +132,16 @@ class Setting:
         return shared(TrainConfig.from_mapping({**self.base, **settings}), self.target.gpus)
 
 
-def try_out(setting: Setting, settings: Settings) -> Trial:
-    """Rehearse one step of the run with ``settings`` at the capacity that may be used."""
+def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Trial:
+    """Rehearse one step of the run with ``settings`` at the capacity that may be used, or without an end of memory."""
     target = setting.target
+    capacity_bytes = target.capacity_bytes - target.margin_bytes if limited else UNLIMITED_BYTES
 
     try:
         found = rehearse_briefly(
             setting.spec,
             setting.config(settings),
-            lambda: target.simulated(target.capacity_bytes - target.margin_bytes),
+            lambda: target.simulated(capacity_bytes),
             kernel=target.kernel,
             workspace_bytes=target.workspace_bytes,
             steps=1,
@@ -245,6 +246,10 @@ def _built(
     return optim.build(optimizer, groups, lr=1.0, **how)
 
 
+MANY_MODULES = 100
+"""Importing so many takes longer than forks do."""
+
+
 class Laboratory:
     """Makes trials of one setting, several at a time, each once.
 
@@ -260,6 +265,7 @@ class Laboratory:
         self.made = 0
         self._results: dict[str, Any] = {}
         self._pool: ProcessPoolExecutor | None = None
+        self._retired: list[ProcessPoolExecutor] = []
         self._processes = processes
 
     @property
@@ -269,29 +275,35 @@ class Laboratory:
 
     def close(self) -> None:
         """End the processes."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for pool in (*self._retired, self._pool):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
     def parts(self, settings: Settings) -> Parts:
         """Return what a choice of parts puts on the GPU; always in this process, whose forks then have what it imported."""
         key = self._key("parts", settings)
         if key not in self._results and not self._read(key, Parts):
+            imported = len(sys.modules)
             self._keep(key, measure_parts(self.setting, settings))
+            if self._pool is not None and len(sys.modules) > imported + MANY_MODULES:
+                self._retired.append(self._pool)  # new forks need not import it all again
+                self._pool = None
         found: Parts = self._results[key]
         return found
 
-    def trials(self, candidates: Sequence[Settings]) -> list[Trial]:
-        """Return what each candidate came to, in their order."""
-        keys = [self._key("trial", settings) for settings in candidates]
+    def trials(self, candidates: Sequence[Settings], *, limited: bool = True) -> list[Trial]:
+        """Return what each candidate came to, in their order; without an end of memory where not ``limited``."""
+        function = partial(try_out, limited=limited)
+        keys = [self._key("trial" if limited else "unlimited trial", settings) for settings in candidates]
         running: dict[str, Future[Trial]] = {}
         for key, settings in zip(keys, candidates, strict=True):
             if key in self._results or key in running or self._read(key, Trial):
                 continue
             self.made += 1
             if self._processes == 1:
-                self._keep(key, try_out(self.setting, settings))
+                self._keep(key, function(self.setting, settings))
             else:
-                running[key] = self._submit(try_out, settings)
+                running[key] = self._submit(function, settings)
         for key, future in running.items():
             self._keep(key, future.result())
         return [self._results[key] for key in keys]
