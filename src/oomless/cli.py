@@ -23,6 +23,8 @@ from oomless.config import TrainConfig
 from oomless.config_values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UserError, nearest
 
+BAR_WIDTH = 20
+
 app = typer.Typer(
     help="Train language models on the GPU you have, and do not run out of memory.",
     no_args_is_help=True,
@@ -204,14 +206,17 @@ def _explain_nothing_fits(console: Console, given: dict[str, Any], choice: Any) 
 
 @contextmanager
 def _progress(console: Console, *, quiet: bool = False) -> Iterator[Any]:
-    """Show what is being tried, in one line that goes away; a thread of its own would be in the way of forks."""
+    """Show a bar and what is being tried, in one line that goes away; a thread of its own would be in the way of forks."""
     if quiet or not console.is_terminal:
         yield None
         return
     began = time.monotonic()
 
-    def say(text: str) -> None:
-        console.print(f"\r[dim]{time.monotonic() - began:4.0f} s  {text[: console.width - 10]}[/]\033[K", end="")
+    def say(text: str, share: float) -> None:
+        done = round(share * BAR_WIDTH)
+        bar = f"[cyan]{'━' * done}[/][dim]{'━' * (BAR_WIDTH - done)}"
+        room = max(0, console.width - BAR_WIDTH - 11)
+        console.print(f"\r{bar} {time.monotonic() - began:4.0f} s  {text[:room]}[/]\033[K", end="")
 
     try:
         yield say

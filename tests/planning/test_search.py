@@ -48,7 +48,7 @@ def best_of_all(setting):
     """Return the best of every strategy there is, each rehearsed: its quality and its speed, or ``None`` where none fits."""
     pins, spec = setting.base, setting.spec
     laboratory = Laboratory(setting, 1, None)
-    judge = _Search(setting, laboratory, lambda _: None)
+    judge = _Search(setting, laboratory, lambda *_: None)
     for parts in parts_in_order(pins, tied=is_tied(spec)):
         built = laboratory.parts(parts)
         if built.refused is not None:
@@ -124,6 +124,23 @@ def test_the_pick_is_the_best_of_all(make_checkpoint, architecture, tied, pins, 
     assert found.picked.quality == quality
     chosen = judge.laboratory.trials([found.picked.settings])[0]
     assert judge._found(found.picked.settings, chosen).seconds == seconds
+
+
+def test_progress_is_told_in_order(make_checkpoint):
+    folder = make_checkpoint("llama", tied=True, **SHAPE)
+    told = []
+    found = search(
+        resolve(str(folder)),
+        given_for(folder, trainable="full"),
+        target_of(16 * MiB),
+        processes=1,
+        progress=lambda *now: told.append(now),
+    )
+    names, shares = zip(*told, strict=True)
+    assert [str(row.quality) for row in found.rows] == [name for name in names if not name.startswith("building")]
+    assert shares[0] == 0
+    assert list(shares) == sorted(shares)
+    assert 0.5 <= shares[-1] < 1
 
 
 def train_for_real(setting, settings, capacity_bytes):

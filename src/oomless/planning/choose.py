@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.models.spec import resolve_for_plan
 from oomless.planning.plan import Target, target_for
-from oomless.planning.search import ALTERNATIVES, Choice, search
+from oomless.planning.search import ALTERNATIVES, Choice, Progress, search
 from oomless.planning.strategies import UNPLANNED, Settings
 from oomless.planning.trial import results_folder
 
@@ -33,7 +33,7 @@ def choose_training(
     *,
     host_bytes: int | None = None,
     keep_trials: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """Return the best training that agrees with ``given`` (as in YAML: model, gpu and what is pinned) and fits the GPU.
 
@@ -43,7 +43,7 @@ def choose_training(
         given: settings as ``TrainConfig.from_mapping`` takes them; what they leave open is chosen.
         host_bytes: memory of the machine, for offloading; by default what is free here, or an assumption (``target_for``).
         keep_trials: keep what was rehearsed in the user's cache folder, and use what is there.
-        progress: is told what is being tried.
+        progress: is told what is being tried, and what share of a search is done, from 0 to 1.
 
     Raises:
         UserError: model, GPU or settings do not fit together.
@@ -59,7 +59,7 @@ def compare(
     gpus: Sequence[str],
     *,
     host_bytes: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Compared]:
     """Return the choice for each of ``models`` on each of ``gpus``.
 
@@ -70,7 +70,9 @@ def compare(
     found = []
     for model in models:
         for gpu, target in zip(gpus, targets, strict=True):
-            say = (lambda text, name=f"{model} on {gpu}": progress(f"{name}: {text}")) if progress else None
+            say = (
+                (lambda text, share, name=f"{model} on {gpu}": progress(f"{name}: {text}", share)) if progress else None
+            )
             choice = _choose({**given, "model": model}, target, results_folder(), 0, say)
             found.append(Compared(model=model, gpu=gpu, choice=choice))
     return found

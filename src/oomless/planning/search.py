@@ -42,6 +42,7 @@ from oomless.planning.throughput import Throughput, relative_seconds, throughput
 from oomless.planning.trial import Laboratory, Parts, Proof, Setting, Trial, host_bytes_of_state, state_bytes
 from oomless.units import format_bytes
 
+Progress = Callable[[str, float], None]
 ALTERNATIVES = 3
 """So many strategies that give up more than the pick are shown beside it."""
 
@@ -132,7 +133,7 @@ def search(
     processes: int | None = None,
     results: Path | None = None,
     alternatives: int = ALTERNATIVES,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """Return the best training of ``spec`` that agrees with ``given`` and fits ``target``.
 
@@ -143,7 +144,7 @@ def search(
         processes: trials at a time; by default as many as there are cores, four at most.
         results: a folder that keeps trials for later searches.
         alternatives: how many strategies that give up more are tried as well.
-        progress: is told what is being tried.
+        progress: is told what is being tried, and what share of the search is done, from 0 to 1.
 
     Raises:
         UserError: what was given does not fit together.
@@ -151,7 +152,7 @@ def search(
     setting = Setting(spec=spec, target=target, base=dict(given))
     laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
     try:
-        return _Search(setting, laboratory, progress or (lambda _: None)).run(alternatives)
+        return _Search(setting, laboratory, progress or (lambda *_: None)).run(alternatives)
     finally:
         laboratory.close()
 
@@ -168,7 +169,7 @@ class _Failure:
 
 
 class _Search:
-    def __init__(self, setting: Setting, laboratory: Laboratory, progress: Callable[[str], None]) -> None:
+    def __init__(self, setting: Setting, laboratory: Laboratory, progress: Progress) -> None:
         self.setting, self.laboratory, self.progress = setting, laboratory, progress
         self.pins, self.target = setting.base, setting.target
         self.usable_bytes = self.target.usable_bytes - self.target.margin_bytes
@@ -182,19 +183,23 @@ class _Search:
         rows: list[Row] = []
         proof: Callable[[], Proof] | None = None
         shown: set[tuple[str, ...]] = set()
-        for parts in parts_in_order(self.pins, tied=is_tied(self.setting.spec)):
+        left, order = alternatives, parts_in_order(self.pins, tied=is_tied(self.setting.spec))
+        for place, parts in enumerate(order):
             trainable = parts["trainable"]
-            if proof is not None and (not alternatives or (trainable,) in shown):
+            if proof is not None and (not left or (trainable,) in shown):
                 continue
-            self.progress(f"building {trainable}")
+            self.progress(f"building {trainable}", _share(place / len(order), left, alternatives, proof is not None))
             built = self.laboratory.parts(parts)
             if built.refused is not None:
                 self.refused = self.refused or built.refused
                 continue
             sixteen_bit = any(kind != "float32" for _, kind in built.trainable)
-            for quality in qualities(self.pins, parts, sixteen_bit=sixteen_bit):
-                if proof is not None and (not alternatives or (trainable, quality.optimizer) in shown):
+            kinds = qualities(self.pins, parts, sixteen_bit=sixteen_bit)
+            for number, quality in enumerate(kinds):
+                if proof is not None and (not left or (trainable, quality.optimizer) in shown):
                     continue
+                tried = (place + number / len(kinds)) / len(order)
+                self.progress(str(quality), _share(tried, left, alternatives, proof is not None))
                 row = self._best(quality, built, quick=proof is not None)
                 if row.fits:
                     shown |= {(trainable,), (trainable, quality.optimizer)}
@@ -202,7 +207,7 @@ class _Search:
                         proof = self.laboratory.proof(row.settings)
                         row = replace(row, picked=True)
                     else:
-                        alternatives -= 1
+                        left -= 1
                 if row.fits or proof is None:
                     rows.append(row)
                 if row.fits and not row.picked and trainable != _picked(rows).quality.trainable:
@@ -230,7 +235,6 @@ class _Search:
 
     def _best(self, quality: Quality, built: Parts, *, quick: bool) -> Row:
         """Return the fastest way to train with ``quality`` that fits, or why none does."""
-        self.progress(str(quality))
         found: _Found | None = None
         failures: list[_Failure] = []
         ladder = rungs(self.pins, built.layers)
@@ -404,6 +408,13 @@ class _Search:
             speed=throughput(work, self.target, config),
             seconds=relative_seconds(work, self.target, config),
         )
+
+
+def _share(tried: float, left: int, alternatives: int, picked: bool) -> float:
+    """Return how much of a search is done: the pick is the first half, what is shown beside it the second."""
+    if not picked:
+        return tried / 2
+    return 1 - left / (2 * alternatives) if alternatives else 1.0
 
 
 def _picked(rows: Sequence[Row]) -> Row:
