@@ -34,7 +34,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
-from oomless.planning.plan import FIXED, Plan, Target, plan, plan_of, rehearse_on
+from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.sharding import local, shared
@@ -165,16 +165,13 @@ def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Tr
 
 
 def prove(setting: Setting, settings: Settings) -> Proof:
-    """Rehearse the whole run with ``settings`` in the memory that may be used."""
+    """Rehearse the whole run with ``settings`` in the memory that may be used; that is what the plan says it needs."""
     target, config = setting.target, setting.config(settings)
     found = rehearse_on(target, setting.spec, config, target.capacity_bytes - target.margin_bytes)
     if found.out_of_memory is not None:
         return Proof(fits=False)
-    if found.device.allocator.statistics.num_alloc_retries:
-        whole = plan(setting.spec, config, target)
-    else:  # it was never short of memory, so with more it would be the same
-        profile = replace(found.profile, capacity_bytes=target.capacity_bytes)
-        whole = plan_of(setting.spec, target, replace(found, profile=profile))
+    profile = replace(found.profile, capacity_bytes=target.capacity_bytes)
+    whole = plan_of(setting.spec, target, replace(found, profile=profile))
     kept = {field.name: getattr(whole, field.name) for field in fields(Plan)}
     for name in ("model", "target", "device"):
         del kept[name]
