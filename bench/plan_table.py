@@ -1,13 +1,14 @@
 """What the planner picks for common models on common GPUs, and how long its search takes.
 
-    python bench/plan_table.py
+    python bench/plan_table.py [MODEL ...]
 
 Needs no GPU. Each search is made anew, with nothing kept from earlier ones. Writes ``results/plan_table.md``, which
-docs/planner.md shows.
+docs/planner.md shows; for the models that are named, searches again and adds the times to those that stand there.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 
 from oomless.models.spec import resolve_for_plan
@@ -37,23 +38,27 @@ PAIRS = [
 ]
 
 
-def row(model: str, gpu: str) -> str:
+def row(model: str, gpu: str, before: str | None = None) -> str:
+    """Return the row of a search; its time follows those in the row ``before``."""
     began = time.perf_counter()
     given = {**UNPLANNED, "model": model, "max_seq_length": LENGTH}
     choice = search(resolve_for_plan(model), given, target_for(gpu))
     seconds = time.perf_counter() - began
+    times = f"{before.split('|')[-2].strip()}, {seconds:.0f}" if before else f"{seconds:.0f}"
     picked = choice.picked
     if picked is None:
-        return f"| {model.split('/')[1]} | {gpu} | nothing fits | | | | {choice.trials} | {seconds:.0f} |"
+        return f"| {model.split('/')[1]} | {gpu} | nothing fits | | | | {choice.trials} | {times} |"
     headroom = format_bytes(choice.target.usable_bytes - picked.needed_bytes)
     return (
         f"| {model.split('/')[1]} | {gpu} | {picked.quality} | {in_words(picked.settings)} | "
-        f"{format_bytes(picked.needed_bytes)} ({headroom} left) | {speed_in_words(picked)} | {choice.trials} | {seconds:.0f} |"
+        f"{format_bytes(picked.needed_bytes)} ({headroom} left) | {speed_in_words(picked)} | {choice.trials} | {times} |"
     )
 
 
 def main() -> None:
-    rows = [
+    path, again = RESULTS / "plan_table.md", sys.argv[1:]
+    lines = path.read_text(encoding="utf-8").splitlines() if again else []
+    head = [
         f"One block of {LENGTH:,} tokens a step; tokens/s are predicted, not measured:",
         "",
         "| model | GPU | pick | how | needs | tokens/s | rehearsals | search, s |",
@@ -62,12 +67,17 @@ def main() -> None:
     facts = provenance()
     closing = (
         f"Rehearsed with torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}; searches with two "
-        f"processes on {facts['device'].partition(',')[0]}, two cores."
+        f"processes on {facts['device'].partition(',')[0]}, two cores. Several times are those of several searches: this machine "
+        "is at times 1.8 times as slow as at others."
     )
+    rows = []
     for model, gpu in PAIRS:
-        rows.append(row(model, gpu))
+        name = model.split("/")[1]
+        before = next((line for line in lines if line.startswith(f"| {name} | {gpu} |")), None)
+        rows.append(before if before and name not in again else row(model, gpu, before))
         print(rows[-1], flush=True)
-        (RESULTS / "plan_table.md").write_text("\n".join([*rows, "", closing]) + "\n", encoding="utf-8")
+        if not again or len(rows) == len(PAIRS):
+            path.write_text("\n".join([*head, *rows, "", closing]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
