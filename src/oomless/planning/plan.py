@@ -78,7 +78,7 @@ class Target:
 
     def simulated(
         self,
-        capacity_bytes: int = UNLIMITED_BYTES,
+        capacity_bytes: int,
         *,
         settings: AllocatorSettings | None = None,
         snapshot: bool = False,

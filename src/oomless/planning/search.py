@@ -294,8 +294,7 @@ class _Search:
             return None
         hosted = moved + streamed
         if moved and hosted <= self.target.host_bytes:
-            making = host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
-            hosted = streamed + max(moved, making)
+            hosted = streamed + host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
         if hosted > self.target.host_bytes:
             reason = f"offloaded, {self._of_the_host(hosted)}"
             return _Failure(needed_bytes=needed, reason=reason, host_bytes=hosted)

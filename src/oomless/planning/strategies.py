@@ -55,6 +55,8 @@ SMALL_LOSS_CHUNK_BYTES = 16 << 20
 
 Settings = dict[str, Any]
 CHEAP: Settings = {"cheap_recompute": True}
+"""The first rung that computes anything again."""
+
 UNPLANNED: Settings = {"data": "-", "output_dir": "-"}
 """What a plan does not look at, where it is not given."""
 

@@ -44,6 +44,8 @@ from oomless.training.distributed import rehearsed
 
 Settings = dict[str, Any]
 Trainable = tuple[tuple[tuple[int, ...], str], ...]
+MANY_MODULES = 100
+"""Importing so many takes longer than forks do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,10 +110,9 @@ class Proof:
         """Return the plan."""
         assert self.plan is not None
         profile = MemoryProfile.from_dict(self.plan["profile"])
-        stopped_at = None if self.plan["stopped_at"] is None else Request(**self.plan["stopped_at"])
         work = None if self.plan["work"] is None else Work.from_dict(self.plan["work"])
         known = {"model": setting.spec.name, "target": setting.target, "work": work}
-        return Plan(**{**self.plan, **known, "profile": profile, "stopped_at": stopped_at})
+        return Plan(**{**self.plan, **known, "profile": profile})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +177,6 @@ def prove(setting: Setting, settings: Settings) -> Proof:
     for name in ("model", "target", "device"):
         del kept[name]
     kept["profile"] = whole.profile.to_dict()
-    kept["stopped_at"] = whole.stopped_at and asdict(whole.stopped_at)
     kept["work"] = whole.work and asdict(whole.work)
     return Proof(fits=True, plan=kept)
 
@@ -241,10 +241,6 @@ def _built(
         for p in parameters
     ]
     return optim.build(optimizer, groups, lr=1.0, **how)
-
-
-MANY_MODULES = 100
-"""Importing so many takes longer than forks do."""
 
 
 class Laboratory:
