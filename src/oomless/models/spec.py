@@ -9,6 +9,7 @@ from typing import Any
 
 from oomless import catalogue
 from oomless.errors import ModelError, nearest
+from oomless.models import starting_point
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +36,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
             name=name, config=read_config(path, trust_remote_code), folder=None, trust_remote_code=trust_remote_code
         )
     folder = path if path.is_dir() else _download(name)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"a model folder holds a config.json; there is none in {folder}")
+    starting_point.check_folder(folder)
     config = read_config(folder / "config.json", trust_remote_code)
     return ModelSpec(name=name, config=config, folder=folder, trust_remote_code=trust_remote_code)
 
@@ -71,6 +71,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"the model config {path} cannot be read as JSON: {error}") from error
     if not isinstance(mapping, dict) or "model_type" not in mapping:
         raise ModelError(f"a model config is a JSON object with a model_type; {path} is not")
+    starting_point.check(mapping, path)
     model_type = str(mapping["model_type"])
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
         import transformers

@@ -1,0 +1,53 @@
+"""What a folder holds is read right or refused before anything is loaded, by plan, train and explain alike."""
+
+import json
+
+import pytest
+
+from oomless.errors import ModelError
+from oomless.models.spec import resolve, resolve_for_plan
+
+QUANTIZED = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "--quantization nf4"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "--quantization nf4"),
+    "bitsandbytes 4-bit": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "--quantization nf4"),
+    "bitsandbytes 8-bit": ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, "--quantization int8"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "16-bit"),
+    "mlx": ({"group_size": 64, "bits": 4}, "MLX"),
+    "a_kind_of_tomorrow": ({"quant_method": "a_kind_of_tomorrow"}, "16-bit"),
+}
+
+
+def folder_with(tmp_path, source, **changes):
+    settings = json.loads((source / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("ask", [resolve, resolve_for_plan])
+def test_a_quantized_kind_is_refused_with_the_line_that_helps(kind, ask, make_checkpoint, tmp_path):
+    quantization_config, advice = QUANTIZED[kind]
+    folder = folder_with(tmp_path, make_checkpoint("llama"), quantization_config=quantization_config)
+    for name in (folder, folder / "config.json"):
+        with pytest.raises(ModelError, match=rf"quantized \({kind}\).*{advice}"):
+            ask(str(name))
+
+
+def test_the_text_part_may_be_what_is_quantized(make_checkpoint, tmp_path):
+    part = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(ModelError, match=r"quantized \(awq\)"):
+        resolve(str(folder_with(tmp_path, make_checkpoint("llama"), text_config=part)))
+
+
+def test_an_adapter_alone_names_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    with pytest.raises(ModelError, match="an adapter alone, trained on 'org/base': give that model"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(("file", "said"), [("model.gguf", "GGUF"), ("params.json", "converted for transformers")])
+def test_forms_that_are_not_transformers_own(file, said, tmp_path):
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(ModelError, match=said):
+        resolve(str(tmp_path))
