@@ -13,9 +13,9 @@ from typing import Any
 
 from oomless.errors import ModelError
 
-_IN_FOUR_BITS = "give the 16-bit model that it was made from, with --quantization nf4 to hold it in 4 bits while LoRA trains"
-_IN_EIGHT_BITS = "give the 16-bit model that it was made from, with --quantization int8 to hold it in 8 bits while LoRA trains"
 _FULL = "give the 16-bit model that it was made from"
+_IN_FEW_BITS = _FULL + ", with --quantization {} to hold it in so many bits while LoRA trains"
+_IN_FOUR_BITS, _IN_EIGHT_BITS = _IN_FEW_BITS.format("nf4"), _IN_FEW_BITS.format("int8")
 
 _ADVICE = {
     "gptq": _IN_FOUR_BITS,
