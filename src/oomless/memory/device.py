@@ -84,6 +84,11 @@ class Device:
         """Return ``tensor``, which lies on the device, on the host."""
         return tensor.detach().cpu()
 
+    def numbers(self, tensor: Tensor, rehearsed: list[int]) -> list[int]:
+        """Return the numbers in ``tensor``, which lies on the device; in a rehearsal, where nothing has a value, ``rehearsed``."""
+        numbers: list[int] = tensor.tolist()
+        return numbers
+
     def pinned_like(self, tensor: Tensor) -> Tensor:
         """Return new host memory of the shape and dtype of ``tensor`` that can be copied to and from beside computation."""
         with self.host():

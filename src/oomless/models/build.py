@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.models import attention
+from oomless.models import attention, experts
 from oomless.models.spec import ModelSpec
 from oomless.techniques import frozen_layers, lora, quantization, sharding, trained_rows
 
@@ -43,14 +43,20 @@ def build(
         ModelError: transformers cannot build the architecture, or its attention cannot be replaced.
     """
     attention.register()
+    experts.register()
     config = copy.deepcopy(spec.config)  # what is done to the model may change its config
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=spec.trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                experts_implementation=experts.NAME,
+                trust_remote_code=spec.trust_remote_code,
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {spec.name}: {error}") from error
+    experts.place(model, device)
     if prepare is not None:
         prepare(model)
     with device.phase("load"):

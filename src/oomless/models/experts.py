@@ -1,0 +1,64 @@
+"""The experts of every mixture that oomless builds: transformers' interface, served by ``ops.grouped_linear``.
+
+transformers lets a function be registered under a name and chosen for one model by ``experts_implementation``; it is given the
+module that holds the stacks of the experts' matrices, what the router chose and the weights of its choices. All architectures
+whose experts go through that interface are served, whatever their gate, biases and layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from oomless.memory.device import Device
+from oomless.ops.grouped_linear import Groups, combine, dispatch, even_bounds, grouped_linear
+from oomless.techniques.experts import expert_modules
+
+NAME = "oomless"
+
+
+def register() -> None:
+    """Make ``experts_implementation="oomless"`` known to transformers."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def place(model: Any, device: Device) -> None:
+    """Tell the experts of ``model`` which device they are on."""
+    for _, module in expert_modules(model):
+        module.device = device
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Return for each token the weighted sum of what its experts make of it: [N, D].
+
+    Args:
+        module: holds ``gate_up_proj`` or ``up_proj``, and ``down_proj``.
+        hidden_states: [N, D].
+        top_k_index: int64 [N, K], the experts of each token; the number of experts and more stands for none.
+        top_k_weights: [N, K].
+    """
+    device: Device = module.device
+    choices = top_k_index.shape[-1]
+    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    places = places.view(-1, choices)
+    bounds = torch.searchsorted(sorted_experts, torch.arange(module.num_experts + 1, device=order.device))
+    groups = Groups(device.numbers(bounds, even_bounds(order.numel(), module.num_experts)), device.repeating)
+
+    rows = dispatch(hidden_states, places, order // choices)
+    if module.has_gate:
+        rows = module._apply_gate(_project(module, "gate_up_proj", rows, groups))
+    else:
+        rows = module.act_fn(_project(module, "up_proj", rows, groups))
+    rows = _project(module, "down_proj", rows, groups)
+    if module.has_post_expert_norm:
+        rows = module.post_expert_norm(rows)
+    return combine(rows, top_k_weights, places).to(hidden_states.dtype)
+
+
+def _project(module: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    return grouped_linear(rows, getattr(module, name), groups, bias=bias, transposed=module.is_transposed)

@@ -1,0 +1,126 @@
+"""Mixtures of experts: equal to transformers' own, in every form that the experts may lie in, and rehearsed to the byte."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from oomless.config import DataSource, TrainConfig
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models import experts
+from oomless.models.spec import resolve
+from oomless.planning.rehearse import rehearse, run_phases, virtual_device
+from oomless.techniques.experts import expert_modules
+from oomless.training.assemble import assemble
+
+LENGTHS = (20, 1, 43)
+FAMILIES = {
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16
+    ),
+    "qwen2_moe": dict(
+        model_type="qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+    ),
+    "olmoe": dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(
+        model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=16, intermediate_size=64
+    ),
+    "glm4_moe": dict(
+        model_type="glm4_moe",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        first_k_dense_replace=1,
+    ),
+    "ernie4_5_moe": dict(model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
+}
+
+
+@pytest.fixture(scope="session")
+def make_mixture(make_checkpoint):
+    """A function that makes a tiny mixture of a family."""
+    return lambda family, **changes: make_checkpoint("llama", **{**FAMILIES[family], **changes})
+
+
+def make_config(folder, corpus="none", out="none", **settings):
+    defaults = {"max_seq_length": sum(LENGTHS), "dtype": "fp32"}
+    return TrainConfig(
+        model=str(folder), data=(DataSource(path=str(corpus)),), output_dir=str(out), **{**defaults, **settings}
+    )
+
+
+def losses_and_gradients(model, ids):
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_the_architectures_own_experts(make_mixture, family):
+    """Where every token visits each of its experts in turn: the loss and every gradient."""
+    own = AutoModelForCausalLM.from_pretrained(make_mixture(family), experts_implementation="eager")
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # fresh biases and gates are 0
+    ours = copy.deepcopy(own)
+    experts.register()
+    ours.set_experts_implementation(experts.NAME)
+    experts.place(ours, VirtualGPU(1 << 30))
+    assert any(expert_modules(ours))
+    ids = torch.arange(96).view(2, 48) * 7919 % 512
+    loss, gradients = losses_and_gradients(own, ids)
+    our_loss, our_gradients = losses_and_gradients(ours, ids)
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_choices_of_no_expert_add_nothing(make_mixture):
+    """Other implementations mark a choice that is another process's with a number beyond the experts'."""
+    model = AutoModelForCausalLM.from_pretrained(make_mixture("mixtral"))
+    experts.place(model, VirtualGPU(1 << 30))
+    _, module = next(expert_modules(model))
+    hidden = torch.randn(5, 64, requires_grad=True)
+    chosen, weights = torch.tensor([[0, 4], [4, 4], [1, 0], [3, 2], [4, 0]]), torch.rand(5, 2)
+    result = experts.experts_forward(module, hidden, chosen, weights)
+    known = ALL_EXPERTS_FUNCTIONS["batched_mm"](module, hidden, chosen.clamp(max=3), weights * (chosen < 4))
+    assert torch.allclose(result, known, atol=1e-6)
+    (gradient,) = torch.autograd.grad(result.square().sum(), hidden)
+    (expected,) = torch.autograd.grad(known.square().sum(), hidden)
+    assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def both_profiles(folder, settings):
+    """Return the profiles of a real run on a virtual GPU, where tokens go where they go, and of its rehearsal."""
+    spec, config = resolve(str(folder)), make_config(folder, **settings)
+    real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
+    with real.active():
+        run_phases(assemble(spec, config, real, fill=True), config, LENGTHS, steps=2)
+    fake = rehearse(spec, config, virtual_device(), kernel="auto", document_lengths=LENGTHS)
+    return real.profile(max_points=None), fake.device.profile(max_points=None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "fp32", "optimizer": "sgd"},
+        {"dtype": "fp16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"dtype": "bf16", "optimizer": "adafactor", "optimizer_in_backward": True, "per_device_train_batch_size": 2},
+    ],
+    ids=lambda settings: settings["dtype"],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "glm4_moe"])
+def test_a_rehearsal_that_knows_no_routes_is_exact(make_mixture, family, settings):
+    real, fake = both_profiles(make_mixture(family), settings)
+    assert fake.peak_allocated_bytes == real.peak_allocated_bytes
+    assert fake.peak_reserved_bytes == real.peak_reserved_bytes
+    assert fake.peak_bytes_by_category == real.peak_bytes_by_category
+    assert fake.phases == real.phases
