@@ -65,10 +65,11 @@ class TrainConfig:
     """Run Python code that comes with the model. Off unless you trust its author."""
 
     eval_data: tuple[DataSource, ...] = ()
-    """Text to evaluate on, instead of documents held out from `data`."""
+    """Text to evaluate on, instead of text held out from `data`."""
 
     eval_fraction: float | None = None
-    """Share of the documents of each source held out for evaluation. [default: 0.01, or 0 with eval_data]"""
+    """Share of the tokens of each source held out for evaluation: whole documents, and the end of one where they are few.
+    [default: 0.01, or 0 with eval_data]"""
 
     max_seq_length: int = 1024
     """Tokens in a block."""

@@ -90,8 +90,9 @@ class DataSource:
     path: str
     """A file, a folder (searched recursively) or a glob."""
 
-    weight: float = 1.0
-    """Share of the training tokens in relation to the other sources' weights."""
+    weight: float | None = None
+    """Share of the training tokens in relation to the other sources' weights. [default: its size, so that an epoch takes
+    every source once]"""
 
     text_field: str = "text"
     """The field of a ``.jsonl`` or ``.parquet`` record that holds the text."""
@@ -100,7 +101,7 @@ class DataSource:
     """What the source is called in metrics; by default its path's last part."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
+        if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ConfigError(f"a data source's weight must be above 0; got {self.weight} for {self.path}")
 
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from oomless.config import DataSource, TrainConfig
 from oomless.data.loader import Loader, collate, micro_batches
 from oomless.data.mix import BlockStream
-from oomless.data.pack import IGNORED
+from oomless.data.pack import IGNORED, PackedBlocks
+from oomless.data.prepare import _split as split
 from oomless.data.prepare import prepare
+from oomless.data.store import TokenStore
 from oomless.errors import CheckpointError, ConfigError, DataError
 
 
@@ -175,20 +177,70 @@ def test_micro_batches(prepared):
         assert joined.document_lengths[row] == block.document_lengths
 
 
-def test_held_out_documents_are_whole_apart_and_always_the_same(prepared, texts, tokenizer):
-    def parts(data):
-        def starts(blocks):
-            return set(blocks.starts.tolist())
+def predicted(blocks):
+    """Return the place in the store of every token that ``blocks`` predict; the store must hold its own places as ids."""
+    return [int(label) for block in blocks for label in block.labels if label != IGNORED]
 
-        return starts(data.train.sources[0]), starts(data.evaluation["library.jsonl"])
 
-    for fraction, held_out in ((0.1, 6), (0.5, 30), (0.001, 1), (0.999, 59)):
-        train, evaluation = parts(prepared(eval_fraction=fraction))
-        assert len(evaluation) == held_out
-        assert len(train) == len(texts) - held_out
-        assert not train & evaluation
-        assert (train, evaluation) == parts(prepared(eval_fraction=fraction))
-    assert parts(prepared(seed=1))[1] != parts(prepared(seed=2))[1]
+def store_of_places(sizes):
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    tokens = np.arange(starts[-1], dtype=np.uint32)
+    return TokenStore(name="made", key="0" * 32, tokens=tokens, starts=starts, text_bytes=0, skipped=Counter())
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 5), st.integers(1, 400)), min_size=1, max_size=30),
+    fraction=st.one_of(st.floats(0.001, 0.999), st.sampled_from([0.01, 0.1, 0.5])),
+    packing=st.sampled_from(["documents", "best_fit", "concatenate"]),
+    seed=st.integers(0, 9),
+)
+def test_held_out_is_a_share_of_the_tokens(sizes, fraction, packing, seed):
+    store = store_of_places(sizes)
+    total = sum(size - 1 for size in sizes)
+    if total < 2:
+        with pytest.raises(DataError, match=f"holds {total} tokens to predict, too few to hold any out"):
+            split(store, fraction, seed, packing)
+        return
+    learnt, held_out = (PackedBlocks(store, part, 16, packing) for part in split(store, fraction, seed, packing))
+    both = predicted(learnt) + predicted(held_out)
+    assert len(both) == len(set(both))
+    firsts = set(store.starts[:-1].tolist())
+    if (
+        packing == "concatenate"
+    ):  # one stream: only the first token of each of the two can be unpredicted, and is a first
+        assert set(range(len(store.tokens))) - set(both) <= firsts
+    else:
+        assert set(both) == set(range(len(store.tokens))) - firsts
+        wanted = min(total - 1, max(1, round(fraction * total)))
+        assert 0.9 * wanted <= held_out.targets <= wanted
+    assert learnt.targets > 0 < held_out.targets
+
+
+def test_few_documents_hold_out_no_more_than_asked(prepared, tmp_path):
+    """One large document and one small: whole ones would be all or nothing."""
+    for name, count in (("large", 3400), ("small", 40)):
+        (tmp_path / f"{name}.txt").write_text("word " * count)
+    for seed in range(4):
+        data = prepared(data=(DataSource(path=str(tmp_path)),), eval_fraction=0.01, seed=seed)
+        (held_out,) = data.evaluation.values()
+        everything = held_out.targets + data.train.sources[0].targets
+        assert held_out.targets == pytest.approx(0.01 * everything, rel=0.12)
+
+
+def test_of_many_documents_whole_ones_are_held_out(prepared):
+    data = prepared(eval_fraction=0.3)
+    (held_out,), learnt = data.evaluation.values(), data.train.sources[0]
+    assert not set(held_out.starts.tolist()) & set(learnt.starts.tolist())
+    assert set(held_out.starts.tolist()) | set(learnt.starts.tolist()) == set(learnt.store.starts[:-1].tolist())
+
+
+def test_what_is_held_out_follows_from_the_seed(prepared):
+    def held_out(seed):
+        (blocks,) = prepared(seed=seed).evaluation.values()
+        return blocks.starts.tolist()
+
+    assert held_out(1) == held_out(1) != held_out(2)
 
 
 def test_what_is_held_out_and_what_trains_is_all_there_is(prepared, texts, tokenizer):
@@ -202,7 +254,10 @@ def test_separate_evaluation_data_and_weights(prepared, corpus, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 500}"}}\n' * 20)
     data = prepared(
-        data=(DataSource(path=str(tmp_path / "a.jsonl"), weight=3), DataSource(path=str(tmp_path / "b.jsonl"))),
+        data=(
+            DataSource(path=str(tmp_path / "a.jsonl"), weight=3),
+            DataSource(path=str(tmp_path / "b.jsonl"), weight=1),
+        ),
         eval_data=(DataSource(path=str(corpus), name="library"),),
         eval_fraction=0.0,
     )
@@ -212,12 +267,46 @@ def test_separate_evaluation_data_and_weights(prepared, corpus, tmp_path):
     assert data.train.shares == [0.75, 0.25]
 
 
-def test_nothing_can_be_held_out_of_one_document(prepared, tmp_path):
-    (tmp_path / "one.txt").write_text("text " * 100)
-    source = (DataSource(path=str(tmp_path / "one.txt")),)
-    with pytest.raises(DataError, match="one document, of which none can be held out"):
-        prepared(data=source)
-    assert prepared(data=source, eval_fraction=0.0).evaluation == {}
+def test_a_single_text_file_trains(prepared, tmp_path):
+    """Its end is held out, and predicted from the last token that is learnt on."""
+    (tmp_path / "one.txt").write_text("text " * 1000)
+    data = prepared(data=(DataSource(path=str(tmp_path / "one.txt")),))
+    (held_out,), learnt = data.evaluation.values(), data.train.sources[0]
+    tokens = learnt.store.tokens.tolist()
+    assert (learnt.targets, held_out.targets) == (round(0.9 * (len(tokens) - 1)), round(0.1 * (len(tokens) - 1)))
+    labels = [int(label) for blocks in (learnt, held_out) for block in blocks for label in block.labels]
+    assert [label for label in labels if label != IGNORED] == tokens[1:]
+    assert held_out[0].input_ids[0] == tokens[learnt.targets]
+
+
+def test_sources_without_weights_are_each_learnt_once_in_an_epoch(prepared, corpus, tmp_path):
+    (tmp_path / "small.txt").write_text("small " * 400)
+    data = prepared(data=(DataSource(path=str(corpus)), DataSource(path=str(tmp_path / "small.txt"))))
+    sizes = [len(source) for source in data.train.sources]
+    assert sizes[0] > 5 * sizes[1]
+    assert data.train.blocks_per_epoch == sum(sizes)
+    places = Counter(data.train._place(number)[0] for number in range(sum(sizes)))
+    assert [places[source] for source in range(2)] == sizes
+    assert "small.txt" in data.summary[2]
+    assert "(1 times in an epoch)" in data.summary[2]
+
+
+def test_how_often_a_weighted_source_is_repeated_is_said(prepared, corpus, tmp_path):
+    (tmp_path / "small.txt").write_text("small " * 400)
+    data = prepared(
+        data=(DataSource(path=str(corpus), weight=1), DataSource(path=str(tmp_path / "small.txt"), weight=1))
+    )
+    times = len(data.train.sources[0]) / len(data.train.sources[1])
+    assert f"small.txt 50.0% ({times:.3g} times in an epoch)" in data.summary[2]
+
+
+def test_weights_that_only_some_have_or_that_do_nothing(prepared, corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    sources = (DataSource(path=str(corpus)), DataSource(path=str(tmp_path / "a.txt"), weight=0.1))
+    with pytest.raises(ConfigError, match=r"all sources of data or to none; library\.jsonl has none"):
+        prepared(data=sources)
+    with pytest.raises(ConfigError, match="a weight has no effect in eval_data"):
+        prepared(data=sources[:1], eval_data=sources[1:], eval_fraction=0.0)
 
 
 def test_empty_documents_alone_teach_nothing(prepared, tmp_path):

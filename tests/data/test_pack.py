@@ -20,10 +20,6 @@ def make_store(sizes):
     return TokenStore(name="made", key="0", tokens=tokens, starts=starts, text_bytes=0, skipped=Counter())
 
 
-def all_documents(store):
-    return np.arange(store.documents)
-
-
 def predictions(blocks):
     """Return (input, label) of every label that counts."""
     return [
@@ -42,7 +38,7 @@ document_sizes = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 90)), min
 def test_every_token_is_predicted_once(sizes, length, packing, data):
     store = make_store(sizes)
     chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(sizes))), min_size=1)))
-    blocks = PackedBlocks(store, np.array(chosen), length, packing)
+    blocks = PackedBlocks(store, store.spans[chosen], length, packing)
     documents = [store.tokens[store.starts[d] : store.starts[d + 1]].tolist() for d in chosen]
     if packing == "concatenate":
         documents = [sum(documents, [])]
@@ -59,7 +55,7 @@ def test_every_token_is_predicted_once(sizes, length, packing, data):
 @given(sizes=document_sizes, length=st.integers(1, 33), packing=st.sampled_from(PACKINGS))
 def test_weights_of_blocks_are_what_blocks_hold(sizes, length, packing):
     store = make_store(sizes)
-    blocks = PackedBlocks(store, all_documents(store), length, packing)
+    blocks = PackedBlocks(store, store.spans, length, packing)
     if not len(blocks):
         return
     counts, longest = blocks.weights_of_blocks()
@@ -74,7 +70,7 @@ def test_weights_of_blocks_are_what_blocks_hold(sizes, length, packing):
 def test_blocks_are_well_formed(sizes, length, packing):
     store = make_store(sizes)
     document_of = np.repeat(np.arange(len(sizes)), sizes)
-    blocks = list(PackedBlocks(store, all_documents(store), length, packing))
+    blocks = list(PackedBlocks(store, store.spans, length, packing))
     for block in blocks:
         for array in (block.input_ids, block.labels, block.position_ids):
             assert array.shape == (length,)
@@ -108,7 +104,7 @@ def test_best_fit_cuts_only_what_is_longer_than_a_block(sizes, length):
     store = make_store(sizes)
     document_of = np.repeat(np.arange(len(sizes)), sizes)
     parts = Counter()
-    for block in PackedBlocks(store, all_documents(store), length, "best_fit"):
+    for block in PackedBlocks(store, store.spans, length, "best_fit"):
         at = 0
         for size in block.document_lengths:
             if block.labels[at] != IGNORED:
@@ -126,7 +122,7 @@ def test_best_fit_cuts_only_what_is_longer_than_a_block(sizes, length):
 def test_best_fit_needs_few_blocks(sizes, length):
     """Best-fit decreasing takes at most 11/9 of the fewest blocks plus 4 (Johnson 1973); all but one are half full."""
     store = make_store(sizes)
-    blocks = PackedBlocks(store, all_documents(store), length, "best_fit")
+    blocks = PackedBlocks(store, store.spans, length, "best_fit")
     filled = sorted(int((block.labels != IGNORED).sum()) for block in blocks)
     fewest = -(-sum(filled) // length)
     parts = [size - 1 for size in sizes]
@@ -140,14 +136,14 @@ def test_best_fit_wastes_little_on_real_documents(length):
     """Lengths as of real text (log-normal around 400 tokens): less than one part in five hundred is padding."""
     sizes = np.random.default_rng(0).lognormal(6.0, 1.2, 20_000).astype(int) + 1
     store = make_store(sizes)
-    blocks = PackedBlocks(store, all_documents(store), length, "best_fit")
+    blocks = PackedBlocks(store, store.spans, length, "best_fit")
     assert 1 - blocks.targets / (len(blocks) * length) < 0.002
 
 
 def test_a_block_is_the_same_whenever_it_is_asked_for():
     store = make_store([5, 40, 3, 17])
     for packing in PACKINGS:
-        blocks = PackedBlocks(store, all_documents(store), 8, packing)
+        blocks = PackedBlocks(store, store.spans, 8, packing)
         in_order = list(blocks)
         for number in reversed(range(len(blocks))):
             assert np.array_equal(blocks[number].input_ids, in_order[number].input_ids)
@@ -160,5 +156,5 @@ def test_a_block_is_the_same_whenever_it_is_asked_for():
 def test_documents_without_a_target(packing):
     """An empty text is its end token alone, which nothing predicts."""
     store = make_store([1])
-    blocks = PackedBlocks(store, all_documents(store), 8, packing)
+    blocks = PackedBlocks(store, store.spans, 8, packing)
     assert len(blocks) == blocks.targets == len(list(blocks)) == 0

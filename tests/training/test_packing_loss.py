@@ -29,7 +29,7 @@ def test_alone_and_packed(make_checkpoint, corpus, tmp_path, architecture, packi
     build.load_weights(model, resolve(str(folder)), device=Device())
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     # One block holds them all, so that no document is cut.
-    blocks = list(PackedBlocks(store, short, 6 * longest, packing))
+    blocks = list(PackedBlocks(store, store.spans[short], 6 * longest, packing))
     assert len(blocks) == 1
     batch = collate(blocks)
     lengths = batch.document_lengths[0]

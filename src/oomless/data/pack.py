@@ -41,14 +41,14 @@ class Block:
 class PackedBlocks:
     """The blocks of some documents of a store, assembled when asked for."""
 
-    def __init__(self, store: TokenStore, documents: Any, length: int, packing: Packing) -> None:
-        """Plan blocks of ``length`` inputs from ``documents``, indices into the store (int64, ascending)."""
+    def __init__(self, store: TokenStore, spans: Any, length: int, packing: Packing) -> None:
+        """Plan blocks of ``length`` inputs from ``spans``: where each document or part of one begins and ends in the store."""
         self.store, self.length, self.packing = store, length, packing
-        self.starts = store.starts[documents]
-        sizes = store.starts[documents + 1] - self.starts
+        self.starts = spans[:, 0]
+        sizes = spans[:, 1] - self.starts
         if packing == "concatenate":
             self.ends = np.cumsum(sizes)
-            self.count = -(-max(0, int(self.ends[-1]) - 1) // length)
+            self.count = -(-self.targets // length)
             return
         targets = np.maximum(sizes - 1, 0)
         if packing == "best_fit":

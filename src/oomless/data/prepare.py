@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from oomless.config import DataSource, TrainConfig
+from oomless.config import DataSource, Packing, TrainConfig
 from oomless.data.encode import Encoder
 from oomless.data.mix import BlockStream
 from oomless.data.pack import PackedBlocks
 from oomless.data.store import TokenStore, open_store, source_name
 from oomless.errors import ConfigError, DataError
+
+_NEAR = 0.9
+"""Share of the tokens to hold out from which whole documents are near enough, and none is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +41,11 @@ def prepare(
 
     Raises:
         DataError: text is missing, empty or cannot be read, or is too little to hold any of it out.
-        ConfigError: two sources have one name.
+        ConfigError: two sources have one name, or only some have a weight.
     """
     _check_names(config.data)
     _check_names(config.eval_data)
+    _check_weights(config)
     encoder = Encoder(tokenizer)
 
     def opened(sources: Sequence[DataSource]) -> list[TokenStore]:
@@ -50,23 +54,27 @@ def prepare(
             for source in sources
         ]
 
-    def packed(store: TokenStore, documents: Any) -> PackedBlocks:
-        blocks = PackedBlocks(store, documents, config.max_seq_length, config.packing)
-        if not len(blocks):
-            raise DataError(f"{store.name} holds no text to learn from: its documents are empty")
-        return blocks
+    def packed(store: TokenStore, spans: Any) -> PackedBlocks:
+        return PackedBlocks(store, spans, config.max_seq_length, config.packing)
 
     stores = opened(config.data)
-    splits = [_split(store, config.eval_fraction or 0.0, config.seed) for store in stores]
+    splits = [_split(store, config.eval_fraction or 0.0, config.seed, config.packing) for store in stores]
     train = [packed(store, learnt) for store, (learnt, _) in zip(stores, splits, strict=True)]
     evaluation = {s.name: packed(s, held_out) for s, (_, held_out) in zip(stores, splits, strict=True) if len(held_out)}
-    eval_stores = opened(config.eval_data)
-    evaluation |= {store.name: packed(store, np.arange(store.documents)) for store in eval_stores}
-    weights = [source.weight for source in config.data]
+    evaluation |= {store.name: packed(store, store.spans) for store in opened(config.eval_data)}
+    for blocks in (*train, *evaluation.values()):
+        if not len(blocks):
+            raise DataError(f"{blocks.store.name} holds no text to learn from: its documents are empty")
+    weights = [source.weight or len(blocks) for source, blocks in zip(config.data, train, strict=True)]
     stream = BlockStream(
-        train, weights, seed=config.seed, shuffle=config.shuffle, fingerprint=_fingerprint(stores, weights, config)
+        train,
+        weights,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        fingerprint=_fingerprint(stores, splits, weights, config),
     )
     lines = [store.describe() for store in stores]
+    lines += _mixture(stream) if len(stores) > 1 else []
     lines += [f"evaluation on {name}: {blocks.targets:,} tokens" for name, blocks in evaluation.items()]
     return PreparedData(train=stream, evaluation=evaluation, summary=tuple(lines))
 
@@ -78,23 +86,66 @@ def _check_names(sources: Sequence[DataSource]) -> None:
             raise ConfigError(f"two sources are called {name!r}: give each a name of its own")
 
 
-def _split(store: TokenStore, fraction: float, seed: int) -> tuple[Any, Any]:
-    """Return the documents to learn and those to hold out, at least one of each where any are held out."""
-    if not fraction:
-        return np.arange(store.documents), np.arange(0)
-    if store.documents < 2:
-        raise DataError(
-            f"{store.name} is one document, of which none can be held out: set eval_fraction: 0, or name eval_data"
+def _check_weights(config: TrainConfig) -> None:
+    without = [source_name(source) for source in config.data if source.weight is None]
+    if without and len(without) < len(config.data):
+        raise ConfigError(
+            f"weights are given to all sources of data or to none; {', '.join(without)} has none: give it one too, or take "
+            "the others away to learn every source once"
         )
-    count = min(store.documents - 1, max(1, round(fraction * store.documents)))
+    if any(source.weight is not None for source in config.eval_data):
+        raise ConfigError("a weight has no effect in eval_data, of which each source is measured whole: remove it")
+
+
+def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> tuple[Any, Any]:
+    """Return the spans to learn and those to hold out, which together predict every token of the documents once.
+
+    Whole documents are held out in a random order while they fit into ``fraction`` of what there is to predict. Where they
+    come to less than nine tenths of that, the end of one more document is held out as well.
+    """
+    if not fraction:
+        return store.spans, store.spans[:0]
+    spans, targets = store.spans, np.maximum(np.diff(store.starts) - 1, 0)
+    total = int(targets.sum())
+    if total < 2:
+        raise DataError(
+            f"{store.name} holds {total} tokens to predict, too few to hold any out: set eval_fraction: 0, or name eval_data"
+        )
+    wanted = min(total - 1, max(1, round(fraction * total)))
     order = np.random.default_rng([seed, int(store.key[:12], 16)]).permutation(store.documents)
-    return np.sort(order[count:]), np.sort(order[:count])
+    sums = np.cumsum(targets[order])
+    count = int(np.searchsorted(sums, wanted, side="right"))
+    held = int(sums[count - 1]) if count else 0
+    held_out, learnt = spans[order[:count]], spans[order[count:]].copy()
+    if held < _NEAR * wanted:
+        tail = learnt[0].copy()
+        learnt[0, 1] -= wanted - held
+        # The last token that is learnt is the first input of what is held out, as at the end of a block; in one stream that
+        # is the token before it, which is none only at the very start.
+        follows = packing == "concatenate" and count > 0 and held_out[:, 0].min() < tail[0]
+        tail[0] = learnt[0, 1] - (not follows)
+        held_out = np.concatenate([held_out, tail[None]])
+    return np.sort(learnt, axis=0), np.sort(held_out, axis=0)
 
 
-def _fingerprint(stores: Sequence[TokenStore], weights: Sequence[float], config: TrainConfig) -> str:
+def _mixture(stream: BlockStream) -> list[str]:
+    """Return what an epoch takes of each source, for a person."""
+    parts = [
+        f"{source.store.name} {share:.1%} ({stream.blocks_per_epoch * share / len(source):.3g} times in an epoch)"
+        for source, share in zip(stream.sources, stream.shares, strict=True)
+    ]
+    return [f"shares of the training tokens: {', '.join(parts)}"]
+
+
+def _fingerprint(
+    stores: Sequence[TokenStore], splits: Sequence[tuple[Any, Any]], weights: Sequence[float], config: TrainConfig
+) -> str:
     facts = [
         [store.key for store in stores],
         [float(weight) for weight in weights],
-        [config.max_seq_length, config.packing, float(config.eval_fraction or 0), config.seed, config.shuffle],
+        [config.max_seq_length, config.packing, config.seed, config.shuffle],
     ]
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
+    for learnt, _ in splits:
+        digest.update(np.ascontiguousarray(learnt).tobytes())
+    return digest.hexdigest()

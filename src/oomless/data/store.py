@@ -86,6 +86,11 @@ class TokenStore:
         """Number of documents."""
         return len(self.starts) - 1
 
+    @property
+    def spans(self) -> Any:
+        """Where each document begins and ends: [documents, 2], int64."""
+        return np.stack([self.starts[:-1], self.starts[1:]], axis=1)
+
     def describe(self) -> str:
         """Return one line for a person."""
         skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.skipped.items()))
