@@ -280,6 +280,46 @@ def test_books_equal_those_of_the_cpu_allocator_without_the_tracker():
     assert _large(ledger.events) == _large(event.nbytes() for event in memory_events)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x[torch.zeros(2, dtype=torch.int64)],
+        lambda x: x.gather(0, torch.zeros(2, dtype=torch.int64)),
+        lambda x: x.max(0).values,
+        lambda x: x.topk(2).values,
+        lambda x: x.index_select(0, torch.zeros(2, dtype=torch.int64)),
+    ],
+    ids=["index", "gather", "max", "topk", "index_select"],
+)
+def test_what_autograd_writes_into_its_own_zeros_is_booked_once(tracked, use):
+    """Under a mode autograd writes out of place; without one there is one tensor of this size in backward."""
+    x = kibibyte().requires_grad_()
+    result = use(x).sum()
+    del tracked.events[:]
+    result.backward()
+    assert [size for size in tracked.events if abs(size) == KIB] == [KIB]
+    assert x.grad is not None
+
+
+def test_books_of_indexing_equal_those_of_the_cpu_allocator_without_the_tracker():
+    """A tensor that somebody else holds is not taken over: the backward of ``index_put`` copies, with and without a mode."""
+    index = torch.arange(0, 256, 2)
+
+    def run():
+        x = kibibyte(2).requires_grad_()
+        y = (x * 2.0).index_put((index,), torch.ones(128))
+        (y[index].sum() + y.gather(0, index).sum()).backward()
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    memory_events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    ledger = Ledger()
+    with StorageTracker(ledger):
+        run()
+    assert _large(ledger.events) == _large(event.nbytes() for event in memory_events)
+
+
 def test_sums_that_autograd_does_not_do_in_place_are_booked(tracked):
     """A double-backward graph adds out of place, and so does a sum that a formula writes itself."""
     w = kibibyte().requires_grad_()

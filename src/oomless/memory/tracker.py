@@ -15,10 +15,11 @@ What has no operator of its own:
 - ``UntypedStorage.resize_`` (FSDP2 frees and refills parameters with it) is caught by an attribute on the one
   storage object, so no class of torch is changed.
 
-Autograd sums two gradients of one tensor in place, unless a dispatch mode is active: then it adds out of
-place, and the books would hold one tensor more than a run without the mode. ``_sums_gradients`` recognises
-that addition by the reference counts that torch itself looks at (measured once on a known graph), and hands
-the old booking to the sum. Only the books are touched, never the computation.
+Autograd sums two gradients of one tensor in place, and writes into fresh zeros in place (the backward of
+indexing, ``gather``, ``max``, ``index_select``), unless a dispatch mode is active: then it works out of place,
+and the books would hold one tensor more than a run without the mode. ``_works_in_place`` recognises these
+operators by the reference counts that torch itself looks at (measured once on known graphs), and the old
+booking is handed to the result. Only the books are touched, never the computation.
 
 Cost (CPU time on one core, torch 2.13, least of five runs): calling a dispatch mode that does nothing takes
 4 µs per operator; the tracker takes less than 2 µs more where nothing is new, and 6 to 7 µs more for a new
@@ -56,6 +57,17 @@ _BOOKED_THOUGH_ALIASING = frozenset(
 )
 _ALIASING_UNDECLARED = frozenset({aten._unsafe_view.default})
 _RESIZING = frozenset({"aten::resize_", "aten::resize_as_"})
+_IN_PLACE_WITHOUT_A_MODE = frozenset(
+    {
+        aten.add.Tensor,
+        aten.index_put.default,
+        aten.scatter_add.default,
+        aten.scatter.src,
+        aten.index_add.default,
+        aten.masked_scatter.default,
+    }
+)
+"""What autograd runs in place on a tensor of its own, but out of place while a dispatch mode is active."""
 
 
 class Ledger(Protocol):
@@ -164,7 +176,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tapes: dict[Any, Tape] = {}
         # A storage can die at any moment, also while this thread is inside the ledger (garbage collection).
         self._lock = threading.Lock()
-        self._reference_counts = _reference_counts_of_a_summed_gradient()
+        self._reference_counts = _reference_counts_in_autograd()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -203,7 +215,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = _rule(func)
         if rule is _Rule.NOTHING_NEW:
             return result
-        if func is aten.add.Tensor and not kwargs and self._sums_gradients(args):
+        if func in _IN_PLACE_WITHOUT_A_MODE and not kwargs and self._works_in_place(func, args):
             self._hand_over(args[0], result)
             return result
         error = self._book(result, func, rule)
@@ -342,17 +354,20 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._dead.append(booking)
             self.settle()
 
-    def _sums_gradients(self, args: Sequence[Any]) -> bool:
-        """Say whether this addition is autograd's own sum of gradients, in place but for the mode."""
+    def _works_in_place(self, func: Any, args: Sequence[Any]) -> bool:
+        """Say whether this is autograd's own sum into a tensor that nobody else holds, in place but for the mode."""
         if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
             return False
-        old, new = args
+        old = args[0]
+        if not isinstance(old, Tensor) or _reference_counts(old) != self._reference_counts[func]:
+            return False
+        if func is not aten.add.Tensor:
+            return True
+        new = args[1]
         return (
-            isinstance(old, Tensor)
-            and isinstance(new, Tensor)
+            isinstance(new, Tensor)
             and old.shape == new.shape
             and old.dtype == new.dtype
-            and _reference_counts(old) == self._reference_counts
             and torch._prims_common.is_non_overlapping_and_dense_or_false(old)
         )
 
@@ -370,11 +385,11 @@ def _reference_counts(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the reference counts of the first operand of additions in a backward pass."""
+    """Notes the reference counts of the first operand of what autograd runs in place without a mode."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: list[tuple[int, int]] = []
+        self.counts: dict[Any, tuple[int, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -382,21 +397,29 @@ class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, Tensor):
             result.untyped_storage()
-        if func is aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            self.counts.append(_reference_counts(args[0]))
+        if func in _IN_PLACE_WITHOUT_A_MODE and torch._C._current_graph_task_id() != -1:
+            self.counts[func] = _reference_counts(args[0])
         return result
 
 
 @functools.cache
-def _reference_counts_of_a_summed_gradient() -> tuple[int, int]:
-    """Measure the counts of a gradient that only autograd holds, at the moment it is added to."""
+def _reference_counts_in_autograd() -> dict[Any, tuple[int, int]]:
+    """Measure for each operator the counts of a tensor that only autograd holds, at the moment it is worked on."""
     with torch.enable_grad(), _Probe() as probe:
         x = torch.zeros(2, requires_grad=True)
         y = x * 1
-        torch.autograd.backward((y * y.detach() + y * y.detach()).sum())
-    counts: tuple[int, int]
-    (counts,) = probe.counts
-    return counts
+        index = torch.zeros(1, dtype=torch.int64)
+        for use in (
+            y * y.detach() + y * y.detach(),
+            x[index],
+            x.gather(0, index),
+            x.max(0).values,
+            x.index_select(0, index),
+            x.masked_select(x == 0),
+        ):
+            torch.autograd.backward(use.sum())
+    assert probe.counts.keys() == _IN_PLACE_WITHOUT_A_MODE
+    return probe.counts
 
 
 def import_unbooked(name: str) -> Any:
