@@ -1,13 +1,16 @@
 """Snapshots: what they say, and that no file can run anything."""
 
+import contextlib
 import os
 import pickle
+import random
 
 import pytest
 import torch
 
 from oomless.diagnosis.snapshots import load_snapshot, read_snapshot
 from oomless.errors import DataError
+from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.snapshot import write_snapshot
 from oomless.memory.virtual_gpu import VirtualGPU
 
@@ -83,6 +86,81 @@ def test_what_a_run_held_and_what_failed(tmp_path):
     assert found.out_of_memory.requested.low == found.out_of_memory.requested.high == 150 * MiB
     assert found.out_of_memory.free.low == 110 * MiB
     assert [(h.blocks, h.size_bytes) for h in found.holders] == [(3, 90 * MiB)]
+
+
+@pytest.mark.parametrize("settings", ["", "expandable_segments:True"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dump_is_walked_back_to_the_moment_that_memory_ran_out(tmp_path, settings, seed):
+    """What was held then, in whole bytes, though the dump is made after nearly everything was freed."""
+    chance = random.Random(seed)
+    device = VirtualGPU(200 * MiB, settings=AllocatorSettings.parse(settings), snapshot_history=True)
+    with device.active():
+        kept = []
+        for _ in range(chance.randrange(150, 250)):
+            if kept and chance.random() < 0.4:
+                kept.pop(chance.randrange(len(kept)))
+            if chance.random() < 0.02:
+                device.empty_cache()
+            size = chance.choice(
+                [chance.randrange(1, 3000), chance.randrange(1, 3 * MiB), chance.randrange(1, 12 * MiB)]
+            )
+            with contextlib.suppress(torch.OutOfMemoryError):
+                kept.append(torch.zeros(size, dtype=torch.uint8))
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.ones(201 * MiB, dtype=torch.uint8)
+        then = device.usage()
+        free_then = max(
+            (b.size_bytes for s in device.allocator.segments() for b in s.blocks if b.state == "inactive"), default=0
+        )
+        del kept[3:]
+        device.empty_cache()
+        kept.append(torch.zeros(MiB, dtype=torch.uint8))
+        write_snapshot(device.allocator, tmp_path / "s.pickle")
+    found = read_snapshot(tmp_path / "s.pickle")
+    assert found.moment == "out of memory"
+    assert found.reserved_bytes == then.reserved_bytes
+    # An event of the history names what was asked for; a block that kept a remainder (of at most 1 MiB) is larger.
+    assert free_then <= found.largest_cached_bytes <= free_then + 2 * MiB
+    assert then.allocated_bytes - 20 * MiB < found.allocated_bytes <= then.allocated_bytes
+    assert found.out_of_memory.words == "oom event of 201.00 MiB in the snapshot"
+    assert found.out_of_memory.requested.text == "201.00 MiB"
+
+
+def test_without_a_failure_the_peak_is_shown_and_without_a_history_the_end(tmp_path):
+    for history, moment, mebibytes in ((True, "peak", 90), (False, "end", 30)):
+        device = VirtualGPU(200 * MiB, snapshot_history=history)
+        with device.active():
+            kept = [torch.zeros(30 * MiB, dtype=torch.uint8) for _ in range(3)]
+            del kept[1:]
+            write_snapshot(device.allocator, tmp_path / "s.pickle")
+        found = read_snapshot(tmp_path / "s.pickle")
+        assert (found.moment, found.allocated_bytes) == (moment, mebibytes * MiB)
+
+
+def test_a_stack_without_the_users_python_names_the_node_or_the_operator(tmp_path):
+    def frames(*names):
+        return [{"filename": "??", "line": 0, "name": name} for name in names]
+
+    plumbing = (
+        "torch::unwind::unwind()",
+        "torch::CapturedTraceback::gather(bool, bool, bool)",
+        "torch::cuda::(anonymous namespace)::gather_with_cpp()",
+        "c10::cuda::CUDACachingAllocator::Native::NativeCachingAllocator::allocate(unsigned long)",
+    )
+    operator = "at::_ops::bmm::redispatch(c10::DispatchKeySet, at::Tensor const&, at::Tensor const&)"
+    node = "torch::autograd::generated::BmmBackward0::apply(std::vector<at::Tensor, std::allocator<at::Tensor> >&&)"
+    python = [{"filename": "/home/me/train.py", "line": 3, "name": "step"}]
+    stacks = {
+        "BmmBackward0 in the backward pass": frames(*plumbing, operator, node),
+        "aten::bmm": frames(*plumbing, operator),
+        "/home/me/train.py:3 step": frames(*plumbing, operator) + python,
+        "??:0 at::detail::empty_cuda()": frames(*plumbing, "at::detail::empty_cuda()"),
+        "": frames(*plumbing),
+    }
+    blocks = [{"state": "active_allocated", "size": 512, "frames": stack} for stack in stacks.values()]
+    path = tmp_path / "s.pickle"
+    path.write_bytes(pickle.dumps({"segments": [{"total_size": 2 * MiB, "blocks": blocks}]}))
+    assert {holder.where for holder in read_snapshot(path).holders} == set(stacks)
 
 
 def entry(action, address, size, name):

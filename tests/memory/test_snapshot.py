@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import random
 import pickletools
 import re
 import subprocess
@@ -181,6 +182,45 @@ def test_addresses_of_the_driver_decide_between_equals():
     trace[-1]["addr"] = high
     with pytest.raises(ValueError, match="allocation 8 of 20971520 bytes lay at"):
         replay(trace, check_addresses=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_history_that_begins_with_memory_in_use(seed):
+    """As most real ones do: what was there at its beginning follows from the end of the snapshot."""
+    chance, live = random.Random(seed), []
+    allocator = CachingAllocator(GiB, record_history=True, history_limit=300)
+    for _ in range(700):
+        if live and chance.random() < 0.5:
+            allocator.free(live.pop(chance.randrange(len(live))))
+        if chance.random() < 0.01:
+            allocator.empty_cache()
+        live.append(allocator.allocate(chance.choice([chance.randrange(1, 4000), chance.randrange(1, 6 * MiB)])))
+    recorded = snapshot(allocator)
+    assert replay(recorded, check_addresses=True).reserved_bytes == allocator.statistics.reserved_bytes
+    trace = recorded["device_traces"][0]
+    moved = next(entry for entry in reversed(trace) if entry["action"] == "alloc")
+    moved["addr"] += 512
+    with pytest.raises(ValueError, match="the simulation"):
+        replay(recorded, check_addresses=True)
+
+
+def test_a_growth_that_the_process_did_not_need():
+    trace = [
+        {"action": action, "addr": address, "size": 20 * MiB, "stream": 0}
+        for action, address in (("segment_alloc", 1 << 40), ("segment_alloc", 1 << 41), ("alloc", 1 << 40))
+    ]
+    with pytest.raises(ValueError, match="before event 2 the process did .* the simulation"):
+        replay(trace, check_addresses=True)
+
+
+def test_a_history_of_expandable_segments_that_begins_with_memory_in_use():
+    allocator = CachingAllocator(
+        GiB, AllocatorSettings.parse("expandable_segments:True"), record_history=True, history_limit=2
+    )
+    kept = [allocator.allocate(MiB) for _ in range(3)]
+    with pytest.raises(ValueError, match="must begin before the first allocation"):
+        replay(snapshot(allocator))
+    assert kept
 
 
 def test_a_history_that_begins_too_late():

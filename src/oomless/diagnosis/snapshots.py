@@ -2,23 +2,29 @@
 
 Such a file is a pickle, and a pickle can name any function to be called. This reader admits plain containers, numbers
 and text; the first name of a class or function ends the reading, before anything of it is imported or called.
+
+A dump shows the process when it was written, usually after the exception of an out-of-memory error had unwound and most
+tensors were gone. So the history is walked back: to the last ``oom`` event, or, where there is none, to the peak.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from oomless.diagnosis.frames import Frame, Place, place_of_frames
 from oomless.diagnosis.messages import OutOfMemory
 from oomless.diagnosis.sizes import ByteRange
 from oomless.errors import DataError
+from oomless.memory.recorded import RecordedMemory, highest, last_failure
 from oomless.units import format_bytes
 
+Moment = Literal["out of memory", "peak", "end"]
 LARGEST_FILE_BYTES = 4 << 30
 SHARES = 4
 """A leak shows in every one of so many equal shares of the history."""
@@ -35,9 +41,12 @@ class Holder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotReading:
-    """What a snapshot says of the fullest GPU in it."""
+    """What a snapshot says of the GPU that ran out of memory, or of the fullest in it."""
 
     gpu: int
+    moment: Moment
+    """When: at the last failed allocation, else at the peak of the history, else (without one) when it was written."""
+
     allocated_bytes: int
     reserved_bytes: int
     largest_cached_bytes: int
@@ -59,6 +68,7 @@ class SnapshotReading:
         """Return plain values for JSON."""
         return {
             "gpu": self.gpu,
+            "moment": self.moment,
             "allocated_bytes": self.allocated_bytes,
             "reserved_bytes": self.reserved_bytes,
             "largest_cached_bytes": self.largest_cached_bytes,
@@ -120,16 +130,17 @@ def read_snapshot(path: Path) -> SnapshotReading:
 
 
 def _reading(content: Mapping[str, Any]) -> SnapshotReading:
+    traces = content.get("device_traces") or []
+    failures = [(gpu, entry) for gpu, trace in enumerate(traces) for entry in trace if entry["action"] == "oom"]
     reserved: Counter[int] = Counter()
     for segment in content["segments"]:
         reserved[int(segment.get("device", 0))] += int(segment["total_size"])
-    traces = content.get("device_traces") or []
-    failures = [(gpu, entry) for gpu, trace in enumerate(traces) for entry in trace if entry["action"] == "oom"]
     gpu = failures[-1][0] if failures else max(reserved, key=lambda g: reserved[g], default=0)
     trace = traces[gpu] if gpu < len(traces) else []
-    blocks = [b for s in content["segments"] if int(s.get("device", 0)) == gpu for b in s["blocks"]]
-    active = [block for block in blocks if block["state"] != "inactive"]
-    allocated_bytes = sum(int(block["size"]) for block in active)
+    memory = RecordedMemory([s for s in content["segments"] if int(s.get("device", 0)) == gpu])
+    failure = last_failure(trace)
+    moment: Moment = "out of memory" if failure is not None else "peak" if trace else "end"
+    memory.rewind(trace, highest(trace, memory.allocated_bytes) if failure is None else failure)
     message, place = None, Place()
     if failures:
         entry = failures[-1][1]
@@ -137,20 +148,21 @@ def _reading(content: Mapping[str, Any]) -> SnapshotReading:
         message = OutOfMemory(
             kind="allocator",
             source="CUDA",
-            words=f"oom event of {entry['size']} bytes in the snapshot",
+            words=f"oom event of {format_bytes(int(entry['size']))} in the snapshot",
             gpu=gpu,
             requested=_exactly(int(entry["size"])),
             exact=True,
             free=_exactly(int(entry["device_free"])) if "device_free" in entry else None,
-            allocated=_exactly(allocated_bytes),
-            reserved=_exactly(reserved[gpu]),
+            allocated=_exactly(memory.allocated_bytes),
+            reserved=_exactly(memory.reserved_bytes),
         )
     return SnapshotReading(
         gpu=gpu,
-        allocated_bytes=allocated_bytes,
-        reserved_bytes=reserved[gpu],
-        largest_cached_bytes=max((int(b["size"]) for b in blocks if b["state"] == "inactive"), default=0),
-        holders=_holders((_where(b.get("frames", ())), int(b["size"])) for b in active),
+        moment=moment,
+        allocated_bytes=memory.allocated_bytes,
+        reserved_bytes=memory.reserved_bytes,
+        largest_cached_bytes=memory.largest_cached_bytes(),
+        holders=_holders((_where(block.frames), block.size_bytes) for block in memory.blocks.values()),
         growing=_growing(trace),
         out_of_memory=message,
         place=place,
@@ -158,7 +170,7 @@ def _reading(content: Mapping[str, Any]) -> SnapshotReading:
 
 
 def _exactly(size_bytes: int) -> ByteRange:
-    return ByteRange(low=size_bytes, high=size_bytes, text=f"{size_bytes} bytes")
+    return ByteRange(low=size_bytes, high=size_bytes, text=format_bytes(size_bytes))
 
 
 def _holders(sizes: Iterable[tuple[str, int]]) -> tuple[Holder, ...]:
@@ -192,11 +204,29 @@ def _frames(frames: Iterable[Mapping[str, Any]]) -> tuple[Frame, ...]:
 
 
 def _where(frames: Iterable[Mapping[str, Any]]) -> str:
-    """Return the innermost frame outside of torch, or the innermost of all; empty where no stack was recorded."""
+    """Return what asked, by its stack: the innermost Python line outside of torch, else the node of autograd or the operator.
+
+    Blocks that autograd's own thread made have a stack of C++ alone, or none of the user's. Empty where none was recorded.
+    """
     own = [f for f in frames if f.get("name")]
-    outside = [f for f in own if "/torch/" not in str(f["filename"]) and str(f["filename"]).endswith(".py")]
-    for frame in (outside or own)[:1]:
+    python = [f for f in own if str(f["filename"]).endswith(".py") or f["filename"] == "simulated"]
+    outside = [f for f in python if "/torch/" not in str(f["filename"])]
+    if not outside:
+        for pattern, words in _COMPILED:
+            found = next((match for f in own if (match := pattern.search(str(f["name"])))), None)
+            if found is not None:
+                return words.format(found[1])
+    for frame in outside or python or [f for f in own if not _PLUMBING.search(str(f["name"]))]:
         if frame["filename"] == "simulated":
             return str(frame["name"])
         return f"{frame['filename']}:{frame['line']} {frame['name']}"
     return ""
+
+
+_COMPILED = (
+    (re.compile(r"torch::autograd::(?:generated::)?(\w+)::apply\("), "{} in the backward pass"),
+    (re.compile(r"at::_ops::(\w+)::(?:call|redispatch)\("), "aten::{}"),
+)
+"""Frames of C++ that say what was computed, and in which words; the first kind that a stack has is told."""
+
+_PLUMBING = re.compile(r"^torch::(?:unwind|CapturedTraceback|cuda::)|^c10::")

@@ -13,7 +13,7 @@ import os
 import pickle
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_growth import TraceEvent
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.allocator_state import AllocatorStatistics, Block, SegmentView
+from oomless.memory.recorded import MappedRange, RecordedMemory
 
 PICKLE_PROTOCOL = 4
 """The newest that the visualiser reads."""
 
+DEVICE_EVENTS = ("segment_alloc", "segment_map", "segment_free", "segment_unmap")
 _CONFIGURATIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -85,22 +87,25 @@ def replay(
     """Run a recorded history through the simulated allocator and return its statistics.
 
     Args:
-        source: a snapshot, or the trace of one device. It must begin before the first allocation.
+        source: a snapshot, or the trace of one device, which then begins before the first allocation. The history of a
+            snapshot may begin with memory in use: what that was follows from the snapshot's end.
         device: whose trace of the snapshot.
         settings: of the recorded process; default: those that the snapshot names, else PyTorch's defaults.
-        check_addresses: also require each allocation to lie where it lay in the process.
+        check_addresses: also require each allocation to lie where it lay in the process, and every growth to be its.
 
     Raises:
         ValueError: a free has no allocation, or an address differs though it should not.
     """
     if isinstance(source, Mapping):
-        trace: Iterable[Mapping[str, Any]] = source["device_traces"][device]
+        trace: Sequence[Mapping[str, Any]] = source["device_traces"][device]
+        begin = RecordedMemory([s for s in source["segments"] if s["device"] == device])
+        begin.rewind(trace, 0)
         named = source.get("allocator_settings", {})
         if settings is None:
             settings = AllocatorSettings.parse(next((named[key] for key in _CONFIGURATIONS if named.get(key)), ""))
     else:
-        trace = source
-    allocator = _Replay(settings or AllocatorSettings())
+        trace, begin = list(source), RecordedMemory([])
+    allocator = _Replay(settings or AllocatorSettings(), begin)
     for index, entry in enumerate(trace):
         allocator.follow(index, entry, check_addresses)
     return allocator.statistics
@@ -109,24 +114,55 @@ def replay(
 class _Replay(CachingAllocator):
     """An allocator without an end of memory that is led through a recorded history."""
 
-    def __init__(self, settings: AllocatorSettings) -> None:
+    def __init__(self, settings: AllocatorSettings, begin: RecordedMemory) -> None:
         super().__init__(1 << 50, settings)
         self._blocks: dict[int, Block] = {}
         self._growths: deque[int] = deque()
+        self._recorded: list[tuple[str, int, int]] = []
+        self._simulated: list[tuple[str, int, int]] = []
+        if begin.mapped and settings.expandable_segments:
+            raise ValueError(
+                "a history with expandable segments must begin before the first allocation: its ranges are not in a snapshot"
+            )
+        for start, held in begin.mapped.items():
+            self._hold(start, held, begin)
+
+    def _hold(self, start: int, held: MappedRange, begin: RecordedMemory) -> None:
+        """Hold the segment at ``start`` as the history found it."""
+        pool = self._pool(held.stream, held.small)
+        self.statistics.segments.increase(1)
+        self.statistics.reserved.increase(held.size_bytes)
+        rest: Block = Block(start, held.size_bytes, pool)
+        for _, size, used in begin.pieces(start):
+            block = rest
+            if size < block.size_bytes:
+                rest = block.cut(size)
+            if used is None:
+                pool.insert(block)
+            else:
+                self._use(block)
+
+    def _use(self, block: Block) -> None:
+        block.allocated = True
+        self._active[block.address] = self._blocks[block.address] = block
+        books = self.statistics
+        books.allocations.increase(1)
+        books.allocated.increase(block.size_bytes)
+        books.active_blocks.increase(1)
+        books.active.increase(block.size_bytes)
 
     def follow(self, index: int, entry: Mapping[str, Any], check_addresses: bool) -> None:
         """Do what ``entry``, the one at ``index`` of the history, says."""
         action = entry["action"]
+        if action in DEVICE_EVENTS:
+            self._recorded.append((action, entry["addr"], entry["size"]))
         if action in ("segment_alloc", "segment_map"):
             self._growths.append(entry["addr"])
         elif action == "alloc":
             block = self.allocate(entry["size"], stream=entry["stream"])
             self._growths.clear()
-            if check_addresses and block.address != entry["addr"]:
-                raise ValueError(
-                    f"allocation {index} of {entry['size']} bytes lay at {entry['addr']:#x}; the simulation puts it at "
-                    f"{block.address:#x}"
-                )
+            if check_addresses:
+                self._compare(index, entry, block)
             self._blocks[entry["addr"]] = block
         elif action in ("free_requested", "free_completed"):
             block_or_none = self._blocks.get(entry["addr"])
@@ -141,6 +177,24 @@ class _Replay(CachingAllocator):
                 self._complete_free(self._blocks.pop(entry["addr"]))
         elif action in ("segment_free", "segment_unmap"):
             self._give_back(entry["addr"])
+
+    def _compare(self, index: int, entry: Mapping[str, Any], block: Block) -> None:
+        """Require that ``block`` lies where the process had it, after the same growths and shrinkings."""
+        if block.address != entry["addr"]:
+            raise ValueError(
+                f"allocation {index} of {entry['size']} bytes lay at {entry['addr']:#x}; the simulation puts it at "
+                f"{block.address:#x}"
+            )
+        if self._simulated != self._recorded:
+            raise ValueError(
+                f"before event {index} the process did {self._recorded} with the device; the simulation {self._simulated}"
+            )
+        self._simulated.clear()
+        self._recorded.clear()
+
+    def _record(self, action: str, address: int, size_bytes: int, *about: Any) -> None:
+        if action in DEVICE_EVENTS:
+            self._simulated.append((action, address, size_bytes))
 
     def _place(self, size_bytes: int) -> int:
         return self._growths.popleft() if self._growths else super()._place(size_bytes)

@@ -418,8 +418,9 @@ def _reference_counts_in_autograd() -> dict[Any, tuple[int, int]]:
             x.masked_select(x == 0),
         ):
             torch.autograd.backward(use.sum())
-    assert probe.counts.keys() == _IN_PLACE_WITHOUT_A_MODE
-    return probe.counts
+    counts: dict[Any, tuple[int, int]] = probe.counts
+    assert counts.keys() == _IN_PLACE_WITHOUT_A_MODE
+    return counts
 
 
 def import_unbooked(name: str) -> Any:

@@ -120,7 +120,12 @@ def _print_suspects(console: Console, diagnosis: Diagnosis) -> None:
 def _print_holders(console: Console, diagnosis: Diagnosis) -> None:
     recorded = diagnosis.snapshot
     assert recorded is not None
-    _title(console, f"What held the memory of GPU {recorded.gpu}, by the snapshot")
+    when = {
+        "out of memory": "when it ran out",
+        "peak": "at the peak of what was recorded",
+        "end": "when it was written, as no history was recorded",
+    }[recorded.moment]
+    _title(console, f"What held the memory of GPU {recorded.gpu}, by the snapshot, {when}")
     _line(
         console,
         f"{format_bytes(recorded.allocated_bytes)} allocated of {format_bytes(recorded.reserved_bytes)} reserved; the largest "
