@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "oomless"
 FLOORS = [
     {"errors", "units"},
-    {"catalogue", "config_values"},
+    {"catalogue"},
     {"config", "hardware"},
     {"ops", "optim", "memory"},
     {"techniques"},

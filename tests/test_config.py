@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from oomless.config import DataSource, TrainConfig
-from oomless.config_values import field_help, load_yaml
+from oomless.config.values import field_help, load_yaml
 from oomless.errors import ConfigError
 
 LEAST = {"model": "m", "data": "text", "output_dir": "out"}
@@ -51,11 +51,11 @@ def test_every_setting_has_help():
         ({"data": []}, "data is empty"),
         ({"data": {"path": "x", "wieght": 1}}, "Did you mean 'weight'?"),
         ({"data": [3]}, "a path or a mapping with a path"),
-        ({"data": {"path": "x", "weight": 0}}, "weight must be above 0"),
+        ({"data": {"path": "x", "weight": 0}}, "weight of a source of text must be a number above 0"),
         ({"max_steps": 3, "max_tokens": 5}, "max_steps and max_tokens: keep one"),
         ({"lora_r": 8}, "lora_r belongs to LoRA"),
-        ({"momentum": 0.5}, "momentum belongs to the optimizer sgd"),
-        ({"optimizer": "sgd", "adam_beta1": 0.5}, "adam_beta1 belongs to the optimizer adamw"),
+        ({"momentum": 0.5}, "momentum belongs to the optimizers sgd, muon"),
+        ({"optimizer": "sgd", "adam_beta1": 0.5}, "adam_beta1 belongs to the optimizers adamw"),
         ({"trainable": "full+lm_head"}, "full already trains everything"),
         ({"trainable": "lm_head+"}, "parts joined by +"),
         ({"eval_data": "e", "eval_fraction": 0.1}, "eval_data or eval_fraction, not both"),

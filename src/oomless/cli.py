@@ -20,7 +20,7 @@ from rich.console import Console
 from oomless import __version__
 from oomless.cli_options import given_settings, gpus_to_compare, host_size, options
 from oomless.config import TrainConfig
-from oomless.config_values import load_yaml
+from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UserError, nearest
 
 BAR_WIDTH = 20

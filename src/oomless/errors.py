@@ -33,7 +33,11 @@ class UserError(OomlessError):
 
 
 class ConfigError(UserError):
-    """An unknown, malformed or contradictory option."""
+    """An unknown, malformed or contradictory option; ``settings`` are those that contradict."""
+
+    def __init__(self, message: str = "", *settings: str) -> None:
+        super().__init__(message)
+        self.settings = settings
 
 
 class HardwareError(UserError):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from oomless.config import TrainConfig
-from oomless.config_values import load_yaml
+from oomless.config.values import load_yaml
 from oomless.training import loop
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from oomless import optim
 from oomless.config import DataSource, TrainConfig
+from oomless.config.memory import Memory
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
@@ -226,8 +227,7 @@ def test_two_together_are_the_plain_path(make_checkpoint, pair, architecture):
 
 def test_every_setting_of_memory_is_among_the_techniques():
     """The keys below the config's heading "Precision and memory", and those above it that decide what is held."""
-    keys = [field.name for field in dataclasses.fields(TrainConfig)]
-    memory = set(keys[keys.index("dtype") : keys.index("recover_from_oom")]) - {"gpu"}
+    memory = {field.name for field in dataclasses.fields(Memory)} - {"gpu"}
     memory |= {"trainable", "trainable_rows", "lora_r", "optimizer", "max_grad_norm", "gradient_accumulation_steps"}
     assert memory <= {key for settings in TECHNIQUES.values() for key in settings}
 

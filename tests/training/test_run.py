@@ -301,7 +301,7 @@ class TestRunFolder:
             loop.train(config(make_checkpoint("llama"), corpus, tmp_path))
 
     def test_resolved_config_reproduces_the_run(self, make_checkpoint, corpus, tmp_path):
-        from oomless.config_values import load_yaml
+        from oomless.config.values import load_yaml
 
         first = config(make_checkpoint("llama"), corpus, tmp_path / "a", trainable="lora+lm_head", lora_dropout=0.1)
         loop.train(first)

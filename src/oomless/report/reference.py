@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 
 from oomless.config import DataSource, TrainConfig
-from oomless.config_values import field_help, without_none
+from oomless.config.values import field_help, kinds, plain_kind
 
 
 def reference() -> str:
@@ -31,13 +31,13 @@ def reference() -> str:
 
 
 def _table(cls: type) -> list[str]:
-    kinds, texts = typing.get_type_hints(cls), field_help(cls)
+    types, texts = kinds(cls), field_help(cls)
     rows = ["| setting | values | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
         text = texts[name].replace("|", "\\|")
         text, _, stated = text.partition(" [default: ")
         default = stated.rstrip("]") or ("" if field.default is None else _shown(field.default))
-        rows.append(f"| `{name}` | {_values(without_none(kinds[name]))} | {default} | {text} |")
+        rows.append(f"| `{name}` | {_values(plain_kind(types[name]))} | {default} | {text} |")
     return rows
 
 

@@ -1,0 +1,126 @@
+"""What a user may say: frozen dataclasses, filled from YAML, the command line or Python.
+
+The settings are sections, each in a file of its own with the checks that belong to it. Every field's docstring is its help
+text, and its type says what it may be; there is no second description. Values are read here, by that type, and nowhere else.
+A setting that would have no effect is an error, so the fields that belong to one choice (LoRA's rank, say) are ``None``
+until that choice is made, and get their defaults then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from oomless.config import batch, data, memory, optimizer, running, trained
+from oomless.config.batch import Batch
+from oomless.config.data import Data, sources
+from oomless.config.data import DataSource as DataSource
+from oomless.config.data import Packing as Packing
+from oomless.config.memory import Memory
+from oomless.config.memory import Precision as Precision
+from oomless.config.model import Model
+from oomless.config.optimizer import OPTIMIZER_DEFAULTS as OPTIMIZER_DEFAULTS
+from oomless.config.optimizer import Optimizer
+from oomless.config.optimizer import Scheduler as Scheduler
+from oomless.config.running import BadLossPolicy as BadLossPolicy
+from oomless.config.running import Recovery, Running
+from oomless.config.trained import LORA_DEFAULTS as LORA_DEFAULTS
+from oomless.config.trained import Trained
+from oomless.config.values import coerce, kinds
+from oomless.errors import ConfigError, nearest
+
+SECTIONS = (Model, Data, Trained, Batch, Optimizer, Memory, Running, Recovery)
+"""In the order of their fields; each one's docstring is its title."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Recovery, Running, Memory, Optimizer, Batch, Trained, Data, Model):
+    """Everything that decides a run; as YAML it reproduces the run. A dataclass has the fields of its last base first."""
+
+    def __post_init__(self) -> None:
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        given = read({name: getattr(self, name) for name in fields})
+        require(given, *REQUIRED)
+        for name, field in fields.items():
+            self.put(name, given.get(name, field.default))
+        for section in (data, trained, memory, optimizer, batch, running):
+            section.check(self)
+
+    def put(self, name: str, value: object) -> None:
+        """Set what follows from other settings, while this is made."""
+        object.__setattr__(self, name, value)
+
+    def fill(self, name: str, value: object) -> None:
+        """Set what was left open, while this is made."""
+        if getattr(self, name) is None:
+            self.put(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that are set, as plain values for YAML or JSON."""
+        return plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that ``from_mapping`` reads back to an equal config."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> TrainConfig:
+        """Return a config from plain values, as YAML or the command line give them.
+
+        Raises:
+            ConfigError: a key is unknown or missing, a value has the wrong type, or two settings contradict.
+        """
+        values = read(mapping)
+        if values.get("gradient_accumulation_steps") == 1 and values.get("tokens_per_step"):
+            size = values.get("per_device_train_batch_size", 1)
+            length = values.get("max_seq_length", cls.max_seq_length)
+            if size * length != values["tokens_per_step"]:
+                raise ConfigError(
+                    f"gradient_accumulation_steps 1 makes steps of {size} x {length} tokens, and tokens_per_step is "
+                    f"{values['tokens_per_step']}: remove one of the two",
+                    *("gradient_accumulation_steps", "tokens_per_step"),
+                )
+        require(values, *REQUIRED)
+        return cls(**values)
+
+
+def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return some settings, each as its field declares it; ``None`` is as if it were not there.
+
+    Raises:
+        ConfigError: a key is no setting, or a value is not what that setting may be.
+    """
+    known, values = kinds(TrainConfig), {}
+    for key, value in mapping.items():
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), known)}")
+        if value is not None:
+            values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, known[key])
+    return values
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``settings`` as plain values for YAML or JSON, without those that are not set."""
+    found = dict(settings)
+    for key in {"data", "eval_data"} & set(found):
+        entries = [source if isinstance(source, dict) else dataclasses.asdict(source) for source in found[key]]
+        found[key] = [{k: v for k, v in source.items() if v is not None} for source in entries]
+    return {key: value for key, value in found.items() if value is not None and value != []}
+
+
+def require(settings: Mapping[str, Any], *names: str) -> None:
+    """Check that ``settings`` has those of these ``names``.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [name for name in names if settings.get(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given, in the YAML or as --{missing[0].replace('_', '-')}")
+
+
+REQUIRED = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING)

@@ -1,0 +1,96 @@
+"""How a run goes: what it writes and how often, what it watches, and what it does when something goes wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from oomless.config.values import Count, Positive, Range
+from oomless.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oomless.config import TrainConfig
+
+BadLossPolicy = Literal["stop", "skip", "rewind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Running."""
+
+    output_dir: str
+    """The run folder: config, metrics, checkpoints and the final model."""
+
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of shuffling, held-out documents, LoRA's start and dropout."""
+
+    logging_steps: Count = 1
+    """Steps between lines of metrics."""
+
+    eval_steps: Count | None = None
+    """Steps between evaluations; one at the start and one at the end are always made. [default: none between]"""
+
+    save_steps: Count | None = None
+    """Steps between checkpoints; one at the end is always made. [default: none between]"""
+
+    save_total_limit: Count = 2
+    """Checkpoints kept; the oldest go first."""
+
+    resume: bool = False
+    """Go on from the newest good checkpoint in output_dir."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files to output_dir/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """When something goes wrong."""
+
+    recover_from_oom: bool = True
+    """On a GPU: run a step, evaluation or save that ran out of memory again with less memory and the same result, instead
+    of ending the run."""
+
+    undo_updates: bool = False
+    """Copy weights and state to host memory before each update, so that running out of memory after the first one of a step
+    costs no step, where the run otherwise goes back to its last checkpoint; all of them cross the bus once a step."""
+
+    allow_leaner_optimizer: bool = False
+    """Where nothing else helps against running out of memory, keep AdamW's moments in 8 bits from then on; this alone changes
+    the result."""
+
+    on_bad_loss: BadLossPolicy = "stop"
+    """What a step is whose loss or gradient is not finite: the end of the run; a step that changes nothing; or the way back to
+    the last checkpoint, from where its blocks are left out. Five in a row always end the run."""
+
+    bad_loss_factor: Annotated[float, Range(above=1)] | None = None
+    """A step is bad as well where its loss or gradient norm reaches this many times the median of the last 100 steps.
+    [default: only where not finite]"""
+
+    preemption_grace_s: Positive | None = None
+    """Seconds between SIGTERM and SIGKILL: where the step in progress might not leave enough of them to save, it is
+    abandoned. [default: it is finished]"""
+
+    host_reserve_bytes: Annotated[int, Range(least=0)] | None = None
+    """Host memory that must stay available, or the run writes a checkpoint and stops; 0: it is not watched. [default: a
+    fiftieth of what the machine or its control group has, and twice the largest tensor]"""
+
+
+def check(run: TrainConfig) -> None:
+    """Refuse what contradicts itself."""
+    if run.on_bad_loss == "skip" and run.optimizer_in_backward:
+        raise ConfigError(
+            "on_bad_loss: skip needs the whole gradient before the first update, which optimizer_in_backward never has: "
+            "choose rewind or stop",
+            *("on_bad_loss", "optimizer_in_backward"),
+        )
+    if run.on_bad_loss == "rewind" and run.save_steps is None:
+        raise ConfigError(
+            "on_bad_loss: rewind goes back to the last checkpoint: set save_steps", *("on_bad_loss", "save_steps")
+        )
+    for name in ("undo_updates", "allow_leaner_optimizer"):
+        if getattr(run, name) and not run.recover_from_oom:
+            raise ConfigError(
+                f"{name} has no effect without recover_from_oom: turn that on, or remove {name}",
+                *(name, "recover_from_oom"),
+            )
