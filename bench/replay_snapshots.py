@@ -14,10 +14,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from provenance import write
-
 from oomless.diagnosis.snapshots import load_snapshot
 from oomless.memory.snapshot import DEVICE_EVENTS, replay
+from provenance import write
 
 
 def main() -> None:

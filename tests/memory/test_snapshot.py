@@ -3,8 +3,8 @@
 import gc
 import os
 import pickle
-import random
 import pickletools
+import random
 import re
 import subprocess
 import sys
