@@ -191,7 +191,7 @@ def test_a_history_that_begins_with_memory_in_use(seed):
     Sizes leave no remainder that is too small to be split off, which an event does not tell of.
     """
     chance, live = random.Random(seed), []
-    allocator = CachingAllocator(GiB, record_history=True, history_limit=300)
+    allocator = CachingAllocator(64 * GiB, record_history=True, history_limit=300)
     for _ in range(700):
         if live and chance.random() < 0.5:
             allocator.free(live.pop(chance.randrange(len(live))))
