@@ -234,7 +234,7 @@ def load_and_save(config):
     with distributed.joined("cpu") as ranks:
         run = loop.Run(config, loop.Path(config.output_dir), open_device("cpu"), loop.Listener(), ranks)
         run.step += 1
-        run._save()
+        run.keeper.save(run)
 
 
 class PatientGPU(VirtualGPU):

@@ -1,0 +1,37 @@
+"""How well the model predicts text that it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from oomless.data.loader import MicroBatch
+from oomless.training.interruption import Abandoned
+from oomless.training.life import Life
+
+
+def evaluate(life: Life) -> dict[str, float]:
+    """Return the mean cross-entropy by source, which is recorded; empty where the run is asked to end meanwhile."""
+
+    def own_batches(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Return this process's share of ``batches``, to be cut short where the run is asked to end."""
+        return life.ranks.share_batches(life.interrupted.until_set(batches))
+
+    def mean_loss(total: Tensor, tokens: int) -> float:
+        both = life.ranks.sum(torch.stack([total, torch.full_like(total, tokens)]))
+        return float(both[0]) / float(both[1])
+
+    losses = {}
+    try:
+        for name, blocks in life.data.evaluation.items():
+            blocks.store.check_unchanged()
+            found = life.guard.evaluate(blocks, life.config.per_device_eval_batch_size or 1, own_batches)
+            losses[name] = life.guard.retried(mean_loss, *found)
+    except Abandoned:
+        return {}
+    if losses:
+        life.keeper.record({"step": life.step, **{f"eval_loss/{name}": loss for name, loss in losses.items()}})
+        life.listener.evaluated(life.step, losses)
+    return losses

@@ -1,0 +1,104 @@
+"""What is alive while a run lasts; what it does with it is told story by story.
+
+``resuming`` and ``script`` begin it, ``steps`` trains, ``evaluation`` measures, ``saving`` keeps. ``loop`` makes one for real.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from oomless.config import TrainConfig
+from oomless.data.loader import Loader
+from oomless.data.prepare import PreparedData
+from oomless.memory.device import Device
+from oomless.models.spec import ModelSpec
+from oomless.training.assemble import Assembly
+from oomless.training.bad_loss import BadLoss
+from oomless.training.distributed import Ranks
+from oomless.training.guard import Guard
+from oomless.training.interruption import Interruption
+from oomless.training.listening import Listener, RunResult
+from oomless.training.watch import MemoryWatch
+
+
+class Keeper:
+    """Keeps what a run leaves; ``saving.RunFolder`` in files."""
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Keep a line of metrics."""
+        raise NotImplementedError
+
+    def save(self, life: Life) -> None:
+        """Keep all that the run needs to go on from this step, if that is not kept yet.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier ones are untouched.
+        """
+        raise NotImplementedError
+
+    def save_on_the_way(self, life: Life) -> None:
+        """``save``, and let one failure pass.
+
+        Raises:
+            CheckpointError: the save before this one failed too.
+        """
+        raise NotImplementedError
+
+    def go_back(self, life: Life, leave_out: Iterable[int] = ()) -> str | None:
+        """Go back to what was saved last and return its name, ``None`` without any; blocks that were left out still are, and ``leave_out`` too."""
+        raise NotImplementedError
+
+    def save_model(self, life: Life) -> Path | None:
+        """Keep the model as it is at the end, and return where."""
+        raise NotImplementedError
+
+
+class Life:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: Device,
+        ranks: Ranks,
+        listener: Listener,
+        *,
+        spec: ModelSpec,
+        data: PreparedData,
+        assembly: Assembly,
+        keeper: Keeper,
+        result: RunResult,
+    ) -> None:
+        self.config, self.device, self.ranks, self.listener = config, device, ranks, listener
+        self.spec, self.data, self.assembly, self.keeper, self.result = spec, data, assembly, keeper, result
+        self.guard = Guard.of(config, assembly.step, device, listener.said)
+        self.loader = Loader(data.train)
+        self.total_steps = self._total_steps()
+        self.step, self.tokens = 0, 0
+        self.bad_loss = BadLoss(config.on_bad_loss, config.bad_loss_factor, dynamic_scale=assembly.loss_scale.dynamic)
+        self.interrupted = Interruption(config.preemption_grace_s, ranks.any)
+        assembly.step.before_micro_batch = self.interrupted.check_step
+        self.watch = MemoryWatch(
+            device,
+            self.total_steps,
+            listener.said,
+            largest_tensor_bytes=max(parameter.nbytes for parameter in assembly.model.parameters()),
+            host_reserve_bytes=config.host_reserve_bytes,
+        )
+
+    @property
+    def blocks_per_step(self) -> int:
+        """How many blocks all processes together train on in a step."""
+        return self.config.blocks_per_step * self.ranks.count
+
+    def _total_steps(self) -> int:
+        config = self.config
+        if config.max_steps is not None:
+            return config.max_steps
+        if config.max_tokens is not None:
+            return math.ceil(config.max_tokens / (self.blocks_per_step * config.max_seq_length))
+        blocks = self.data.train.blocks_per_epoch * (config.num_train_epochs or 1.0)
+        return max(1, math.ceil(blocks / self.blocks_per_step))

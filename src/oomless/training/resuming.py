@@ -1,0 +1,80 @@
+"""A run that goes on from a checkpoint: which one, whether it still is the same run, and how its state comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError
+from oomless.training import checkpoint
+from oomless.training.life import Life
+from oomless.training.run_folder import remove_leftovers
+
+MAY_CHANGE = {
+    *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
+    *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
+    *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
+    *("recover_from_oom", "undo_updates", "allow_leaner_optimizer", "on_bad_loss", "bad_loss_factor"),
+    *("preemption_grace_s", "host_reserve_bytes"),
+}
+"""What a resumed run need not keep."""
+
+
+def checkpoint_to_resume(
+    config: TrainConfig, folder: Path, gpus: int, say: Callable[[str], None]
+) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint in ``folder`` from which the run of ``config`` on so many ``gpus`` goes on; ``None``: it begins.
+
+    Raises:
+        ConfigError: the folder holds another run, or this one with other settings.
+        CheckpointError: every checkpoint is damaged, or the folder cannot be written.
+    """
+    remove_leftovers(folder)
+    found = checkpoint.newest_good(folder, say) if config.resume else None
+    if not config.resume and checkpoint.list_checkpoints(folder):
+        raise ConfigError(
+            f"{folder} holds the checkpoints of an earlier run: give --resume to go on with it, or another output_dir"
+        )
+    if found is not None:
+        state = checkpoint.read_state(found)
+        earlier = TrainConfig.from_mapping(state["config"])
+        _check_same_config(earlier, config)
+        before, now = earlier.blocks_per_step * state.get("gpus", 1), config.blocks_per_step * gpus
+        if before != now:
+            raise ConfigError(
+                "a resumed run must keep per_device_train_batch_size x gradient_accumulation_steps x processes at "
+                f"{before}; got {now}"
+            )
+    elif config.resume:
+        say(f"nothing to resume in {folder}: starting at step 0")
+    return found
+
+
+def _check_same_config(earlier: TrainConfig, config: TrainConfig) -> None:
+    before, now = earlier.to_dict(), config.to_dict()
+    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"a resumed run must keep {key}: it began with {before.get(key)!r}, now it is {now.get(key)!r}; "
+                "set it back, or start anew in another output_dir"
+            )
+
+
+def restore(life: Life, start: checkpoint.Checkpoint) -> None:
+    """Go to where ``start`` was saved."""
+    parts = life.assembly
+    state = checkpoint.read_state(start)
+    life.guard.retried(
+        checkpoint.restore,
+        start,
+        model=parts.model,
+        spec=life.spec,
+        optimizer=parts.optimizer,
+        loss_scale=parts.loss_scale,
+        device=life.device,
+    )
+    life.loader.load_state_dict(state["loader"])
+    life.bad_loss.load_state_dict(state["bad_loss"])
+    life.step, life.tokens = start.step, state["tokens"]

@@ -1,0 +1,130 @@
+"""What a run leaves in its folder: metrics, checkpoints, the final model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oomless.config import TrainConfig
+from oomless.errors import CheckpointError
+from oomless.training import checkpoint, final_model, resuming
+from oomless.training.distributed import Ranks
+from oomless.training.life import Keeper, Life
+from oomless.training.listening import Listener
+from oomless.training.run_folder import Metrics, tensorboard
+
+
+class RunFolder(Keeper):
+    """The folder of a run, which is locked.
+
+    Args:
+        folder: where it lies.
+        config: the run.
+        tokenizer: goes beside every model.
+        source: where the model came from, for what it holds in fewer bits.
+        ranks: the processes, of which the first writes.
+        listener: is told what was written.
+        saved: the checkpoint from which the run goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        tokenizer: Any,
+        source: Path,
+        ranks: Ranks,
+        listener: Listener,
+        saved: checkpoint.Checkpoint | None,
+    ) -> None:
+        self.folder, self.config, self.tokenizer, self.source = folder, config, tokenizer, source
+        self.ranks, self.listener, self.saved = ranks, listener, saved
+        self.last_save_failed = False
+        self.metrics = Metrics(folder / "metrics.jsonl", listener.said)
+        self.writer: Any = None
+
+    def open(self) -> None:
+        """Begin to write: the config, and metrics from where the run goes on.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with self.ranks.together("the run folder"), checkpoint.clear_disk_errors(f"the config of {self.folder}"):
+            if self.ranks.first:
+                self.metrics.cut(self.saved.step if self.saved is not None else -1)
+                checkpoint.write_atomically(self.folder / "config.yaml", self.config.to_yaml())
+        if self.config.tensorboard and self.ranks.first:
+            self.writer = tensorboard(self.folder)
+
+    def record(self, metrics: dict[str, Any]) -> None:  # noqa: D102
+        if not self.ranks.first:
+            return
+        self.metrics.append(metrics)
+        if self.writer is not None:
+            for key, value in metrics.items():
+                if key != "step":
+                    self.writer.add_scalar(key, value, metrics["step"])
+
+    def save(self, life: Life) -> None:  # noqa: D102
+        self._checkpoint(life)
+
+    def _checkpoint(self, life: Life) -> checkpoint.Checkpoint:
+        """Return the checkpoint of this step, written if it is not there yet."""
+        if self.saved is not None and self.saved.step == life.step:
+            return self.saved
+        with life.interrupted.timing_save():
+            self.saved = life.guard.retried(
+                checkpoint.save_checkpoint,
+                self.folder,
+                life.step,
+                model=life.assembly.model,
+                tokenizer=self.tokenizer,
+                optimizer=life.assembly.optimizer,
+                loss_scale=life.assembly.loss_scale,
+                state={
+                    "config": self.config.to_dict(),
+                    "gpus": self.ranks.count,
+                    "tokens": life.tokens,
+                    "loader": life.loader.state_dict(),
+                    "bad_loss": life.bad_loss.state_dict(),
+                },
+                device=life.device,
+                limit=self.config.save_total_limit,
+                ranks=self.ranks,
+            )
+        self.listener.saved(self.saved.folder)
+        return self.saved
+
+    def save_on_the_way(self, life: Life) -> None:
+        """Save, and let one failure pass: a disk that is full now may have room at the next save."""
+        try:
+            self.save(life)
+        except CheckpointError as error:
+            if self.last_save_failed:
+                raise
+            self.last_save_failed = True
+            self.listener.said(f"{error} The run goes on; if the next save fails too, it ends.")
+        else:
+            self.last_save_failed = False
+
+    def go_back(self, life: Life, leave_out: Iterable[int] = ()) -> str | None:  # noqa: D102
+        left_out = life.loader.left_out | set(leave_out)
+        last = checkpoint.newest_good(self.folder, self.listener.said)
+        if last is None:
+            return None
+        resuming.restore(life, last)
+        self.saved = last
+        self.metrics.cut(life.step)
+        life.loader.left_out |= left_out
+        return last.folder.name
+
+    def save_model(self, life: Life) -> Path:  # noqa: D102
+        target = self.folder / "model"
+        write = partial(
+            final_model.write, target, self._checkpoint(life), life.assembly.model, self.tokenizer, self.source
+        )
+        life.guard.retried(write, life.device, self.ranks)
+        self.listener.saved(target)
+        return target

@@ -1,0 +1,49 @@
+"""What a run does, in order, once it is made: the heaviest blocks, the steps, what it leaves."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from oomless.data.loader import micro_batches
+from oomless.training import steps
+from oomless.training.evaluation import evaluate
+from oomless.training.interruption import Abandoned
+from oomless.training.life import Life
+from oomless.training.probe import check_architecture
+from oomless.training.step import passes_of
+
+
+def probe(life: Life) -> None:
+    """Ask the model whether its architecture is one that trains right; see ``probe``."""
+    parts = life.assembly
+    parts.step.run_whole(lambda: check_architecture(parts.model, life.config.packing, life.device))
+
+
+def play(life: Life) -> None:
+    """Run to the end, or to the interruption."""
+    rehearse_heaviest(life)
+    life.device.reset_peak()
+    life.result.eval_before = evaluate(life)
+    if life.config.on_bad_loss == "rewind":
+        life.keeper.save(life)  # so that there is always somewhere to go back to
+    steps.train(life)
+    life.keeper.save(life)
+    if not life.interrupted.is_set():
+        finish(life)
+
+
+def rehearse_heaviest(life: Life) -> None:
+    """Run the heaviest micro-batches that the data can give, and change nothing, so that what does not fit shows now."""
+    config = life.config
+    for blocks in life.data.train.heaviest(config.per_device_train_batch_size):
+        with life.device.host():
+            batches = list(micro_batches(blocks * passes_of(config), config.per_device_train_batch_size))
+        with suppress(Abandoned):  # the run was asked to end, and does so before its first step
+            life.guard.rehearse(batches)
+
+
+def finish(life: Life) -> None:
+    """Evaluate, and keep the model alone in the Hugging Face layout; the last checkpoint is written."""
+    life.result.eval_after = evaluate(life)
+    if not life.interrupted.is_set():
+        life.result.model_dir = life.keeper.save_model(life)
