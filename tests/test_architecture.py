@@ -1,6 +1,7 @@
 """The one-way flow between the rooms, read from the imports themselves."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_imports_point_down(path):
 def test_torch_only_rooms(path):
     for name in imported_names(path):
         assert name.split(".")[0] not in {"transformers", "peft", "tokenizers", "datasets", "accelerate"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_people_are_spoken_to_through_the_screen_alone(path):
+    """Where text is neither markup nor able to steer the terminal."""
+    text = path.read_text(encoding="utf-8")
+    if path.name == "screen.py" or "oomless.report.reference" in text:
+        return
+    assert not {"rich.console.Console", "rich.markup", "rich.progress", "rich.live"} & set(imported_names(path))
+    assert not re.search(r"from_markup|markup=True|\[/\]|(?<!\w)(typer|click)\.(echo|secho)\(", text)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -28,7 +28,12 @@ def test_links_lead_somewhere(page):
 def test_options_exist(page):
     from oomless.config import TrainConfig
 
-    known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__} | {"help", "config", "all"}
+    known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__} | {
+        "help",
+        "help-all",
+        "config",
+        "all",
+    }
     known |= {"as-given", "host-memory"}
     commands = re.findall(r"oomless train[^\n`]*(?:\\\n[^\n`]*)*", page.read_text(encoding="utf-8"))
     for option in re.findall(r"--([a-z-]+)", " ".join(commands)):

@@ -34,9 +34,7 @@ def _option(section: type, name: str) -> inspect.Parameter:
     if isinstance(default, int | float | str) and kind is not bool:
         text += f" [default: {default}]"
     annotation: Any = bool | None if kind is bool else list[str] | None if name in ("data", "eval_data") else str | None
-    option = typer.Option(
-        flag, help=text.replace("[", r"\["), rich_help_panel=str(section.__doc__).rstrip("."), show_default=False
-    )
+    option = typer.Option(flag, help=text, rich_help_panel=str(section.__doc__).rstrip("."), show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
     )

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from oomless.config import DataSource, TrainConfig
+from oomless.report.screen import Screen
+from oomless.report.tables import Grid
 from oomless.report.terminal import TerminalListener, perplexity
 from oomless.training.listening import RunResult
 from oomless.training.loop import train
@@ -28,29 +29,29 @@ SEQUENCE = 256
 PROMPT = "The following sections describe the standard"
 
 
-def run_demo(console: Console, output_dir: Path | None = None) -> RunResult:
+def run_demo(screen: Screen, output_dir: Path | None = None) -> RunResult:
     """Run the demo in ``output_dir`` (default: a new folder under ``runs``) and print what came of it."""
     began = time.perf_counter()
     folder = output_dir or _new_folder(Path("runs"))
-    console.print(f"[bold]1/4[/] collecting text in {folder / 'text'}", highlight=False, soft_wrap=True)
+    screen.print(Text.assemble(("1/4", "bold"), f" collecting text in {folder / 'text'}"), soft_wrap=True)
     collect_text(folder / "text")
-    console.print(f"[bold]2/4[/] training a byte-level BPE tokenizer of {VOCABULARY:,} tokens, making a small Llama")
+    screen.say(("2/4", "bold"), f" training a byte-level BPE tokenizer of {VOCABULARY:,} tokens, making a small Llama")
     make_model(folder / "blank", folder / "text")
-    listener = TerminalListener(console)
+    listener = TerminalListener(screen)
     try:
-        console.print("[bold]3/4[/] pretraining it on Python code: the model that you would bring")
+        screen.say(("3/4", "bold"), " pretraining it on Python code: the model that you would bring")
         first = train(_config(folder, "blank", "code", "pretrained", max_steps=110, learning_rate=4e-3), listener)
-        console.print("[bold]4/4[/] [bold green]continued pretraining[/] on Python's reference manual: the main job")
+        screen.say(
+            ("4/4 ", "bold"), ("continued pretraining", "bold green"), " on Python's reference manual: the main job"
+        )
         listener.close()
         second = train(
             _config(folder, "pretrained/model", "manual", "continued", max_steps=60, learning_rate=2e-3), listener
         )
     finally:
         listener.close()
-    _summary(console, first, second, folder)
-    console.print(
-        f"{time.perf_counter() - began:.0f} s in all; everything is in {folder}", highlight=False, soft_wrap=True
-    )
+    _summary(screen, first, second, folder)
+    screen.print(f"{time.perf_counter() - began:.0f} s in all; everything is in {folder}", soft_wrap=True)
     return second
 
 
@@ -157,27 +158,22 @@ def sample(model_dir: Path, prompt: str, *, max_new_tokens: int = 48, seed: int 
     return text
 
 
-def _summary(console: Console, first: RunResult, second: RunResult, folder: Path) -> None:
-    table = Table(title="Held-out loss (perplexity)", title_justify="left")
-    table.add_column("text")
-    for column in ("blank", "pretrained on code", "then on the manual"):
-        table.add_column(column, justify="right")
+def _summary(screen: Screen, first: RunResult, second: RunResult, folder: Path) -> None:
+    stages = ("blank", "pretrained on code", "then on the manual")
+    grid = Grid(title="Held-out loss (perplexity)", columns=("text", *stages), numbers=frozenset(stages))
     for name, meaning in (("manual", "manual (new)"), ("code", "code (old)")):
         losses = (first.eval_before[name], second.eval_before[name], second.eval_after[name])
-        table.add_row(meaning, *(f"{loss:.3f} ({perplexity(loss)})" for loss in losses))
-    console.print(table)
+        grid.add(meaning, *(f"{loss:.3f} ({perplexity(loss)})" for loss in losses))
+    grid.print(screen)
     learnt = second.eval_before["manual"] - second.eval_after["manual"]
     forgotten = second.eval_after["code"] - second.eval_before["code"]
-    console.print(
+    screen.print(
         f"learnt {learnt:.2f} nats per token of the manual, forgot {forgotten:.2f} of code "
-        "(replaying some old text in `data` is the remedy)",
-        highlight=False,
+        "(replaying some old text in `data` is the remedy)"
     )
-    console.print(
-        f"peak memory {format_bytes(second.peak_memory_bytes)} of the process, {second.tokens_per_second:,.0f} tokens/s",
-        highlight=False,
+    screen.print(
+        f"peak memory {format_bytes(second.peak_memory_bytes)} of the process, {second.tokens_per_second:,.0f} tokens/s"
     )
     for label, run in (("before", "pretrained"), ("after", "continued")):
-        console.print(f"[bold]sample {label}:[/] ", end="")
-        console.print(repr(sample(folder / run / "model", PROMPT)), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"run folder: {second.output_dir}", highlight=False, soft_wrap=True)
+        screen.say((f"sample {label}: ", "bold"), repr(sample(folder / run / "model", PROMPT)))
+    screen.print(f"run folder: {second.output_dir}", soft_wrap=True)

@@ -20,6 +20,11 @@ def format_bytes(size_bytes: int) -> str:
     return f"{size_bytes} B"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``"1 step"`` or ``"2,000 steps"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_bytes(text: str) -> int:
     """Return the whole bytes that ``"14.7GiB"``, ``"256 MiB"`` or ``"1024"`` stands for.
 

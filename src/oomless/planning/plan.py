@@ -129,6 +129,11 @@ class Plan:
         return self.target.usable_bytes - self.needed_bytes
 
     @property
+    def cached_bytes(self) -> int:
+        """What the allocator holds at the peak and no tensor uses."""
+        return self.needed_bytes - self.profile.peak_allocated_bytes
+
+    @property
     def fixed_bytes(self) -> int:
         """What no smaller batch and no shorter sequence changes: weights, all gradients and optimizer state."""
         timeline = self.profile.timeline.bytes_by_category

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from oomless.config import TrainConfig
 from oomless.planning.choose import Compared
@@ -15,36 +14,37 @@ from oomless.planning.plan import Plan
 from oomless.planning.search import Choice, Row
 from oomless.planning.strategies import in_words
 from oomless.planning.throughput import Throughput
+from oomless.report.screen import Screen
+from oomless.report.tables import Grid
 from oomless.techniques.sharding import shared
 from oomless.units import format_bytes
 
+NUMBERS = ("needs", "headroom", "tokens/s")
 
-def print_choice(console: Console, choice: Choice) -> None:
+
+def print_choice(screen: Screen, choice: Choice) -> None:
     """Print the frontier: what was rejected and why, the pick, and what gives up more."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "strategy", "needs", "headroom", "tokens/s"):
-        table.add_column(name, justify="right" if name in ("needs", "headroom", "tokens/s") else "left")
+    grid = Grid(columns=("strategy", *NUMBERS), numbers=frozenset(NUMBERS))
     for row in _shown(choice.rows):
-        mark = "[bold green]►[/]" if row.picked else "[green]✓[/]" if row.fits else "[red]✗[/]"
+        mark = ("► ", "bold green") if row.picked else ("✓ ", "green") if row.fits else ("✗ ", "red")
         if row.fits:
             below = f"{in_words(row.settings)}; given up: {row.quality.given_up()}"
         else:
             below = row.reason
-        name = f"[bold]{row.quality}[/]" if row.picked else str(row.quality)
-        table.add_row(
-            mark,
-            f"{name}\n[dim]{below}[/]",
+        grid.add(
+            Text.assemble(mark, (str(row.quality), "bold" if row.picked else "")),
             ("" if row.fits else "> ") + format_bytes(row.needed_bytes),
             format_bytes(choice.target.usable_bytes - row.needed_bytes) if row.fits else "",
             speed_in_words(row),
+            below=Text(below, "dim"),
         )
-    console.print(table)
+    grid.print(screen)
     picked = choice.picked
     if picked is not None and picked.speed is not None and choice.config is not None:
-        print_speed(console, picked.speed, choice.config, choice.target.gpus)
+        print_speed(screen, picked.speed, choice.config, choice.target.gpus)
 
 
-def print_speed(console: Console, speed: Throughput, config: TrainConfig, gpus: int = 1) -> None:
+def print_speed(screen: Screen, speed: Throughput, config: TrainConfig, gpus: int = 1) -> None:
     """Print the predicted speed, what it rests on, and how long the run would take where its length is known."""
     reading = tokens_to_read(shared(config, gpus), gpus)
     if reading is not None:
@@ -52,15 +52,11 @@ def print_speed(console: Console, speed: Throughput, config: TrainConfig, gpus: 
         count = f"{reading.tokens_low:,}"
         if reading.tokens_high > reading.tokens_low:
             count += f" to {reading.tokens_high:,}"
-        console.print(
-            f"{count} tokens ({reading.basis}) would take {_hours(fewest)} to {_hours(most)}, predicted",
-            highlight=False,
-        )
-    console.print(
+        screen.print(f"{count} tokens ({reading.basis}) would take {_hours(fewest)} to {_hours(most)}, predicted")
+    screen.print(
         f"{speed.tokens_per_second_low:,.0f} to {speed.tokens_per_second_high:,.0f} tokens/s, {speed.tokens_per_second:,.0f} "
         f"expected, are predicted, not measured: {speed.basis}",
         style="dim",
-        highlight=False,
     )
 
 
@@ -84,17 +80,15 @@ def speed_in_words(row: Row) -> str:
     return f"{row.speed.tokens_per_second_low:,.0f}-{row.speed.tokens_per_second_high:,.0f}"
 
 
-def print_comparison(console: Console, compared: Sequence[Compared]) -> None:
+def print_comparison(screen: Screen, compared: Sequence[Compared]) -> None:
     """Print the pick for each model and GPU."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("model", "GPU", "strategy", "needs", "headroom", "tokens/s", "how"):
-        table.add_column(name, justify="right" if name in ("needs", "headroom", "tokens/s") else "left")
+    grid = Grid(columns=("model", "GPU", "strategy", *NUMBERS, "how"), numbers=frozenset(NUMBERS))
     for item in compared:
         row = item.choice.picked
         if row is None:
-            table.add_row(item.model, item.gpu, "[red]nothing fits[/]", *[""] * 4)
+            grid.add(item.model, item.gpu, Text("nothing fits", "red"), *[""] * 4)
             continue
-        table.add_row(
+        grid.add(
             item.model,
             item.gpu,
             str(row.quality),
@@ -103,22 +97,19 @@ def print_comparison(console: Console, compared: Sequence[Compared]) -> None:
             speed_in_words(row),
             in_words(row.settings),
         )
-    console.print(table)
+    grid.print(screen)
 
 
-def print_nothing_fits(console: Console, choice: Choice, changes: Iterable[str]) -> None:
+def print_nothing_fits(screen: Screen, choice: Choice, changes: Iterable[str]) -> None:
     """Print that nothing fits, and each of ``changes`` as it is found."""
     usable = format_bytes(choice.target.usable_bytes - choice.target.margin_bytes)
-    console.print(
-        f"[bold red]Nothing fits[/] the {usable} of {choice.target.name} that a plan may fill. What would:",
-        highlight=False,
-    )
+    screen.say(("Nothing fits", "bold red"), f" the {usable} of {choice.target.name} that a plan may fill. What would:")
     any_found = False
     for change in changes:
         any_found = True
-        console.print(f"  - {change}", highlight=False)
+        screen.print(f"  - {change}")
     if not any_found:
-        console.print(
+        screen.print(
             "  - nothing that was tried: not a shorter sequence, host memory, any GPU known, or a smaller model"
         )
 

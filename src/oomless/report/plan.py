@@ -7,97 +7,76 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from oomless.memory.profile import CATEGORIES, MemoryProfile
 from oomless.planning.plan import Plan
-from oomless.units import GiB, format_bytes
-
-BAR_WIDTH = 40
-COLOURS = {
-    "weights": "#4477aa",
-    "gradients": "#ee6677",
-    "optimizer state": "#228833",
-    "saved activations": "#ccbb44",
-    "logits and loss": "#66ccee",
-    "quantisation": "#aa3377",
-    "temporaries": "#888888",
-}
+from oomless.report.screen import Screen
+from oomless.report.tables import COLOURS, bars
+from oomless.units import GiB, counted, format_bytes
 
 
-def print_plan(console: Console, plan: Plan) -> None:
+def print_plan(screen: Screen, plan: Plan) -> None:
     """Print whether the plan fits, its bars, what happens at the peak and the headroom."""
     target, profile = plan.target, plan.profile
-    verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
-    console.print(
-        f"{plan.model} on {target.name}: {verdict}. It needs {format_bytes(plan.needed_bytes)} of the "
+    screen.say(
+        f"{plan.model} on {target.name}: ",
+        ("fits", "bold green") if plan.fits else ("does not fit", "bold red"),
+        f". It needs {format_bytes(plan.needed_bytes)} of the "
         f"{format_bytes(target.usable_bytes)} that are usable "
         f"({'headroom' if plan.headroom_bytes >= 0 else 'short by'} {format_bytes(abs(plan.headroom_bytes))}).",
-        highlight=False,
     )
-    console.print(f"{plan.parameters:,} parameters, {plan.trainable_parameters:,} train", highlight=False, style="dim")
-    console.print(_bars(plan))
+    screen.print(f"{counted(plan.parameters, 'parameter')}, of which {plan.trainable_parameters:,} train", style="dim")
+    if plan.fits and plan.cached_bytes > plan.headroom_bytes:
+        screen.print(
+            f"{format_bytes(plan.cached_bytes)} of this is cached but unused at the peak: PyTorch gives unused segments back "
+            "before it runs out, so that somewhat less may be enough."
+        )
+    _print_bars(screen, plan)
     if profile.peak is not None:
         where = f" in {profile.peak.module}" if profile.peak.module else ""
-        console.print(
+        screen.print(
             f"peak: {format_bytes(profile.peak_allocated_bytes)} allocated, reached in the {profile.peak.phase} phase{where}, "
-            f"when {profile.peak.operation} asked for {format_bytes(profile.peak.size_bytes)}",
-            highlight=False,
+            f"when {profile.peak.operation} asked for {format_bytes(profile.peak.size_bytes)}"
         )
     phases = ", ".join(f"{name} {format_bytes(peak.allocated_bytes)}" for name, peak in profile.phases.items())
-    console.print(f"peak of each phase: {phases}", highlight=False)
+    screen.print(f"peak of each phase: {phases}")
     if not plan.fits:
-        _print_failure(console, plan)
+        _print_failure(screen, plan)
     for note in target.notes:
-        console.print(note, style="dim", highlight=False)
+        screen.print(note, style="dim")
 
 
-def print_prediction(console: Console, plan: Plan, measured_bytes: int) -> None:
+def print_prediction(screen: Screen, plan: Plan, measured_bytes: int) -> None:
     """Print predicted against measured peak."""
     predicted = plan.profile.peak_allocated_bytes
-    console.print(
+    screen.print(
         f"peak allocated: predicted {format_bytes(predicted)}, measured {format_bytes(measured_bytes)} "
-        f"({(predicted - measured_bytes) / max(1, measured_bytes):+.2%})",
-        highlight=False,
+        f"({(predicted - measured_bytes) / max(1, measured_bytes):+.2%})"
     )
 
 
-def _print_failure(console: Console, plan: Plan) -> None:
+def _print_failure(screen: Screen, plan: Plan) -> None:
     if plan.stopped_at is not None:
         where = f" in {plan.stopped_at.module}" if plan.stopped_at.module else ""
-        console.print(
+        screen.print(
             f"it would stop in the {plan.stopped_at.phase} phase{where}, where {plan.stopped_at.operation} asks for "
-            f"{format_bytes(plan.stopped_at.size_bytes)}. PyTorch would say:",
-            highlight=False,
+            f"{format_bytes(plan.stopped_at.size_bytes)}. PyTorch would say:"
         )
-        console.print(f"  {plan.out_of_memory}", highlight=False, style="dim")
+        screen.print(f"  {plan.out_of_memory}", style="dim")
     if plan.batch_cannot_help:
-        console.print(
-            f"[bold]No batch size and no sequence length can help:[/] weights, gradients and optimizer state alone are "
-            f"{format_bytes(plan.fixed_bytes)}.",
-            highlight=False,
+        screen.say(
+            ("No batch size and no sequence length can help:", "bold"),
+            f" weights, gradients and optimizer state alone are {format_bytes(plan.fixed_bytes)}.",
         )
 
 
-def _bars(plan: Plan) -> Table:
-    """Return the breakdown at the peak: bars in proportion to the larger of what is needed and what the GPU has."""
+def _print_bars(screen: Screen, plan: Plan) -> None:
+    """Print the breakdown at the peak, in proportion to the larger of what is needed and what the GPU has."""
     profile = plan.profile
-    rows: list[tuple[str, int]] = [(c, profile.peak_bytes_by_category.get(c, 0)) for c in CATEGORIES]
-    rows.append(("cached but unused", plan.needed_bytes - profile.peak_allocated_bytes))
-    rows.append(("outside the allocator", plan.target.outside_bytes))
-    full = max(plan.target.capacity_bytes, sum(size for _, size in rows))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column()
-    for name, size in rows:
-        if size:
-            colour = COLOURS.get(name, "#bbbbbb")
-            table.add_row(name, format_bytes(size), f"[{colour}]{'█' * max(1, round(BAR_WIDTH * size / full))}[/]")
-    total = sum(size for _, size in rows)
-    table.add_row("together", format_bytes(total), f"of {format_bytes(plan.target.capacity_bytes)}", style="bold")
-    return table
+    sizes: list[tuple[str, int]] = [(c, profile.peak_bytes_by_category.get(c, 0)) for c in CATEGORIES]
+    sizes += [("cached but unused", plan.cached_bytes), ("outside the allocator", plan.target.outside_bytes)]
+    total = sum(size for _, size in sizes)
+    screen.print(bars(screen, sizes, max(plan.target.capacity_bytes, total)))
+    screen.print(f"together {format_bytes(total)} of {format_bytes(plan.target.capacity_bytes)}", style="bold")
 
 
 def write_timeline(profile: MemoryProfile, path: Path) -> None:

@@ -4,107 +4,103 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
+from oomless.report.screen import LiveLine, Screen, bar, joined
+from oomless.report.tables import Grid
 from oomless.techniques.trainable import TrainableRow
 from oomless.training.listening import Listener, RunFacts, RunResult
-from oomless.units import format_bytes
+from oomless.units import counted, format_bytes
 
-SECONDS_BETWEEN_LOG_LINES = 10.0
+BAR_WIDTH = 24
+NARROWEST_BAR = 8
+PACE_OF = 50
+"""Time left is told by so many of the last lines of metrics."""
 
 
 class TerminalListener(Listener):
-    """Prints a run to ``console``; close it when the run has ended."""
+    """Prints a run to ``screen``; close it when the run has ended."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.live: Progress | None = None
-        self.task: TaskID | None = None
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.live = LiveLine(screen)
         self.total_steps = 0
         self.limit_bytes: int | None = None
-        self.printed_at = -math.inf
+        self.pace: deque[tuple[int, float]] = deque(maxlen=PACE_OF)
 
     def close(self) -> None:
         """End the live line."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = self.task = None
+        self.live.close()
 
     def tokenising(self, done_bytes: int, total_bytes: int) -> None:
-        """Move the bar of the text that is tokenised."""
-        if not self.console.is_terminal:
-            return
-        if self.live is None:
-            self.live = Progress(
-                TextColumn("tokenising"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
-            )
-            self.task = self.live.add_task("", total=total_bytes, text="")
-            self.live.start()
-        if self.task is not None:
-            text = f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
-            self.live.update(self.task, completed=done_bytes, text=text)
+        """Say how much of the text is tokenised."""
+        said = f"tokenising: {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+        share = done_bytes / max(1, total_bytes)
+        self.live.show(Text.assemble(bar(share, min(BAR_WIDTH, self.screen.width // 4)), f" {said}"), said)
 
     def prepared(self, facts: RunFacts) -> None:
         """Print what will train on what, and open the live line."""
         self.close()
-        self.console.print(parameter_table(facts.table))
+        print_parameters(self.screen, facts.table)
         for line in facts.data.summary:
-            self.console.print(line, highlight=False)
-        self.total_steps = facts.total_steps
-        self.limit_bytes = facts.device.capacity_bytes
-        config = facts.config
-        self.console.print(
-            f"{facts.total_steps - facts.first_step} steps of {config.blocks_per_step * facts.gpus} blocks x "
-            f"{config.max_seq_length} tokens on {f'{facts.gpus} x ' if facts.gpus > 1 else ''}{facts.device.name}",
-            highlight=False,
+            self.screen.print(line)
+        config, left = facts.config, facts.total_steps - facts.first_step
+        self.screen.print(
+            f"{counted(left, 'step')} of {counted(config.blocks_per_step * facts.gpus, 'block')} x "
+            f"{counted(config.max_seq_length, 'token')} on {f'{facts.gpus} x ' if facts.gpus > 1 else ''}{facts.device.name}"
         )
-        if self.console.is_terminal:
-            self.live = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.live.add_task("", total=facts.total_steps, completed=facts.first_step, text="")
-            self.live.start()
+        self.total_steps, self.limit_bytes = facts.total_steps, facts.device.capacity_bytes
+        self.live = LiveLine(self.screen, silent_s=0)
+        self.pace.append((facts.first_step, time.monotonic()))
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """Renew the live line, or print one line now and then."""
-        text = self.describe(metrics)
-        if self.live is not None and self.task is not None:
-            self.live.update(self.task, completed=metrics["step"], text=text)
-        elif time.monotonic() - self.printed_at >= SECONDS_BETWEEN_LOG_LINES or metrics["step"] == self.total_steps:
-            self.printed_at = time.monotonic()
-            self.console.print(f"step {metrics['step']}/{self.total_steps}  {text}", highlight=False)
+        step, width = metrics["step"], self.screen.width
+        self.pace.append((step, time.monotonic()))
+        fields = self.fields(metrics)
+        text = joined(fields, width)
+        room = min(BAR_WIDTH, width - len(text) - 2)
+        drawn = Text.assemble(bar(step / self.total_steps, room), "  ") if room >= NARROWEST_BAR else Text()
+        log = "  ".join(text for _, text in fields)
+        self.live.show(drawn.append(text), log, always=step == self.total_steps)
 
-    def describe(self, metrics: dict[str, Any]) -> str:
-        """Return loss, speed, rate and memory of one line of metrics."""
+    def fields(self, metrics: dict[str, Any]) -> list[tuple[int, str]]:
+        """Return step, loss, speed, rate, memory and time left of a line of metrics, each with its rank; 0 matters most."""
         memory = format_bytes(metrics["memory_bytes"])
         if self.limit_bytes is not None:
             memory += f" of {format_bytes(self.limit_bytes)}"
-        return (
-            f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"lr {metrics['learning_rate']:.2e}  memory {memory}"
-        )
+        return [
+            (0, f"step {metrics['step']}/{self.total_steps}"),
+            (1, f"loss {metrics['loss']:.4f}"),
+            (4, f"{metrics['tokens_per_second']:,.0f} tokens/s"),
+            (5, f"lr {metrics['learning_rate']:.2e}"),
+            (3, f"memory {memory}"),
+            (2, f"{self.time_left()} left"),
+        ]
+
+    def time_left(self) -> timedelta:
+        """Return how long the steps that are left take at the pace of the last ones."""
+        (first, began), (last, now) = self.pace[0], self.pace[-1]
+        seconds = (now - began) / max(1, last - first) * (self.total_steps - last)
+        return timedelta(seconds=round(seconds))
 
     def evaluated(self, step: int, losses: dict[str, float]) -> None:
         """Print validation losses and perplexities."""
         shown = ", ".join(f"{name} {loss:.4f} (perplexity {perplexity(loss)})" for name, loss in losses.items())
-        self.console.print(f"validation loss after step {step}: {shown}", highlight=False)
+        self.screen.print(f"validation loss after step {step}: {shown}")
 
     def saved(self, folder: Path) -> None:
         """Print where something was saved."""
-        self.console.print(f"saved {folder}", highlight=False, soft_wrap=True)
+        self.screen.print(f"saved {folder}", soft_wrap=True)
 
     def said(self, message: str) -> None:
         """Print the message."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.screen.print(message, soft_wrap=True)
 
 
 def perplexity(loss: float) -> str:
@@ -112,34 +108,34 @@ def perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.1f}" if loss < 20 else "above 1e8"
 
 
-def parameter_table(rows: list[TrainableRow]) -> Table:
-    """Return the table of what trains."""
-    table = Table(title="Parameters", title_justify="left", box=None, pad_edge=False)
-    table.add_column("module")
-    for column in ("parameters", "trainable"):
-        table.add_column(column, justify="right")
-    table.add_column("dtype")
+def print_parameters(screen: Screen, rows: list[TrainableRow]) -> None:
+    """Print what trains."""
+    grid = Grid(
+        title="Parameters",
+        columns=("module", "parameters", "trainable", "dtype"),
+        numbers=frozenset(("parameters", "trainable")),
+    )
     for row in rows:
-        table.add_row(row.name, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "frozen", row.dtype)
+        grid.add(row.name, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "frozen", row.dtype)
     total, trains = sum(row.parameters for row in rows), sum(row.trainable for row in rows)
-    table.add_row("total", f"{total:,}", f"{trains:,} ({trains / total:.1%})", style="bold")
-    return table
+    grid.add(*(Text(cell, "bold") for cell in ("total", f"{total:,}", f"{trains:,} ({trains / total:.1%})", "")))
+    grid.print(screen)
 
 
-def print_result(console: Console, result: RunResult, resume_command: str) -> None:
+def print_result(screen: Screen, result: RunResult, resume_command: str) -> None:
     """Print what a run came to."""
     if result.interrupted:
-        console.print(f"interrupted and saved after step {result.steps}; go on with: {resume_command}", soft_wrap=True)
+        screen.print(f"interrupted and saved after step {result.steps}; go on with: {resume_command}", soft_wrap=True)
         return
-    console.print(
-        f"{result.tokens:,} tokens in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, "
+    screen.print(
+        f"{counted(result.tokens, 'token')} in {counted(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s, "
         f"peak memory {format_bytes(result.peak_memory_bytes)}",
         highlight=False,
     )
     for name, after in result.eval_after.items():
         before = result.eval_before[name]
-        console.print(
+        screen.print(
             f"  {name}: validation loss {before:.4f} -> {after:.4f}, perplexity {perplexity(before)} -> {perplexity(after)}",
             highlight=False,
         )
-    console.print(f"model: {result.model_dir}", soft_wrap=True, highlight=False)
+    screen.print(f"model: {result.model_dir}", soft_wrap=True)

@@ -1,0 +1,15 @@
+"""The command line: parse, call, render; no logic. One file a command."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C is one line, and as early as this, while everything is still being imported."""
+    try:
+        from oomless.cli.app import run
+
+        code = run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,85 @@
+"""The commands, and how each of them can end."""
+
+from __future__ import annotations
+
+import logging
+from errno import EPIPE
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from oomless import __version__
+from oomless.cli import explain, plan, train
+from oomless.cli.command import Interrupted, add
+from oomless.cli.voice import aside, out, speaks
+from oomless.errors import TrainingError, UserError
+
+app = typer.Typer(
+    help="Train language models on the GPU you have, and do not run out of memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+add(app, train.train, train.OPTIONS, train.FIRST, train.EXAMPLES)
+add(app, plan.plan, plan.OPTIONS, plan.FIRST, plan.EXAMPLES)
+add(app, explain.explain, explain.OPTIONS, explain.FIRST, explain.EXAMPLES)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the demo's files go. [default: a new folder under runs/]", show_default=False),
+    ] = None,
+) -> None:
+    """Learn Python's documentation with a small model that knows Python code; no network, two minutes."""
+    from oomless.demo import run_demo
+
+    run_demo(out(), output_dir)
+
+
+def _version(value: bool) -> None:
+    if value:
+        out().print(f"oomless {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run() -> int:
+    """Run the command line and return its exit code; what the user got wrong is one message and 2."""
+    # bitsandbytes, which peft imports, advises every CPU user to install a package that oomless has no use for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except (UserError, TrainingError) as error:
+        told = not speaks() if error.told is None else error.told
+        return _failed(None if told else str(error), 2 if isinstance(error, UserError) else 1)
+    except Interrupted:
+        return _failed("interrupted", 130)
+    lost = out().lost
+    if lost is not None and getattr(lost, "errno", None) != EPIPE:
+        return _failed(f"not all of the answer could be written to standard output: {lost}", 1)
+    return code
+
+
+def _failed(message: str | None, code: int) -> int:
+    if message is not None:
+        aside().print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
+    return code

@@ -1,0 +1,44 @@
+"""A search as a person sees it: how far it is, and what is said where nothing fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from rich.text import Text
+
+from oomless.planning.search import Progress
+from oomless.report.choice import print_nothing_fits
+from oomless.report.screen import LiveLine, Screen, bar
+
+BAR_WIDTH = 20
+
+
+@contextmanager
+def searching(screen: Screen) -> Iterator[Progress]:
+    """Show how far a search is and what it tries, in one line that goes away."""
+    began, live = time.monotonic(), LiveLine(screen)
+
+    def say(text: str, share: float) -> None:
+        seconds = f"{time.monotonic() - began:.0f} s"
+        drawn = bar(share, min(BAR_WIDTH, screen.width // 4))
+        live.show(Text.assemble(drawn, f" {seconds:>5}  {text}"), f"searching, {seconds}, {share:.0%}: {text}")
+
+    try:
+        yield say
+    finally:
+        live.close()
+
+
+def explain_nothing_fits(screen: Screen, given: dict[str, Any], choice: Any) -> NoReturn:
+    """Print what would make the training fit, each as it is found, and end with exit code 1."""
+    from oomless.models.spec import resolve_for_plan
+    from oomless.planning.nearby import smallest_changes
+    from oomless.planning.trial import results_folder
+
+    spec = resolve_for_plan(str(given["model"]), trust_remote_code=bool(given.get("trust_remote_code")))
+    print_nothing_fits(screen, choice, smallest_changes(spec, given, choice, results_folder()))
+    raise typer.Exit(1)

@@ -1,0 +1,106 @@
+"""``oomless train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY
+from oomless.cli_options import given_settings, host_size
+from oomless.config import TrainConfig
+from oomless.config.values import load_yaml
+from oomless.errors import ConfigError, TrainingError
+
+OPTIONS = (CONFIG, AS_GIVEN, HOST_MEMORY)
+FIRST = (
+    *("model", "data", "output_dir", "max_seq_length", "trainable", "learning_rate", "num_train_epochs"),
+    *("tokens_per_step", "gpu", "resume"),
+)
+EXAMPLES = """
+# learn a folder of text
+oomless train --model my-model --data my-text --output-dir runs/first
+# keep old text in mind
+oomless train ... --data new-text=0.9 --data old-text=0.1
+# go on after an end
+oomless train --config runs/first/config.yaml --resume
+"""
+
+
+def train(config: Path | None, as_given: bool, host_memory: str | None, **settings: Any) -> None:
+    """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it.
+
+    On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
+    """
+    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
+    TrainConfig.from_mapping(given)  # says what is missing or contradictory before anything that takes long is imported
+
+    from torch import OutOfMemoryError
+
+    from oomless.cli.searching import explain_nothing_fits
+    from oomless.cli.voice import launcher, out, speaks
+    from oomless.planning.plan import predict
+    from oomless.report.choice import print_choice
+    from oomless.report.plan import print_plan, print_prediction
+    from oomless.report.terminal import TerminalListener, print_result
+    from oomless.training.distributed import world_size
+    from oomless.training.listening import Listener
+    from oomless.training.loop import train as run
+
+    screen = out()
+    choice = None if as_given or world_size() > 1 else _choice_to_train(screen, given, host_memory)
+    if choice is None:
+        resolved = TrainConfig.from_mapping(given)
+        predicted = predict(resolved) if speaks() else None
+    else:
+        if choice.config is None:
+            explain_nothing_fits(screen, given, choice)
+        print_choice(screen, choice)
+        resolved, predicted = choice.config, choice.plan
+    if predicted is not None:
+        print_plan(screen, predicted)
+    listener = TerminalListener(screen)
+    try:
+        result = run(resolved, listener if speaks() else Listener())
+    except OutOfMemoryError as error:  # of one process; of several, one says so
+        listener.close()
+        _print_out_of_memory(screen, error, resolved)
+        raise TrainingError(
+            "the run was out of memory and was stopped; what happened and what cures it stands above"
+        ) from error
+    finally:
+        listener.close()
+    print_result(screen, result, f"{launcher(world_size())} train --config {resolved.output_dir}/config.yaml --resume")
+    if predicted is not None:
+        print_prediction(screen, predicted, result.peak_memory_bytes)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _choice_to_train(screen: Any, given: dict[str, Any], host_memory: str | None) -> Any:
+    """Return what the planner chooses for a training here; ``None`` where there is no limit, or a run is resumed as it began."""
+    from oomless.cli.searching import searching
+    from oomless.planning.choose import choose_training
+    from oomless.training.assemble import open_device
+
+    device = open_device(str(given.get("gpu", "auto")))
+    began = Path(str(given["output_dir"])) / "config.yaml"
+    if given.get("resume") and began.is_file():
+        for name, value in load_yaml(began).items():
+            given.setdefault(name, value)
+        return None
+    if device.capacity_bytes is None:
+        if host_memory is not None:
+            raise ConfigError("--host-memory has no effect on a CPU, where nothing is offloaded; remove it")
+        return None
+    with searching(screen) as say:
+        return choose_training(given, host_bytes=host_size(host_memory), progress=say)
+
+
+def _print_out_of_memory(screen: Any, error: Any, config: TrainConfig) -> None:
+    """Explain an out-of-memory error that ended a training."""
+    from oomless.diagnosis.explain import explain_error
+    from oomless.report.diagnosis import print_diagnosis
+
+    print_diagnosis(screen, explain_error(error, config))

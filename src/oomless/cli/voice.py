@@ -1,0 +1,30 @@
+"""How a command speaks: answers on standard output, what is said on the way to them beside it."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from oomless.report.screen import Screen
+
+
+def speaks() -> bool:
+    """Whether this is the one of a run's processes that writes to the terminal."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@cache
+def out() -> Screen:
+    """Return the screen of answers."""
+    return Screen(quiet=not speaks())
+
+
+@cache
+def aside() -> Screen:
+    """Return the screen of progress and errors."""
+    return Screen(stderr=True)
+
+
+def launcher(gpus: int) -> str:
+    """Return what starts a command on so many GPUs."""
+    return "oomless" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m oomless"

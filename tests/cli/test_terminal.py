@@ -1,0 +1,51 @@
+"""What stands on the screen of a terminal: live lines that are renewed in place, at 80 columns and at 40."""
+
+import re
+
+import pytest
+
+from tests.cli.emulator import Terminal
+from tests.cli.test_cli import ENVIRONMENT
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def live(terminal, pattern):
+    """The live line that ``pattern`` finds, of every screen; there is never more than one, and nothing is left of it."""
+    found = [[line for line in frame if re.search(pattern, line)] for frame in terminal.frames]
+    assert max(map(len, found)) == 1
+    assert not found[-1]
+    drawn = [lines[0] for lines in found if lines]
+    assert not any("\x1b" in line or "[K" in line or "[2K" in line for line in drawn)
+    return drawn
+
+
+BOTH = [80, pytest.param(40, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("columns", BOTH)
+def test_plan(make_checkpoint, columns):
+    arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:24MiB", "--max-seq-length", 64)
+    with Terminal("plan", *arguments, columns=columns) as terminal:
+        assert terminal.run() == 0
+        drawn = live(terminal, r"━.* \d+ s  \S")
+        assert len(set(drawn)) > 3
+        assert all(line.startswith("━" * min(20, columns // 4) + " ") for line in drawn)
+        assert "► full, AdamW" in terminal.text()
+        assert any(line.startswith("cached but unused ") for line in terminal.lines())
+
+
+@pytest.mark.parametrize("columns", BOTH)
+def test_train(make_checkpoint, corpus, tmp_path, columns):
+    arguments = ("--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", tmp_path / "run")
+    settings = ("--gpu", "virtual:64MiB", "--max-seq-length", 64, "--max-steps", 12, "--as-given")
+    with Terminal("train", *arguments, *settings, columns=columns) as terminal:
+        assert terminal.run() == 0
+        steps = live(terminal, r"step \d+/12 ")
+        assert len(set(steps)) >= 8
+        for part in (r"loss \d\.\d{4}", r"\d:\d\d:\d\d left$", *([r"of 64\.00 MiB"] if columns == 80 else [])):
+            assert all(re.search(part, line) for line in steps), part
+        assert "12 steps of 1 block x 64 tokens" in terminal.text()
