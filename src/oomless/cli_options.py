@@ -16,6 +16,7 @@ from oomless.errors import ConfigError
 from oomless.units import parse_bytes
 
 _WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d+)?)")
+_SETTING = re.compile(r"(.+),(\w+)=([^,]*)")
 
 
 def options() -> list[inspect.Parameter]:
@@ -41,7 +42,7 @@ def _option(section: type, name: str) -> inspect.Parameter:
 
 
 def given_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given on the command line; ``--data path=0.1`` carries a weight."""
+    """Return the settings that were given on the command line; ``--data path=0.1,name=old`` carries a weight and a name."""
     given = {name: value for name, value in settings.items() if value is not None and value != []}
     for name in ("data", "eval_data"):
         if name in given:
@@ -50,10 +51,22 @@ def given_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(text: str) -> dict[str, Any]:
+    """Return the source that ``text`` means: a path, which a weight may follow as ``=0.3`` and settings as ``,name=old``."""
+    given: dict[str, list[str]] = {}
+    while not Path(text).exists() and (match := _SETTING.fullmatch(text)) is not None:
+        text = match[1]
+        given.setdefault(match[2], []).insert(0, match[3])
+    settings: dict[str, Any] = {}
+    for name, values in given.items():
+        if len(values) > 1 and name != "exclude":
+            raise ConfigError(f"{name} is given {len(values)} times for {text}: keep one")
+        settings[name] = ",".join(values)
     match = _WEIGHTED.fullmatch(text)
-    if match is None or Path(text).exists():
-        return {"path": text}
-    return {"path": match[1], "weight": float(match[2])}
+    if match is not None and not Path(text).exists():
+        if "weight" in settings:
+            raise ConfigError(f"weight is given twice for {match[1]}: keep one")
+        text, settings["weight"] = match[1], match[2]
+    return {"path": text, **settings}
 
 
 def gpus_to_compare(text: str | None) -> list[str]:

@@ -17,7 +17,7 @@ def make_store(sizes):
     """Return documents of the given numbers of tokens; every token is told apart by its id, counted from 1."""
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     tokens = np.arange(1, starts[-1] + 1, dtype=np.uint32)
-    return TokenStore(name="made", key="0", tokens=tokens, starts=starts, text_bytes=0, skipped=Counter())
+    return TokenStore(name="made", key="0", tokens=tokens, starts=starts, text_bytes=0, passed_over=Counter())
 
 
 def predictions(blocks):

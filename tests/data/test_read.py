@@ -1,17 +1,26 @@
 """Every format gives the text that went in, to the character; what cannot be read says where."""
 
+import csv
 import gzip
+import html
+import io
 import json
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
+from tests.data.conftest import SCRIPTS
 
 from oomless.config import DataSource
-from oomless.data.read import PIECE_CHARACTERS, find_files, read_documents
-from oomless.errors import DataError
+from oomless.data import markup, records
+from oomless.data.files import TextFile, find_files
+from oomless.data.read import PIECE_CHARACTERS, Manner, read_documents
+from oomless.errors import ConfigError, DataError
 
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
@@ -27,11 +36,14 @@ def records_bytes(kind, texts, field):
     return sink.getvalue().to_pybytes()
 
 
-def read(path, *, field="text", errors="strict", progress=None):
-    source = DataSource(path=str(path), text_field=field)
-    files, _ = find_files(source)
+def read(path, *, field="text", errors="strict", encoding="utf-8", progress=None, notes=None, **settings):
+    manner = Manner(text_field=field, errors=errors, encoding=encoding)
     tell = progress.append if progress is not None else lambda _: None
-    return ["".join(pieces) for file in files for pieces in read_documents(file, source, errors, tell)]
+    files = find_files(DataSource(path=str(path), **settings)).files
+    texts = ["".join(pieces) for file in files for pieces in read_documents(file, manner, tell)]
+    if notes is not None:
+        notes.update(manner.notes)
+    return texts
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -91,14 +103,15 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_read_in_order_and_the_files_passed_over_are_counted(folder):
-    files, skipped = find_files(DataSource(path=str(folder)))
-    assert [str(file.path.relative_to(folder)) for file in files] == ["a.txt", "b.md", "deep/d.jsonl", "deep/er/c.py"]
-    assert skipped == {".png": 2, "no suffix": 1, ".tar": 1}
+    found = find_files(DataSource(path=str(folder)))
+    names = [str(file.path.relative_to(folder)) for file in found.files]
+    assert names == ["a.txt", "b.md", "deep/d.jsonl", "deep/er/c.py"]
+    assert found.passed_over == {".png": 2, "no suffix": 1, ".tar": 1, "hidden": 2}
 
 
 def test_globs(folder):
     def found(pattern):
-        return [file.path.name for file in find_files(DataSource(path=str(folder / pattern)))[0]]
+        return [file.path.name for file in find_files(DataSource(path=str(folder / pattern))).files]
 
     assert found("*.txt") == ["a.txt"]
     assert found("**/*.py") == ["c.py"]
@@ -161,7 +174,7 @@ def test_characters_across_a_chunk_border_are_whole(tmp_path, lead):
 def test_bytes_that_are_not_utf8_in_a_json_line(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"records\.jsonl is not UTF-8 at byte 27, line 2"):
+    with pytest.raises(DataError, match=r"records\.jsonl is not UTF-8 at byte 27 \(line 2, "):
         read(path)
     assert read(path, errors="replace") == ["fine", "\ufffd"]
 
@@ -170,7 +183,7 @@ def test_bytes_that_are_not_utf8_in_a_json_line(tmp_path):
     ("line", "message"),
     [
         ('{"text": "cut', "line 2 is not JSON"),
-        ("[1]", r"line 2 must be a JSON object with the field 'text'; got '\[1\]"),
+        ("[1]", r"line 2 must be a JSON object with a field that holds its text; got '\[1\]"),
         ('{"test": "x", "id": 1}', "line 2 has no field 'text'; it has test, id. Did you mean 'test'?"),
         ('{"text": 3}', "line 2: the field 'text' must be text; got int"),
         ('{"text": null}', "line 2: the field 'text' must be text; got NoneType"),
@@ -236,3 +249,289 @@ def test_corrupt_deflate_data_is_not_taken_for_text(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(packed)
     with pytest.raises(DataError, match="cannot be read to its end"):
         read(tmp_path / "a.txt.gz")
+
+
+# Other files of records
+
+
+def table_bytes(rows, delimiter=","):
+    sink = io.StringIO()
+    csv.writer(sink, delimiter=delimiter).writerows(rows)
+    return sink.getvalue().encode()
+
+
+def arrow_bytes(texts, *, stream, rows=7):
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return sink.getvalue().to_pybytes()
+
+
+def json_list(texts, **style):
+    return json.dumps([{"id": number, "text": text} for number, text in enumerate(texts)], **style).encode()
+
+
+RECORD_FILES = {
+    "list.json": lambda texts: json_list(texts),
+    "indented.json": lambda texts: b"\xef\xbb\xbf\n" + json_list(texts, indent=4, ensure_ascii=False),
+    "lines.json": lambda texts: b"\n".join(json.dumps({"text": text}).encode() for text in texts),
+    "one after the other.json": lambda texts: "".join(json.dumps({"text": t}, indent=1) for t in texts).encode(),
+    "comma.csv": lambda texts: table_bytes([["id", "text"], *([n, text] for n, text in enumerate(texts))]),
+    "semicolon.csv": lambda texts: table_bytes([["id", "text"], *([n, text] for n, text in enumerate(texts))], ";"),
+    "excel.csv": lambda texts: b"\xef\xbb\xbf" + table_bytes([["text"], *([text] for text in texts)]),
+    "tabs.tsv": lambda texts: table_bytes([["id", "text"], *([n, text] for n, text in enumerate(texts))], "\t"),
+    "stream.arrow": lambda texts: arrow_bytes(texts, stream=True),
+    "file.arrow": lambda texts: arrow_bytes(texts, stream=False),
+    "one batch.arrow": lambda texts: arrow_bytes(texts, stream=True, rows=10_000),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("name", RECORD_FILES)
+def test_every_file_of_records_gives_its_texts(tmp_path, texts, name, compression):
+    documents = [*texts, *SCRIPTS.values(), "x" * (2 * PIECE_CHARACTERS + 3), "a,b;c\td \"quoted\" '}]{'"] * 3
+    if name.endswith(("csv", "tsv")):
+        documents = [text for text in documents if "\r" not in text.replace("\r\n", "")]
+    (tmp_path / f"{name}{compression}").write_bytes(COMPRESSIONS[compression](RECORD_FILES[name](documents)))
+    notes = Counter()
+    assert read(tmp_path, notes=notes) == documents
+    assert not notes
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
+def test_a_list_that_is_cut_anywhere_is_read_the_same(piece):
+    values = [
+        {"text": 'a "quoted" \\ \u00e9 \U0001f44d'},
+        {"text": "", "n": [1, -2.5e-3, {"x": None}]},
+        {"text": "true"},
+    ]
+    content = json.dumps(values, indent=2) + "\n"
+    pieces = [content[at : at + piece] for at in range(0, len(content), piece)]
+    file = TextFile(path=Path("cut.json"), kind="json", compression="", size_bytes=0)
+    assert [record for _, record in records._values(file, pieces, is_list=True)] == values
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"}, {"text": "b"', "record 2 is not JSON"),
+        ('[{"text": "a"} {"text": "b"}]', "record 1 is not JSON: expected , or ]; got"),
+        ('[{"text": "a"}, 3]', "record 2 must be a JSON object .*; got '3"),
+        ('[{"text": "a"},]', "record 2 is not JSON"),
+        ('[{"text": "a"}]x', "goes on behind the end of its list"),
+        ('[{"text": "a"}', "record 1 is not JSON: expected"),
+        ('[{"test": "a"}]', "record 1 has no field 'text'; it has test. Did you mean 'test'?.*exclude"),
+        ('{"text": "a"}\n{"text": b}', "record 2 is not JSON"),
+        ("[" + '{"a":' * 100_000, "record 1 is not JSON"),
+    ],
+)
+def test_bad_lists(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"name": "x"}', '{"a": [{"text": "b"}]}', "[1, 2]", "[]", '"text"', "not JSON", "", "[[{}]]"]
+)
+def test_other_json_is_plain_text_and_this_is_said(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    notes = Counter()
+    assert read(tmp_path, notes=notes) == [content]
+    assert notes == {".json read as plain text, not records": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,text\n1,a\n2\n", "line 3 has 1 fields, and the first row names 2"),
+        ("id,text\n1,a,b\n", "line 2 has 3 fields"),
+        ('id,text\n1,"open\n2,b\n', "line 2 is not a row of a table: unexpected end of data"),
+        ('id,text\n1,"a"b\n', "line 2 is not a row of a table"),
+        ("id,body\n1,a\n", "line 2 has no field 'text'; it has id, body"),
+    ],
+)
+def test_bad_tables(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path)
+
+
+def test_the_limit_of_a_table_s_fields_is_left_as_it_was(tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text\n" + "x" * (before + 1))
+    assert read(tmp_path) == ["x" * (before + 1)]
+    assert csv.field_size_limit() == before
+
+
+# Folders that datasets saved, links, and what is excluded
+
+
+@pytest.fixture
+def saved(tmp_path, texts):
+    """Return a function that saves rows with the library itself."""
+    datasets = pytest.importorskip("datasets")
+
+    def save(name, count=len(texts), shards=None):
+        rows = datasets.Dataset.from_dict({"id": list(range(count)), "text": texts[:count]})
+        rows.save_to_disk(tmp_path / name, num_shards=shards)
+        return rows
+
+    return save
+
+
+def test_a_folder_that_datasets_saved(tmp_path, texts, saved):
+    saved("set", shards=3)
+    (tmp_path / "set" / "cache-0123456789abcdef.arrow").write_bytes(arrow_bytes(["never"], stream=True))
+    assert read(tmp_path / "set") == texts
+    assert read(tmp_path) == texts
+
+
+def test_splits_that_datasets_saved(tmp_path, texts, saved):
+    import datasets
+
+    rows = saved("set")
+    datasets.DatasetDict(train=rows.select(range(40)), test=rows.select(range(40, 60))).save_to_disk(tmp_path / "both")
+    datasets.DatasetDict(other=rows).save_to_disk(tmp_path / "one")
+    assert read(tmp_path / "both") == texts[:40]
+    assert read(tmp_path / "both", split="test") == texts[40:]
+    assert read(tmp_path / "one") == texts
+    assert find_files(DataSource(path=str(tmp_path / "both"))).passed_over == {"split 'test'": 1}
+    with pytest.raises(DataError, match="has the splits train, test, and no 'tset'. Did you mean 'test'?"):
+        read(tmp_path / "both", split="tset")
+    with pytest.raises(DataError, match="split has no effect in .*set"):
+        read(tmp_path / "set", split="train")
+
+
+def test_links_are_followed_and_what_is_reached_twice_is_read_once(tmp_path):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "a.txt").write_text("linked")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b.txt").write_text("own")
+    (tmp_path / "data" / "folder").symlink_to(tmp_path / "away")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "twice.txt").symlink_to(tmp_path / "data" / "b.txt")
+    (tmp_path / "data" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    found = find_files(DataSource(path=str(tmp_path / "data")))
+    assert [file.path.name for file in found.files] == ["b.txt", "a.txt"]
+    assert found.passed_over == {"linked twice": 1, "broken link": 1}
+
+
+def test_what_is_excluded(folder):
+    def found(pattern, path=folder):
+        result = find_files(DataSource(path=str(path), exclude=pattern))
+        return [file.path.name for file in result.files], result.passed_over["excluded"]
+
+    assert found("*.md") == (["a.txt", "d.jsonl", "c.py"], 1)
+    assert found("deep") == (["a.txt", "b.md"], 1)
+    assert found("deep/er/*, b.*") == (["a.txt", "d.jsonl"], 2)
+    assert found("a.*", folder / "*.*")[0] == ["b.md"]
+    with pytest.raises(DataError, match=r"exclude has no effect in .*: nothing there matches \*\.tex"):
+        found("*.md,*.tex")
+
+
+# Encodings
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "gb18030"])
+def test_text_in_other_encodings(tmp_path, texts, encoding):
+    text = "".join(texts) * 4 + SCRIPTS["emoji"]
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(encoding))
+    assert read(tmp_path, encoding=encoding) == [text, *texts]
+
+
+def test_an_encoding_that_is_likely_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("some text".encode("utf-16"))
+    with pytest.raises(
+        DataError, match=r"is not UTF-8 at byte 0 \(line 1.* it begins as utf-16 does: set encoding: utf-16"
+    ):
+        read(tmp_path)
+    (tmp_path / "a.txt").write_bytes("line\ncaf\xe9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"byte 8 \(line 2.*set encoding to the one it has, such as windows-1252"):
+        read(tmp_path)
+    assert read(tmp_path, encoding="windows-1252") == ["line\ncaf\xe9"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-99", "base64", "hex", ""])
+def test_no_such_encoding(encoding):
+    with pytest.raises(ConfigError, match="encoding must be the name of a text encoding"):
+        DataSource(path="a", encoding=encoding)
+
+
+# The text of pages and notebooks
+
+
+PAGE = """<!DOCTYPE html><html><head><title>A  title</title><style>p { color: red }</style>
+<script>if (a < b) { document.write("<p>never</p>") }</script></head>
+<body><h1>Head&amp;line</h1><p>One
+   paragraph with <b>bold</b>, <i>it</i>alic&nbsp;and &eacute;&#x1F44D;.</p>
+<ul><li>first<li>second</ul><pre>  kept
+    as it is</pre>line<br>break<br><br>gap
+<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table><!-- a comment --><template>no</template></body></html>"""
+PAGE_TEXT = """A title
+
+Head&line
+
+One paragraph with bold, italic\xa0and \xe9\U0001f44d.
+
+first
+second
+
+  kept
+    as it is
+
+line
+break
+
+gap
+
+a\tb
+1\t2"""
+
+
+def test_the_text_of_a_page(tmp_path):
+    (tmp_path / "a.html").write_text(PAGE, encoding="utf-8")
+    assert read(tmp_path) == [PAGE_TEXT]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5, 31])
+def test_a_page_that_is_cut_anywhere_has_the_same_text(piece):
+    pieces = iter([PAGE[at : at + piece] for at in range(0, len(PAGE), piece)])
+    assert "".join(markup.html_pieces(pieces)) == PAGE_TEXT
+
+
+def test_a_long_page_keeps_all_its_words(tmp_path, texts):
+    words = " ".join(texts).split()
+    body = "".join(f"<p>{html.escape(' '.join(words[at : at + 9]))}</p>" for at in range(0, len(words), 9)) * 9
+    (tmp_path / "a.html").write_text(f"<html><body>{body}</body></html>", encoding="utf-8")
+    assert len(body) > 2 * PIECE_CHARACTERS
+    assert read(tmp_path)[0].split() == words * 9
+
+
+def test_the_text_of_a_notebook(tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "words"]},
+        {"cell_type": "code", "source": "print(1)", "outputs": [{"text": ["never"]}]},
+        {"cell_type": "code", "source": [], "outputs": []},
+        {"cell_type": "code", "source": "a\n```\nb", "outputs": []},
+        {"cell_type": "raw", "source": "raw"},
+    ]
+    notebook = {"cells": cells, "metadata": {"language_info": {"name": "python"}}, "nbformat": 4}
+    (tmp_path / "a.ipynb").write_text(json.dumps(notebook))
+    old = {
+        "worksheets": [
+            {"cells": [{"cell_type": "heading", "level": 2, "source": "H"}, {"cell_type": "code", "input": "x"}]}
+        ]
+    }
+    (tmp_path / "b.ipynb").write_text(json.dumps(old))
+    expected = "# Title\nwords\n\n```python\nprint(1)\n```\n\n````python\na\n```\nb\n````\n\nraw"
+    assert read(tmp_path) == [expected, "## H\n\n```\nx\n```"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cells": [{}]}', '{"cells": 3}'])
+def test_no_notebook(tmp_path, content):
+    (tmp_path / "a.ipynb").write_text(content)
+    with pytest.raises(DataError, match=r"a\.ipynb is not (JSON|a notebook)"):
+        read(tmp_path)

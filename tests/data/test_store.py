@@ -14,6 +14,7 @@ import pytest
 
 from oomless.config import DataSource
 from oomless.data.encode import Encoder
+from oomless.data.read import Manner
 from oomless.data.store import open_store
 from oomless.errors import DataError
 
@@ -23,9 +24,9 @@ BENCH = Path(__file__).parents[2] / "bench"
 def opened(path, encoder, cache_dir, **settings):
     """Return the store, and whether it was tokenised for it."""
     tokenised = []
-    names = {name: settings.pop(name) for name in ("text_field", "name") if name in settings}
-    source = DataSource(path=str(path), **names)
-    store = open_store(source, encoder, cache_dir, progress=lambda *where: tokenised.append(where), **settings)
+    source = DataSource(path=str(path), name=settings.pop("name", None))
+    manner = Manner(**settings)
+    store = open_store(source, encoder, cache_dir, manner=manner, progress=lambda *where: tokenised.append(where))
     return store, bool(tokenised)
 
 
@@ -85,7 +86,7 @@ def test_the_key_follows_content_and_settings_but_not_place_and_time(corpus, enc
     copy.write_bytes(content.replace(b"import", b"export", 1))
     os.utime(copy, ns=(corpus.stat().st_atime_ns, corpus.stat().st_mtime_ns))
     assert copy.stat().st_size == corpus.stat().st_size
-    others = [key(copy), key(corpus, encoders["metaspace"]), key(corpus, encoding_errors="replace")]
+    others = [key(copy), key(corpus, encoders["metaspace"]), key(corpus, errors="replace")]
     (tmp_path / "elsewhere.txt").write_bytes(content)
     others.append(key(tmp_path / "elsewhere.txt"))
     copy.write_bytes(content.replace(b'"text"', b'"body"'))
@@ -175,6 +176,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from oomless.config import DataSource
 from oomless.data.encode import Encoder
+from oomless.data.read import Manner
 from oomless.data.store import open_store
 
 tokenizer, path, cache_dir = sys.argv[1:]

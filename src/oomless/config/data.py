@@ -26,17 +26,28 @@ class DataSource:
     """Share of the training tokens in relation to the other sources' weights. [default: its size, so that an epoch takes
     every source once]"""
 
-    text_field: str = "text"
-    """The field of a ``.jsonl`` or ``.parquet`` record that holds the text."""
+    text_field: str | None = None
+    """The field of its records that holds the text. [default: the run's]"""
+
+    encoding: str | None = None
+    """How its text is encoded. [default: the run's]"""
+
+    split: str | None = None
+    """Of a folder of splits that ``datasets`` saved, the one to read. [default: train, or the only one]"""
+
+    exclude: str | None = None
+    """Files of a folder or glob that are not read: patterns for names or paths, joined by commas, such as
+    ``*.min.js,tests/*``."""
 
     name: str | None = None
-    """What the source is called in metrics; by default its path's last part."""
+    """What the source is called in metrics. [default: its path's last part]"""
 
     def __post_init__(self) -> None:
         for key, kind in kinds(DataSource).items():
             value = getattr(self, key)
-            if value is not None or key in ("path", "text_field"):
+            if value is not None or key == "path":
                 object.__setattr__(self, key, coerce(f"{key} of a source of text", value, kind))
+        _check_encoding(self.encoding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +55,9 @@ class Data:
     """Data."""
 
     data: tuple[DataSource, ...]
-    """Text to learn: files, folders or globs (.txt .md, source code, .jsonl, .parquet, each also .gz or .zst)."""
+    """Text to learn: files, folders or globs (.txt .md .html .ipynb, source code, .jsonl .json .csv .parquet .arrow, each also
+    .gz or .zst), and folders that `datasets` saved. PATH=0.3 gives a weight; PATH,name=old,text_field=body gives more settings
+    of a source."""
 
     eval_data: tuple[DataSource, ...] = ()
     """Text to evaluate on, instead of text held out from `data`."""
@@ -63,8 +76,14 @@ class Data:
     shuffle: bool = True
     """Shuffle the blocks, the same way for the same seed."""
 
+    text_field: str = "text"
+    """The field of a record (.jsonl .json .csv .tsv .parquet .arrow) that holds its text."""
+
+    encoding: str = "utf-8"
+    """How text files are encoded, such as utf-16 or windows-1252."""
+
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """What invalid UTF-8 is: an error that names file and offset, or replaced by U+FFFD."""
+    """What bytes are that the encoding does not know: an error that names file and offset, or replaced by U+FFFD."""
 
     cache_dir: str | None = None
     """Where tokenised text is kept between runs. [default: `token-cache` in output_dir]"""
@@ -91,10 +110,32 @@ def sources(key: str, value: Any) -> tuple[DataSource, ...]:
     return tuple(found)
 
 
+def _check_encoding(encoding: str | None) -> None:
+    try:
+        "".encode("utf-8" if encoding is None else encoding)
+    except LookupError as error:
+        raise ConfigError(
+            f"encoding must be the name of a text encoding, such as utf-16 or windows-1252; got {encoding!r}",
+            "encoding",
+        ) from error
+
+
 def check(run: TrainConfig) -> None:
     """Refuse what contradicts itself, and fill in what follows from the rest."""
     if not run.data:
         raise ConfigError("data is empty: name at least one file, folder or glob", "data")
+    _check_encoding(run.encoding)
+    without = [source.name or source.path for source in run.data if source.weight is None]
+    if without and len(without) < len(run.data):
+        raise ConfigError(
+            f"weights are given to all sources of data or to none; {', '.join(without)} has none: give it one too, or take "
+            "the others away to learn every source once",
+            "data",
+        )
+    if any(source.weight is not None for source in run.eval_data):
+        raise ConfigError(
+            "a weight has no effect in eval_data, of which each source is measured whole: remove it", "eval_data"
+        )
     if run.eval_fraction is None:
         run.fill("eval_fraction", 0.0 if run.eval_data else 0.01)
     elif run.eval_data and run.eval_fraction:

@@ -15,6 +15,7 @@ from oomless.config import DataSource, Packing, TrainConfig
 from oomless.data.encode import Encoder
 from oomless.data.mix import BlockStream
 from oomless.data.pack import PackedBlocks
+from oomless.data.read import Manner
 from oomless.data.store import TokenStore, open_store, source_name
 from oomless.errors import ConfigError, DataError
 
@@ -41,16 +42,15 @@ def prepare(
 
     Raises:
         DataError: text is missing, empty or cannot be read, or is too little to hold any of it out.
-        ConfigError: two sources have one name, or only some have a weight.
+        ConfigError: two sources have one name.
     """
     _check_names(config.data)
     _check_names(config.eval_data)
-    _check_weights(config)
     encoder = Encoder(tokenizer)
 
     def opened(sources: Sequence[DataSource]) -> list[TokenStore]:
         return [
-            open_store(source, encoder, cache_dir, encoding_errors=config.encoding_errors, progress=progress)
+            open_store(source, encoder, cache_dir, manner=_manner(source, config), progress=progress)
             for source in sources
         ]
 
@@ -79,22 +79,19 @@ def prepare(
     return PreparedData(train=stream, evaluation=evaluation, summary=tuple(lines))
 
 
+def _manner(source: DataSource, config: TrainConfig) -> Manner:
+    return Manner(
+        text_field=source.text_field or config.text_field,
+        encoding=source.encoding or config.encoding,
+        errors=config.encoding_errors,
+    )
+
+
 def _check_names(sources: Sequence[DataSource]) -> None:
     names = [source_name(source) for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two sources are called {name!r}: give each a name of its own")
-
-
-def _check_weights(config: TrainConfig) -> None:
-    without = [source_name(source) for source in config.data if source.weight is None]
-    if without and len(without) < len(config.data):
-        raise ConfigError(
-            f"weights are given to all sources of data or to none; {', '.join(without)} has none: give it one too, or take "
-            "the others away to learn every source once"
-        )
-    if any(source.weight is not None for source in config.eval_data):
-        raise ConfigError("a weight has no effect in eval_data, of which each source is measured whole: remove it")
 
 
 def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> tuple[Any, Any]:

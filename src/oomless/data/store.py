@@ -20,7 +20,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ import numpy as np
 
 from oomless.config import DataSource
 from oomless.data.encode import Encoder
-from oomless.data.read import Pieces, TextFile, find_files, read_documents
+from oomless.data.files import Found, TextFile, find_files
+from oomless.data.read import Manner, Pieces, read_documents
 from oomless.errors import DataError
 from oomless.units import format_bytes
 
-FORMAT = 1
+FORMAT = 2
 _READ_AT_ONCE = 1 << 22
 _UNFINISHED = ".unfinished"
 _ABANDONED_AFTER_S = 24 * 60 * 60
@@ -51,7 +52,10 @@ class TokenStore:
     """Where each document begins, and the end: [documents + 1], int64."""
 
     text_bytes: int
-    skipped: Counter[str]
+    passed_over: Counter[str]
+    """Files of the source that were not read, by what they are."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What else a person should know of how the rest was read."""
     file: Path | None = None
     """What ``tokens`` maps; ``None`` where they lie in memory."""
     opened: tuple[int, int, int] | None = None
@@ -93,11 +97,13 @@ class TokenStore:
 
     def describe(self) -> str:
         """Return one line for a person."""
-        skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.skipped.items()))
-        return (
+        line = (
             f"{self.name}: {self.documents:,} documents, {len(self.tokens):,} tokens, {format_bytes(self.text_bytes)}"
-            + (f"; passed over: {skipped}" if skipped else "")
         )
+        for title, counts in (("; passed over: ", self.passed_over), ("; ", self.notes)):
+            if counts:
+                line += title + ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+        return line
 
 
 def source_name(source: DataSource) -> str:
@@ -110,7 +116,7 @@ def open_store(
     encoder: Encoder,
     cache_dir: Path,
     *,
-    encoding_errors: str = "strict",
+    manner: Manner | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
     """Return the tokens of ``source``, tokenising its files if the cache does not hold them yet.
@@ -120,22 +126,23 @@ def open_store(
     Raises:
         DataError: the text cannot be read, changed meanwhile, or the cache is damaged or cannot be written.
     """
-    files, skipped = find_files(source)
-    stamps = [_stamp(file) for file in files]
-    key = _key(files, source, encoder, encoding_errors)
+    manner = manner or Manner()
+    found = find_files(source)
+    stamps = [_stamp(file) for file in found.files]
+    key = _key(found.files, encoder, manner)
     folder = cache_dir / key
     if not folder.is_dir():
         try:
-            _build(folder, files, source, encoder, encoding_errors, progress)
+            _build(folder, found.files, encoder, manner, progress)
         except OSError as error:
             raise DataError(
                 f"the token cache {cache_dir} could not be written: {error.strerror or error}. Make room, or set cache_dir "
                 "to a disk that has some."
             ) from error
-        if stamps != [_stamp(file) for file in files]:
+        if stamps != [_stamp(file) for file in found.files]:
             shutil.rmtree(folder)
             raise DataError(f"files of {source.path} changed while they were read: start again when they are at rest")
-    return _open(folder, source, skipped)
+    return _open(folder, source, found)
 
 
 def _stamp(file: TextFile) -> tuple[int, int, int] | None:
@@ -150,7 +157,7 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _key(files: list[TextFile], source: DataSource, encoder: Encoder, encoding_errors: str) -> str:
+def _key(files: list[TextFile], encoder: Encoder, manner: Manner) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = [
         FORMAT,
@@ -158,8 +165,9 @@ def _key(files: list[TextFile], source: DataSource, encoder: Encoder, encoding_e
         encoder.eos,
         encoder.start,
         encoder.anchor,
-        source.text_field,
-        encoding_errors,
+        manner.text_field,
+        manner.encoding,
+        manner.errors,
     ]
     digest.update(json.dumps(settings).encode())
     for file in files:
@@ -167,7 +175,7 @@ def _key(files: list[TextFile], source: DataSource, encoder: Encoder, encoding_e
             content = _checksum(file.path)
         except OSError as error:
             raise DataError(f"{file.path} cannot be read: {error.strerror or error}") from error
-        digest.update(f"{file.suffix} {file.compression} {content}\n".encode())
+        digest.update(f"{file.kind} {file.compression} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -182,9 +190,8 @@ def _checksum(path: Path) -> str:
 def _build(
     folder: Path,
     files: list[TextFile],
-    source: DataSource,
     encoder: Encoder,
-    encoding_errors: str,
+    manner: Manner,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +209,7 @@ def _build(
                     if progress is not None:
                         progress(before + position, total_bytes)
 
-                yield from read_documents(file, source, encoding_errors, tell)
+                yield from read_documents(file, manner, tell)
                 done += file.size_bytes
 
         dtype = np.uint16 if encoder.vocabulary <= 1 << 16 else np.uint32
@@ -219,6 +226,7 @@ def _build(
             "dtype": np.dtype(dtype).name,
             "tokens": position,
             "text_bytes": total_bytes,
+            "notes": manner.notes,
             "checksums": {name: _checksum(temporary / name) for name in ("tokens.bin", "documents.npy")},
         }
         (temporary / "header.json").write_text(json.dumps(header, indent=2), encoding="utf-8")
@@ -243,7 +251,7 @@ def _remove_abandoned(cache_dir: Path) -> None:
                 shutil.rmtree(left)
 
 
-def _open(folder: Path, source: DataSource, skipped: Counter[str]) -> TokenStore:
+def _open(folder: Path, source: DataSource, found: Found) -> TokenStore:
     path = folder / "tokens.bin"
     try:
         opened = _identity(path)
@@ -264,7 +272,8 @@ def _open(folder: Path, source: DataSource, skipped: Counter[str]) -> TokenStore
         tokens=tokens,
         starts=starts,
         text_bytes=header["text_bytes"],
-        skipped=skipped,
+        passed_over=found.passed_over,
+        notes=Counter(header["notes"]),
         file=path,
         opened=opened,
     )

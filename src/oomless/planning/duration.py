@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oomless.config import TrainConfig
-from oomless.data.read import find_files
+from oomless.data.files import find_files
 from oomless.errors import UserError
 
 BYTES_PER_TOKEN = (3.0, 5.0)
@@ -35,10 +35,10 @@ def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
         tokens = -(-config.max_tokens // step) * step
         return Reading(tokens_low=tokens, tokens_high=tokens, basis="max_tokens")
     try:
-        files = [file for source in config.data for file in find_files(source)[0]]
+        files = [file for source in config.data for file in find_files(source).files]
     except UserError:
         return None
-    if any(file.compression or file.suffix == ".parquet" for file in files):
+    if any(file.compression or file.kind in ("parquet", "arrow") for file in files):
         return None
     epochs, size_bytes = config.num_train_epochs or 1.0, sum(file.size_bytes for file in files)
     fewest, most = BYTES_PER_TOKEN
