@@ -18,7 +18,7 @@ def make(**settings):
 
 def test_resolved_yaml_reproduces_the_config():
     config = make(
-        data=["a", {"path": "b", "weight": 2, "text_field": "body"}],
+        data=[{"path": "a", "weight": 1}, {"path": "b", "weight": 2, "text_field": "body"}],
         trainable="lora+lm_head",
         learning_rate="3e-4",
         tied_weights="untied",
