@@ -78,6 +78,7 @@ ARCHITECTURES = {
     "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
     "qwen2": dict(model_type="qwen2"),
     "qwen3": dict(model_type="qwen3", head_dim=16),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
 }
 
 

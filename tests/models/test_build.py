@@ -66,6 +66,29 @@ def test_mixture_of_experts_round_trip(make_checkpoint, tmp_path, tokenizer_fold
     assert all(torch.equal(ours[name], original[name]) for name in ours)
 
 
+def test_what_earlier_versions_stored_although_it_is_computed_is_no_stranger(make_checkpoint, tmp_path):
+    source = make_checkpoint("llama")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(built(tmp_path)(IDS).logits, built(source)(IDS).logits, rtol=0, atol=0)
+
+
+def test_names_of_the_base_model_alone(make_checkpoint, tmp_path):
+    """GPT-2's files name no head and no prefix."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gpt2", vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    } | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(built(tmp_path)(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_sixteen_bit(make_checkpoint):
     model = built(make_checkpoint("llama"), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -98,17 +121,31 @@ class TestBadInput:
         with pytest.raises(ModelError, match="not a whole safetensors file"):
             built(tmp_path)
 
-    @pytest.mark.parametrize("what", ["missing", "shape"])
+    @pytest.mark.parametrize("what", ["missing", "shape", "unknown"])
     def test_weights_that_do_not_belong(self, make_checkpoint, tmp_path, what):
         source = make_checkpoint("llama")
         (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
         tensors = load_file(source / "model.safetensors")
         if what == "missing":
             del tensors["model.norm.weight"]
-        else:
+        elif what == "shape":
             tensors["model.norm.weight"] = torch.ones(3)
+        else:
+            tensors["model.norm.weight_of_another"] = torch.ones(64)
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+            built(tmp_path)
+
+    def test_tied_by_the_config_but_two_in_the_files(self, make_checkpoint, tmp_path):
+        source = make_checkpoint("llama", tied=True)
+        (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+        tensors = load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        built(tmp_path)
+        tensors["lm_head.weight"][3] += 1
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="set tie_word_embeddings to false"):
             built(tmp_path)
 
     def test_pickles_are_not_read(self, make_checkpoint, tmp_path):

@@ -8,14 +8,11 @@ never more than one tensor. A rehearsal runs the same code and fills nothing.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +20,7 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, experts
 from oomless.models.spec import ModelSpec
+from oomless.models.weights import Weights
 from oomless.techniques import frozen_layers, lora, quantization, sharding, trained_rows
 
 
@@ -105,10 +103,11 @@ def _empty_like(tensor: Tensor, device: Device) -> Tensor:
 
 
 def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
-    """Fill ``model`` from the safetensors in ``spec.folder``.
+    """Fill ``model`` from the checkpoint in ``spec.folder``, every parameter and from every tensor of it.
 
     Raises:
-        ModelError: files are missing or damaged, a parameter is in none of them, or has another shape there.
+        ModelError: files are missing or damaged; a parameter is in none of them, or has another shape or form there; or they
+            hold a tensor that no parameter takes.
     """
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
@@ -119,23 +118,35 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
         for name, tensor in model.state_dict(keep_vars=True).items()
         if id(tensor) not in inside and not trained_rows.is_rows(name) and not lora.is_adapter(name)
     }
-    found = set()
     with device.phase("load"), torch.no_grad():
-        for name, tensor in checkpoint_tensors(spec.folder, device):
-            if name not in wanted:
+        weights = Weights(spec.folder, model, [*wanted, *stored], device)
+        weights.check_whole({name: id(tensor) for name, tensor in wanted.items()})
+        filled: dict[int, str] = {}
+        for name in weights.names:
+            if name in stored:
                 continue
-            _check_shape(name, tensor, tuple(wanted[name].shape), spec.folder)
+            tensor, parameter = weights.read(name), wanted[name]
+            _check_shape(name, tensor, tuple(parameter.shape), spec.folder)
+            if id(parameter) in filled:
+                _check_tied(name, tensor, filled[id(parameter)], weights)
+                continue
             with device.host():
-                tensor = tensor.to(wanted[name].dtype)
-            sharding.fill(wanted[name], tensor)
-            found.add(id(wanted[name]))
-        for name, tensor in checkpoint_tensors(spec.folder, device, list(stored)):
-            _check_shape(name, tensor, stored[name].shape, spec.folder)
-            stored[name].fill(tensor, model.dtype, device)
+                tensor = tensor.to(parameter.dtype)
+            sharding.fill(parameter, tensor)
+            filled[id(parameter)] = name
+        for name, layer in stored.items():
+            tensor = weights.read(name)
+            _check_shape(name, tensor, layer.shape, spec.folder)
+            layer.fill(tensor, model.dtype, device)
         trained_rows.take_from_weight(model)
-    missing = [name for name, tensor in wanted.items() if id(tensor) not in found and isinstance(tensor, nn.Parameter)]
-    if missing:
-        _load_through_transformers(wanted, missing, spec, device)
+
+
+def _check_tied(name: str, tensor: Tensor, other: str, weights: Weights) -> None:
+    if not torch.equal(tensor, weights.read(other)):
+        raise ModelError(
+            f"{name} and {other} are one matrix by the config.json in {weights.folder}, whose files hold two that differ: set "
+            "tie_word_embeddings to false there"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], folder: Path) -> None:
@@ -143,70 +154,3 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], folder: Path
         raise ModelError(
             f"{name} is {tuple(tensor.shape)} in {folder} but {shape} by its config.json: the two do not belong together"
         )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the Hugging Face checkpoint in ``folder``.
-
-    Raises:
-        ModelError: there are none, or the index names files that are not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: {error!r}") from error
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise ModelError(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch the model again")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        hint = ""
-        if any(folder.glob("*.bin")):
-            hint = " Its .bin files are pickles, which can run code: convert them to safetensors first."
-        raise ModelError(f"{folder} holds no model.safetensors.{hint}")
-    return [single]
-
-
-def checkpoint_tensors(
-    folder: Path, device: Device, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors, on the host, of the checkpoint in ``folder``: all as they lie, or ``names`` in their order.
-
-    Raises:
-        ModelError: a file is damaged, or does not hold one of ``names``.
-    """
-    with ExitStack() as stack:
-        places: dict[str, Any] = {}
-        for path in weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
-            places |= dict.fromkeys(file.keys(), file)
-        for name in places if names is None else names:
-            if name not in places:
-                raise ModelError(
-                    f"{folder} holds no {name}, under this name: quantization and stream_frozen need the layers' own weights"
-                )
-            with device.host():
-                tensor = places[name].get_tensor(name)
-            yield name, tensor
-
-
-def _load_through_transformers(wanted: dict[str, Tensor], missing: list[str], spec: ModelSpec, device: Device) -> None:
-    """Fill ``wanted`` from checkpoints that transformers stores under other names (experts by one, older layouts)."""
-    with device.host():
-        host_model, report = AutoModelForCausalLM.from_pretrained(
-            spec.folder, dtype="auto", output_loading_info=True, trust_remote_code=spec.trust_remote_code
-        )
-        absent = sorted(set(missing) & set(report["missing_keys"]))
-        if absent:
-            shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-            raise ModelError(f"the weights in {spec.folder} lack {shown}")
-        source = host_model.state_dict()
-        with torch.no_grad():
-            for name in missing:
-                sharding.fill(wanted[name], source[name].to(wanted[name].dtype))

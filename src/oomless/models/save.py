@@ -21,7 +21,7 @@ from torch import Tensor
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.models.build import checkpoint_tensors
+from oomless.models.weights import Weights
 from oomless.techniques import frozen_layers, lora, trained_rows
 from oomless.techniques.sharding import Part, is_cut, part
 
@@ -216,10 +216,12 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
     They are in the model's dtype, adapters added in fp32, and each is made when it is written.
     """
     modules = dict(model.named_modules())
+    layers = dict(frozen_layers.frozen_layers(model))
+    weights = Weights(folder, model, [f"{name}.weight" for name in layers], device)
 
     def late(name: str, layer: frozen_layers.FrozenLinear) -> LateTensor:
         def make() -> Tensor:
-            ((_, tensor),) = checkpoint_tensors(folder, device, [f"{name}.weight"])
+            tensor = weights.read(f"{name}.weight")
             delta = lora.delta(modules[name])
             with device.host():
                 if delta is None:
@@ -228,7 +230,6 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
 
         return LateTensor(layer.shape, model.dtype, make)
 
-    layers = dict(frozen_layers.frozen_layers(model))
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     plain: dict[str, Savable] = {n: tensor for n, tensor in lora.plain_tensors(model).items() if n not in packed}
     return (

@@ -82,9 +82,11 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
             "choose another model, or give --trust-remote-code if its own code is to run."
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers validates configs with many exception types
         raise ModelError(f"the model config {path} is not valid: {error}") from error
+    starting_point.forget_quantization(config)
+    return config
 
 
 def _download(name: str) -> Path:

@@ -12,18 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from oomless.errors import ModelError
+from oomless.models.stored_forms import FORMS
 
-_FULL = "give the 16-bit model that it was made from"
-_IN_FEW_BITS = _FULL + ", with --quantization {} to hold it in so many bits while LoRA trains"
-_IN_FOUR_BITS, _IN_EIGHT_BITS = _IN_FEW_BITS.format("nf4"), _IN_FEW_BITS.format("int8")
+_KEYS = ("quantization_config", "compression_config", "quantization")
 
-_ADVICE = {
-    "gptq": _IN_FOUR_BITS,
-    "awq": _IN_FOUR_BITS,
-    "bitsandbytes 4-bit": _IN_FOUR_BITS,
-    "bitsandbytes 8-bit": _IN_EIGHT_BITS,
-    "mlx": "it is for Apple's MLX; " + _FULL,
-}
+FULL = "give the 16-bit model that it was made from"
+_IN_FEW_BITS = ", with --quantization nf4 or int8 to hold it in few bits while LoRA trains"
 
 
 def check(settings: Mapping[str, Any], where: Path) -> None:
@@ -33,27 +27,51 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
         ModelError: they are stored in a quantised form that is not read.
     """
     kind = quantization_kind(settings)
-    if kind is not None:
+    if kind is not None and kind not in FORMS:
         raise ModelError(
-            f"the weights of a model to train are plain numbers; those of {where} are quantized ({kind}): "
-            f"{_ADVICE.get(kind, _FULL)}"
+            f"the weights of {where} are quantized ({kind}), a form that is not read: {FULL}{_IN_FEW_BITS}"
         )
+
+
+def stored_as(folder: Path) -> tuple[Mapping[str, Any], str | None]:
+    """Return the ``quantization_config`` of the checkpoint in ``folder`` and its kind; ``None`` where its weights are plain."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}, None
+    return _quantization(settings)
 
 
 def quantization_kind(settings: Mapping[str, Any]) -> str | None:
     """Return how the weights beside this config.json are stored in fewer bits; ``None`` where they are plain."""
+    return _quantization(settings)[1]
+
+
+def forget_quantization(config: Any) -> None:
+    """Have the transformers ``config`` describe plain weights, which is what is trained and saved."""
+    for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))):
+        for key in _KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
+
+
+def _quantization(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     of_parts = [part for part in settings.values() if isinstance(part, Mapping) and "model_type" in part]
     for part in (settings, *of_parts):
-        for key in ("quantization_config", "compression_config", "quantization"):
+        for key in _KEYS:
             said = part.get(key)
-            if not isinstance(said, Mapping) or not said:
-                continue
-            if said.get("load_in_4bit") or said.get("load_in_8bit") or said.get("quant_method") == "bitsandbytes":
-                return "bitsandbytes 8-bit" if said.get("load_in_8bit") else "bitsandbytes 4-bit"
-            if "quant_method" in said:
-                return str(said["quant_method"])
-            return "compressed-tensors" if key == "compression_config" else "mlx" if "group_size" in said else "unknown"
-    return None
+            if isinstance(said, Mapping) and said:
+                return said, _kind(said, key)
+    return {}, None
+
+
+def _kind(said: Mapping[str, Any], key: str) -> str:
+    method = str(said.get("quant_method", ""))
+    if method == "bitsandbytes" or (not method and ("load_in_4bit" in said or "load_in_8bit" in said)):
+        return "bitsandbytes 8-bit" if said.get("load_in_8bit") else "bitsandbytes 4-bit"
+    if method:
+        return method
+    return "compressed-tensors" if key == "compression_config" else "mlx" if "group_size" in said else "unknown"
 
 
 def check_folder(folder: Path) -> None:
@@ -71,7 +89,7 @@ def check_folder(folder: Path) -> None:
             f"{rule}; {folder} holds an adapter alone, trained on {_base_of(adapter)}: give that model, or merge the two first"
         )
     if any(folder.glob("*.gguf")):
-        raise ModelError(f"{rule}; {folder} holds GGUF files, which are for inference: {_FULL}")
+        raise ModelError(f"{rule}; {folder} holds GGUF files, which are for inference: {FULL}")
     if (folder / "params.json").is_file():
         raise ModelError(
             f"{rule}; {folder} holds its maker's own form (params.json): give the one converted for transformers"

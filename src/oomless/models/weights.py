@@ -1,0 +1,211 @@
+"""The weights of a checkpoint under the names of a model, each made when it is asked for.
+
+Three layers, each blind to the others: files and their tensors; what stored forms stand for (``stored_forms``); and the
+names and layouts that transformers gives to what published checkpoints hold otherwise (experts one by one, older names),
+which are its own conversions, asked for one parameter at a time instead of for the whole model at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from oomless.errors import ModelError
+from oomless.memory.device import Device
+from oomless.models import starting_point, stored_forms
+
+_COMPUTED = re.compile(
+    r"(^|[._])(attn|attention)\.(masked_)?bias$|(^|\.)(causal_mask|inv_freq|position_ids|decoder\.version)$"
+)
+"""What earlier versions of transformers stored although the model computes it."""
+
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of the Hugging Face checkpoint in ``folder``.
+
+    Raises:
+        ModelError: there are none, or the index names files that are not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged: {error!r}") from error
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise ModelError(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch the model again")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        hint = ""
+        if any(folder.glob("*.bin")):
+            hint = " Its .bin files are pickles, which can run code: convert them to safetensors first."
+        raise ModelError(f"{folder} holds no model.safetensors.{hint}")
+    return [single]
+
+
+@dataclass(slots=True)
+class _Recipe:
+    """What one or a few parameters are made of: plain tensors, by the pattern under which a conversion wants them."""
+
+    conversion: Any
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Weights:
+    """The tensors in ``folder`` under the names ``wanted`` of ``model``.
+
+    Attributes:
+        names: those of ``wanted`` that the files hold.
+        unknown: tensors of the files that no parameter takes.
+        absent: those of ``wanted`` that the files lack.
+
+    Raises:
+        ModelError: files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, model: Any, wanted: Collection[str], device: Device) -> None:
+        self.folder = folder
+        self._model, self._device = model, device
+        self._places = {name: path for path in weight_files(folder) for name in _open(path).keys()}  # noqa: SIM118
+        self._opened: tuple[Path | None, Any] = (None, None)
+        self._settings, kind = starting_point.stored_as(folder)
+        self._plain = stored_forms.plain(self._places, kind)
+        self._recipes: dict[str, _Recipe] = {}
+        self._made: tuple[_Recipe | None, dict[str, Tensor]] = (None, {})
+        self._parameters = {
+            name.replace(".base_layer.", ".") for name, _ in model.named_parameters(remove_duplicate=False)
+        }
+        own = {name for name, _ in model.named_buffers()}
+        unknown = [
+            name for name in self._find_recipes(dict.fromkeys(own | set(wanted), True)) if not _COMPUTED.search(name)
+        ]
+        self._recipes = {name: recipe for name, recipe in self._recipes.items() if name in wanted}
+        told = SimpleNamespace(unexpected_keys=set(unknown), missing_keys=set(wanted) - set(self._recipes))
+        model._adjust_missing_and_unexpected_keys(told)
+        self.names = list(self._recipes)
+        self.unknown, self.absent = sorted(told.unexpected_keys), sorted(told.missing_keys)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor of the parameter ``name``, on the host.
+
+        Raises:
+            ModelError: the files hold none.
+        """
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            raise ModelError(f"the weights in {self.folder} lack {name}")
+        if recipe is not self._made[0]:
+            with self._device.host():
+                made = self._make(recipe)
+            if len(made) == 1:
+                return made[name]
+            self._made = (recipe, made)
+        return self._made[1][name]
+
+    def _find_recipes(self, wanted: dict[str, bool]) -> list[str]:
+        """Find out of which plain tensors each of ``wanted`` is made, and return those that none takes."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self._model.base_model_prefix
+        unknown = []
+        for source in sorted(self._plain, key=dot_natural_key):
+            name, pattern = rename_source_key(source, renamings, converters, prefix, wanted)
+            if name not in wanted and source in wanted:
+                name, pattern = rename_source_key(source, [], [], prefix, wanted)
+            if name not in wanted:
+                unknown.append(source)
+            elif pattern is None:
+                self._recipes[name] = _Recipe(None, {name: [source]})
+            else:
+                converter = by_pattern[pattern]
+                recipe = self._recipes.get(name) or _Recipe(converter)
+                recipe.sources.setdefault(pattern, []).append(source)
+                for target in converter.target_patterns:
+                    self._recipes[name.replace(converter.target_patterns[0], target)] = recipe
+        return unknown
+
+    def _make(self, recipe: _Recipe) -> dict[str, Tensor]:
+        if recipe.conversion is None:
+            ((name, (source,)),) = recipe.sources.items()
+            return {name: self._plain_tensor(source)}
+        conversion = copy.deepcopy(recipe.conversion)
+        for pattern, sources in recipe.sources.items():
+            conversion.collected_tensors[pattern] = [self._plain_tensor(source) for source in sources]
+        first = next(name for name, made_by in self._recipes.items() if made_by is recipe)
+        made = conversion.convert(first, model=self._model, config=self._model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _plain_tensor(self, name: str) -> Tensor:
+        stored = self._plain[name]
+        if stored is None:
+            return self._tensor(name)
+        parts = {ending: self._tensor(part) for ending, part in stored.parts.items()}
+        return stored.form.decode(parts, self._settings)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of(name).get_tensor(name)
+        return tensor
+
+    def _file_of(self, name: str) -> Any:
+        path = self._places[name]
+        if path != self._opened[0]:
+            self._opened = (path, _open(path))
+        return self._opened[1]
+
+    def check_whole(self, tensors: Mapping[str, int]) -> None:
+        """Check that each tensor of the files has a parameter, and each parameter a tensor in a form that is read.
+
+        Args:
+            tensors: an identity for each name; what is tied has one, and needs one name in the files.
+
+        Raises:
+            ModelError: one has none.
+        """
+        there = {tensors.get(name, name) for name in self.names}
+        missing = [name for name in self.absent if tensors.get(name, name) not in there]
+        if missing:
+            raise ModelError(f"the weights in {self.folder} lack {shown(missing)}")
+        if self.unknown:
+            raise ModelError(
+                f"the weights in {self.folder} hold {shown(self.unknown)}, for which {type(self._model).__name__} has no "
+                "parameter: they are of another model or another form than its config.json says"
+            )
+        for name in self.names:
+            for source in (source for sources in self._recipes[name].sources.values() for source in sources):
+                kind = self._file_of(source).get_slice(source).get_dtype() if self._plain[source] is None else "F32"
+                if kind not in _NUMBERS and name in self._parameters:
+                    raise ModelError(
+                        f"{source} in {self.folder} is stored as {kind}, and nothing there says what it stands for: "
+                        f"{starting_point.FULL}"
+                    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")  # an mmap, gone with its last reference
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def shown(names: Collection[str], most: int = 5) -> str:
+    """Return ``names`` joined for a message, those beyond ``most`` as a count."""
+    first = ", ".join(list(names)[:most])
+    return f"{first} and {len(names) - most} more" if len(names) > most else first
