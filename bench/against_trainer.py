@@ -68,8 +68,7 @@ class Blocks(torch.utils.data.IterableDataset):
     """The very blocks that oomless trains on, in its order, as the Trainer takes them."""
 
     def __init__(self, model: Path, config: TrainConfig, steps: int) -> None:
-        cache_dir = Path(config.cache_dir or config.output_dir)
-        data = prepare(config, AutoTokenizer.from_pretrained(model), cache_dir)
+        data = prepare(config, AutoTokenizer.from_pretrained(model))
         self.batches = list(micro_batches(Loader(data.train).take(steps * config.blocks_per_step), 1))
         self.packing = config.packing
 

@@ -1,6 +1,7 @@
 """Settings and real things that every test shares: a trained tokenizer, real text, checkpoints made by transformers."""
 
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -15,6 +16,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full-length", action="store_true", help="run tests of chance as long as bench/full_length.py does"
     )
+
+
+def pytest_configure(config):
+    """What is kept between runs is kept between runs of the tests as well, and apart from the user's own."""
+    os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("user-cache"))
 
 
 def pytest_collection_modifyitems(config, items):

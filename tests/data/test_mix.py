@@ -107,7 +107,8 @@ def cache_dir(tmp_path_factory):
 def prepared(corpus, tokenizer, cache_dir):
     def make(**changes):
         values = dict(data=(DataSource(path=str(corpus)),), eval_fraction=0.1, max_seq_length=32, gpu="cpu")
-        return prepare(TrainConfig(model="none", output_dir="none", **{**values, **changes}), tokenizer, cache_dir)
+        values |= dict(model="none", output_dir="none", cache_dir=str(cache_dir))
+        return prepare(TrainConfig(**{**values, **changes}), tokenizer)
 
     return make
 

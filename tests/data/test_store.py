@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from oomless.config import DataSource
+from oomless.data import store as store_module
 from oomless.data.encode import Encoder
 from oomless.data.read import Manner
 from oomless.data.store import open_store
@@ -168,6 +169,58 @@ def test_what_was_abandoned_is_removed_after_a_day(corpus, encoder, tmp_path):
             os.utime(path, (time.time() - age * 3600,) * 2)
     store, _ = opened(corpus, encoder, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {store.key, ".working.unfinished"}
+
+
+def test_beyond_its_bound_the_folder_loses_what_was_not_used_for_longest(corpus, texts, encoder, tmp_path, monkeypatch):
+    def open_number(number):
+        path = tmp_path / f"{number}.txt"
+        path.write_text(f"{number} " + texts[0] * 20)
+        return opened(path, encoder, tmp_path / "cache")
+
+    def age(store, hours):
+        os.utime(tmp_path / "cache" / store.key, (time.time() - hours * 3600,) * 2)
+
+    first, second = (open_number(number)[0] for number in range(2))
+    size_bytes = sum(path.stat().st_size for path in (tmp_path / "cache" / first.key).iterdir())
+    monkeypatch.setattr(store_module, "MOST_BYTES", int(2.5 * size_bytes))
+    age(first, 3), age(second, 2)
+    assert not open_number(0)[1]  # used again, so the second is now the oldest
+    before = second.tokens[:].tolist()
+    third, _ = open_number(2)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {first.key, third.key}
+    second.check_unchanged()
+    assert second.tokens[:].tolist() == before  # whoever uses it still may
+    monkeypatch.setattr(store_module, "MOST_BYTES", 10)
+    fourth, _ = open_number(3)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [fourth.key]
+    assert open_number(1)[1]
+
+
+def test_a_store_that_is_removed_just_before_it_is_opened_is_made_again(corpus, texts, encoder, tmp_path, monkeypatch):
+    opened(corpus, encoder, tmp_path)
+    really, removed = store_module._open, []
+
+    def removing(folder, *rest):
+        if not removed:
+            removed.append(shutil.rmtree(folder))
+        return really(folder, *rest)
+
+    monkeypatch.setattr(store_module, "_open", removing)
+    store, tokenised = opened(corpus, encoder, tmp_path)
+    assert tokenised
+    assert documents(store, encoder) == texts
+
+
+def test_other_versions_and_other_code_have_other_keys(corpus, encoder, tmp_path, monkeypatch):
+    keys = {opened(corpus, encoder, tmp_path)[0].key}
+    for library in ("tokenizers", "pyarrow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{library}.__version__", "0")
+            keys.add(opened(corpus, encoder, tmp_path)[0].key)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_code", lambda: "other")
+        keys.add(opened(corpus, encoder, tmp_path)[0].key)
+    assert len(keys) == 4
 
 
 BUILD = """

@@ -534,11 +534,13 @@ class AtStep3(Ear):
 
 def test_tokens_that_change_under_a_run(make_checkpoint, corpus, tmp_path):
     """Cut short under a memory map they would be a SIGBUS; the run saves, stops, and goes on from tokens made again."""
-    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", max_steps=6, save_steps=None)
+    cache_dir = tmp_path / "cache"
+    settings = dict(max_steps=6, save_steps=None, cache_dir=str(cache_dir))
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", **settings)
     (tmp_path / "run").mkdir()
 
     def cut():
-        (tokens,) = (tmp_path / "run" / "token-cache").glob("*/tokens.bin")
+        (tokens,) = cache_dir.glob("*/tokens.bin")
         os.truncate(tokens, 10)
 
     with pytest.raises(DataError, match="was changed while the run used it: remove its folder"):
@@ -546,7 +548,7 @@ def test_tokens_that_change_under_a_run(make_checkpoint, corpus, tmp_path):
     assert [found.step for found in list_checkpoints(tmp_path / "run")] == [3]
     with pytest.raises(DataError, match="is damaged"):
         loop.train(again(config))
-    shutil.rmtree(tmp_path / "run" / "token-cache")
+    shutil.rmtree(cache_dir)
     loop.train(again(config))
     loop.train(make_config(make_checkpoint("llama"), corpus, tmp_path / "straight", max_steps=6))
     same_result(tmp_path / "straight", tmp_path / "run", 6)
@@ -558,9 +560,11 @@ def test_data_that_vanishes_under_a_run(make_checkpoint, corpus, tmp_path):
 
     def vanish():
         text.unlink()
-        shutil.rmtree(tmp_path / "run" / "token-cache")
+        shutil.rmtree(tmp_path / "cache")
 
-    config = make_config(make_checkpoint("llama"), text, tmp_path / "run", max_steps=6)
+    config = make_config(
+        make_checkpoint("llama"), text, tmp_path / "run", max_steps=6, cache_dir=str(tmp_path / "cache")
+    )
     assert loop.train(config, AtStep3(vanish)).steps == 6
     with pytest.raises(DataError, match="is none"):
         loop.train(again(config))

@@ -86,7 +86,8 @@ class Data:
     """What bytes are that the encoding does not know: an error that names file and offset, or replaced by U+FFFD."""
 
     cache_dir: str | None = None
-    """Where tokenised text is kept between runs. [default: `token-cache` in output_dir]"""
+    """Where tokenised text is kept between runs, up to 64 GiB or a quarter of the disk; what was not used for longest goes
+    first. [default: `oomless/tokens` in the user's cache folder]"""
 
 
 def sources(key: str, value: Any) -> tuple[DataSource, ...]:

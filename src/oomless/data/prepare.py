@@ -16,7 +16,7 @@ from oomless.data.encode import Encoder
 from oomless.data.mix import BlockStream
 from oomless.data.pack import PackedBlocks
 from oomless.data.read import Manner
-from oomless.data.store import TokenStore, open_store, source_name
+from oomless.data.store import TokenStore, open_store, source_name, user_cache_dir
 from oomless.errors import ConfigError, DataError
 
 _NEAR = 0.9
@@ -35,9 +35,7 @@ class PreparedData:
     """Lines for a person."""
 
 
-def prepare(
-    config: TrainConfig, tokenizer: Any, cache_dir: Path, progress: Callable[[int, int], None] | None = None
-) -> PreparedData:
+def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], None] | None = None) -> PreparedData:
     """Read, tokenise (or find tokenised), split and pack the text that ``config`` names.
 
     Raises:
@@ -47,6 +45,7 @@ def prepare(
     _check_names(config.data)
     _check_names(config.eval_data)
     encoder = Encoder(tokenizer)
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else user_cache_dir()
 
     def opened(sources: Sequence[DataSource]) -> list[TokenStore]:
         return [

@@ -4,9 +4,12 @@
           documents.npy  where each document begins, and the end
           header.json    counts and checksums
 
-The key is a hash of the files' contents, the tokenizer and the settings. A store is written beside its place and renamed
-into it, so it is whole or absent, and two runs that make the same one do not disturb each other; what a killed run left
-is removed after a day. Opening verifies the checksums.
+The key is a hash of the files' contents, the tokenizer, the settings, and the code and libraries that make tokens of them. A
+store is written beside its place and renamed into it, so it is whole or absent, and two runs that make the same one do not
+disturb each other; what a killed run left is removed after a day. Opening verifies the checksums.
+
+The folder is shared between runs and has a bound: beyond it the stores that were not opened for longest go. One that a run
+still uses may be among them, which does not disturb it: what is mapped stays until it ends.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import tokenizers
 
 from oomless.config import DataSource
 from oomless.data.encode import Encoder
@@ -33,10 +39,12 @@ from oomless.data.read import Manner, Pieces, read_documents
 from oomless.errors import DataError
 from oomless.units import format_bytes
 
-FORMAT = 2
+MOST_BYTES = 64 << 30
+"""What the stores of one folder may take, where that is no more than a quarter of the disk."""
 _READ_AT_ONCE = 1 << 22
 _UNFINISHED = ".unfinished"
 _ABANDONED_AFTER_S = 24 * 60 * 60
+_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,18 +139,36 @@ def open_store(
     stamps = [_stamp(file) for file in found.files]
     key = _key(found.files, encoder, manner)
     folder = cache_dir / key
-    if not folder.is_dir():
+    for _ in range(_TRIES):
+        if not folder.is_dir():
+            try:
+                _build(folder, found.files, encoder, manner, progress)
+            except OSError as error:
+                raise DataError(
+                    f"the token cache {cache_dir} could not be written: {error.strerror or error}. Make room, or set cache_dir "
+                    "to a disk that has some."
+                ) from error
+            if stamps != [_stamp(file) for file in found.files]:
+                shutil.rmtree(folder)
+                raise DataError(
+                    f"files of {source.path} changed while they were read: start again when they are at rest"
+                )
+            _keep_to_bound(cache_dir, folder)
+        with suppress(OSError):
+            os.utime(folder)
         try:
-            _build(folder, found.files, encoder, manner, progress)
-        except OSError as error:
-            raise DataError(
-                f"the token cache {cache_dir} could not be written: {error.strerror or error}. Make room, or set cache_dir "
-                "to a disk that has some."
-            ) from error
-        if stamps != [_stamp(file) for file in found.files]:
-            shutil.rmtree(folder)
-            raise DataError(f"files of {source.path} changed while they were read: start again when they are at rest")
-    return _open(folder, source, found)
+            return _open(folder, source, found)
+        except DataError:
+            if folder.is_dir():
+                raise
+    raise DataError(
+        f"the token cache {cache_dir} is emptied while it is used: set cache_dir to a folder of this run's own"
+    )
+
+
+def user_cache_dir() -> Path:
+    """Return where tokens are kept if nothing else is said: in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oomless" / "tokens"
 
 
 def _stamp(file: TextFile) -> tuple[int, int, int] | None:
@@ -160,7 +186,9 @@ def _identity(path: Path) -> tuple[int, int, int]:
 def _key(files: list[TextFile], encoder: Encoder, manner: Manner) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = [
-        FORMAT,
+        _code(),
+        pyarrow.__version__,
+        tokenizers.__version__,
         encoder.serialised,
         encoder.eos,
         encoder.start,
@@ -176,6 +204,15 @@ def _key(files: list[TextFile], encoder: Encoder, manner: Manner) -> str:
         except OSError as error:
             raise DataError(f"{file.path} cannot be read: {error.strerror or error}") from error
         digest.update(f"{file.kind} {file.compression} {content}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Return a digest of the code that makes tokens of text."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -222,7 +259,6 @@ def _build(
                     starts.append(position)
         np.save(temporary / "documents.npy", np.array(starts, dtype=np.int64))
         header = {
-            "format": FORMAT,
             "dtype": np.dtype(dtype).name,
             "tokens": position,
             "text_bytes": total_bytes,
@@ -249,6 +285,25 @@ def _remove_abandoned(cache_dir: Path) -> None:
             last_written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
             if last_written < time.time() - _ABANDONED_AFTER_S:
                 shutil.rmtree(left)
+
+
+def _keep_to_bound(cache_dir: Path, newest: Path) -> None:
+    """Remove the stores that were not opened for longest, beyond what the folder may hold; ``newest`` stays."""
+    bound = min(MOST_BYTES, shutil.disk_usage(cache_dir).total // 4)
+    stores = []
+    for folder in cache_dir.iterdir():
+        with suppress(OSError):  # another run may remove it at the same time
+            size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+            stores.append((folder == newest, folder.stat().st_mtime, size_bytes, folder))
+    stores.sort(reverse=True)
+    total_bytes = 0
+    for is_newest, _, size_bytes, folder in stores:
+        total_bytes += size_bytes
+        if total_bytes > bound and not is_newest and (folder / "header.json").is_file():
+            removed = folder.with_name(f".{uuid.uuid4().hex}{_UNFINISHED}")
+            with suppress(OSError):
+                folder.rename(removed)
+                shutil.rmtree(removed)
 
 
 def _open(folder: Path, source: DataSource, found: Found) -> TokenStore:

@@ -72,8 +72,7 @@ class Run(Life):
         spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
         tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
         check_tokenizer(tokenizer, spec.config.get_text_config().vocab_size)
-        cache_dir = Path(config.cache_dir) if config.cache_dir else folder / "token-cache"
-        prepared = partial(prepare, config, tokenizer, cache_dir, listener.tokenising)
+        prepared = partial(prepare, config, tokenizer, listener.tokenising)
         if ranks.count > 1:
             ranks.from_first(lambda: prepared() is None)  # the others find the cache
         data = prepared()
