@@ -51,7 +51,8 @@ def attention_forward(
     }
     blocks = block_dropout.of(module)
     if not dropout or blocks is None:
-        return packed_attention(query, key, value, document_lengths=document_lengths, **settings), None
+        # Some classes take a view of what comes back; CUDA's kernels lay it out so anyway.
+        return packed_attention(query, key, value, document_lengths=document_lengths, **settings).contiguous(), None
     count = query.shape[0]
     outputs = []
     for block, (mask, *states) in enumerate(

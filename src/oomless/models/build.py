@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, experts
+from oomless.models import form as form_of
+from oomless.models.form import Form
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import Weights
 from oomless.techniques import frozen_layers, lora, quantization, sharding, trained_rows
@@ -29,12 +31,13 @@ def build(
     *,
     device: Device,
     dtype: torch.dtype,
+    form: Form = Form(),
     prepare: Callable[[Any], None] | None = None,
     cut: Callable[[Any, Callable[[nn.Module], None]], None] | None = None,
 ) -> Any:
     """Return the model of ``spec`` on ``device``, its parameters allocated but not filled, its buffers right.
 
-    ``prepare`` may replace modules of the model while it is on the meta device. ``cut`` may leave a part of each parameter;
+    ``form`` says how it is run (``models.form``). ``prepare`` may replace modules of the model while it is on the meta device. ``cut`` may leave a part of each parameter;
     it is given the model, and what allocates the parameters of a module.
 
     Raises:
@@ -48,12 +51,13 @@ def build(
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=attention.NAME,
+                attn_implementation=form.attention,
                 experts_implementation=experts.NAME,
                 trust_remote_code=spec.trust_remote_code,
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build {spec.name}: {error}") from error
+    form_of.apply(model, form)
     experts.place(model, device)
     if prepare is not None:
         prepare(model)

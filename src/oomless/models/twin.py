@@ -11,6 +11,8 @@ shrink too, so that a few dozen tokens reach beyond them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +76,29 @@ def small_config(config: Any) -> Any:
     return type(text).from_dict(_Shrinking.of(settings).settings(settings))
 
 
-def twin(config: Any, seed: int = 0) -> Any:
-    """Return a model of the architecture of ``config`` in fp32 on the host, in evaluation, with its own attention."""
+@contextmanager
+def on_the_host() -> Iterator[None]:
+    """Compute for real, on the host and beside the run: unbooked, from random numbers of its own."""
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        yield
+
+
+def twin(config: Any, attention: str, *, trust_remote_code: bool = False) -> Any:
+    """Return a model of the architecture of ``config`` in fp32 on the host, in evaluation; call inside ``on_the_host``.
+
+    Its matrices are larger than fresh ones, so that attention attends to something and caps bite.
+    """
     from transformers import AutoModelForCausalLM
 
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small_config(config), dtype=torch.float32, attn_implementation="eager")
-        return model.eval()
+    model = AutoModelForCausalLM.from_config(
+        small_config(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and 0 < parameter.std() < 0.05:
+                parameter *= 5
+    return model.eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +121,9 @@ class _Shrinking:
         count = first(_LAYERS)
         rope = settings.get("rope_parameters") or {}
         partial = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
-        return cls(count, _layers(settings, count), first(_HIDDEN), first(_HEADS), int(_HEAD * partial), first(r"expand"))
+        return cls(
+            count, _layers(settings, count), first(_HIDDEN), first(_HEADS), int(_HEAD * partial), first(r"expand")
+        )
 
     def settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         small = {name: self._value(str(name), value) for name, value in settings.items()}
@@ -124,7 +143,8 @@ class _Shrinking:
         if _TOKEN.fullmatch(name):
             return value % 100
         if name in ("attention_hidden_size", "attention_head_dim"):
-            return value * _WIDTH // self.hidden if name == "attention_hidden_size" else value * self.heads * _HEAD // self.hidden
+            per_head = name == "attention_head_dim"
+            return value * (self.heads * _HEAD if per_head else _WIDTH) // self.hidden
         if name == "num_heads":
             return self.expand * _WIDTH // _HEAD
         if re.fullmatch(_KEY_HEADS, name):

@@ -16,7 +16,7 @@ from oomless import optim
 from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.errors import ConfigError, HardwareError
 from oomless.memory.device import CudaDevice, Device
-from oomless.models import build, save
+from oomless.models import build, form, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
@@ -110,6 +110,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         spec,
         device=device,
         dtype=choose_dtype(config.dtype, device),
+        form=form.choose(spec, config.packing),
         prepare=prepare,
     )
     if fill:
@@ -138,7 +139,14 @@ def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill:
         assert ranks.mesh is not None
         made.append(sharding.Sharded(model, ranks.mesh, materialise))
 
-    model = build.build(spec, device=device, dtype=choose_dtype(config.dtype, device), prepare=prepare, cut=cut)
+    model = build.build(
+        spec,
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        form=form.choose(spec, config.packing),
+        prepare=prepare,
+        cut=cut,
+    )
     if config.optimizer == "adamw_8bit":
         sharding.check_blocks(model)
     if fill:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oomless.models import body
 from oomless.ops.gradient_buffer import GradientDestination
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.techniques.trainable import body_trains
@@ -51,9 +52,7 @@ def hidden_states(
     """Return what the body of ``model`` hands to its head, [B, T, D]; without a graph where the body does not train."""
     packed = {} if document_lengths is None else {"document_lengths": document_lengths}
     with nullcontext() if body_trains(model) else torch.no_grad():
-        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+        return body.run(model, input_ids=input_ids, position_ids=position_ids, **packed)
 
 
 def head_loss(
@@ -69,7 +68,7 @@ def head_loss(
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``."""
     head = model.get_output_embeddings()
-    softcap, logit_scale = logit_transform(model.config)
+    softcap, logit_scale = body.logit_transform(model.config)
     rows, row_ids = rows_of(head)
     return linear_cross_entropy(
         hidden.flatten(0, -2),
@@ -86,11 +85,3 @@ def head_loss(
         chunk_bytes=chunk_bytes,
         destination=destination,
     )
-
-
-def logit_transform(config: Any) -> tuple[float | None, float]:
-    """Return the soft cap (or ``None``) and the factor that the architecture applies to its logits."""
-    text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    softcap: float | None = getattr(text, "final_logit_softcapping", None)
-    return softcap, scale
