@@ -10,6 +10,8 @@ from oomless.memory.device import Device
 from oomless.models import build, form
 from oomless.models.spec import resolve
 from oomless.models.twin import small_config
+from oomless.ops.attention import attention_kernel
+from oomless.planning.rehearse import virtual_device
 from oomless.training.loss import causal_lm_loss
 from oomless.training.probe import check_architecture
 
@@ -112,6 +114,15 @@ def test_the_real_model_is_asked_too(folder_of, packing):
     model.config._attn_implementation_internal = "oomless"
     with pytest.raises(ModelError):
         check_architecture(model, packing, Device())
+
+
+def test_a_rehearsal_asks_as_a_run_does(folder_of):
+    """A rehearsal has fake tensors, books what is made, and calls the kernels of a GPU that is not there."""
+    spec = resolve(str(folder_of("llama")))
+    device = virtual_device()
+    with device.active(), attention_kernel("efficient"):
+        assert form.choose(spec, "documents") == form.Form()
+    assert device.usage().peak_allocated_bytes == 0
 
 
 def test_a_cap_that_only_large_logits_reach_is_seen_in_16_bits():

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers.utils import logging
+
+from oomless.ops.attention import attention_kernel
 
 _HIDDEN = r"hidden_size|d_model|n_embd|emb_dim|embedding_dim"
 _HEADS = r"(swa_|encoder_|decoder_|num_decoder_|num_encoder_)?(num_)?attention_heads|n_heads?|linear_num_(value_)?heads"
@@ -59,6 +62,7 @@ _COUNTS = (
     (r"(mamba_d_|ssm_)?state_size|mamba_d_state", 16),
     (r"mamba_n_?groups|n_groups|o_groups", 2),
     (r"(mamba_dt|time_step|laurel|adapter|gated_norm)_rank|hc_lowrank|hidden_size_per_layer_input", 8),
+    (r"original_max_position_embeddings", 64),
     (r"ngram_vocab_size_base", 200),
     (r"split_ngram_parts", 4),
     (r"(max|n)_(target_|source_)?position(_embedding)?s|n_ctx|max_seq_len|context_length|model_max_length", 256),
@@ -78,10 +82,15 @@ def small_config(config: Any) -> Any:
 
 @contextmanager
 def on_the_host() -> Iterator[None]:
-    """Compute for real, on the host and beside the run: unbooked, from random numbers of its own."""
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    """Compute for real, on the host and beside the run: unbooked, unheard, from random numbers of its own."""
+    verbosity = logging.get_verbosity()
+    with _disable_current_modes(), attention_kernel("auto"), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        yield
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def twin(config: Any, attention: str, *, trust_remote_code: bool = False) -> Any:
