@@ -31,6 +31,7 @@ def test_fresh_clone(tmp_path):
 
     demo = run(COMMANDS[0])
     assert demo.returncode == 0, demo.stdout[-2000:] + demo.stderr[-2000:]
+    assert run("bash", "-c", "source .venv/bin/activate && oomless --version").stdout.startswith("oomless 0.")
     for part in ("continued pretraining", "Held-out loss", "learnt", "peak memory", "sample after", "run folder"):
         assert part in demo.stdout, part
     assert (clone / "runs" / "demo-1" / "continued" / "model" / "model.safetensors").is_file()

@@ -41,6 +41,8 @@ def run_demo(screen: Screen, output_dir: Path | None = None) -> RunResult:
     try:
         screen.say(("3/4", "bold"), " pretraining it on Python code: the model that you would bring")
         first = train(_config(folder, "blank", "code", "pretrained", max_steps=110, learning_rate=4e-3), listener)
+        if first.interrupted:
+            raise KeyboardInterrupt
         screen.say(
             ("4/4 ", "bold"), ("continued pretraining", "bold green"), " on Python's reference manual: the main job"
         )
@@ -48,6 +50,8 @@ def run_demo(screen: Screen, output_dir: Path | None = None) -> RunResult:
         second = train(
             _config(folder, "pretrained/model", "manual", "continued", max_steps=60, learning_rate=2e-3), listener
         )
+        if second.interrupted:
+            raise KeyboardInterrupt
     finally:
         listener.close()
     _summary(screen, first, second, folder)

@@ -49,3 +49,25 @@ def test_train(make_checkpoint, corpus, tmp_path, columns):
         for part in (r"loss \d\.\d{4}", r"\d:\d\d:\d\d left$", *([r"of 64\.00 MiB"] if columns == 80 else [])):
             assert all(re.search(part, line) for line in steps), part
         assert "12 steps of 1 block x 64 tokens" in terminal.text()
+
+
+def stopped(terminal):
+    """What Ctrl-C leaves on the screen."""
+    terminal.press_ctrl_c()
+    assert terminal.run() == 130
+    return terminal.lines()
+
+
+def test_ctrl_c_in_a_search_is_one_line(make_checkpoint):
+    arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:24MiB", "--max-seq-length", 64)
+    with Terminal("plan", *arguments) as terminal:
+        terminal.run(until=lambda line: line.startswith("━"))
+        assert stopped(terminal) == ["interrupted"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_demo_says_what_is_there(tmp_path):
+    with Terminal("demo", "--output-dir", tmp_path / "demo") as terminal:
+        terminal.run(until=lambda line: "step " in line)
+        assert stopped(terminal)[-1] == "interrupted"
+        assert "Traceback" not in terminal.text()

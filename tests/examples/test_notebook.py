@@ -1,9 +1,15 @@
 """Every cell of the notebook, in order, with a tiny model inside a virtual GPU in place of Llama on a T4."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-NOTEBOOK = Path(__file__).parents[2] / "examples" / "colab_t4.ipynb"
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+NOTEBOOK = PROJECT / "examples" / "colab_t4.ipynb"
 
 
 def test_every_cell_runs(make_checkpoint, corpus, tmp_path, monkeypatch, capsys):
@@ -24,7 +30,8 @@ def test_every_cell_runs(make_checkpoint, corpus, tmp_path, monkeypatch, capsys)
             continue
         source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
         if "install" in tags:
-            assert source == "%pip install --quiet oomless"
+            folder = re.fullmatch(r'OOMLESS = "(.+)"\n%pip install --quiet \{OOMLESS\}', source)[1]
+            assert (NOTEBOOK.parent / folder).resolve() == PROJECT
         elif "settings" in tags:
             exec(compile(source, "settings", "exec"), names)
             assert names.keys() >= settings.keys()
@@ -37,3 +44,18 @@ def test_every_cell_runs(make_checkpoint, corpus, tmp_path, monkeypatch, capsys)
     assert names["choice"].picked.quality.trainable == "full"
     assert names["result"].steps == 8
     assert names["sample"]
+
+
+@pytest.mark.slow
+def test_what_it_installs_can_be_installed(tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, PROJECT]
+    subprocess.run(install, check=True)
+    installed = subprocess.run(
+        [sys.executable, "-c", "import oomless; print(oomless.__file__)"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert installed.stdout.startswith(str(tmp_path))
+    assert (tmp_path / "bin" / "oomless").is_file()

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from oomless import __version__
 from oomless.cli import explain, plan, train
-from oomless.cli.command import Interrupted, add
+from oomless.cli.command import Interrupted, add, interruptible
 from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
 
@@ -33,13 +33,14 @@ add(app, explain.explain, explain.OPTIONS, explain.FIRST, explain.EXAMPLES)
 
 
 @app.command()
+@interruptible
 def demo(
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Where the demo's files go. [default: a new folder under runs/]", show_default=False),
     ] = None,
 ) -> None:
-    """Learn Python's documentation with a small model that knows Python code; no network, two minutes."""
+    """Train a small model in about two minutes. One that knows Python code learns Python's manual; no network, no data."""
     from oomless.demo import run_demo
 
     run_demo(out(), output_dir)
@@ -72,7 +73,8 @@ def run() -> int:
         told = not speaks() if error.told is None else error.told
         return _failed(None if told else str(error), 2 if isinstance(error, UserError) else 1)
     except Interrupted:
-        return _failed("interrupted", 130)
+        aside().print("interrupted")
+        return 130
     lost = out().lost
     if lost is not None and getattr(lost, "errno", None) != EPIPE:
         return _failed(f"not all of the answer could be written to standard output: {lost}", 1)

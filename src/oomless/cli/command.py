@@ -47,13 +47,23 @@ def add(app: typer.Typer, function: Any, own_options: Sequence[Own], first: Sequ
 
     @wraps(function)
     def command(help_all: bool, **given: Any) -> None:
-        try:
-            function(**given)
-        except KeyboardInterrupt as error:  # which typer would let end the program without a word
-            raise Interrupted from error
+        function(**given)
 
     command.__signature__ = inspect.Signature([*parameters, *options()])  # type: ignore[attr-defined]
-    app.command(cls=type("Command", (Command,), {"first": first}), epilog=examples)(command)
+    app.command(cls=type("Command", (Command,), {"first": first}), epilog=examples)(interruptible(command))
+
+
+def interruptible(function: Any) -> Any:
+    """Return ``function`` with an error of ours for Ctrl-C, at which typer would end the program without a word."""
+
+    @wraps(function)
+    def interrupted(**given: Any) -> None:
+        try:
+            function(**given)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+    return interrupted
 
 
 class Interrupted(Exception):

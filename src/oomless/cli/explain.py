@@ -51,7 +51,7 @@ def explain(
     html: Path | None,
     **settings: Any,
 ) -> None:
-    """Say what an out-of-memory error means: what asked, what held the rest, and which cures, rehearsed, fit.
+    """Say what an out-of-memory error means. What asked, what held the rest, and which cures, rehearsed, fit.
 
     FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings.
     """

@@ -49,7 +49,7 @@ def plan(
     snapshot: Path | None,
     **settings: Any,
 ) -> None:
-    """Choose, before a run and without a GPU, the best training that fits one; every strategy is rehearsed.
+    """Choose the best training that fits a GPU. It is asked before a run and needs none; every strategy is rehearsed.
 
     What is given is kept, the rest is chosen. --model a,b and --what-if gpu=T4,L4 compare; --max-seq-length max finds the
     longest sequence.

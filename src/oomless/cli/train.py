@@ -29,7 +29,7 @@ oomless train --config runs/first/config.yaml --resume
 
 
 def train(config: Path | None, as_given: bool, host_memory: str | None, **settings: Any) -> None:
-    """Continue pretraining MODEL on DATA; settings come from the YAML, and options outrank it.
+    """Continue pretraining a model on your text. Settings come from the YAML, and options outrank it.
 
     On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
     """
