@@ -40,7 +40,7 @@ def run_demo(screen: Screen, output_dir: Path | None = None) -> RunResult:
     listener = TerminalListener(screen)
     try:
         screen.say(("3/4", "bold"), " pretraining it on Python code: the model that you would bring")
-        first = train(_config(folder, "blank", "code", "pretrained", max_steps=110, learning_rate=4e-3), listener)
+        first = train(_config(folder, "blank", "code", "pretrained", max_steps=80, learning_rate=4e-3), listener)
         if first.interrupted:
             raise KeyboardInterrupt
         screen.say(
@@ -48,7 +48,7 @@ def run_demo(screen: Screen, output_dir: Path | None = None) -> RunResult:
         )
         listener.close()
         second = train(
-            _config(folder, "pretrained/model", "manual", "continued", max_steps=60, learning_rate=2e-3), listener
+            _config(folder, "pretrained/model", "manual", "continued", max_steps=40, learning_rate=2e-3), listener
         )
         if second.interrupted:
             raise KeyboardInterrupt

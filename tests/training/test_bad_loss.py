@@ -68,12 +68,24 @@ def test_it_stops(poisoned, corpus, tmp_path):
         loop.train(make_config(model, corpus, tmp_path / "run"))
 
 
+def test_a_model_that_came_with_nan_is_not_told_to_learn_more_slowly(make_checkpoint, corpus, tmp_path):
+    folder = shutil.copytree(make_checkpoint("llama"), tmp_path / "spoilt")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError) as raised:
+        loop.train(make_config(folder, corpus, tmp_path / "run"))
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in str(raised.value)
+    assert "came with them" in str(raised.value)
+    assert "Lower learning_rate" not in str(raised.value)
+
+
 @pytest.mark.parametrize("save_steps", [None, 8])
 def test_a_bad_step_between_two_lines_of_metrics_is_noticed(poisoned, corpus, tmp_path, save_steps):
     model, step = poisoned
     config = make_config(model, corpus, tmp_path / "run", logging_steps=12, save_steps=save_steps)
     with pytest.raises(
-        TrainingError, match=f"before step {save_steps or 12} a loss or gradient was not finite in 1 steps"
+        TrainingError, match=f"before step {save_steps or 12} a loss or gradient was not finite in 1 step:"
     ):
         loop.train(config)
     assert not list((tmp_path / "run").glob("checkpoint-*"))

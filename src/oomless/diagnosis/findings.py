@@ -9,7 +9,7 @@ from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.messages import OutOfMemory
 from oomless.diagnosis.run import LARGEST_CONTEXT_BYTES
 from oomless.diagnosis.snapshots import SnapshotReading
-from oomless.units import GiB, MiB, format_bytes
+from oomless.units import GiB, MiB, counted, format_bytes
 
 Topic = Literal[
     "other processes",
@@ -67,7 +67,7 @@ def find(reading: Reading, snapshot: SnapshotReading | None, outside_bytes: int 
         found.append(
             Finding(
                 topic="late",
-                text=f"It ran for {reading.steps_done} steps before. A run whose steps are all alike fails in its first "
+                text=f"It ran for {counted(reading.steps_done or 0, 'step')} before. A run whose steps are all alike fails in its first "
                 "two, so either a batch was longer than any before, something else began (an evaluation, a save, another "
                 "process), or memory grows from step to step.",
             )

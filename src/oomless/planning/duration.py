@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from oomless.config import TrainConfig
 from oomless.data.files import find_files
 from oomless.errors import UserError
+from oomless.units import counted
 
 BYTES_PER_TOKEN = (3.0, 5.0)
 """UTF-8 bytes in a token of code and of English prose with today's vocabularies; assumed. Other languages can have fewer."""
@@ -30,7 +31,7 @@ def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
     step = config.blocks_per_step * config.max_seq_length * gpus
     if config.max_steps is not None:
         tokens = config.max_steps * step
-        return Reading(tokens_low=tokens, tokens_high=tokens, basis=f"{config.max_steps:,} steps")
+        return Reading(tokens_low=tokens, tokens_high=tokens, basis=counted(config.max_steps, "step"))
     if config.max_tokens is not None:
         tokens = -(-config.max_tokens // step) * step
         return Reading(tokens_low=tokens, tokens_high=tokens, basis="max_tokens")
@@ -45,5 +46,5 @@ def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
     return Reading(
         tokens_low=max(step, int(epochs * size_bytes / most)),
         tokens_high=max(step, int(epochs * size_bytes / fewest)),
-        basis=f"{len(files):,} files at {fewest:g} to {most:g} bytes a token, assumed",
+        basis=f"{counted(len(files), 'file')} at {fewest:g} to {most:g} bytes a token, assumed",
     )

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from oomless.units import counted
+
 PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lm_head")
 FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4}
 OPTIMIZERS = ("adamw", "adamw_8bit", "apollo", "adafactor")
@@ -40,7 +42,7 @@ GIVEN_UP = {
     "adamw_8bit": "moments in 8 bits",
     "apollo": "moments of a random projection",
     "adafactor": "second moments by row and column, no first",
-    "correction": "24 bits a weight",
+    "correction": "weights kept to 24 bits, not 32",
     "stochastic": "weights rounded at random",
     "plain": "small updates are lost",
 }
@@ -229,7 +231,7 @@ def in_words(settings: Mapping[str, Any]) -> str:
     words = [f"{size} x {steps} blocks" if size * steps > 1 else "1 block"]
     if settings.get("gradient_checkpointing"):
         layers = settings.get("checkpointed_layers")
-        words.append("all layers checkpointed" if layers is None else f"{layers} layers checkpointed")
+        words.append("all layers checkpointed" if layers is None else f"{counted(layers, 'layer')} checkpointed")
     words += [phrase for name, phrase in _PHRASES.items() if settings.get(name)]
     return ", ".join(words)
 

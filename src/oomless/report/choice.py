@@ -17,7 +17,7 @@ from oomless.planning.throughput import Throughput
 from oomless.report.screen import Screen
 from oomless.report.tables import Grid
 from oomless.techniques.sharding import shared
-from oomless.units import format_bytes
+from oomless.units import counted, format_bytes
 
 NUMBERS = ("needs", "headroom", "tokens/s")
 
@@ -40,6 +40,8 @@ def print_choice(screen: Screen, choice: Choice) -> None:
         )
     grid.print(screen)
     picked = choice.picked
+    if choice.config is not None:
+        screen.print(f"► trains blocks of {counted(choice.config.max_seq_length, 'token')} (max_seq_length)")
     if picked is not None and picked.speed is not None and choice.config is not None:
         print_speed(screen, picked.speed, choice.config, choice.target.gpus)
 

@@ -12,8 +12,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from oomless.config import BadLossPolicy
+from oomless.techniques.sharding import local
+from oomless.units import counted
 
 MEDIAN_OF = 100
 FEWEST = 20
@@ -21,6 +25,29 @@ FEWEST = 20
 
 MOST_IN_A_ROW = 5
 """So many bad steps without a good one between them end the run whatever is configured."""
+
+
+def what_to_do(model: nn.Module, *, updated: bool) -> str:
+    """Return what cures a bad loss of ``model``, of which a step of this run has ``updated`` the weights, or none has yet."""
+    # A sum makes no tensor as large as the weight, and is finite where all of it is.
+    sums = {
+        name: local(p.detach()).sum(dtype=torch.float64)
+        for name, p in model.named_parameters()
+        if p.is_floating_point()
+    }
+    spoilt = [name for name, total in sums.items() if not math.isfinite(float(total))]
+    if spoilt:
+        others = f" and {counted(len(spoilt) - 1, 'other weight')} hold" if len(spoilt) > 1 else " holds"
+        came = "" if updated else ", and no step has changed a weight yet: the model came with them"
+        return (
+            f"{spoilt[0]}{others} values that are not finite{came}. Take another copy of the model, or set on_bad_loss to skip or "
+            "rewind, which pass over the steps that meet such values."
+        )
+    if not updated:
+        return "No weight has changed yet, so learning_rate is not the cause: try another dtype, or look at the text."
+    return (
+        "Lower learning_rate, or set on_bad_loss to skip or rewind, and go on with --resume from the last checkpoint."
+    )
 
 
 class BadLoss:

@@ -13,7 +13,7 @@ from oomless.data.loader import MicroBatch, micro_batches
 from oomless.errors import DataError, HostMemoryError, TrainingError
 from oomless.memory.device import random_state, set_random_state
 from oomless.training.audit import TrainabilityAudit
-from oomless.training.bad_loss import MOST_IN_A_ROW
+from oomless.training.bad_loss import MOST_IN_A_ROW, what_to_do
 from oomless.training.evaluation import evaluate
 from oomless.training.guard import GoBack, StartAgain
 from oomless.training.interruption import Abandoned
@@ -21,6 +21,7 @@ from oomless.training.life import Life
 from oomless.training.precision import SMALLEST_SCALE, explain_overflow
 from oomless.training.schedule import learning_rate_factor
 from oomless.training.step import StepResult
+from oomless.units import counted
 
 
 def train(life: Life) -> None:
@@ -137,12 +138,12 @@ def _answer(life: Life, reason: str) -> BadLossPolicy:
     policy, bad_step, blocks = life.config.on_bad_loss, life.step, life.loader.taken
     said = f"step {bad_step} is bad: {reason}"
     if policy == "stop" or life.bad_loss.in_a_row >= MOST_IN_A_ROW:
-        raise _stopped(said + (f" (bad for the {MOST_IN_A_ROW}th time in a row)" if policy != "stop" else ""))
+        raise _stopped(life, said + (f" (bad for the {MOST_IN_A_ROW}th time in a row)" if policy != "stop" else ""))
     if policy == "rewind":
         last = life.keeper.go_back(life, leave_out=blocks)
         if last is None:
-            raise _stopped(f"{said}, and there is no checkpoint to go back to")
-        life.listener.said(f"{said}; back to {last}, the step's {len(blocks)} blocks left out")
+            raise _stopped(life, f"{said}, and there is no checkpoint to go back to")
+        life.listener.said(f"{said}; back to {last}, the step's {counted(len(blocks), 'block')} left out")
     else:
         life.listener.said(f"{said}; it was skipped and changed nothing")
     life.keeper.record({"step": life.step, "bad_step": bad_step, "answer": policy, "reason": reason, "blocks": blocks})
@@ -156,9 +157,11 @@ def _check_finite(life: Life, loss: float, unapplied: float, batches: Sequence[M
     if parts.loss_scale.dynamic or life.bad_loss.reads_every_step:
         return
     if not math.isfinite(loss):
-        raise _stopped(f"the loss of step {life.step} is {loss}")
+        raise _stopped(life, f"the loss of step {life.step} is {loss}")
     if unapplied:
-        raise _stopped(f"before step {life.step} a loss or gradient was not finite in {unapplied:.0f} steps")
+        raise _stopped(
+            life, f"before step {life.step} a loss or gradient was not finite in {counted(round(unapplied), 'step')}"
+        )
 
 
 def _log_step(life: Life, loss: float, outcome: StepResult, tokens_per_second: float) -> None:
@@ -195,8 +198,6 @@ def _watch_host(life: Life) -> None:
         ) from failure
 
 
-def _stopped(reason: str) -> TrainingError:
-    return TrainingError(
-        f"{reason}: the run was stopped before it could spoil a checkpoint. Lower learning_rate, or set on_bad_loss to skip or "
-        "rewind, and go on with --resume from the last checkpoint."
-    )
+def _stopped(life: Life, reason: str) -> TrainingError:
+    cure = what_to_do(life.assembly.model, updated=life.step > 1)
+    return TrainingError(f"{reason}: the run was stopped before it could spoil a checkpoint. {cure}")
