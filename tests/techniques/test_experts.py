@@ -1,9 +1,12 @@
 """Mixtures of experts: equal to transformers' own, in every form that the experts may lie in, and rehearsed to the byte."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -13,7 +16,9 @@ from oomless.models import experts
 from oomless.models.spec import resolve
 from oomless.planning.rehearse import rehearse, run_phases, virtual_device
 from oomless.techniques.experts import expert_modules
+from oomless.training import loop
 from oomless.training.assemble import assemble
+from oomless.training.checkpoint import list_checkpoints
 
 LENGTHS = (20, 1, 43)
 FAMILIES = {
@@ -114,8 +119,10 @@ def both_profiles(folder, settings):
         {"dtype": "fp32", "optimizer": "sgd"},
         {"dtype": "fp16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"dtype": "bf16", "optimizer": "adafactor", "optimizer_in_backward": True, "per_device_train_batch_size": 2},
+        {"dtype": "bf16", "trainable": "lora", "quantization": "nf4", "gradient_checkpointing": True},
+        {"dtype": "bf16", "trainable": "lora", "stream_frozen": True, "gradient_checkpointing": True},
     ],
-    ids=lambda settings: settings["dtype"],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "glm4_moe"])
 def test_a_rehearsal_that_knows_no_routes_is_exact(make_mixture, family, settings):
@@ -124,3 +131,52 @@ def test_a_rehearsal_that_knows_no_routes_is_exact(make_mixture, family, setting
     assert fake.peak_reserved_bytes == real.peak_reserved_bytes
     assert fake.peak_bytes_by_category == real.peak_bytes_by_category
     assert fake.phases == real.phases
+
+
+# What is trained, kept and written.
+
+RUNS = {
+    "full": {"trainable": "full"},
+    "lora": {"trainable": "lora", "lora_r": 4},
+    "nf4": {"trainable": "lora", "lora_r": 4, "quantization": "nf4"},
+    "int8": {"trainable": "lora+lm_head", "lora_r": 4, "quantization": "int8", "lora_dropout": 0.1},
+}
+
+
+def train(folder, corpus, out, monkeypatch, **settings):
+    """Train a few steps; return the live model, merged or not, and the folder of the final one."""
+    runs = []
+    original = loop.Run.__init__
+    monkeypatch.setattr(loop.Run, "__init__", lambda run, *given: (original(run, *given), runs.append(run))[0])
+    result = loop.train(make_config(folder, corpus, out, max_steps=3, learning_rate=1e-2, **settings))
+    return runs[0].assembly.model.eval(), result.model_dir
+
+
+@torch.no_grad()
+def logits(model):
+    ids = torch.arange(1, 41)[None] * 7919 % 512
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss", "glm4_moe"])
+def test_the_final_model_is_the_live_one_under_the_names_of_the_base(
+    make_mixture, corpus, tmp_path, monkeypatch, family, run
+):
+    folder = make_mixture(family)
+    live, final = train(folder, corpus, tmp_path, monkeypatch, **RUNS[run])
+    loaded, report = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert load_file(final / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    close = 1e-5 * logits(loaded).norm()
+    assert (logits(base) - logits(loaded)).norm() > 100 * close
+    if "quantization" not in RUNS[run]:  # else the live one's frozen weights are rounded
+        assert (logits(live) - logits(loaded)).norm() <= close
+    if run != "full":
+        adapter = list_checkpoints(tmp_path)[-1].folder
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # peft warns of what it leaves out
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            adapted = PeftModel.from_pretrained(base, adapter)
+        assert (logits(adapted) - logits(loaded)).norm() <= close

@@ -153,24 +153,17 @@ def test_nothing_frozen(make_checkpoint):
         assemble(resolve(str(folder)), make_config(folder, trainable="model"), VirtualGPU(1 << 30), fill=True)
 
 
-def test_experts_that_are_one_tensor(make_checkpoint):
+def test_experts_of_an_architecture_of_its_own():
+    """What is neither a linear layer nor behind transformers' interface for experts."""
     from transformers import AutoConfig
 
     from oomless.models.spec import ModelSpec
 
-    moe = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=512,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=64,
-        num_experts=16,
+    own = AutoConfig.for_model(
+        "jetmoe", vocab_size=512, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=512
     )
-    with pytest.raises(ConfigError, match="experts are not linear layers"):
-        rehearse(ModelSpec(name="moe", config=moe, folder=None), make_config("x", trainable="lora"), virtual_device())
+    with pytest.raises(ConfigError, match="neither linear layers nor experts behind"):
+        rehearse(ModelSpec(name="moe", config=own, folder=None), make_config("x", trainable="lora"), virtual_device())
 
 
 def test_missing_weight(make_checkpoint, tmp_path):

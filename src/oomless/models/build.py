@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.models import attention, experts
+from oomless.models import attention, experts, layout
 from oomless.models import form as form_of
 from oomless.models.form import Form
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import Weights
+from oomless.techniques import experts as frozen_experts
 from oomless.techniques import frozen_layers, lora, quantization, sharding, trained_rows
 
 
@@ -66,6 +67,7 @@ def build(
             cut(model, lambda module: _materialise_parameters(module, device))
         _materialise(model, device)
         quantization.prepare(model, device)
+        frozen_experts.allocate(model)
     model.config.use_cache = False
     return model
 
@@ -115,7 +117,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     """
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
-    stored = {f"{name}.weight": layer for name, layer in frozen_layers.frozen_layers(model)}
+    stored = frozen_layers.frozen_weights(model)
     inside = {id(buffer) for layer in stored.values() for buffer in layer.buffers()}
     wanted = {
         name.replace(".base_layer.", "."): tensor
@@ -125,6 +127,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     with device.phase("load"), torch.no_grad():
         weights = Weights(spec.folder, model, [*wanted, *stored], device)
         weights.check_whole({name: id(tensor) for name, tensor in wanted.items()})
+        setattr(model, layout.NAMES, weights.names_in_files)
         filled: dict[int, str] = {}
         for name in weights.names:
             if name in stored:
@@ -139,9 +142,10 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
             sharding.fill(parameter, tensor)
             filled[id(parameter)] = name
         for name, layer in stored.items():
-            tensor = weights.read(name)
-            _check_shape(name, tensor, layer.shape, spec.folder)
-            layer.fill(tensor, model.dtype, device)
+            for piece in layer.pieces:
+                tensor = weights.read(name) if piece is None else weights.read_expert(name, piece)
+                _check_shape(name, tensor, layer.shape[-2:], spec.folder)
+                layer.fill(tensor, model.dtype, device, piece)  # type: ignore[arg-type]
         trained_rows.take_from_weight(model)
 
 

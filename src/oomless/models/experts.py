@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from oomless.memory.device import Device
 from oomless.ops.grouped_linear import Groups, combine, dispatch, even_bounds, grouped_linear
+from oomless.techniques import expert_adapters
 from oomless.techniques.experts import expert_modules
 
 NAME = "oomless"
@@ -61,4 +62,6 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _project(module: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    return grouped_linear(rows, getattr(module, name), groups, bias=bias, transposed=module.is_transposed)
+    projected = grouped_linear(rows, getattr(module, name), groups, bias=bias, transposed=module.is_transposed)
+    adapter = expert_adapters.of(module, name)
+    return projected if adapter is None else adapter.add(rows, projected, groups)

@@ -7,11 +7,9 @@ device, and of one tensor on the host. The format is safetensors' own: the heade
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +19,10 @@ from torch import Tensor
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
+from oomless.models.layout import LateTensor, Savable, in_files
 from oomless.models.weights import Weights
-from oomless.techniques import frozen_layers, lora, trained_rows
+from oomless.techniques import expert_adapters, frozen_layers, lora, trained_rows
+from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.sharding import Part, is_cut, part
 
 SHARD_BYTES = 5 * 10**9
@@ -38,26 +38,6 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LateTensor:
-    """A tensor of the host that is made when it is written."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    def numel(self) -> int:
-        """Return the number of elements, as a tensor does."""
-        return math.prod(self.shape)
-
-    def element_size(self) -> int:
-        """Return the bytes of one element, as a tensor does."""
-        return self.dtype.itemsize
-
-
-Savable = Tensor | LateTensor | Part
 
 
 @contextmanager
@@ -168,19 +148,20 @@ def write_index(files: Mapping[str, Mapping[str, Savable]], folder: Path) -> Non
 
 
 def model_tensors(model: Any, device: Device) -> dict[str, Savable]:
-    """Return the tensors of ``model`` under the names of its published checkpoints, tied ones once, trained rows in them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tensors: dict[str, Tensor] = {}
+    """Return the tensors of ``model`` as the files that it came from hold them, tied ones once, trained rows in them."""
+    tensors: dict[str, Savable] = {}
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen and not trained_rows.is_rows(name):
             seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    reverted: dict[str, Savable] = {
-        name: savable(tensor) for name, tensor in revert_weight_conversion(model, tensors).items()
-    }
-    return reverted | _matrices_with_rows(model, device)
+            tensors[name] = savable(tensor)
+    return in_files(model, tensors | _matrices_with_rows(model, device), device)
+
+
+def merged_tensors(model: Any, device: Device) -> dict[str, Savable]:
+    """Return the tensors of ``model``, whose adapters are merged, as the files that it came from hold them."""
+    tensors = {name: savable(tensor) for name, tensor in lora.plain_tensors(model).items()}
+    return in_files(model, tensors, device)
 
 
 def _matrices_with_rows(model: Any, device: Device) -> dict[str, Savable]:
@@ -216,27 +197,37 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
     They are in the model's dtype, adapters added in fp32, and each is made when it is written.
     """
     modules = dict(model.named_modules())
-    layers = dict(frozen_layers.frozen_layers(model))
-    weights = Weights(folder, model, [f"{name}.weight" for name in layers], device)
+    layers = frozen_layers.frozen_weights(model)
+    weights = Weights(folder, model, list(layers), device)
 
-    def late(name: str, layer: frozen_layers.FrozenLinear) -> LateTensor:
-        def make() -> Tensor:
-            tensor = weights.read(f"{name}.weight")
-            delta = lora.delta(modules[name])
+    def add(tensor: Tensor, delta: Tensor | None) -> Tensor:
+        with device.host():
+            if delta is None:
+                return tensor.to(model.dtype).contiguous()
+            return (tensor.float() + device.fetch(delta).float()).to(model.dtype).contiguous()
+
+    def late(name: str, layer: frozen_layers.FrozenLinear | FrozenExperts) -> LateTensor:
+        if not isinstance(layer, FrozenExperts):
+            module = modules[name.removesuffix(".weight")]
+            return LateTensor(layer.shape, model.dtype, lambda: add(weights.read(name), lora.delta(module)))
+        holder, _, stack = name.rpartition(".")
+        adapter = expert_adapters.of(modules[holder], stack)
+
+        def expert(number: int) -> Tensor:
+            return add(weights.read_expert(name, number), None if adapter is None else adapter.delta(number))
+
+        def whole() -> Tensor:
             with device.host():
-                if delta is None:
-                    return tensor.to(model.dtype).contiguous()
-                return (tensor.float() + device.fetch(delta).float()).to(model.dtype).contiguous()
+                return torch.stack([expert(number) for number in layer.pieces])
 
-        return LateTensor(layer.shape, model.dtype, make)
+        return LateTensor(layer.shape, model.dtype, whole, expert)
 
-    packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
-    plain: dict[str, Savable] = {n: tensor for n, tensor in lora.plain_tensors(model).items() if n not in packed}
-    return (
-        plain
-        | _matrices_with_rows(model, device)
-        | {f"{name}.weight": late(name, layer) for name, layer in layers.items()}
-    )
+    packed = {
+        f"{name}.{buffer}" for name, layer in frozen_layers.frozen_layers(model) for buffer, _ in layer.named_buffers()
+    }
+    plain = {name: savable(tensor) for name, tensor in lora.plain_tensors(model).items() if name not in packed}
+    late_ones = {name: late(name, layer) for name, layer in layers.items()}
+    return in_files(model, plain | _matrices_with_rows(model, device) | late_ones, device)
 
 
 def save_model(model: Any, folder: Path, tensors: Mapping[str, Savable], device: Device) -> None:

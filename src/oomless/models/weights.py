@@ -7,11 +7,9 @@ which are its own conversions, asked for one parameter at a time instead of for 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import starting_point, stored_forms
+from oomless.models.layout import Layout, Recipe
 
 _COMPUTED = re.compile(
     r"(^|[._])(attn|attention)\.(masked_)?bias$|(^|\.)(causal_mask|inv_freq|position_ids|decoder\.version)$"
@@ -56,14 +55,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [single]
 
 
-@dataclass(slots=True)
-class _Recipe:
-    """What one or a few parameters are made of: plain tensors, by the pattern under which a conversion wants them."""
-
-    conversion: Any
-    sources: dict[str, list[str]] = field(default_factory=dict)
-
-
 class Weights:
     """The tensors in ``folder`` under the names ``wanted`` of ``model``.
 
@@ -83,20 +74,23 @@ class Weights:
         self._opened: tuple[Path | None, Any] = (None, None)
         self._settings, kind = starting_point.stored_as(folder)
         self._plain = stored_forms.plain(self._places, kind)
-        self._recipes: dict[str, _Recipe] = {}
-        self._made: tuple[_Recipe | None, dict[str, Tensor]] = (None, {})
+        self._made: tuple[Recipe | None, dict[str, Tensor]] = (None, {})
         self._parameters = {
             name.replace(".base_layer.", ".") for name, _ in model.named_parameters(remove_duplicate=False)
         }
         own = {name for name, _ in model.named_buffers()}
-        unknown = [
-            name for name in self._find_recipes(dict.fromkeys(own | set(wanted), True)) if not _COMPUTED.search(name)
-        ]
-        self._recipes = {name: recipe for name, recipe in self._recipes.items() if name in wanted}
+        self._layout = Layout(model, self._plain, own | set(wanted))
+        unknown = [name for name in self._layout.unknown if not _COMPUTED.search(name)]
+        self._recipes = {name: recipe for name, recipe in self._layout.recipes.items() if name in wanted}
         told = SimpleNamespace(unexpected_keys=set(unknown), missing_keys=set(wanted) - set(self._recipes))
         model._adjust_missing_and_unexpected_keys(told)
         self.names = list(self._recipes)
         self.unknown, self.absent = sorted(told.unexpected_keys), sorted(told.missing_keys)
+
+    @property
+    def names_in_files(self) -> list[str]:
+        """The plain tensors for which those in the files stand."""
+        return list(self._plain)
 
     def read(self, name: str) -> Tensor:
         """Return the tensor of the parameter ``name``, on the host.
@@ -104,9 +98,7 @@ class Weights:
         Raises:
             ModelError: the files hold none.
         """
-        recipe = self._recipes.get(name)
-        if recipe is None:
-            raise ModelError(f"the weights in {self.folder} lack {name}")
+        recipe = self._recipe(name)
         if recipe is not self._made[0]:
             with self._device.host():
                 made = self._make(recipe)
@@ -115,43 +107,46 @@ class Weights:
             self._made = (recipe, made)
         return self._made[1][name]
 
-    def _find_recipes(self, wanted: dict[str, bool]) -> list[str]:
-        """Find out of which plain tensors each of ``wanted`` is made, and return those that none takes."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """Return one matrix of the parameter ``name``, a stack, on the host.
 
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix = self._model.base_model_prefix
-        unknown = []
-        for source in sorted(self._plain, key=dot_natural_key):
-            name, pattern = rename_source_key(source, renamings, converters, prefix, wanted)
-            if name not in wanted and source in wanted:
-                name, pattern = rename_source_key(source, [], [], prefix, wanted)
-            if name not in wanted:
-                unknown.append(source)
-            elif pattern is None:
-                self._recipes[name] = _Recipe(None, {name: [source]})
-            else:
-                converter = by_pattern[pattern]
-                recipe = self._recipes.get(name) or _Recipe(converter)
-                recipe.sources.setdefault(pattern, []).append(source)
-                for target in converter.target_patterns:
-                    self._recipes[name.replace(converter.target_patterns[0], target)] = recipe
-        return unknown
+        Raises:
+            ModelError: the files hold none.
+        """
+        recipe = self._recipe(name)
+        with self._device.host():
+            if recipe.conversion is None:
+                return self._plain_slice(recipe.sources[""][0], expert)
+            if recipe.takes_experts_apart(len(next(iter(recipe.sources.values())))):
+                pieces = {pattern: [self._plain_tensor(names[expert])] for pattern, names in recipe.sources.items()}
+                ((whole,),) = (self._layout.convert(recipe, pieces).values(),)
+                return whole[0]
+            if recipe is not self._made[0]:
+                self._made = (recipe, self._make(recipe))
+            return self._made[1][name][expert].clone()
 
-    def _make(self, recipe: _Recipe) -> dict[str, Tensor]:
+    def _recipe(self, name: str) -> Recipe:
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            raise ModelError(f"the weights in {self.folder} lack {name}")
+        return recipe
+
+    def _make(self, recipe: Recipe) -> dict[str, Tensor]:
         if recipe.conversion is None:
-            ((name, (source,)),) = recipe.sources.items()
-            return {name: self._plain_tensor(source)}
-        conversion = copy.deepcopy(recipe.conversion)
-        for pattern, sources in recipe.sources.items():
-            conversion.collected_tensors[pattern] = [self._plain_tensor(source) for source in sources]
-        first = next(name for name, made_by in self._recipes.items() if made_by is recipe)
-        made = conversion.convert(first, model=self._model, config=self._model.config)
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+            return {recipe.parameters[""]: self._plain_tensor(recipe.sources[""][0])}
+        pieces = {pattern: [self._plain_tensor(name) for name in names] for pattern, names in recipe.sources.items()}
+        return {recipe.parameters[target]: made for target, made in self._layout.convert(recipe, pieces).items()}
+
+    def _plain_slice(self, name: str, expert: int) -> Tensor:
+        """Return one matrix of the plain stack ``name``."""
+        stored = self._plain[name]
+        if stored is None:
+            matrix: Tensor = self._file_of(name).get_slice(name)[expert]
+            return matrix
+        parts = {
+            ending: self._file_of(part).get_slice(part)[expert : expert + 1] for ending, part in stored.parts.items()
+        }
+        return stored.form.decode(parts, self._settings)[0]
 
     def _plain_tensor(self, name: str) -> Tensor:
         stored = self._plain[name]

@@ -10,7 +10,7 @@ Shapes in names: N tokens, K experts of each, S = N x K rows, E experts, D in, F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Repeating = Callable[[Hashable, Callable[[], None]], None]
+MatrixOf = Callable[[int, torch.dtype], Tensor]
 
 
 class StoredExperts(Protocol):
@@ -28,14 +29,17 @@ class StoredExperts(Protocol):
 
     @property
     def form(self) -> Hashable:
-        """What decides which memory ``matrix`` asks for."""
+        """What decides, with ``shape``, which memory ``matrices`` asks for."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Experts, then the shape of each matrix."""
 
-    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """Return one matrix in ``dtype`` on the device, to be dropped after the product."""
+    def matrices(self, experts: Sequence[int]) -> MatrixOf:
+        """Return what gives the matrix of each of ``experts``, asked for in this order, on the device and in a dtype.
+
+        Each is to be dropped after its product.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,17 @@ class Groups:
     bounds: list[int]
     repeating: Repeating = lambda key, function: function()
 
+    @property
+    def busy(self) -> list[int]:
+        """The experts that have rows."""
+        return [expert for expert, (begin, end) in enumerate(pairwise(self.bounds)) if begin < end]
+
     def each(self, key: Hashable, function: Callable[[int, slice], None]) -> None:
         """Call ``function`` with every expert that has rows, and with these; ``key`` and their number decide what it asks for."""
-        for expert, (begin, end) in enumerate(pairwise(self.bounds)):
-            if begin < end:
-                self.repeating((key, end - begin), partial(function, expert, slice(begin, end)))
+        busy = self.busy
+        for expert in busy:
+            rows = slice(self.bounds[expert], self.bounds[expert + 1])
+            self.repeating((key, rows.stop - rows.start, expert == busy[-1]), partial(function, expert, rows))
 
 
 def even_bounds(rows: int, experts: int) -> list[int]:
@@ -110,8 +120,10 @@ class _GroupedLinear(torch.autograd.Function):
             outputs = base
             ctx.mark_dirty(base)
 
+        matrix_of = _matrices(weight, groups)
+
         def multiply(expert: int, rows: slice) -> None:
-            matrix = _matrix(weight, expert, inputs.dtype)
+            matrix = matrix_of(expert, inputs.dtype)
             target = outputs[rows]
             target.addmm_(
                 inputs[rows], matrix if transposed else matrix.t(), beta=0 if base is None else 1, alpha=scale
@@ -139,10 +151,12 @@ class _GroupedLinear(torch.autograd.Function):
         if needs_bias:
             of_bias = gradient.new_zeros(ctx.bias_shape)
 
+        matrix_of = _matrices(weight, groups) if needs_inputs else None
+
         def multiply(expert: int, rows: slice) -> None:
             own = gradient[rows]
-            if of_inputs is not None:
-                matrix = _matrix(weight, expert, gradient.dtype)
+            if of_inputs is not None and matrix_of is not None:
+                matrix = matrix_of(expert, gradient.dtype)
                 of_inputs[rows].addmm_(own, matrix.t() if ctx.transposed else matrix, beta=0, alpha=ctx.scale)
             if of_weight is not None:
                 left, right = (inputs[rows], own) if ctx.transposed else (own, inputs[rows])
@@ -157,8 +171,10 @@ class _GroupedLinear(torch.autograd.Function):
         return of_inputs, of_weight, of_bias, gradient if needs_base else None, None, None, None
 
 
-def _matrix(weight: Tensor | StoredExperts, expert: int, dtype: torch.dtype) -> Tensor:
-    return weight[expert].to(dtype) if isinstance(weight, Tensor) else weight.matrix(expert, dtype)
+def _matrices(weight: Tensor | StoredExperts, groups: Groups) -> MatrixOf:
+    if isinstance(weight, Tensor):
+        return lambda expert, dtype: weight[expert].to(dtype)
+    return weight.matrices(groups.busy)
 
 
 def _key(weight: Tensor | StoredExperts) -> Hashable:
@@ -181,13 +197,14 @@ def dispatch(hidden: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-        ctx.places = places
+        ctx.save_for_backward(places)
         return hidden.index_select(0, tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _summed(gradient, ctx.places), None, None
+        (places,) = ctx.saved_tensors
+        return _summed(gradient, places), None, None
 
 
 def combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
@@ -205,15 +222,13 @@ def combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
-        ctx.places = places
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, places)
         return _summed(rows, places, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weights = ctx.saved_tensors
-        places: Tensor = ctx.places
+        rows, weights, places = ctx.saved_tensors
         of_rows = of_weights = None
         if ctx.needs_input_grad[0]:
             of_rows = gradient.new_empty(places.numel(), gradient.shape[1])

@@ -1,11 +1,12 @@
-"""Linear layers whose frozen weight is stored in another form (``quantization``) or elsewhere (``stream_frozen``).
+"""Linear layers and experts whose frozen weights are stored in another form (``quantization``) or elsewhere (``stream_frozen``).
 
-What both share: which layers they may replace, that their weights come from the files one at a time, and that saved models
+What they share: which of them may be replaced, that their weights come from the files one at a time, and that saved models
 hold the weights of the files.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
-from oomless.ops.frozen_linear import StoredWeight, frozen_linear
+from oomless.ops.frozen_linear import Quantization, StoredWeight, frozen_linear
+from oomless.techniques import experts
+from oomless.techniques.experts import FrozenExperts
 
 
 class FrozenLinear(nn.Linear):
     """A frozen linear layer without a ``weight``: made of ``layer``, which is on the meta device."""
 
     form: str
+    pieces = (None,)
+    """A weight comes from the files in one piece; experts come one by one."""
 
     def __init__(self, layer: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -47,7 +52,7 @@ class FrozenLinear(nn.Linear):
         """The weight."""
         raise NotImplementedError
 
-    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device) -> None:
+    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:
         """Store ``host``, the weight as the file has it, as one of ``dtype``; ``None`` rehearses it, of no particular values."""
         raise NotImplementedError
 
@@ -55,14 +60,24 @@ class FrozenLinear(nn.Linear):
         return frozen_linear(inputs, self.stored, self.bias)
 
 
-def replace(model: Any, make: Callable[[nn.Linear], FrozenLinear], trained: list[nn.Module], *, key: str) -> None:
-    """Put what ``make`` makes in the place of the linear layers of the body that do not train.
+def replace(
+    model: Any,
+    make: Callable[[nn.Linear], FrozenLinear],
+    trained: list[nn.Module],
+    *,
+    key: str,
+    kind: Quantization | None = None,
+    host: Device | None = None,
+) -> None:
+    """Put what ``make`` makes in the place of the linear layers of the body that do not train, and frozen experts likewise.
 
     Args:
         model: on the meta device.
         make: makes a layer, still empty.
         trained: the modules that train, each with everything inside it.
         key: the setting that asked for it.
+        kind: how experts are stored; by default in the model's dtype.
+        host: the device beside which experts lie on the host; by default they are on it.
 
     Raises:
         ConfigError: there is nothing to replace, or most of the body would stay as it is.
@@ -72,23 +87,31 @@ def replace(model: Any, make: Callable[[nn.Linear], FrozenLinear], trained: list
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and layer not in kept:
                 setattr(parent, name, make(layer))
+    experts.replace(model, kind, host, kept)
     frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
     left = sum(p.numel() for p in frozen if p is not model.get_input_embeddings().weight)
-    done = sum(layer.in_features * layer.out_features for _, layer in frozen_layers(model))
+    done = sum(math.prod(layer.shape) for _, layer in frozen_layers(model))
     if not done:
         raise ConfigError(f"{key} has no effect: no linear layer of this model's body is frozen; remove it")
     if left > done:
         raise ConfigError(
-            f"{key} would leave {left:,} of this model's frozen weights as they are, against {done:,}: its experts are not "
-            "linear layers, which is not supported yet"
+            f"{key} would leave {left:,} of this model's frozen weights as they are, against {done:,}: they are neither linear "
+            "layers nor experts behind transformers' interface for them, which is not supported yet"
         )
 
 
-def frozen_layers(model: Any) -> Iterator[tuple[str, FrozenLinear]]:
-    """Yield the replaced layers of ``model`` with their names in the plain model."""
+def frozen_layers(model: Any) -> Iterator[tuple[str, FrozenLinear | FrozenExperts]]:
+    """Yield what was replaced in ``model``, with its names in the plain model."""
     for name, module in model.named_modules():
-        if isinstance(module, FrozenLinear):
+        if isinstance(module, FrozenLinear | FrozenExperts):
             yield name.removesuffix(".base_layer"), module
+
+
+def frozen_weights(model: Any) -> dict[str, FrozenLinear | FrozenExperts]:
+    """Return what was replaced in ``model`` by the name of its parameter in the plain model."""
+    return {
+        name if isinstance(layer, FrozenExperts) else f"{name}.weight": layer for name, layer in frozen_layers(model)
+    }
 
 
 def has_frozen_layers(model: Any) -> bool:
@@ -99,4 +122,6 @@ def has_frozen_layers(model: Any) -> bool:
 def rehearse_filling(model: Any, device: Device) -> None:
     """Do what loading does to the replaced layers, with weights of no particular values."""
     for _, layer in frozen_layers(model):
-        device.repeating(("filling", layer.form, layer.shape), partial(layer.fill, None, model.dtype, device))
+        for piece in layer.pieces:
+            fill = partial(layer.fill, None, model.dtype, device, piece)  # type: ignore[arg-type]
+            device.repeating(("filling", layer.form, layer.shape), fill)

@@ -3,7 +3,7 @@
 Saves: gradients and optimizer state of the adapted matrices; only r x (in + out) numbers train for each. Costs: a
 second, thin matrix product, its activations, and what a low rank cannot express. peft's layers are put into the one
 model given, in place; ``lm_head`` and ``embed_tokens`` beside LoRA are trained as they are, or some rows of them
-(``trained_rows``), without peft's copies.
+(``trained_rows``), without peft's copies. Stacks of experts have adapters of our own (``expert_adapters``), which peft loads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
-from oomless.techniques import sharding, trained_rows
+from oomless.techniques import expert_adapters, sharding, trained_rows
+from oomless.techniques.experts import expert_modules
 
 ADAPTER = "default"
 
@@ -34,24 +35,40 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     """
     peft = import_unbooked("peft")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    linear, stacks = _targets(model, str(config.lora_target_modules))
     adapter = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        target_modules=_targets(model, str(config.lora_target_modules)),
+        target_modules=linear,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings(), torch.device("meta"):
-        # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
-        warnings.simplefilter("ignore", FutureWarning)
-        peft.inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+    if linear:
+        with warnings.catch_warnings(), torch.device("meta"):
+            # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
+            warnings.simplefilter("ignore", FutureWarning)
+            peft.inject_adapter_in_model(adapter, _Unknown(model), adapter_name=ADAPTER)
+    model.peft_config = {ADAPTER: adapter}
+    expert_adapters.inject(model, stacks, config, device)
     for module in _adapted_layers(model):
         _materialise(module, model.dtype, device)
     for parameter in trained:
         parameter.requires_grad_(True)
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
+
+
+class _Unknown(nn.Module):
+    """``model`` without its config, by which peft would take linear layers of a mixture for its experts' (``_TAKEN_FOR_EXPERTS``)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._modules = model._modules
+
+
+_TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Names of linear layers that peft, in a mixture, takes for what earlier versions of transformers called the experts'."""
 
 
 def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
@@ -98,24 +115,33 @@ def _is_adapted(layer: nn.Module) -> bool:
     return hasattr(layer, "lora_A")
 
 
-def _targets(model: Any, wanted: str) -> list[str]:
+def _targets(model: Any, wanted: str) -> tuple[list[str], list[str]]:
+    """Return the names of the linear layers, and of the stacks of experts, that ``wanted`` names; routers only by name."""
     head = model.get_output_embeddings()
-    linear = [
+    linear = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and not trains(module)
-    ]
+    }
+    stacks = set(expert_adapters.targets(model))
     if wanted == "all-linear":
-        return linear
+        return sorted(linear - _beside_experts(model)), sorted(stacks)
     endings = [ending.strip() for ending in wanted.split(",")]
     for ending in endings:
-        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        if not any(name == ending or name.endswith(f".{ending}") for name in linear | stacks):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear | stacks})
             raise ConfigError(
                 f"lora_target_modules: {ending!r} names no linear layer of this model's body; it has {', '.join(known)} "
                 "(lm_head and embed_tokens are trained whole: add them to trainable)"
             )
-    return [name for name in linear if any(name == e or name.endswith(f".{e}") for e in endings)]
+    named = [name for name in sorted(linear | stacks) if any(name == e or name.endswith(f".{e}") for e in endings)]
+    return [name for name in named if name in linear], [name for name in named if name in stacks]
+
+
+def _beside_experts(model: Any) -> set[str]:
+    """Return the names of linear layers that lie where experts do: routers, and gates of shared experts."""
+    places = {name.rpartition(".")[0] for name, _ in expert_modules(model)}
+    return {f"{place}.{child}" for place in places for child, _ in model.get_submodule(place).named_children()}
 
 
 def trains(layer: nn.Linear) -> bool:
@@ -130,9 +156,10 @@ def is_adapter(name: str) -> bool:
 
 def checkpoint_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Return what trains beside and inside the adapters, under the names of peft's ``adapter_model.safetensors``."""
-    found = {}
+    found = {f"base_model.model.{name}": parameter for name, parameter in expert_adapters.parameters(model).items()}
+    known = {id(parameter) for parameter in found.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and not trained_rows.is_rows(name):
+        if parameter.requires_grad and not trained_rows.is_rows(name) and id(parameter) not in known:
             name = name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
             found[f"base_model.model.{name.replace(f'.{ADAPTER}.weight', '.weight')}"] = parameter
     for name, module in trained_rows.owners(model).items():
@@ -151,9 +178,22 @@ def save_config(model: Any, folder: Path) -> None:
     adapter = copy.deepcopy(model.peft_config[ADAPTER])
     adapter.modules_to_save = sorted(whole) or None
     adapter.trainable_token_indices = rows or None
+    _name_expert_targets(model, adapter)
     adapter.base_model_name_or_path = model.config._name_or_path
     adapter.inference_mode = True
     adapter.save_pretrained(folder)
+
+
+def _name_expert_targets(model: Any, adapter: Any) -> None:
+    """Have peft find the adapters of experts, and those of linear layers that it would take for experts', as parameters' adapters."""
+    stacks = [f"{name}.{stack}" for name, stack, _ in expert_adapters.adapters(model)]
+    linear = set()
+    if any(expert_modules(model)):
+        linear = {name for name in adapter.target_modules if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS}
+    if stacks or linear:
+        adapter.target_modules = sorted(set(adapter.target_modules) - linear)
+        adapter.target_parameters = sorted([*stacks, *(f"{name}.weight" for name in linear)])
+        adapter.lora_dropout = 0.0  # of no use in a finished adapter, and nothing that peft knows for parameters
 
 
 def merge(model: Any) -> None:
@@ -161,6 +201,7 @@ def merge(model: Any) -> None:
     for module in _adapted_layers(model):
         if not module.merged:
             module.merge(safe_merge=True)
+    expert_adapters.merge(model)
     trained_rows.merge(model)
 
 

@@ -4,8 +4,8 @@ Saves: 12 or 8 of the 16 bits of every frozen weight. Costs: the rounding, which
 every weight in forward and backward. Each weight is quantised as it comes from the file, so neither host nor device ever
 holds more than the quantised model and one weight. Saved models hold the weights of the file, not the rounded ones.
 
-Quantised are the linear layers of the body that do not train; embeddings, norms and ``lm_head`` are not. Not for
-``trainable: full``, which freezes nothing, and not for architectures whose experts are one tensor instead of layers.
+Quantised are the linear layers of the body that do not train, and experts (``experts.py``); embeddings, norms, routers and
+``lm_head`` are not. Not for ``trainable: full``, which freezes nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.ops.frozen_linear import PackedWeight, Quantization, new_code, pack, packed_shapes
 from oomless.techniques import frozen_layers
+from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.frozen_layers import FrozenLinear
 
 
@@ -38,7 +39,7 @@ class QuantizedLinear(FrozenLinear):
     def stored(self) -> PackedWeight:  # noqa: D102
         return PackedWeight(self.kind, self.shape, self.code, **dict(self.named_buffers(recurse=False)))
 
-    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device) -> None:  # noqa: D102
+    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:  # noqa: D102
         if host is None:
             weight = torch.empty(self.shape, dtype=dtype, device=device.torch_device)
         else:
@@ -63,13 +64,16 @@ def replace(model: Any, kind: Quantization, trained: list[nn.Module]) -> None:
         import_unbooked("bitsandbytes")
     except ImportError as error:
         raise ConfigError("quantization needs bitsandbytes: install oomless[quantize], or leave it out") from error
-    frozen_layers.replace(model, lambda layer: QuantizedLinear(layer, kind), trained, key="quantization")
+    frozen_layers.replace(model, lambda layer: QuantizedLinear(layer, kind), trained, key="quantization", kind=kind)
 
 
 def prepare(model: Any, device: Device) -> None:
-    """Give the quantised layers of ``model``, now allocated, the one code that they share."""
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    if not layers:
+    """Give the quantised layers and experts of ``model``, now allocated, the one code that they share."""
+    layers: list[QuantizedLinear | FrozenExperts] = []
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) or (isinstance(module, FrozenExperts) and module.kind is not None):
+            layers.append(module)
+    if not layers or layers[0].kind is None:
         return
     with device.host():
         host = new_code(layers[0].kind)

@@ -1,4 +1,4 @@
-"""Frozen linear layers in pinned host memory: each weight comes to the device when a product needs it, and goes.
+"""Frozen linear layers and experts in pinned host memory: each weight comes to the device when a product needs it, and goes.
 
 Saves: all frozen weights but two. Costs: as much pinned host memory, and the bus, which carries every weight once for each
 product with it: forward, backward, and the recomputation between where there is checkpointing. The last resort. While one
@@ -35,7 +35,7 @@ class StreamedLinear(FrozenLinear):
     def stored(self) -> _Streamed:  # noqa: D102
         return _Streamed(self)
 
-    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device) -> None:  # noqa: D102
+    def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:  # noqa: D102
         with device.host():
             weight = torch.empty(self.shape, dtype=dtype) if host is None else host.to(dtype)
         self.host = device.pinned_like(weight)
@@ -84,7 +84,7 @@ class _Stream:
 
 
 def replace(model: Any, device: Device, trained: list[nn.Module]) -> None:
-    """Have the linear layers of ``model`` that do not train on the host; see ``frozen_layers.replace``.
+    """Have the linear layers and experts of ``model`` that do not train on the host; see ``frozen_layers.replace``.
 
     Raises:
         ConfigError: the device is the plain CPU, there is nothing to replace, or most of the body would stay as it is.
@@ -92,4 +92,4 @@ def replace(model: Any, device: Device, trained: list[nn.Module]) -> None:
     if device.capacity_bytes is None:
         raise ConfigError("stream_frozen has no effect on a CPU, whose memory is the host's; remove it")
     stream = _Stream(device)
-    frozen_layers.replace(model, lambda layer: StreamedLinear(layer, stream), trained, key="stream_frozen")
+    frozen_layers.replace(model, lambda layer: StreamedLinear(layer, stream), trained, key="stream_frozen", host=device)

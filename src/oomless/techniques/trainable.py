@@ -14,6 +14,7 @@ embed_tokens" is then no setting of flags but a choice, which the user makes wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -155,8 +156,8 @@ def table(model: Any) -> list[TrainableRow]:
         (name, parameter.numel(), parameter.requires_grad, str(parameter.dtype).removeprefix("torch."))
         for name, parameter in model.named_parameters()
     ]
-    for name, layer in frozen_layers.frozen_layers(model):
-        found.append((f"{name}.weight", layer.in_features * layer.out_features, False, layer.form))
+    for name, layer in frozen_layers.frozen_weights(model).items():
+        found.append((name, math.prod(layer.shape), False, layer.form))
     for name, count, trains, dtype in found:
         kind = ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
         row = rows.setdefault(kind, [0, 0, dtype])

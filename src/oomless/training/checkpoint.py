@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from oomless.errors import CheckpointError
 from oomless.memory.device import Device, random_state, set_random_state
 from oomless.models import build, save
+from oomless.models.layout import Savable
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import frozen_layers, lora, sharding
@@ -196,7 +197,7 @@ def save_checkpoint(
 def write_model_folder(
     target: Path,
     describe: Callable[[Path], None],
-    files: Mapping[str, Mapping[str, save.Savable]],
+    files: Mapping[str, Mapping[str, Savable]],
     seal: Callable[[Path], None],
     device: Device,
     ranks: Ranks,
@@ -269,7 +270,7 @@ def is_adapted(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def weights_to_save(model: Any, device: Device) -> dict[str, save.Savable]:
+def weights_to_save(model: Any, device: Device) -> dict[str, Savable]:
     """Return what a checkpoint keeps of the model: all of it, or with LoRA or frozen layers that are stored otherwise what trains."""
     if trained := _trained(model):
         return {name: save.savable(parameter) for name, parameter in trained.items()}
@@ -292,9 +293,9 @@ def _trained_file(model: Any) -> str | None:
     return "trained.safetensors" if frozen_layers.has_frozen_layers(model) else None
 
 
-def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale) -> dict[str, save.Savable]:
+def trainer_tensors(model: Any, optimizer: MemoryLeanOptimizer, loss_scale: LossScale) -> dict[str, Savable]:
     """Return what a checkpoint keeps beside the model, all on the device."""
-    tensors: dict[str, save.Savable] = {
+    tensors: dict[str, Savable] = {
         f"parameter/{name}/{key}": save.savable(parameter, tensor, key)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad

@@ -45,7 +45,7 @@ def write(
             return
         if checkpoint.is_adapted(model):
             lora.merge(model)
-            save.save_model(model, folder, lora.plain_tensors(model), device)
+            save.save_model(model, folder, save.merged_tensors(model, device), device)
             checkpoint.save_tokenizer(tokenizer, folder)
             return
         for path in last.folder.iterdir():
@@ -64,7 +64,7 @@ def write(
 def _write_merged_parts(target: Path, model: Any, tokenizer: Any, device: Device, ranks: Ranks) -> None:
     """Write a model with adapters of which each process holds, merges and writes a part."""
     lora.merge_parts(model)
-    files = save.weight_files({name: save.savable(tensor) for name, tensor in lora.plain_tensors(model).items()})
+    files = save.weight_files(save.merged_tensors(model, device))
 
     def describe(folder: Path) -> None:
         save.save_config(model, folder)

@@ -1,0 +1,146 @@
+"""Low-rank adapters of experts: for every expert of a stack a pair of thin matrices of its own.
+
+Saves and costs what LoRA does for a linear layer (``lora.py``), for each expert. peft adapts a stack as a parameter
+(``target_parameters``) by adding all products to all matrices in every forward, which takes a whole stack; here each token's
+rows go through the two thin matrices of their expert. The two tensors of a stack have peft's shapes and, in files, its names:
+A is [E x rank, in], B is [out, rank x E], the expert the slowest in A and the fastest in B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError
+from oomless.memory.device import Device
+from oomless.ops.grouped_linear import Groups, grouped_linear
+from oomless.techniques.experts import STACKS, expert_modules
+
+PREFIX = "lora_"
+
+
+class ExpertAdapter(nn.Module):
+    """The adapter of one stack of ``shape``, [E, rows, columns] of the matrices, which are [in, out] if ``transposed``."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], transposed: bool, config: TrainConfig, dtype: torch.dtype, device: Device
+    ) -> None:
+        super().__init__()
+        assert config.lora_r is not None
+        assert config.lora_alpha is not None
+        self.experts, rows, columns = shape
+        self.inputs, self.outputs = (rows, columns) if transposed else (columns, rows)
+        self.rank, self.transposed = config.lora_r, transposed
+        self.dropout = config.lora_dropout or 0.0
+        self.scaling = config.lora_alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
+        self.merged = False
+        self.A = nn.Parameter(
+            torch.empty(self.experts * self.rank, self.inputs, dtype=dtype, device=device.torch_device)
+        )
+        self.B = nn.Parameter(
+            torch.zeros(self.outputs, self.rank * self.experts, dtype=dtype, device=device.torch_device)
+        )
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as the weight of an nn.Linear
+
+    def add(self, rows: Tensor, base: Tensor, groups: Groups) -> Tensor:
+        """Return ``base`` with what the adapters make of ``rows``, added in place: [S, out]."""
+        if self.merged:
+            return base
+        rows = functional.dropout(rows, self.dropout, self.training)
+        low = grouped_linear(rows, self.A.view(self.experts, self.rank, self.inputs), groups)
+        return grouped_linear(low, self._expert_major(), groups, base=base, scale=self.scaling)
+
+    def _expert_major(self) -> Tensor:
+        """Return B as [E, out, rank]."""
+        return self.B.view(self.outputs, self.rank, self.experts).permute(2, 0, 1).contiguous()
+
+    @torch.no_grad()
+    def delta(self, expert: int) -> Tensor:
+        """Return what is added to the matrix of ``expert``, as that one lies, in fp32."""
+        a = self.A.view(self.experts, self.rank, self.inputs)[expert]
+        b = self.B.view(self.outputs, self.rank, self.experts)[:, :, expert]
+        added = b.float() @ a.float() * self.scaling
+        return added.t() if self.transposed else added
+
+    @torch.no_grad()
+    def merge(self, stack: nn.Parameter) -> None:
+        """Add what the adapters add into ``stack``, in place and one expert at a time."""
+        for expert in range(self.experts):
+            stack[expert] += self.delta(expert).to(stack.dtype)
+        self.merged = True
+
+
+def targets(model: Any) -> dict[str, tuple[Any, str]]:
+    """Return the stacks of experts that do not train, by name, each with the module that holds it and its name there."""
+    found = {}
+    for name, module in expert_modules(model):
+        for stack in STACKS:
+            held = getattr(module, stack, None)
+            if held is not None and not getattr(held, "requires_grad", False):
+                found[f"{name}.{stack}"] = (module, stack)
+    return found
+
+
+def inject(model: Any, names: list[str], config: TrainConfig, device: Device) -> None:
+    """Give the stacks ``names`` of ``model`` their adapters.
+
+    Raises:
+        ConfigError: they are to be DoRA's, which peft has no form for.
+    """
+    if names and config.use_dora:
+        raise ConfigError(
+            "use_dora is for linear layers, not for experts: name other lora_target_modules, such as "
+            "q_proj,k_proj,v_proj,o_proj, or leave use_dora out",
+            *("use_dora", "lora_target_modules"),
+        )
+    known = targets(model)
+    for name in names:
+        module, stack = known[name]
+        adapter = ExpertAdapter(getattr(module, stack).shape, module.is_transposed, config, model.dtype, device)
+        setattr(module, PREFIX + stack, adapter)
+
+
+def of(module: Any, stack: str) -> ExpertAdapter | None:
+    """Return the adapter of one of the stacks that ``module`` holds, or ``None``."""
+    adapter: ExpertAdapter | None = module._modules.get(PREFIX + stack)
+    return adapter
+
+
+def adapters(model: Any) -> Iterator[tuple[str, str, ExpertAdapter]]:
+    """Yield for each adapter in ``model`` the name of the module of experts, that of the stack in it, and the adapter."""
+    for name, module in expert_modules(model):
+        for stack in STACKS:
+            adapter = of(module, stack)
+            if adapter is not None:
+                yield name, stack, adapter
+
+
+def parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Return the adapters' parameters under peft's names, without its prefix.
+
+    peft wraps the module of experts once for each stack, the first inside, and calls what is wrapped ``base_layer``.
+    """
+    of_module: dict[str, list[ExpertAdapter]] = {}
+    for name, _, adapter in adapters(model):
+        of_module.setdefault(name, []).append(adapter)
+    found = {}
+    for name, own in of_module.items():
+        for outside, adapter in enumerate(reversed(own)):
+            wrapped = name + ".base_layer" * outside
+            found[f"{wrapped}.lora_A.weight"] = adapter.A
+            found[f"{wrapped}.lora_B.weight"] = adapter.B
+    return found
+
+
+def merge(model: Any) -> None:
+    """Add every adapter of experts into its stack, in place; what was cut short may be begun again."""
+    modules = dict(model.named_modules())
+    for name, stack, adapter in adapters(model):
+        if not adapter.merged:
+            adapter.merge(getattr(modules[name], stack))
