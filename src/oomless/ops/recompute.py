@@ -61,7 +61,7 @@ def recomputing() -> Iterator[None]:
     def pack(saved: Tensor) -> Any:
         found = offers.get(saved.untyped_storage()._cdata)
         if found is None or found.storage.expired() or found.dtype != saved.dtype:  # type: ignore[no-untyped-call]
-            return saved
+            return saved.detach()  # an output that came as it is would hold the operator that holds it, for ever
         found.users += 1
         return found, saved.shape, saved.stride(), saved.storage_offset()
 

@@ -19,12 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.techniques import in_flight
 
 Wait = Callable[[], None]
 
 
-def apply(layers: list[nn.Module], device: Device) -> None:
-    """Have the inputs of ``layers``, all checkpointed and in forward's order, wait for backward in host memory.
+def apply(model: Any, layers: list[nn.Module], device: Device) -> None:
+    """Have the inputs of ``layers`` of ``model``, all checkpointed and in forward's order, wait for backward in host memory.
 
     Raises:
         ConfigError: the device is the plain CPU, or there is but one layer.
@@ -35,7 +36,9 @@ def apply(layers: list[nn.Module], device: Device) -> None:
         raise ConfigError(
             "offload_activations has no effect with a single checkpointed layer, whose input backward takes first; remove it"
         )
-    _apply(layers, _Store(device, last=len(layers) - 1))
+    store = _Store(device, last=len(layers) - 1)
+    in_flight.note(model, store.clear)
+    _apply(layers, store)
 
 
 def _apply(layers: list[Any], store: _Store) -> None:
@@ -81,6 +84,7 @@ def _checkpoint_offloaded(
     storage = hidden.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Any:
+        saved = saved.detach()  # what is packed must not hold the operator that holds it
         return store.send(number, saved) if saved.untyped_storage()._cdata == storage else saved
 
     def unpack(packed: Any) -> Tensor:
@@ -113,8 +117,6 @@ class _Store:
         self._release()
         if number == self.last:
             return _Sent(number, tensor)
-        self._coming.clear()
-        tensor = tensor.detach()
         host = self._hosts.get(number)
         if host is None or host.shape != tensor.shape:
             host = self._hosts[number] = self.device.pinned_like(tensor)
@@ -136,6 +138,8 @@ class _Store:
     def clear(self) -> None:
         """Let go of what is on the device, as after a step that was cut short."""
         self._release()
+        for _, wait in self._coming.values():
+            wait()
         self._coming.clear()
 
     def _fetch(self, number: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
-from oomless.techniques import frozen_layers
+from oomless.techniques import frozen_layers, in_flight
 from oomless.techniques.frozen_layers import FrozenLinear
 
 
@@ -62,10 +62,9 @@ class _Stream:
 
     def take(self, layer: StreamedLinear) -> Tensor:
         """Return the weight of ``layer`` on the device, and begin to fetch the one that came after it the last time."""
-        coming, self._coming = self._coming, None
-        if coming is None or coming[0] is not layer:
-            del coming
-            coming = self._fetch(layer)
+        if self._coming is not None and self._coming[0] is not layer:
+            self._drop()
+        coming, self._coming = self._coming or self._fetch(layer), None
         _, weight, wait = coming
         wait()
         # Two layers say where in forward, recomputation or backward this is, which decides what comes next.
@@ -76,6 +75,17 @@ class _Stream:
         if expected is not None:
             self._coming = self._fetch(expected)
         return weight
+
+    def clear(self) -> None:
+        """Let go of what is on the device, as after a step that was cut short; the next one comes by as the first did."""
+        self._drop()
+        self._last = (0, 0)
+
+    def _drop(self) -> None:
+        if self._coming is not None:
+            _, _, wait = self._coming
+            wait()
+            self._coming = None
 
     def _fetch(self, layer: StreamedLinear) -> tuple[StreamedLinear, Tensor, Callable[[], None]]:
         target = torch.empty(layer.host.shape, dtype=layer.host.dtype, device=self.device.torch_device)
@@ -92,4 +102,5 @@ def replace(model: Any, device: Device, trained: list[nn.Module]) -> None:
     if device.capacity_bytes is None:
         raise ConfigError("stream_frozen has no effect on a CPU, whose memory is the host's; remove it")
     stream = _Stream(device)
+    in_flight.note(model, stream.clear)
     frozen_layers.replace(model, lambda layer: StreamedLinear(layer, stream), trained, key="stream_frozen", host=device)

@@ -192,7 +192,7 @@ def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtyp
     if config.gradient_checkpointing:
         layers = checkpointing.apply(model, config.checkpointed_layers)
         if config.offload_activations:
-            offload_activations.apply(layers, device)
+            offload_activations.apply(model, layers, device)
     if config.cheap_recompute:
         cheap_recompute.apply(model, norm_dtype=norm_dtype)
     if config.mlp_tiles is not None:

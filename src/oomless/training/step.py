@@ -19,7 +19,7 @@ from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
 from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
-from oomless.techniques import block_dropout, one_gradient_buffer, sharding
+from oomless.techniques import block_dropout, in_flight, one_gradient_buffer, sharding
 from oomless.training.distributed import ALONE, Ranks
 from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
@@ -121,10 +121,13 @@ class TrainingStep:
         return 0
 
     def abandon(self) -> None:
-        """Leave nothing of a step that failed: no gradient, and no bookkeeping of updates in backward."""
+        """Leave nothing of a step that failed, whose error is forgotten: no gradient, no bookkeeping, nothing on its way."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.fused is not None:
             self.fused.abandon()
+        in_flight.drop(self.model)
+        with self.device.host():  # what a failed backward left in autograd's queue goes when the next one begins
+            torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
     def _update(self, loss: Tensor, *, changes_nothing: bool = False) -> tuple[Tensor, Tensor]:
         norm = self._gradient_norm().div_(self.loss_scale.scale)
