@@ -19,6 +19,10 @@ NOT_NEEDED_TO_PLAN = """
 """
 
 
+_SCOUT = "high_freq_factor field must be greater than low_freq_factor"
+"""Llama 4 Scout is published with two that are equal."""
+
+
 @pytest.fixture
 def transformers_log(caplog, monkeypatch):
     """What transformers says of a config; its own handler does not reach pytest."""
@@ -38,7 +42,8 @@ def test_the_real_class_has_the_published_number_of_parameters(name, transformer
         key: value for key, value in stored.items() if key != "dtype"
     }
     assert config.dtype == getattr(torch, stored["dtype"])
-    assert not transformers_log.records
+    said = [record.getMessage() for record in transformers_log.records]
+    assert not [message for message in said if _SCOUT not in message]
 
 
 @pytest.mark.parametrize("name", catalogue.models())
@@ -65,7 +70,7 @@ def test_entries_hold_together(name):
 
 def test_there_are_enough_models_of_every_family():
     names = catalogue.models()
-    assert len(names) >= 50
+    assert len(names) >= 250
     for family in [
         "Llama-2",
         "Llama-3-",

@@ -6,10 +6,11 @@ data lies in ``gpus.yaml``, ``overheads.yaml``, ``efficiency.yaml`` and ``model_
 """
 
 from oomless.catalogue.gpus import Gpu, apple_gpu, gpu, gpus, recognise
-from oomless.catalogue.models import Model, model, model_config, models, models_of, parameters
+from oomless.catalogue.models import MADE, Model, model, model_config, models, models_of, name_words, parameters
 from oomless.catalogue.overheads import Overhead, overhead, overheads
 
 __all__ = [
+    "MADE",
     "Gpu",
     "Model",
     "Overhead",
@@ -20,6 +21,7 @@ __all__ = [
     "model_config",
     "models",
     "models_of",
+    "name_words",
     "overhead",
     "overheads",
     "parameters",

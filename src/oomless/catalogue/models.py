@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from oomless.catalogue._data import read_json_folder
+from oomless.catalogue._data import read_json_folder, read_yaml
 from oomless.errors import ModelError, nearest
+
+MADE = "November 2026"
+"""When the list of models was last gone through."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,15 +80,10 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def models_of(model_type: str) -> list[str]:
-    """Return the known models of one architecture, the largest first."""
-    names = []
-    for name in models():
-        try:
-            if model_config(name).get("model_type") == model_type:
-                names.append(name)
-        except ModelError:
-            continue
-    return sorted(names, key=lambda name: -parameters(name))
+    """Return the known models of one architecture, the largest first; of those with the same number of parameters one."""
+    alike = [entry for entry in _models_by_name().values() if entry.config["model_type"] == model_type]
+    by_size = {entry.parameters: entry.name for entry in sorted(alike, key=lambda entry: -len(entry.name))}
+    return [by_size[size] for size in sorted(by_size, reverse=True)]
 
 
 def parameters(name: str) -> int:
@@ -97,16 +95,28 @@ def parameters(name: str) -> int:
     return model(name).parameters
 
 
+def name_words(kind: str) -> frozenset[str]:
+    """Return the words of names that are packings, variants or reshaping; ``name_words.yaml`` says what these are."""
+    return frozenset(str(word) for word in read_yaml("name_words.yaml")[kind].split())
+
+
 @cache
 def _models_by_name() -> dict[str, Model]:
+    entries = read_json_folder("model_configs")
     return {
         name: Model(
             name=name,
             also=tuple(entry.get("also", ())),
             parameters=entry["parameters"],
-            config=entry["config"],
+            config=_whole(entry, entries),
             source=entry["source"],
             note=entry.get("note"),
         )
-        for name, entry in read_json_folder("model_configs").items()
+        for name, entry in entries.items()
     }
+
+
+def _whole(entry: Mapping[str, Any], entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of ``entry``, on top of that of the entry that it is like."""
+    base = _whole(entries[entry["like"]], entries) if "like" in entry else {}
+    return {**base, **entry["config"]}

@@ -55,7 +55,7 @@ def explain(
 
     FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings.
     """
-    from oomless.cli.voice import out
+    from oomless.cli.voice import out, say_notes
     from oomless.diagnosis.explain import explain as diagnose
     from oomless.diagnosis.explain import read_text
     from oomless.diagnosis.tools import TOOLS
@@ -75,6 +75,8 @@ def explain(
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
     given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
     answer = diagnose(text, given, snapshot=snapshot, tool=tool, mixed_precision=mixed_precision, attention=attention)
+    if answer.run.spec is not None:
+        say_notes(answer.run.spec)
     if json:
         out().out(dumps(answer.to_dict(), indent=2))
     else:

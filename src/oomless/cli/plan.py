@@ -74,7 +74,8 @@ def plan(
         TrainConfig.from_mapping({**UNPLANNED, **given})
 
     from oomless.cli.searching import explain_nothing_fits, searching
-    from oomless.cli.voice import aside, launcher, out
+    from oomless.cli.voice import aside, launcher, out, say_notes
+    from oomless.models.spec import resolve_for_plan
     from oomless.planning.choose import as_config, choose_training, compare, picked_settings
     from oomless.planning.plan import plan_training
     from oomless.planning.throughput import speed_of
@@ -82,6 +83,8 @@ def plan(
     from oomless.report.plan import print_plan, write_timeline
 
     screen = out()
+    for model in filter(None, models):
+        say_notes(resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code"))))
     if compares:
         with searching(aside()) as say:
             compared = compare(given, models, gpus, host_bytes=host_bytes, progress=say)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import TYPE_CHECKING
 
 from oomless.report.screen import Screen
+
+if TYPE_CHECKING:
+    from oomless.models.spec import ModelSpec
 
 
 def speaks() -> bool:
@@ -23,6 +27,12 @@ def out() -> Screen:
 def aside() -> Screen:
     """Return the screen of progress and errors."""
     return Screen(stderr=True)
+
+
+def say_notes(spec: ModelSpec) -> None:
+    """Say, beside the answers, what the name of ``spec`` was taken for, and how its weights are stored."""
+    for note in spec.notes:
+        aside().print(note, style="dim")
 
 
 def launcher(gpus: int) -> str:

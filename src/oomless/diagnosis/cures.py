@@ -19,6 +19,7 @@ from oomless.diagnosis.tools import change_in
 from oomless.errors import UserError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.models.spec import resolve_for_plan
+from oomless.planning.nearby import first_with
 from oomless.planning.plan import Target, target_for
 
 ENOUGH = 3
@@ -470,12 +471,14 @@ def _elsewhere(run: FailedRun) -> Iterator[str]:
                 yield f"GPU: {gpu.name} is the smallest of the catalogue on which this fits with {how}"
                 break
     family = catalogue.models_of(str(run.spec.config.model_type))
-    for name in [name for name in family if catalogue.parameters(name) < needed.parameters]:
-        smaller = dataclasses.replace(run, model=name, spec=resolve_for_plan(name))
-        answer = _planned(smaller, sets)
-        if answer is not None and answer.fits:
-            yield f"model: {name} is the largest of its architecture that fits here with {how}"
-            break
+
+    def fits(name: str) -> _Answer | None:
+        answer = _planned(dataclasses.replace(run, model=name, spec=resolve_for_plan(name)), sets)
+        return answer if answer is not None and answer.fits else None
+
+    largest = first_with([name for name in family if catalogue.parameters(name) < needed.parameters], fits)
+    if largest is not None:
+        yield f"model: {largest[0]} is the largest of its architecture that fits here with {how}"
 
 
 def own_settings(config: TrainConfig) -> dict[str, Any]:

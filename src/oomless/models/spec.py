@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oomless import catalogue
 from oomless.errors import ModelError, nearest
-from oomless.models import starting_point
+from oomless.models import names, starting_point
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +22,8 @@ class ModelSpec:
 
     folder: Path | None
     trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
+    """What was taken for what, to be said once."""
 
 
 def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
@@ -38,7 +40,9 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     folder = path if path.is_dir() else _download(name)
     starting_point.check_folder(folder)
     config = read_config(folder / "config.json", trust_remote_code)
-    return ModelSpec(name=name, config=config, folder=folder, trust_remote_code=trust_remote_code)
+    _, kind = starting_point.stored_as(folder)
+    notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.READ_PLAIN}",)
+    return ModelSpec(name=name, config=config, folder=folder, trust_remote_code=trust_remote_code, notes=notes)
 
 
 def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
@@ -51,9 +55,15 @@ def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec
 
     if Path(name).expanduser().exists():
         return resolve(name, trust_remote_code=trust_remote_code)
-    settings = dict(catalogue.model_config(name))
+    found = names.find(name)
+    notes = (found.note,) if found.note else ()
+    if found.model is None:
+        assert found.config is not None
+        config = read_config(found.config, trust_remote_code)
+        return ModelSpec(name=name, config=config, folder=None, trust_remote_code=trust_remote_code, notes=notes)
+    settings = copy.deepcopy(dict(found.model.config))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return ModelSpec(name=catalogue.model(name).name, config=config, folder=None)
+    return ModelSpec(name=found.model.name, config=config, folder=None, notes=notes)
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
@@ -93,16 +103,19 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
-        )
+        near = names.hub_is_near()
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not near))
     except HFValidationError as error:
-        raise ModelError(f"there is no model folder {name!r}, and it is no Hugging Face name either") from error
+        raise ModelError(
+            f"there is no model folder {name!r}, and it is no Hugging Face name either.{names.suggestion(name)}"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"there is no folder {name!r}, and it could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}). Check the name and the network, log in if the model is gated, or give a folder."
+            f"there is no folder {name!r}, it is not in the local cache of the Hugging Face Hub, and it could not be fetched from there "
+            f"({type(error).__name__ if near else 'out of reach'}).{names.suggestion(name)} Check the name and the network, log in if "
+            "the model is gated, or give a folder."
         ) from error
 
 

@@ -17,6 +17,7 @@ from oomless.models.stored_forms import FORMS
 _KEYS = ("quantization_config", "compression_config", "quantization")
 
 FULL = "give the 16-bit model that it was made from"
+READ_PLAIN = "they are read with their scales as plain numbers, trained so and saved so; --quantization holds what is frozen in few bits"
 _IN_FEW_BITS = ", with --quantization nf4 or int8 to hold it in few bits while LoRA trains"
 
 

@@ -6,10 +6,10 @@ before it is named.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from oomless import catalogue
 from oomless.errors import UserError
@@ -27,6 +27,8 @@ PINS_OF_TECHNIQUE = (
 """What may be dropped of what the user gave, what costs least first."""
 
 SHORTEST = 128
+
+T = TypeVar("T")
 
 
 def smallest_changes(spec: ModelSpec, given: Settings, choice: Choice, results: Path | None) -> Iterator[str]:
@@ -56,26 +58,26 @@ def smallest_changes(spec: ModelSpec, given: Settings, choice: Choice, results: 
             break
         length //= 2
     larger = sorted(catalogue.gpus(), key=lambda gpu: gpu.usable_bytes)
-    best = _smallest_gpu([gpu.name for gpu in larger if gpu.usable_bytes > target.capacity_bytes], found, given)
-    if best is not None:
-        yield f"on a larger GPU, {best[1]} ({format_bytes(target_for(best[1]).usable_bytes)} usable): {best[0].quality}"
+    names = [gpu.name for gpu in larger if gpu.usable_bytes > target.capacity_bytes]
+    if best := first_with(names, lambda name: found(given, target_for(name))):
+        name, row = best
+        yield f"on a larger GPU, {name} ({format_bytes(target_for(name).usable_bytes)} usable): {row.quality}"
     own = parameter_count(spec)
-    for name in catalogue.models_of(str(spec.config.model_type)):
-        smaller = resolve_for_plan(name)
-        if catalogue.parameters(name) < own and (row := found({**given, "model": name}, target, smaller)):
-            yield f"with a smaller model, {name}: {row.quality}"
-            break
+    smaller = [name for name in catalogue.models_of(str(spec.config.model_type)) if catalogue.parameters(name) < own]
+    if best := first_with(smaller, lambda name: found({**given, "model": name}, target, resolve_for_plan(name))):
+        name, row = best
+        yield f"with a smaller model, {name}: {row.quality}"
 
 
-def _smallest_gpu(names: list[str], found: Any, given: Settings) -> tuple[Row, str] | None:
-    """Return the first of ``names``, which grow, on which something fits, by bisection."""
-    best: tuple[Row, str] | None = None
+def first_with(names: Sequence[str], answer: Callable[[str], T | None]) -> tuple[str, T] | None:
+    """Return the first of ``names`` to which there is an ``answer``, and it; there is one to all after it too."""
+    best: tuple[str, T] | None = None
     low, high = 0, len(names)
     while low < high:
         middle = (low + high) // 2
-        row = found(given, target_for(names[middle]))
-        if row is None:
+        found = answer(names[middle])
+        if found is None:
             low = middle + 1
         else:
-            best, high = (row, names[middle]), middle
+            best, high = (names[middle], found), middle
     return best
