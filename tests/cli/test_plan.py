@@ -163,7 +163,7 @@ def test_the_longest_sequence(make_checkpoint):
         (["--model", "gemma-7b", "--gpu", "T4", "--host-memory", "much"], "--host-memory"),
         (["--model", "gemma-7b", "--gpu", "T4", "--tokens-per-step", "1000"], "multiple of"),
         (["--gpu", "T4"], "model must be given"),
-        (["--model", "meta-llama/Llama-3.2-1C", "--gpu", "T4"], "Did you mean"),
+        (["--model", "meta-llama/Lama-3.2-1B", "--gpu", "T4"], "Did you mean"),
         (["--model", "gemma-7b", "--gpu", "RTX4009"], "Did you mean"),
         (["--model", "gemma-7b", "--gpu", "cpu"], "name one"),
         (["--model", "gemma-7b", "--gpu", "T4", "--max-seq-length", "0"], "at least 2"),
