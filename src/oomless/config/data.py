@@ -76,8 +76,17 @@ class Data:
     shuffle: bool = True
     """Shuffle the blocks, the same way for the same seed."""
 
-    text_field: str = "text"
-    """The field of a record (.jsonl .json .csv .tsv .parquet .arrow) that holds its text."""
+    text_field: str | None = None
+    """The field of a record (.jsonl .json .csv .tsv .parquet .arrow) that holds its text. [default: `text`, where the record is
+    no chat: messages, conversations, prompt and completion, or instruction and output]"""
+
+    chat_template: str | None = None
+    """How chats become text: plain (roles in words) or chatml, for base models; a file with a Jinja template; or a tokenizer's
+    folder or name, whose template is taken. It is saved with the model. [default: the tokenizer's own]"""
+
+    loss_on: Literal["assistant", "completion", "all"] | None = None
+    """What is learnt of chats: the assistant's turns, the last of them alone (or what completes a prompt), or everything.
+    [default: assistant]"""
 
     encoding: str = "utf-8"
     """How text files are encoded, such as utf-16 or windows-1252."""

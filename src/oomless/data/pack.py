@@ -9,6 +9,9 @@ token but the first of its document is predicted exactly once, whatever the pack
                  decreasing (Ding et al. 2024, "Fewer truncations improve language modeling") and blocks are padded
 ``concatenate``  one stream; documents follow each other as if they were one, and attention covers the block
 
+A chat is never cut over two blocks, since its answers mean nothing without what they answer. In the first two, chats are packed
+best-fit; in the third, each has a block. One that is longer than a block loses its end.
+
 What is left at the end of a block is padding: it predicts nothing and is a document of its own (in ``concatenate``, the
 end of the last block's).
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,21 +46,29 @@ class PackedBlocks:
 
     def __init__(self, store: TokenStore, spans: Any, length: int, packing: Packing) -> None:
         """Plan blocks of ``length`` inputs from ``spans``: where each document or part of one begins and ends in the store."""
-        self.store, self.length, self.packing = store, length, packing
+        self.store, self.length = store, length
+        self.packing: Packing | Literal["one by one"] = packing
+        self.shortened: Shortened | None = None
+        if store.learnt is not None:
+            spans, self.shortened = _shorten(store, spans, length)
+            self.packing = "one by one" if packing == "concatenate" else "best_fit"
         self.starts = spans[:, 0]
         sizes = spans[:, 1] - self.starts
-        if packing == "concatenate":
+        if self.packing == "concatenate":
             self.ends = np.cumsum(sizes)
             self.count = -(-self.targets // length)
             return
         targets = np.maximum(sizes - 1, 0)
-        if packing == "best_fit":
-            self.starts, targets, self.first_part = _best_fit(self.starts, targets, length)
-            self.ends = np.cumsum(targets)
-            self.count = len(self.first_part) - 1
-        else:
+        if self.packing == "documents":
             self.ends = np.cumsum(targets)
             self.count = -(-int(self.ends[-1]) // length)
+            return
+        if self.packing == "best_fit":
+            self.starts, targets, self.first_part = _best_fit(self.starts, targets, length)
+        else:
+            self.first_part = np.arange(len(spans) + 1)
+        self.ends = np.cumsum(targets)
+        self.count = len(self.first_part) - 1
 
     def __len__(self) -> int:
         return self.count
@@ -65,12 +76,14 @@ class PackedBlocks:
     @property
     def targets(self) -> int:
         """How many tokens one pass over the blocks predicts."""
+        if self.shortened is not None:
+            return self.shortened.targets
         last = int(self.ends[-1]) if len(self.ends) else 0
         return max(0, last - (self.packing == "concatenate"))
 
     def weights_of_blocks(self) -> tuple[Any, Any]:
         """Return for each block how many documents it holds, and how long the longest of them is; padding is left out."""
-        if self.packing == "concatenate":
+        if self.packing in ("concatenate", "one by one"):
             return np.ones(self.count, dtype=np.int64), np.full(self.count, self.length, dtype=np.int64)
         begins = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
         sizes = self.ends - begins
@@ -93,7 +106,7 @@ class PackedBlocks:
             raise IndexError(f"block {number} of {self.count}")
         if self.packing == "concatenate":
             return self._stream_block(number)
-        if self.packing == "best_fit":
+        if self.packing in ("best_fit", "one by one"):
             first, last = int(self.first_part[number]), int(self.first_part[number + 1])
             spans = [(int(self.starts[i]), self._size(i)) for i in range(first, last)]
         else:
@@ -125,8 +138,12 @@ class PackedBlocks:
         for start, size in spans:
             inputs[at : at + size] = self.store.tokens[start : start + size]
             labels[at : at + size] = self.store.tokens[start + 1 : start + size + 1]
+            if self.store.learnt is not None:
+                labels[at : at + size][~self.store.learnt[start + 1 : start + size + 1]] = IGNORED
             at += size
-        if at < self.length:
+        if self.packing == "one by one":
+            lengths = [self.length]
+        elif at < self.length:
             lengths.append(self.length - at)
         positions = np.concatenate([np.arange(size, dtype=np.int64) for size in lengths])
         return Block(input_ids=inputs, labels=labels, position_ids=positions, document_lengths=tuple(lengths))
@@ -140,6 +157,39 @@ class PackedBlocks:
         inputs[:size], labels[:size] = stream[:-1], stream[1:]
         positions = np.arange(self.length, dtype=np.int64)
         return Block(input_ids=inputs, labels=labels, position_ids=positions, document_lengths=(self.length,))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shortened:
+    """What became of chats that are longer than a block."""
+
+    targets: int
+    """Tokens to predict in all that is kept."""
+    shortened: int = 0
+    """Chats that lost their end."""
+    lost_tokens: int = 0
+    left_out: int = 0
+    """Chats of which no answer is left."""
+
+
+def _shorten(store: TokenStore, spans: Any, length: int) -> tuple[Any, Shortened]:
+    """Return ``spans`` of chats without what lies beyond a block, and without those that hold no answer then."""
+    ends = np.minimum(spans[:, 1], spans[:, 0] + length + 1)
+    targets = count_targets(store, np.stack([spans[:, 0], ends], axis=1))
+    cut, kept = ends < spans[:, 1], targets > 0
+    return np.stack([spans[:, 0], ends], axis=1)[kept], Shortened(
+        targets=int(targets.sum()),
+        shortened=int((cut & kept).sum()),
+        lost_tokens=int((spans[:, 1] - ends)[cut & kept].sum() + (spans[:, 1] - spans[:, 0])[~kept].sum()),
+        left_out=int((~kept).sum()),
+    )
+
+
+def count_targets(store: TokenStore, spans: Any) -> Any:
+    """Return how many tokens each of ``spans`` predicts alone."""
+    if store.learnt is None:
+        return np.maximum(spans[:, 1] - spans[:, 0] - 1, 0)
+    return np.array([np.count_nonzero(store.learnt[begin + 1 : end]) for begin, end in spans], dtype=np.int64)
 
 
 def _best_fit(starts: Any, targets: Any, length: int) -> tuple[Any, Any, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from oomless.config import DataSource, Packing, TrainConfig
+from oomless.data.chat import ChatEncoder, load_template
 from oomless.data.encode import Encoder
 from oomless.data.mix import BlockStream
-from oomless.data.pack import PackedBlocks
+from oomless.data.pack import PackedBlocks, count_targets
 from oomless.data.read import Manner
 from oomless.data.store import TokenStore, open_store, source_name, user_cache_dir
 from oomless.errors import ConfigError, DataError
@@ -44,23 +45,29 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
     """
     _check_names(config.data)
     _check_names(config.eval_data)
+    if config.chat_template is not None:
+        tokenizer.chat_template = load_template(config.chat_template)
     encoder = Encoder(tokenizer)
+    chats = ChatEncoder(tokenizer, encoder, config.loss_on or "assistant")
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else user_cache_dir()
 
     def opened(sources: Sequence[DataSource]) -> list[TokenStore]:
         return [
-            open_store(source, encoder, cache_dir, manner=_manner(source, config), progress=progress)
+            open_store(source, encoder, cache_dir, manner=_manner(source, config), chats=chats, progress=progress)
             for source in sources
         ]
 
     def packed(store: TokenStore, spans: Any) -> PackedBlocks:
         return PackedBlocks(store, spans, config.max_seq_length, config.packing)
 
-    stores = opened(config.data)
+    stores, eval_stores = opened(config.data), opened(config.eval_data)
+    for name in ("chat_template", "loss_on"):
+        if getattr(config, name) is not None and all(store.learnt is None for store in (*stores, *eval_stores)):
+            raise ConfigError(f"{name} is for chats, and data holds none: remove it", name)
     splits = [_split(store, config.eval_fraction or 0.0, config.seed, config.packing) for store in stores]
     train = [packed(store, learnt) for store, (learnt, _) in zip(stores, splits, strict=True)]
     evaluation = {s.name: packed(s, held_out) for s, (_, held_out) in zip(stores, splits, strict=True) if len(held_out)}
-    evaluation |= {store.name: packed(store, store.spans) for store in opened(config.eval_data)}
+    evaluation |= {store.name: packed(store, store.spans) for store in eval_stores}
     for blocks in (*train, *evaluation.values()):
         if not len(blocks):
             raise DataError(f"{blocks.store.name} holds no text to learn from: its documents are empty")
@@ -73,6 +80,7 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
         fingerprint=_fingerprint(stores, splits, weights, config),
     )
     lines = [store.describe() for store in stores]
+    lines += [line for blocks in (*train, *evaluation.values()) for line in _shortened(blocks)]
     lines += _mixture(stream) if len(stores) > 1 else []
     lines += [f"evaluation on {name}: {blocks.targets:,} tokens" for name, blocks in evaluation.items()]
     return PreparedData(train=stream, evaluation=evaluation, summary=tuple(lines))
@@ -97,11 +105,12 @@ def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> t
     """Return the spans to learn and those to hold out, which together predict every token of the documents once.
 
     Whole documents are held out in a random order while they fit into ``fraction`` of what there is to predict. Where they
-    come to less than nine tenths of that, the end of one more document is held out as well.
+    come to less than nine tenths of that, the end of one more document is held out as well. Chats are held out whole, at least one.
     """
     if not fraction:
         return store.spans, store.spans[:0]
-    spans, targets = store.spans, np.maximum(np.diff(store.starts) - 1, 0)
+    spans = store.spans
+    targets = count_targets(store, spans)
     total = int(targets.sum())
     if total < 2:
         raise DataError(
@@ -111,6 +120,13 @@ def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> t
     order = np.random.default_rng([seed, int(store.key[:12], 16)]).permutation(store.documents)
     sums = np.cumsum(targets[order])
     count = int(np.searchsorted(sums, wanted, side="right"))
+    if store.learnt is not None:  # what is left of a chat means nothing without its beginning
+        if store.documents < 2:
+            raise DataError(
+                f"{store.name} is one chat, which cannot be held out: set eval_fraction: 0, or name eval_data"
+            )
+        count = min(max(1, count), store.documents - 1)
+        return np.sort(spans[order[count:]], axis=0), np.sort(spans[order[:count]], axis=0)
     held = int(sums[count - 1]) if count else 0
     held_out, learnt = spans[order[:count]], spans[order[count:]].copy()
     if held < _NEAR * wanted:
@@ -122,6 +138,16 @@ def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> t
         tail[0] = learnt[0, 1] - (not follows)
         held_out = np.concatenate([held_out, tail[None]])
     return np.sort(learnt, axis=0), np.sort(held_out, axis=0)
+
+
+def _shortened(blocks: PackedBlocks) -> list[str]:
+    found = blocks.shortened
+    if found is None or not found.shortened + found.left_out:
+        return []
+    return [
+        f"{blocks.store.name}: {found.shortened:,} chats are longer than max_seq_length and lose their end, {found.left_out:,} keep no "
+        f"answer and are left out; {found.lost_tokens:,} tokens in all"
+    ]
 
 
 def _mixture(stream: BlockStream) -> list[str]:

@@ -17,12 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow
 
 from oomless.data.files import TextFile
 from oomless.errors import DataError
+
+if TYPE_CHECKING:
+    from oomless.data.chat import Conversation
 
 PIECE_CHARACTERS = 1 << 18
 
@@ -34,14 +37,15 @@ Progress = Callable[[int], None]
 class Manner:
     """How the files of a source are read, and what is to be said about it."""
 
-    text_field: str = "text"
+    text_field: str | None = None
+    """``None``: what a record is follows from its keys."""
     encoding: str = "utf-8"
     errors: str = "strict"
     notes: Counter[str] = field(default_factory=Counter)
 
 
-def read_documents(file: TextFile, manner: Manner, progress: Progress) -> Iterator[Pieces]:
-    """Yield each document of ``file`` as an iterator of pieces; the one before must be used up first.
+def read_documents(file: TextFile, manner: Manner, progress: Progress) -> Iterator[Pieces | Conversation]:
+    """Yield each document of ``file`` as an iterator of pieces, the one before used up first, or as a chat.
 
     ``progress`` is told how many of the file's bytes, as they lie on disk, have been read.
 

@@ -15,6 +15,8 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from oomless.data import chat
+from oomless.data.chat import Conversation
 from oomless.data.files import TextFile
 from oomless.data.read import PIECE_CHARACTERS, Manner, Pieces, Progress, seekable, text_pieces
 from oomless.errors import DataError, nearest
@@ -23,14 +25,17 @@ Record = dict[str, Any]
 Placed = tuple[str, Record]
 """Where a record lies, for a person, and the record."""
 
+TEXT_FIELD = "text"
+"""Where the text of a record lies, if nothing else is said and it is no chat."""
+
 _ROWS_AT_ONCE = 256
 _LOOK_AHEAD = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _PLAIN_JSON = ".json read as plain text, not records"
 
 
-def documents(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress) -> Iterator[Pieces]:
-    """Yield the text of each record of ``file``."""
+def documents(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress) -> Iterator[Pieces | Conversation]:
+    """Yield the text of each record of ``file``, or the chat that it is."""
     if file.kind in ("parquet", "arrow"):
         found = _rows(file, raw, manner, progress)
     else:
@@ -47,7 +52,12 @@ def documents(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress
         else:
             found = _json_lines(file, pieces) if file.kind == "jsonl" else _table(file, pieces)
     for where, record in found:
-        yield _record_pieces(where, record, manner.text_field)
+        form = _form(record, manner)
+        yield _record_pieces(where, record, manner) if form is None else chat.read(where, record, form)
+
+
+def _form(names: Iterable[str], manner: Manner) -> str | None:
+    return chat.form_of(names) if manner.text_field is None else None
 
 
 def _lines(pieces: Pieces) -> Iterator[str]:
@@ -104,7 +114,8 @@ def _shape(start: str, manner: Manner) -> str:
         record, end = json.JSONDecoder().raw_decode(start, at)
     except (ValueError, RecursionError):
         return "plain"
-    return "records" if start[_skip(start, end) :][:1] == "{" or manner.text_field in record else "plain"
+    is_record = (manner.text_field or TEXT_FIELD) in record or _form(record, manner) is not None
+    return "records" if start[_skip(start, end) :][:1] == "{" or is_record else "plain"
 
 
 def _skip(text: str, at: int) -> int:
@@ -237,15 +248,20 @@ def _rows(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress) ->
 
 
 def _columns(file: TextFile, schema: Any, manner: Manner) -> list[str]:
-    if manner.text_field not in schema.names:
-        raise _no_field(str(file.path), manner.text_field, schema.names)
-    return [manner.text_field]
+    form = _form(schema.names, manner)
+    if form is not None:
+        return chat.fields_of(form, schema.names)
+    name = manner.text_field or TEXT_FIELD
+    if name not in schema.names:
+        raise _no_field(str(file.path), name, schema.names)
+    return [name]
 
 
 # Records to text
 
 
-def _record_pieces(where: str, record: Record, name: str) -> Pieces:
+def _record_pieces(where: str, record: Record, manner: Manner) -> Pieces:
+    name = manner.text_field or TEXT_FIELD
     if name not in record:
         raise _no_field(where, name, list(record))
     text = record[name]
@@ -262,5 +278,6 @@ def _record_pieces(where: str, record: Record, name: str) -> Pieces:
 def _no_field(where: str, name: str, names: list[str]) -> DataError:
     return DataError(
         f"{where} has no field {name!r}; it has {', '.join(names)}.{nearest(name, names)} Set text_field to the field "
-        "that holds the text, or leave the file out with exclude."
+        "that holds the text, or leave the file out with exclude. Chats have messages, conversations, prompt and completion, or "
+        "instruction and output."
     )

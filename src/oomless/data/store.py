@@ -1,6 +1,7 @@
 """Text tokenised once: a memory-mapped file of ids, keyed by what went into it.
 
     <key>/tokens.bin     all ids, one document after the other, 16 bits each where the vocabulary allows
+          learnt.bin     of chats, which of them are to be predicted; else empty
           documents.npy  where each document begins, and the end
           header.json    counts and checksums
 
@@ -23,7 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ import pyarrow
 import tokenizers
 
 from oomless.config import DataSource
+from oomless.data.chat import ChatEncoder, Conversation
 from oomless.data.encode import Encoder
 from oomless.data.files import Found, TextFile, find_files
-from oomless.data.read import Manner, Pieces, read_documents
+from oomless.data.read import Manner, read_documents
 from oomless.errors import DataError
 from oomless.units import format_bytes
 
@@ -58,6 +60,9 @@ class TokenStore:
 
     starts: Any
     """Where each document begins, and the end: [documents + 1], int64."""
+
+    learnt: Any = None
+    """Which tokens of chats are to be predicted: [tokens], bool, memory-mapped; ``None`` where all are, as in text."""
 
     text_bytes: int
     passed_over: Counter[str]
@@ -110,8 +115,12 @@ class TokenStore:
         )
         for title, counts in (("; passed over: ", self.passed_over), ("; ", self.notes)):
             if counts:
-                line += title + ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+                line += title + _counted(counts)
         return line
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
 
 
 def source_name(source: DataSource) -> str:
@@ -125,6 +134,7 @@ def open_store(
     cache_dir: Path,
     *,
     manner: Manner | None = None,
+    chats: ChatEncoder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
     """Return the tokens of ``source``, tokenising its files if the cache does not hold them yet.
@@ -137,12 +147,14 @@ def open_store(
     manner = manner or Manner()
     found = find_files(source)
     stamps = [_stamp(file) for file in found.files]
-    key = _key(found.files, encoder, manner)
+    if not _holds_chats(found.files, manner):
+        chats = None
+    key = _key(found.files, encoder, manner, chats)
     folder = cache_dir / key
     for _ in range(_TRIES):
         if not folder.is_dir():
             try:
-                _build(folder, found.files, encoder, manner, progress)
+                _build(folder, found.files, encoder, manner, chats, progress)
             except OSError as error:
                 raise DataError(
                     f"the token cache {cache_dir} could not be written: {error.strerror or error}. Make room, or set cache_dir "
@@ -171,6 +183,13 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oomless" / "tokens"
 
 
+def _holds_chats(files: list[TextFile], manner: Manner) -> bool:
+    """Whether the first document that there is is a chat; others must be the same."""
+    apart = replace(manner, notes=Counter())
+    documents = (document for file in files for document in read_documents(file, apart, lambda _: None))
+    return isinstance(next(documents, None), Conversation)
+
+
 def _stamp(file: TextFile) -> tuple[int, int, int] | None:
     try:
         return _identity(file.path)
@@ -183,7 +202,7 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _key(files: list[TextFile], encoder: Encoder, manner: Manner) -> str:
+def _key(files: list[TextFile], encoder: Encoder, manner: Manner, chats: ChatEncoder | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = [
         _code(),
@@ -196,6 +215,7 @@ def _key(files: list[TextFile], encoder: Encoder, manner: Manner) -> str:
         manner.text_field,
         manner.encoding,
         manner.errors,
+        chats.facts if chats is not None else None,
     ]
     digest.update(json.dumps(settings).encode())
     for file in files:
@@ -229,6 +249,7 @@ def _build(
     files: list[TextFile],
     encoder: Encoder,
     manner: Manner,
+    chats: ChatEncoder | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +259,7 @@ def _build(
     try:
         total_bytes = sum(file.size_bytes for file in files)
 
-        def documents() -> Iterator[Pieces]:
+        def documents() -> Iterator[Any]:
             done = 0
             for file in files:
 
@@ -246,14 +267,24 @@ def _build(
                     if progress is not None:
                         progress(before + position, total_bytes)
 
-                yield from read_documents(file, manner, tell)
+                for document in read_documents(file, manner, tell):
+                    if isinstance(document, Conversation) == (chats is None):
+                        raise DataError(
+                            f"{file.path} holds chats and text, or other files of its source do: name them as two sources"
+                        )
+                    yield document
                 done += file.size_bytes
 
         dtype = np.uint16 if encoder.vocabulary <= 1 << 16 else np.uint32
         starts, position = [0], 0
-        with (temporary / "tokens.bin").open("wb") as file:
-            for ids, is_last in encoder.documents(documents(), dtype):
+        with (temporary / "tokens.bin").open("wb") as file, (temporary / "learnt.bin").open("wb") as learnt_file:
+            if chats is None:
+                encoded = ((ids, None, is_last) for ids, is_last in encoder.documents(documents(), dtype))
+            else:
+                encoded = ((ids, learnt, True) for ids, learnt in chats.documents(documents(), dtype, manner.notes))
+            for ids, learnt, is_last in encoded:
                 file.write(ids.data)
+                learnt_file.write(learnt.data if learnt is not None else b"")
                 position += len(ids)
                 if is_last:
                     starts.append(position)
@@ -262,8 +293,9 @@ def _build(
             "dtype": np.dtype(dtype).name,
             "tokens": position,
             "text_bytes": total_bytes,
+            "chats": chats is not None,
             "notes": manner.notes,
-            "checksums": {name: _checksum(temporary / name) for name in ("tokens.bin", "documents.npy")},
+            "checksums": {name: _checksum(temporary / name) for name in ("tokens.bin", "learnt.bin", "documents.npy")},
         }
         (temporary / "header.json").write_text(json.dumps(header, indent=2), encoding="utf-8")
         for path in temporary.iterdir():
@@ -319,12 +351,15 @@ def _open(folder: Path, source: DataSource, found: Found) -> TokenStore:
         tokens = np.memmap(path, header["dtype"], "r", shape=shape) if shape[0] else np.zeros(0, header["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the token cache {folder} is damaged ({error}): remove that folder and start again") from error
+    if len(tokens) == 0 and header["notes"]:
+        raise DataError(f"{source.path} holds nothing to learn: {_counted(Counter(header['notes']))}")
     if len(tokens) == 0:
         raise DataError(f"{source.path} holds no text")
     return TokenStore(
         name=source_name(source),
         key=folder.name,
         tokens=tokens,
+        learnt=np.memmap(folder / "learnt.bin", np.bool_, "r", shape=shape) if header["chats"] else None,
         starts=starts,
         text_bytes=header["text_bytes"],
         passed_over=found.passed_over,
