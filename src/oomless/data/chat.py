@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from oomless.data.encode import BATCH_CHARACTERS, Encoder
-from oomless.errors import ConfigError, DataError, ModelError
+from oomless.errors import ConfigError, DataError
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -86,11 +86,11 @@ def load_template(name: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the chat template {name} cannot be read: {error}", "chat_template") from error
     elif template is None:
-        from oomless.models.spec import load_tokenizer
+        from transformers import AutoTokenizer
 
         try:
-            template = load_tokenizer(name).chat_template
-        except ModelError as error:
+            template = AutoTokenizer.from_pretrained(name).chat_template
+        except Exception as error:  # every tokenizer class raises its own
             raise ConfigError(
                 f"chat_template must be {', '.join(TEMPLATES)}, a file, or a tokenizer's folder or name; got {name!r}",
                 "chat_template",
@@ -280,7 +280,7 @@ class ChatEncoder:
         batch: list[tuple[str, list[Span], bool]] = []
         waiting = 0
         for conversation in conversations:
-            notes[f"records read as {conversation.form}"] += 1
+            notes[f"read as {conversation.form}"] += 1
             notes.update([_NO_TOOLS_TOLD] if conversation.tools and not self.calls_tools else [])
             for text, spans in self._texts(conversation, notes):
                 batch.append((text, spans, conversation.pair is not None))
@@ -328,7 +328,7 @@ class ChatEncoder:
             if message["role"] == "assistant" and number >= conversation.learnt_from
         ]
         if any(not message["content"].strip() and not message.get("tool_calls") for message in messages):
-            notes["chats left out: a turn is empty"] += 1
+            notes["chats left out, a turn is empty"] += 1
         elif not turns:
             notes[_NO_ANSWER] += 1
         elif self.loss_on == "all":
@@ -422,7 +422,7 @@ class ChatEncoder:
 
 
 _NO_TOOLS_TOLD = "chats whose tools are left out, because the chat template has no place for them"
-_NO_ANSWER = "chats left out: no answer to learn"
+_NO_ANSWER = "chats left out, no answer to learn"
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
