@@ -360,14 +360,14 @@ def test_bad_records(make_tokenizer, record, message):
 @pytest.mark.parametrize(
     ("record", "rule"),
     [
-        ({"messages": []}, "chats left out: no answer to learn"),
-        ({"messages": chat("a")}, "chats left out: no answer to learn"),
-        ({"messages": [turn("user", "a"), turn("assistant", " \n")]}, "chats left out: a turn is empty"),
-        ({"messages": [turn("user", ""), turn("assistant", "b")]}, "chats left out: a turn is empty"),
-        ({"messages": [turn("user", "a"), {"role": "assistant"}]}, "chats left out: a turn is empty"),
-        ({"prompt": "a", "completion": ""}, "chats left out: no answer to learn"),
-        ({"prompt": chat("a", "b", "c"), "completion": [turn("user", "d")]}, "chats left out: no answer to learn"),
-        ({"instruction": "a", "output": ""}, "chats left out: a turn is empty"),
+        ({"messages": []}, "chats left out, no answer to learn"),
+        ({"messages": chat("a")}, "chats left out, no answer to learn"),
+        ({"messages": [turn("user", "a"), turn("assistant", " \n")]}, "chats left out, a turn is empty"),
+        ({"messages": [turn("user", ""), turn("assistant", "b")]}, "chats left out, a turn is empty"),
+        ({"messages": [turn("user", "a"), {"role": "assistant"}]}, "chats left out, a turn is empty"),
+        ({"prompt": "a", "completion": ""}, "chats left out, no answer to learn"),
+        ({"prompt": chat("a", "b", "c"), "completion": [turn("user", "d")]}, "chats left out, no answer to learn"),
+        ({"instruction": "a", "output": ""}, "chats left out, a turn is empty"),
     ],
 )
 def test_what_is_left_out_is_counted(make_tokenizer, record, rule):
@@ -472,8 +472,8 @@ def test_chats_are_packed_whole_and_every_answer_is_predicted_once(make_tokenize
     cut = sum(len(ids) > 65 and any(learnt[1:65]) for ids, learnt in documents)
     assert cut > 3
     (line,) = (line for line in data.summary if "longer than max_seq_length" in line)
-    assert f"{cut:,} chats are longer than max_seq_length and lose their end, {left_out:,} keep no answer" in line
-    assert "60 records read as messages" in data.summary[0]
+    assert f"{cut:,} chats longer than max_seq_length, cut at the end; {left_out:,} left out, no answer" in line
+    assert "read as messages: 60" in data.summary[0]
 
 
 def test_chats_and_text_in_one_run(make_tokenizer, chats, corpus, tmp_path):
@@ -557,7 +557,7 @@ def test_settings_and_sources_that_do_not_fit(make_tokenizer, chats, corpus, tmp
         prepare(make_config(tmp_path / "one.jsonl", tmp_path, eval_fraction=0.1), tokenizer)
     (tmp_path / "none.jsonl").write_text(json.dumps({"messages": chat("a")}))
     with pytest.raises(
-        DataError, match="holds nothing to learn: 1 chats left out: no answer to learn, 1 records read as messages"
+        DataError, match="holds nothing to learn: chats left out, no answer to learn: 1; read as messages: 1"
     ):
         prepare(make_config(tmp_path / "none.jsonl", tmp_path), tokenizer)
     (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b"}))

@@ -289,7 +289,7 @@ def test_sources_without_weights_are_each_learnt_once_in_an_epoch(prepared, corp
     places = Counter(data.train._place(number)[0] for number in range(sum(sizes)))
     assert [places[source] for source in range(2)] == sizes
     assert "small.txt" in data.summary[2]
-    assert "(1 times in an epoch)" in data.summary[2]
+    assert "(1 x in an epoch)" in data.summary[2]
 
 
 def test_how_often_a_weighted_source_is_repeated_is_said(prepared, corpus, tmp_path):
@@ -298,7 +298,7 @@ def test_how_often_a_weighted_source_is_repeated_is_said(prepared, corpus, tmp_p
         data=(DataSource(path=str(corpus), weight=1), DataSource(path=str(tmp_path / "small.txt"), weight=1))
     )
     times = len(data.train.sources[0]) / len(data.train.sources[1])
-    assert f"small.txt 50.0% ({times:.3g} times in an epoch)" in data.summary[2]
+    assert f"small.txt 50.0% ({times:.3g} x in an epoch)" in data.summary[2]
 
 
 def test_weights_that_only_some_have_or_that_do_nothing(prepared, corpus, tmp_path):

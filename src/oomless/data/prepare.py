@@ -19,6 +19,7 @@ from oomless.data.pack import PackedBlocks, count_targets
 from oomless.data.read import Manner
 from oomless.data.store import TokenStore, open_store, source_name, user_cache_dir
 from oomless.errors import ConfigError, DataError
+from oomless.units import counted
 
 _NEAR = 0.9
 """Share of the tokens to hold out from which whole documents are near enough, and none is cut."""
@@ -80,9 +81,13 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
         fingerprint=_fingerprint(stores, splits, weights, config),
     )
     lines = [store.describe() for store in stores]
-    lines += [line for blocks in (*train, *evaluation.values()) for line in _shortened(blocks)]
+    lines += [line for blocks in train for line in _shortened(blocks, blocks.store.name)]
     lines += _mixture(stream) if len(stores) > 1 else []
-    lines += [f"evaluation on {name}: {blocks.targets:,} tokens" for name, blocks in evaluation.items()]
+    for name, blocks in evaluation.items():
+        lines += [
+            f"evaluation on {name}: {counted(blocks.targets, 'token')}",
+            *_shortened(blocks, f"evaluation on {name}"),
+        ]
     return PreparedData(train=stream, evaluation=evaluation, summary=tuple(lines))
 
 
@@ -140,20 +145,20 @@ def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> t
     return np.sort(learnt, axis=0), np.sort(held_out, axis=0)
 
 
-def _shortened(blocks: PackedBlocks) -> list[str]:
+def _shortened(blocks: PackedBlocks, title: str) -> list[str]:
     found = blocks.shortened
     if found is None or not found.shortened + found.left_out:
         return []
     return [
-        f"{blocks.store.name}: {found.shortened:,} chats are longer than max_seq_length and lose their end, {found.left_out:,} keep no "
-        f"answer and are left out; {found.lost_tokens:,} tokens in all"
+        f"{title}: {counted(found.shortened, 'chat')} longer than max_seq_length, cut at the end; {found.left_out:,} left out, no "
+        f"answer within it; {counted(found.lost_tokens, 'token')} lost"
     ]
 
 
 def _mixture(stream: BlockStream) -> list[str]:
     """Return what an epoch takes of each source, for a person."""
     parts = [
-        f"{source.store.name} {share:.1%} ({stream.blocks_per_epoch * share / len(source):.3g} times in an epoch)"
+        f"{source.store.name} {share:.1%} ({stream.blocks_per_epoch * share / len(source):.3g} x in an epoch)"
         for source, share in zip(stream.sources, stream.shares, strict=True)
     ]
     return [f"shares of the training tokens: {', '.join(parts)}"]

@@ -39,7 +39,7 @@ from oomless.data.encode import Encoder
 from oomless.data.files import Found, TextFile, find_files
 from oomless.data.read import Manner, read_documents
 from oomless.errors import DataError
-from oomless.units import format_bytes
+from oomless.units import counted, format_bytes
 
 MOST_BYTES = 64 << 30
 """What the stores of one folder may take, where that is no more than a quarter of the disk."""
@@ -110,17 +110,14 @@ class TokenStore:
 
     def describe(self) -> str:
         """Return one line for a person."""
-        line = (
-            f"{self.name}: {self.documents:,} documents, {len(self.tokens):,} tokens, {format_bytes(self.text_bytes)}"
-        )
-        for title, counts in (("; passed over: ", self.passed_over), ("; ", self.notes)):
-            if counts:
-                line += title + _counted(counts)
-        return line
+        size = f"{counted(self.documents, 'document')}, {counted(len(self.tokens), 'token')}, {format_bytes(self.text_bytes)}"
+        passed_over = ", ".join(f"{count:,} {what}" for what, count in sorted(self.passed_over.items()))
+        facts = [size, f"passed over: {passed_over}" if passed_over else "", _told(self.notes)]
+        return f"{self.name}: {'; '.join(fact for fact in facts if fact)}"
 
 
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+def _told(notes: Counter[str]) -> str:
+    return "; ".join(f"{what}: {count:,}" for what, count in sorted(notes.items()))
 
 
 def source_name(source: DataSource) -> str:
@@ -352,7 +349,7 @@ def _open(folder: Path, source: DataSource, found: Found) -> TokenStore:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the token cache {folder} is damaged ({error}): remove that folder and start again") from error
     if len(tokens) == 0 and header["notes"]:
-        raise DataError(f"{source.path} holds nothing to learn: {_counted(Counter(header['notes']))}")
+        raise DataError(f"{source.path} holds nothing to learn: {_told(Counter(header['notes']))}")
     if len(tokens) == 0:
         raise DataError(f"{source.path} holds no text")
     return TokenStore(
