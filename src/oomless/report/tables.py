@@ -50,7 +50,8 @@ class Grid:
     def _table(self) -> Table:
         table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
         for name in self.columns:
-            table.add_column(name, justify="right" if name in self.numbers else "left")
+            number = name in self.numbers
+            table.add_column(name, justify="right" if number else "left", no_wrap=number)
         for (first, *others), below in zip(self.rows, self.below, strict=True):
             table.add_row(first if below is None else Group(first, Padding.indent(below, 2)), *others)
         return table
@@ -61,12 +62,10 @@ class Grid:
         for (first, *others), below in zip(self.rows, self.below, strict=True):
             screen.print(first)
             facts = [
-                Text.assemble(f"{name} ", cell)
-                for name, cell in zip(self.columns[1:], others, strict=True)
-                if len(cell)
+                Text.assemble(name, " ", cell) for name, cell in zip(self.columns[1:], others, strict=True) if len(cell)
             ]
-            for part in (*facts, below):
-                if part is not None:
+            for part in (Text(", ").join(facts), below):
+                if part:
                     screen.print(Padding.indent(part, 2))
 
 

@@ -56,6 +56,7 @@ class TerminalListener(Listener):
         )
         self.total_steps, self.limit_bytes = facts.total_steps, facts.device.capacity_bytes
         self.live = LiveLine(self.screen, silent_s=0)
+        self.pace.clear()
         self.pace.append((facts.first_step, time.monotonic()))
 
     def stepped(self, metrics: dict[str, Any]) -> None:
@@ -116,9 +117,14 @@ def print_parameters(screen: Screen, rows: list[TrainableRow]) -> None:
         numbers=frozenset(("parameters", "trainable")),
     )
     for row in rows:
-        grid.add(row.name, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "frozen", row.dtype)
+        grid.add(
+            row.name.removesuffix(".weight").removesuffix(".default"),
+            f"{row.parameters:,}",
+            f"{row.trainable:,}" if row.trainable else "frozen",
+            row.dtype,
+        )
     total, trains = sum(row.parameters for row in rows), sum(row.trainable for row in rows)
-    grid.add(*(Text(cell, "bold") for cell in ("total", f"{total:,}", f"{trains:,} ({trains / total:.1%})", "")))
+    grid.add(*(Text(cell, "bold") for cell in ("total", f"{total:,}", f"{trains:,}", f"{trains / total:.1%}")))
     grid.print(screen)
 
 
