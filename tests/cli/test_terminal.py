@@ -1,11 +1,12 @@
 """What stands on the screen of a terminal: live lines that are renewed in place, at 80 columns and at 40."""
 
+import json
 import re
 
 import pytest
 
 from tests.cli.emulator import Terminal
-from tests.cli.test_cli import ENVIRONMENT
+from tests.cli.test_cli import ENVIRONMENT, oomless
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +72,37 @@ def test_ctrl_c_in_the_demo_says_what_is_there(tmp_path):
         terminal.run(until=lambda line: "step " in line)
         assert stopped(terminal)[-1] == "interrupted"
         assert "Traceback" not in terminal.text()
+
+
+def test_explain(make_checkpoint):
+    arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:3MiB", "--max-seq-length", 512)
+    with Terminal("explain", *arguments) as terminal:
+        assert terminal.run() == 0
+        drawn = live(terminal, r"^ +\d+ s  (the run|cure: )")
+        assert len(set(drawn)) >= 3
+        assert "What cures it" in terminal.text()
+
+
+def test_what_is_piped_holds_no_control_code_and_json_nothing_else(make_checkpoint, tmp_path):
+    arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:24MiB", "--max-seq-length", 64)
+    result = oomless("plan", *arguments, "--json", "--write", tmp_path / "pick.yaml")
+    assert json.loads(result.stdout)["plan"]["fits"]
+    assert f"written to {tmp_path / 'pick.yaml'}" in result.stderr
+    assert not set(result.stdout + result.stderr) & set("\x1b\r")
+
+
+def test_text_of_the_user_is_no_markup(make_checkpoint, tmp_path):
+    data = tmp_path / "[x] [bold]text[INST]"
+    data.mkdir()
+    (data / "[INST].jsonl").write_text('{"text": "a"}\n{"[INST]": "[/INST] [/x]"}\n')
+    arguments = ("--model", make_checkpoint("llama"), "--output-dir", tmp_path / "[/run]", "--gpu", "cpu")
+    result = oomless("train", *arguments, "--data", data)
+    assert result.returncode == 2
+    assert f"{data}/[INST].jsonl" in result.stderr
+    assert "Traceback" not in result.stderr
+    (data / "[INST].jsonl").write_text(json.dumps({"text": "[INST] hello [/INST] " * 40}) + "\n")
+    settings = ("--max-seq-length", 32, "--max-steps", 1, "--eval-fraction", 0)
+    result = oomless("train", *arguments, "--data", data, *settings)
+    assert result.returncode == 0, result.stderr
+    assert f"model: {tmp_path / '[/run]' / 'model'}" in result.stdout
+    assert f"{data.name}: 1 document" in result.stdout

@@ -11,6 +11,7 @@ import typer
 
 from oomless.cli.command import CONFIG, own
 from oomless.cli_options import given_settings
+from oomless.config import read
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, nearest
 
@@ -55,7 +56,8 @@ def explain(
 
     FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings.
     """
-    from oomless.cli.voice import out, say_notes
+    from oomless.cli.searching import searching
+    from oomless.cli.voice import aside, out, say_notes
     from oomless.diagnosis.explain import explain as diagnose
     from oomless.diagnosis.explain import read_text
     from oomless.diagnosis.tools import TOOLS
@@ -73,8 +75,10 @@ def explain(
     text = message or ""
     if file is not None:
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
-    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
-    answer = diagnose(text, given, snapshot=snapshot, tool=tool, mixed_precision=mixed_precision, attention=attention)
+    given = read({**(load_yaml(config) if config else {}), **given_settings(settings)})
+    how = {"tool": tool, "mixed_precision": mixed_precision, "attention": attention}
+    with searching(aside()) as say:
+        answer = diagnose(text, given, snapshot=snapshot, **how, progress=say)
     if answer.run.spec is not None:
         say_notes(answer.run.spec)
     if json:

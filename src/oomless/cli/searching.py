@@ -5,27 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import typer
 from rich.text import Text
 
-from oomless.planning.search import Progress
 from oomless.report.choice import print_nothing_fits
 from oomless.report.screen import LiveLine, Screen, bar
 
 BAR_WIDTH = 20
 
 
+class Say(Protocol):
+    """Is told what is being tried, and what share of all is done, where that is known."""
+
+    def __call__(self, text: str, share: float | None = None) -> None: ...  # noqa: D102
+
+
 @contextmanager
-def searching(screen: Screen) -> Iterator[Progress]:
+def searching(screen: Screen) -> Iterator[Say]:
     """Show how far a search is and what it tries, in one line that goes away."""
     began, live = time.monotonic(), LiveLine(screen)
 
-    def say(text: str, share: float) -> None:
+    def say(text: str, share: float | None = None) -> None:
         seconds = f"{time.monotonic() - began:.0f} s"
-        drawn = bar(share, min(BAR_WIDTH, screen.width // 4))
-        live.show(Text.assemble(drawn, f" {seconds:>5}  {text}"), f"searching, {seconds}, {share:.0%}: {text}")
+        drawn = "" if share is None else bar(share, min(BAR_WIDTH, screen.width // 4))
+        done = "" if share is None else f", {share:.0%}"
+        live.show(Text.assemble(drawn, f" {seconds:>5}  {text}"), f"searching, {seconds}{done}: {text}")
 
     try:
         yield say

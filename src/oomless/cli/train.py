@@ -100,7 +100,10 @@ def _choice_to_train(screen: Any, given: dict[str, Any], host_memory: str | None
 
 def _print_out_of_memory(screen: Any, error: Any, config: TrainConfig) -> None:
     """Explain an out-of-memory error that ended a training."""
+    from oomless.cli.searching import searching
     from oomless.diagnosis.explain import explain_error
     from oomless.report.diagnosis import print_diagnosis
 
-    print_diagnosis(screen, explain_error(error, config))
+    with searching(screen) as say:
+        answer = explain_error(error, config, say)
+    print_diagnosis(screen, answer)

@@ -294,10 +294,8 @@ class _Answer:
 class _Search:
     """Rehearses bundles, each different one once, and keeps what they came to."""
 
-    def __init__(self, run: FailedRun, before: Outcome) -> None:
-        assert run.spec is not None
-        assert run.target is not None
-        self.run, self.before = run, before
+    def __init__(self, run: FailedRun, before: Outcome, say: Callable[[str], None]) -> None:
+        self.run, self.before, self.say = run, before, say
         self.base = oomless_values(run)
         self.known: list[tuple[dict[str, Any], tuple[str, ...], _Answer | None]] = []
         self.cures: list[Cure] = []
@@ -309,6 +307,7 @@ class _Search:
         for known, _, answer in self.known:
             if known == settings:
                 return applied, sets, answer
+        self.say(f"cure: {', '.join(CHANGES[name].title for name in applied) or 'the same run in oomless'}")
         answer = _planned(self.run, sets)
         self.known.append((settings, applied, answer))
         return applied, sets, answer
@@ -344,7 +343,9 @@ class _Search:
                     self.add(names)
 
 
-def find_cures(run: FailedRun, before: Outcome, *, fragmented: bool, others_bytes: int) -> Cures:
+def find_cures(
+    run: FailedRun, before: Outcome, *, fragmented: bool, others_bytes: int, say: Callable[[str], None]
+) -> Cures:
     """Return the cures of ``run``, which as it was needs what ``before`` says.
 
     Args:
@@ -352,9 +353,10 @@ def find_cures(run: FailedRun, before: Outcome, *, fragmented: bool, others_byte
         before: of the run as it was, without a limit.
         fragmented: whether the message shows memory that is reserved but cannot be used.
         others_bytes: what other processes hold of the GPU.
+        say: is told what is rehearsed.
     """
     assert run.target is not None
-    search = _Search(run, before)
+    search = _Search(run, before, say)
     search.cures += _around_the_run(run, before, fragmented=fragmented, others_bytes=others_bytes)
     search.add(())
     leanest = search.plan(BUNDLES[-1][-1])[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from oomless.errors import ConfigError, DataError
 
 TRAINER_EVAL_BATCH = 8
 """What the ``Trainer`` evaluates at once where it is not told."""
+
+
+def _silent(_: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +107,7 @@ def explain(
     tool: str | None = None,
     mixed_precision: str | None = None,
     attention: str | None = None,
+    progress: Callable[[str], None] = _silent,
 ) -> Diagnosis:
     """Return the diagnosis of an out-of-memory error.
 
@@ -113,6 +118,7 @@ def explain(
         tool: what ran: trainer, trl, peft, unsloth, axolotl, accelerate, torch or oomless.
         mixed_precision: fp16 or bf16: weights in fp32, arithmetic cast to this.
         attention: sdpa or eager.
+        progress: is told what is rehearsed.
 
     Raises:
         UserError: there is nothing to explain, or a setting, the model, the GPU or the snapshot is not usable.
@@ -128,10 +134,12 @@ def explain(
             "there is no out-of-memory error in this text, and model and GPU are not both named: paste the whole error, or give "
             "--model and --gpu"
         )
-    return _diagnose(reading, recorded, run)
+    return _diagnose(reading, recorded, run, progress)
 
 
-def explain_error(error: torch.OutOfMemoryError, config: TrainConfig) -> Diagnosis:
+def explain_error(
+    error: torch.OutOfMemoryError, config: TrainConfig, progress: Callable[[str], None] = _silent
+) -> Diagnosis:
     """Return the diagnosis of an error that ended a run of oomless with ``config``.
 
     Raises:
@@ -148,10 +156,14 @@ def explain_error(error: torch.OutOfMemoryError, config: TrainConfig) -> Diagnos
     kept = {name: value for name, value in given.items() if value is not None}
     for length in ("max_steps", "max_tokens", "num_train_epochs"):
         kept.pop(length, None)
-    return _diagnose(plain, None, assemble_run(plain, kept, mixed_precision=None, attention=None, tool="oomless"))
+    return _diagnose(
+        plain, None, assemble_run(plain, kept, mixed_precision=None, attention=None, tool="oomless"), progress
+    )
 
 
-def _diagnose(reading: Reading, recorded: SnapshotReading | None, run: FailedRun) -> Diagnosis:
+def _diagnose(
+    reading: Reading, recorded: SnapshotReading | None, run: FailedRun, say: Callable[[str], None]
+) -> Diagnosis:
     first = reading.first
     findings = find(reading, recorded, run.outside_bytes)
     on_gpu = first is None or first.message.kind in ("allocator", "driver", "library")
@@ -161,6 +173,7 @@ def _diagnose(reading: Reading, recorded: SnapshotReading | None, run: FailedRun
     at_failure = without_limit = None
     cures = None
     if on_gpu and run.known:
+        say("the run as it was")
         run, at_failure = choose_unknowns(run, reading, [s for s in solved if s.solved])
         assert run.target is not None
         evaluates = first is not None and first.place.phase == "evaluation"
@@ -173,6 +186,7 @@ def _diagnose(reading: Reading, recorded: SnapshotReading | None, run: FailedRun
             without_limit,
             fragmented=any(finding.topic == "fragmentation" for finding in findings),
             others_bytes=held_by_others,
+            say=say,
         )
     return Diagnosis(
         reading=reading,
