@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.blank import blank_batch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +37,7 @@ from oomless.config import TrainConfig
 from oomless.memory.device import CudaDevice, Device
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
-from oomless.planning.rehearse import blank_batch, rehearse, virtual_device
+from oomless.planning.rehearse import rehearse, virtual_device
 from oomless.planning.throughput import throughput
 from oomless.training.assemble import assemble
 from predicted_vs_measured import shrunk

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.blank import blank_batch
 
 from against_trainer import make_model
 from oomless.config import TrainConfig
 from oomless.memory.device import Device
 from oomless.models.spec import resolve
 from oomless.planning.plan import Plan, plan_training
-from oomless.planning.rehearse import blank_batch
 from oomless.training.assemble import Assembly, assemble
 from oomless.units import GiB, format_bytes
 from provenance import RESULTS, provenance

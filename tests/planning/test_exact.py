@@ -9,7 +9,7 @@ from oomless.config import DataSource, TrainConfig
 from oomless.memory.profile import CATEGORIES
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import rehearse, run_phases, virtual_device
+from oomless.planning.rehearse import play, rehearse, virtual_device
 from oomless.training.assemble import assemble
 
 LENGTHS = (20, 1, 43)
@@ -68,7 +68,7 @@ def both_profiles(folder, settings, lengths=LENGTHS):
     )
     real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
     with real.active():
-        run_phases(assemble(spec, config, real, fill=True), config, lengths, steps=2)
+        play(assemble(spec, config, real, fill=True), config, lengths, steps=2)
     fake = rehearse(spec, config, virtual_device(), kernel="auto", document_lengths=lengths)
     return real.profile(max_points=None), fake.device.profile(max_points=None)
 

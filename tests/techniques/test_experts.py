@@ -14,7 +14,7 @@ from oomless.config import DataSource, TrainConfig
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import experts
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import rehearse, run_phases, virtual_device
+from oomless.planning.rehearse import play, rehearse, virtual_device
 from oomless.techniques.experts import expert_modules
 from oomless.training import loop
 from oomless.training.assemble import assemble
@@ -108,7 +108,7 @@ def both_profiles(folder, settings):
     spec, config = resolve(str(folder)), make_config(folder, **settings)
     real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
     with real.active():
-        run_phases(assemble(spec, config, real, fill=True), config, LENGTHS, steps=2)
+        play(assemble(spec, config, real, fill=True), config, LENGTHS, steps=2)
     fake = rehearse(spec, config, virtual_device(), kernel="auto", document_lengths=LENGTHS)
     return real.profile(max_points=None), fake.device.profile(max_points=None)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tests.blank import blank_batch
 from transformers import AutoModelForCausalLM
 
 from oomless.config import DataSource, TrainConfig
@@ -12,7 +13,6 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.training.assemble import assemble
 from oomless.training.loss import hidden_states
 

@@ -10,6 +10,7 @@ import itertools
 import peft
 import pytest
 import torch
+from tests.blank import blank_batch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,6 @@ from oomless.config.memory import Memory
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.techniques.frozen_layers import frozen_layers
 from oomless.techniques.trained_rows import parse
 from oomless.training.assemble import assemble, parameter_groups

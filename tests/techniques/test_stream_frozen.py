@@ -3,13 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.blank import blank_batch
 
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.techniques.frozen_layers import frozen_layers
 from oomless.training import loop
 from oomless.training.assemble import assemble

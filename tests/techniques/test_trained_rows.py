@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.blank import blank_batch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,6 @@ from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.techniques.trained_rows import parse
 from oomless.training import loop
 from oomless.training.assemble import assemble

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests.blank import blank_batch
 from transformers import AutoModelForCausalLM
 
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.training.assemble import assemble
 
 

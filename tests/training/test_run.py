@@ -14,6 +14,7 @@ from oomless import optim
 from oomless.config import DataSource, TrainConfig
 from oomless.data.loader import micro_batches
 from oomless.errors import AuditError, CheckpointError, ConfigError, GradientOverflowError, TrainingError
+from oomless.memory.device import Device
 from oomless.training import loop, run_folder
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.checkpoint import list_checkpoints
@@ -212,11 +213,11 @@ class TestAudit:
         run, _ = live_run(config(make_checkpoint("llama"), corpus, tmp_path, trainable="lm_head"))
         run.assembly.model.model.norm.weight.requires_grad_(True)
         with pytest.raises(AuditError, match=r"model\.norm\.weight must be in 1 of the optimizer's groups; it is in 0"):
-            TrainabilityAudit(run.assembly.model, run.assembly.optimizer)
+            TrainabilityAudit(run.assembly.model, run.assembly.optimizer, run.device)
 
     def test_frozen_parameter_that_moves(self, make_checkpoint, corpus, tmp_path, live_run):
         run, _ = live_run(config(make_checkpoint("llama"), corpus, tmp_path, trainable="lm_head"))
-        audit = TrainabilityAudit(run.assembly.model, run.assembly.optimizer)
+        audit = TrainabilityAudit(run.assembly.model, run.assembly.optimizer, run.device)
         with torch.no_grad():
             run.assembly.model.model.norm.weight[3] += 1e-6
             run.assembly.model.lm_head.weight[3] += 1e-6
@@ -240,7 +241,7 @@ class TestAudit:
     def test_a_norm_that_is_rounded_by_chance_may_rest_during_a_warmup(self, way):
         norm = torch.nn.RMSNorm(64, dtype=torch.bfloat16)
         optimizer = optim.build("adamw", norm.parameters(), lr=1e-8, weight_precision=way)
-        audit = TrainabilityAudit(norm, optimizer)
+        audit = TrainabilityAudit(norm, optimizer, Device())
         with pytest.raises(AuditError, match="did not move") if way == "plain" else nullcontext():
             for _ in range(5):
                 norm(torch.randn(3, 64, dtype=torch.bfloat16)).sum().backward()

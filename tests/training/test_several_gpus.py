@@ -20,7 +20,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
 from oomless.models.spec import resolve
 from oomless.planning.plan import Target, target_for
-from oomless.planning.rehearse import rehearse, run_phases, usual_lengths, virtual_device
+from oomless.planning.rehearse import play, rehearse, usual_lengths, virtual_device
 from oomless.planning.search import search
 from oomless.planning.trial import Setting
 from oomless.techniques import sharding
@@ -248,7 +248,7 @@ class PatientGPU(VirtualGPU):
 def real_peak(model, config):
     device = PatientGPU(1 << 40, record_history=True)
     with distributed.joined("cpu") as ranks, device.active():
-        run_phases(assemble(resolve(model), config, device, fill=True, ranks=ranks), config, LENGTHS, steps=2)
+        play(assemble(resolve(model), config, device, fill=True, ranks=ranks), config, LENGTHS, steps=2, ranks=ranks)
     return figures(device)
 
 
@@ -456,7 +456,7 @@ def train_pick(setting, settings, capacity_bytes):
     device, config = VirtualGPU(capacity_bytes), setting.config(settings)
     with distributed.joined("cpu") as ranks, device.active():
         parts = assemble(setting.spec, config, device, fill=True, ranks=ranks)
-        run_phases(parts, config, usual_lengths(config), steps=2)
+        play(parts, config, usual_lengths(config), steps=2, ranks=ranks)
     return device.usage().peak_reserved_bytes
 
 

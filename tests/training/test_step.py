@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.blank import blank_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oomless.config import OPTIMIZER_DEFAULTS, DataSource, TrainConfig
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.training.assemble import assemble
 
 SAVING = {

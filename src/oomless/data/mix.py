@@ -63,7 +63,7 @@ class BlockStream:
             DataError: one was written to.
         """
         for source in self.sources:
-            source.store.check_unchanged()
+            source.check_unchanged()
 
     def _place(self, number: int) -> tuple[int, int]:
         """Return which source block ``number`` comes from, and how many of that source came before it.

@@ -73,6 +73,14 @@ class PackedBlocks:
     def __len__(self) -> int:
         return self.count
 
+    def check_unchanged(self) -> None:
+        """Check that the file under the blocks is the one that was opened.
+
+        Raises:
+            DataError: it was written to.
+        """
+        self.store.check_unchanged()
+
     @property
     def targets(self) -> int:
         """How many tokens one pass over the blocks predicts."""

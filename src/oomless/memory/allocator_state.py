@@ -119,6 +119,11 @@ class AllocatorStatistics:
         counters = [name for name in self.__slots__ if name.startswith("num_")]
         return books | {name: getattr(self, name) for name in counters}
 
+    def raise_peaks(self, allocated_bytes: int, reserved_bytes: int) -> None:
+        """Remember that so much was allocated and reserved at some time."""
+        self.allocated.peak = max(self.allocated.peak, allocated_bytes)
+        self.reserved.peak = max(self.reserved.peak, reserved_bytes)
+
     def reset_peak(self) -> None:
         """Set every peak to what is held now."""
         for stat in self._rows().values():

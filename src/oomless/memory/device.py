@@ -48,6 +48,11 @@ class Device:
     capacity_bytes: int | None = None
     compute_capability: tuple[int, int] | None = None
 
+    @property
+    def fake(self) -> bool:
+        """Whether tensors have no values, as in a rehearsal: what one wants to know there is whether it runs out of memory."""
+        return False
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Everything that builds, trains, evaluates or saves runs inside this context."""
@@ -84,10 +89,15 @@ class Device:
         """Return ``tensor``, which lies on the device, on the host."""
         return tensor.detach().cpu()
 
-    def numbers(self, tensor: Tensor, rehearsed: list[int]) -> list[int]:
+    def numbers(self, tensor: Tensor, rehearsed: list[Any]) -> list[Any]:
         """Return the numbers in ``tensor``, which lies on the device; in a rehearsal, where nothing has a value, ``rehearsed``."""
-        numbers: list[int] = tensor.tolist()
+        numbers: list[Any] = tensor.tolist()
         return numbers
+
+    def number(self, tensor: Tensor, rehearsed: float = 0.0) -> Any:
+        """Return the number that ``tensor``, which is 0-dim, holds, as ``numbers`` does."""
+        (number,) = self.numbers(tensor.reshape(1), [rehearsed])
+        return number
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
         """Return new host memory of the shape and dtype of ``tensor`` that can be copied to and from beside computation."""
@@ -119,6 +129,18 @@ class Device:
         if os.access("/proc/self/clear_refs", os.W_OK):
             Path("/proc/self/clear_refs").write_text("5")
 
+    def most_beyond(self, action: Callable[[], object]) -> int:
+        """Return how much more than before is held at most while ``action`` runs; the peaks of ``usage`` stay those of all."""
+        earlier = self.usage()
+        self.reset_peak()
+        action()
+        most = self.usage().peak_allocated_bytes - earlier.allocated_bytes
+        self._remember_peaks(earlier)
+        return most
+
+    def _remember_peaks(self, earlier: MemoryUsage) -> None:
+        """Have ``usage`` know the peaks of ``earlier`` too, until ``reset_peak``."""
+
     def empty_cache(self) -> None:
         """Give memory that is cached but unused back to the device."""
 
@@ -140,6 +162,7 @@ class CudaDevice(Device):
         self.torch_device = torch.device("cuda", index)
         self.capacity_bytes = properties.total_memory
         self.compute_capability = (properties.major, properties.minor)
+        self._earlier_peaks = (0, 0)
         self._copies: torch.cuda.Stream | None = None
 
     @contextmanager
@@ -163,19 +186,25 @@ class CudaDevice(Device):
         return MemoryUsage(
             allocated_bytes=torch.cuda.memory_allocated(self.torch_device),
             reserved_bytes=torch.cuda.memory_reserved(self.torch_device),
-            peak_allocated_bytes=torch.cuda.max_memory_allocated(self.torch_device),
-            peak_reserved_bytes=torch.cuda.max_memory_reserved(self.torch_device),
+            peak_allocated_bytes=max(self._earlier_peaks[0], torch.cuda.max_memory_allocated(self.torch_device)),
+            peak_reserved_bytes=max(self._earlier_peaks[1], torch.cuda.max_memory_reserved(self.torch_device)),
         )
 
     def reset_peak(self) -> None:  # noqa: D102
         torch.cuda.reset_peak_memory_stats(self.torch_device)
+        self._earlier_peaks = (0, 0)
+
+    def _remember_peaks(self, earlier: MemoryUsage) -> None:
+        self._earlier_peaks = (earlier.peak_allocated_bytes, earlier.peak_reserved_bytes)
 
     def empty_cache(self) -> None:  # noqa: D102
         torch.cuda.empty_cache()
 
 
 def random_state(device: Device) -> dict[str, Tensor]:
-    """Return the state of the random generators, which lies on the host."""
+    """Return the state of the random generators, which lies on the host; a rehearsal draws no numbers."""
+    if device.fake:
+        return {}
     with device.host():
         states = {"random/cpu": torch.get_rng_state()}
         if device.torch_device.type == "cuda":

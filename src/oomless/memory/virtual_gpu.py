@@ -127,8 +127,7 @@ class VirtualGPU(Device):
         self._work_of: dict[Any, Any] = {}
 
     @property
-    def fake(self) -> bool:
-        """Whether tensors have no values."""
+    def fake(self) -> bool:  # noqa: D102
         return self._fake_mode is not None
 
     # Where tensors lie.
@@ -171,7 +170,7 @@ class VirtualGPU(Device):
         with self._over_link(tensor), self._booking_in(self._host_ledger):
             return tensor.detach().to(tensor.dtype, copy=True)
 
-    def numbers(self, tensor: Tensor, rehearsed: list[int]) -> list[int]:  # noqa: D102
+    def numbers(self, tensor: Tensor, rehearsed: list[Any]) -> list[Any]:  # noqa: D102
         return rehearsed if self.fake else super().numbers(tensor, rehearsed)
 
     def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
@@ -228,6 +227,9 @@ class VirtualGPU(Device):
         self._tracker.settle()
         self.allocator.reset_peak()
         self._host_ledger.peak_allocated_bytes = self._host_ledger.allocated_bytes
+
+    def _remember_peaks(self, earlier: MemoryUsage) -> None:
+        self.allocator.statistics.raise_peaks(earlier.peak_allocated_bytes, earlier.peak_reserved_bytes)
 
     def empty_cache(self) -> None:  # noqa: D102
         self._tracker.settle()

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from oomless.config import Packing
 from oomless.errors import ModelError
+from oomless.memory.device import Device
 from oomless.models import attention, body, twin
 from oomless.models.spec import ModelSpec
 
 OWN_ATTENTION = "eager"
 LENGTH = 40
+HOST = Device()
 _EXACT = 2e-4
 
 
@@ -120,7 +122,9 @@ def own_logits(model: Any, length: int) -> Tensor:
     return logits
 
 
-def find_problem(model: Any, logits: Tensor, packing: Packing, tolerance: float | None = None) -> Problem | None:
+def find_problem(
+    model: Any, logits: Tensor, packing: Packing, tolerance: float | None = None, device: Device = HOST
+) -> Problem | None:
     """Return what keeps ``model`` from being trained as it is on blocks of ``packing``, or ``None``.
 
     Args:
@@ -128,11 +132,16 @@ def find_problem(model: Any, logits: Tensor, packing: Packing, tolerance: float 
         logits: what it makes of the same tokens with its own attention: ``own_logits``.
         packing: how documents lie in a block.
         tolerance: by how much half of the tokens may be off; by default all must be as near as fp32 rounds.
+        device: where the model lies.
     """
+
+    def same(left: Tensor, right: Tensor) -> bool:
+        return _same(left, right, tolerance, device)
+
     name, length = type(model).__name__, logits.shape[1]
     ids = _ids(model, length)
     hidden = body.run(model, input_ids=ids)
-    if not _same(_head(model, hidden), logits, tolerance):
+    if not same(_head(model, hidden), logits):
         return Problem(
             1,
             f"the logits of {name} are not its head applied to its last hidden state, so its loss cannot be taken in chunks: "
@@ -141,7 +150,7 @@ def find_problem(model: Any, logits: Tensor, packing: Packing, tolerance: float 
     changed = length * 3 // 4
     later = ids.clone()
     later[:, changed] = later[:, 0]
-    if not _same(body.run(model, input_ids=later)[:, :changed], hidden[:, :changed], tolerance):
+    if not same(body.run(model, input_ids=later)[:, :changed], hidden[:, :changed]):
         return Problem(
             2,
             f"in {name} a token sees those behind it, so there is nothing to predict: this is no causal language model as it is "
@@ -153,7 +162,7 @@ def find_problem(model: Any, logits: Tensor, packing: Packing, tolerance: float 
     device = ids.device
     positions = torch.cat([torch.arange(cut, device=device), torch.arange(length - cut, device=device)])[None]
     packed = body.run(model, input_ids=ids, position_ids=positions, document_lengths=((cut, length - cut),))
-    if not _same(packed[:, cut:], body.run(model, input_ids=ids[:, cut:]), tolerance):
+    if not same(packed[:, cut:], body.run(model, input_ids=ids[:, cut:])):
         return Problem(
             3,
             f"in {name} documents that are packed into a block see each other (its layers carry a state or a position on from "
@@ -174,10 +183,11 @@ def _head(model: Any, hidden: Tensor) -> Tensor:
     return (logits / softcap).tanh() * softcap if softcap else logits
 
 
-def _same(left: Tensor, right: Tensor, tolerance: float | None) -> bool:
+def _same(left: Tensor, right: Tensor, tolerance: float | None, device: Device) -> bool:
     if left.shape != right.shape:
         return False
     # A model that overflows already is no question of architecture; training will say where it does.
     left, right = left.float().nan_to_num(), right.float().nan_to_num()
     errors = (left - right).norm(dim=-1) / right.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return bool(errors.max() <= _EXACT if tolerance is None else errors.median() <= tolerance)
+    error, most = (errors.max(), _EXACT) if tolerance is None else (errors.median(), tolerance)
+    return bool(device.number(error) <= most)

@@ -1,7 +1,8 @@
-"""The rehearsal: the real build, steps, evaluation and save of a run, on a virtual GPU with tensors that hold nothing.
+"""The rehearsal: a run's own script, on a virtual GPU with tensors that hold nothing.
 
-There is no formula here. ``training.assemble`` builds what will train, ``training.step`` runs what will run, and the
-tracker books every storage in the simulated allocator. What a rehearsal adds is what only the real thing has:
+There is no formula here. ``training.assemble`` builds what will train, ``training.script`` does what a run does (probe, heaviest
+blocks, evaluation, steps, checkpoints, final model), and the tracker books every storage in the simulated allocator. It is a run
+shortened to a few steps, with blank text for its data and nothing on a disk. What a rehearsal adds is what only the real thing has:
 
 *Blocks.* Their tokens do not matter, but how documents lie in them does, because attention runs document by document.
 By default a packed block holds two documents: from two on each layer keeps the documents' outputs and their
@@ -16,19 +17,21 @@ allocator does hold and which is booked before the first step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from oomless.config import TrainConfig
-from oomless.data.loader import MicroBatch
+from oomless.data.pack import Block
+from oomless.data.prepare import PreparedData
 from oomless.memory.allocator_settings import AllocatorSettings
-from oomless.memory.device import Device
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.repeated_layers import CannotRepeat, repeated_layers
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -39,9 +42,11 @@ from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
-from oomless.training import checkpoint
+from oomless.training import checkpoint, script
 from oomless.training.assemble import Assembly, assemble
-from oomless.training.distributed import rehearsed
+from oomless.training.distributed import ALONE, Ranks, rehearsed
+from oomless.training.life import Keeper, Life
+from oomless.training.listening import Listener, RunResult
 from oomless.training.precision import choose_dtype
 from oomless.training.step import passes_of
 
@@ -99,7 +104,7 @@ def rehearse(
     run_all_layers: bool = True,
     gpus: int = 1,
 ) -> Rehearsal:
-    """Run the training of ``config`` on ``device``: load, ``steps`` optimizer steps, an evaluation and a save.
+    """Play the run of ``config`` on ``device``, of ``steps`` optimizer steps.
 
     Args:
         spec: the model; its weights are not needed.
@@ -109,7 +114,7 @@ def rehearse(
         document_lengths: how documents lie in every block; by default two fill it, or one where they are concatenated.
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
         steps: optimizer steps; from two on the peak is that of a long run.
-        whole: evaluate and save at the end.
+        whole: or only as far as the first step's memory is known, whose work is then counted.
         run_all_layers: or only some of each kind, and repeat what they ask for; modules inside of layers are then not named.
         gpus: how many train together; what is rehearsed is the first, whose parts are the largest.
 
@@ -130,7 +135,7 @@ def rehearse(
                 repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
                 with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
-                    run_phases(parts, config, lengths, steps, whole=whole)
+                    play(parts, config, lengths, steps, ranks, whole=whole)
         except torch.OutOfMemoryError as error:
             failure = str(error)
     model = parts.model if parts is not None else None
@@ -205,24 +210,109 @@ def _facts(name: str, module: nn.Module) -> tuple[Any, ...]:
     return name, type(module), tuple(plain), tuple(replaced), sizes
 
 
-def run_phases(
-    parts: Assembly, config: TrainConfig, lengths: tuple[int, ...], steps: int, *, whole: bool = True
+def play(
+    parts: Assembly,
+    config: TrainConfig,
+    documents: tuple[int, ...],
+    steps: int = STEPS,
+    ranks: Ranks = ALONE,
+    *,
+    whole: bool = True,
 ) -> None:
-    """Train ``steps`` steps, and where it is the whole evaluate and save, on blocks whose documents have ``lengths``."""
-    device = parts.step.device
-    passes = passes_of(config)
-    for number in range(steps):
-        micro_batches = [blank_batch(config.per_device_train_batch_size, lengths, device) for _ in range(passes)]
-        device.count_work(number == steps - 1)
-        parts.step.run(micro_batches)
-    device.count_work(False)
-    if not whole:
-        return
-    parts.step.evaluate([blank_batch(config.per_device_eval_batch_size or 1, lengths, device)])
-    with device.phase("save"):
-        beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
-        for host in save.to_host(checkpoint.weights_to_save(parts.model, device) | beside, device):
-            del host
+    """Play the run of ``config`` with ``parts`` on blank text, ``documents`` in every block; the rest is as in ``rehearse``."""
+    life = Life(
+        shortened(config, steps),
+        parts.step.device,
+        ranks,
+        Listener(),
+        data=blank_data(config, documents),
+        assembly=parts,
+        keeper=NoFolder(),
+        result=RunResult(output_dir=Path()),
+    )
+    if whole:
+        script.probe(life)
+        script.play(life)
+    else:
+        script.play_first_step(life)
+
+
+class NoFolder(Keeper):
+    """Brings to the host what would be written, and keeps nothing."""
+
+    def __init__(self) -> None:
+        self._saved_step: int | None = None
+
+    def record(self, metrics: dict[str, Any]) -> None:  # noqa: D102
+        pass
+
+    def save(self, life: Life) -> None:  # noqa: D102
+        if life.step == self._saved_step:
+            return
+        parts = life.assembly
+        with life.device.phase("save"):
+            beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
+            for host in save.to_host(checkpoint.weights_to_save(parts.model, life.device) | beside, life.device):
+                del host
+        self._saved_step = life.step
+
+    def save_on_the_way(self, life: Life) -> None:  # noqa: D102
+        self.save(life)
+
+    def go_back(self, life: Life, leave_out: Iterable[int] = ()) -> str | None:  # noqa: D102
+        return None
+
+    def save_model(self, life: Life) -> Path | None:  # noqa: D102
+        return None
+
+
+def shortened(config: TrainConfig, steps: int) -> TrainConfig:
+    """Return the run of ``config`` in so few steps; it evaluates and saves after the first where it does so at all."""
+    return replace(
+        config,
+        max_steps=steps,
+        max_tokens=None,
+        num_train_epochs=None,
+        logging_steps=1,
+        eval_steps=1 if config.eval_steps else None,
+        save_steps=1 if config.save_steps else None,
+        preemption_grace_s=None,
+        host_reserve_bytes=0,  # this machine's memory is not the run's
+    )
+
+
+class BlankBlocks:
+    """Blocks of no particular tokens, ``documents`` long in each of them; they stand for a stream or an evaluation's."""
+
+    fingerprint = "blank"
+
+    def __init__(self, documents: tuple[int, ...], count: int) -> None:
+        self.blocks_per_epoch = self.count = count
+        tokens = np.zeros(sum(documents), dtype=np.int64)
+        self._block = Block(input_ids=tokens, labels=tokens, position_ids=tokens, document_lengths=documents)
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self._block for _ in range(self.count))
+
+    def block(self, number: int) -> Block:
+        """Return one of them, whichever."""
+        return self._block
+
+    def heaviest(self, count: int) -> list[list[Block]]:
+        """Return ``count`` of them."""
+        return [[self._block] * count]
+
+    def check_unchanged(self) -> None:
+        """They never change."""
+
+
+def blank_data(config: TrainConfig, documents: tuple[int, ...]) -> PreparedData:
+    """Return data for ``config`` in whose blocks ``documents`` lie one after the other, two batches of it to evaluate on."""
+    evaluates = bool(config.eval_fraction or config.eval_data)
+    held_out = {"blank": BlankBlocks(documents, 2 * (config.per_device_eval_batch_size or 1))} if evaluates else {}
+    train: Any = BlankBlocks(documents, 1 << 40)
+    evaluation: Any = held_out
+    return PreparedData(train=train, evaluation=evaluation, summary=())
 
 
 def usual_lengths(config: TrainConfig) -> tuple[int, ...]:
@@ -230,20 +320,6 @@ def usual_lengths(config: TrainConfig) -> tuple[int, ...]:
     if config.packing == "concatenate":
         return (config.max_seq_length,)
     return (config.max_seq_length // 3, config.max_seq_length - config.max_seq_length // 3)
-
-
-def blank_batch(blocks: int, lengths: tuple[int, ...], device: Device) -> MicroBatch:
-    """Return a micro-batch of ``blocks`` blocks of no particular tokens, documents of ``lengths`` in each."""
-    length = sum(lengths)
-    with device.host():
-        tokens = torch.zeros(blocks, length, dtype=torch.int64)
-    return MicroBatch(
-        input_ids=tokens,
-        labels=tokens,
-        position_ids=tokens,
-        document_lengths=(lengths,) * blocks,
-        target_count=blocks * length,
-    )
 
 
 def _head_width(config: Any) -> int:

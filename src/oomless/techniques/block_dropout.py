@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from oomless.memory.device import Device
+from oomless.memory.device import Device, random_state, set_random_state
 
 _LENGTH = 8
 _SPREAD = 0x9E3779B97F4A7C15
@@ -165,9 +165,8 @@ def belongs_to_blocks(model: Any, device: Device) -> bool:
     if any(isinstance(m, nn.Dropout) and m.p > 0 and "forward" not in vars(m) for m in model.modules()):
         return False
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    cuda = device.torch_device.type == "cuda"
+    before = random_state(device)
     with device.host():
-        before = torch.get_rng_state(), *([torch.cuda.get_rng_state(device.torch_device)] if cuda else [])
         ids = torch.arange(1, 2 * _LENGTH + 1).view(2, _LENGTH) * 7919 % vocabulary
     training = model.training
     model.train()
@@ -183,8 +182,7 @@ def belongs_to_blocks(model: Any, device: Device) -> bool:
             )
     blocks.end()
     model.train(training)
-    torch.set_rng_state(before[0])
-    for state in before[1:]:
-        torch.cuda.set_rng_state(state, device.torch_device)
+    set_random_state(before, device)
     together, apart = results[0], torch.cat(results[1:])
-    return not blocks.strayed and bool((together - apart).norm() <= 0.05 * together.norm())
+    apart_by = device.number((together - apart).norm())
+    return not blocks.strayed and bool(apart_by <= 0.05 * device.number(together.norm()))

@@ -160,8 +160,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full, read-only or failing; earlier checkpoints are untouched.
     """
-    weights = weights_to_save(model, device)
-    beside = trainer_tensors(model, optimizer, loss_scale)
+    weights, beside = weights_to_save(model, device), trainer_tensors(model, optimizer, loss_scale)
     trained = _trained_file(model)
     of_model = save.weight_files(weights) if trained is None else {trained: weights}
     files = {**of_model, "trainer/optimizer.safetensors": beside | random_state(device)}

@@ -21,12 +21,12 @@ def evaluate(life: Life) -> dict[str, float]:
 
     def mean_loss(total: Tensor, tokens: int) -> float:
         both = life.ranks.sum(torch.stack([total, torch.full_like(total, tokens)]))
-        return float(both[0]) / float(both[1])
+        return float(life.device.number(both[0]) / life.device.number(both[1], 1.0))
 
     losses = {}
     try:
         for name, blocks in life.data.evaluation.items():
-            blocks.store.check_unchanged()
+            blocks.check_unchanged()
             found = life.guard.evaluate(blocks, life.config.per_device_eval_batch_size or 1, own_batches)
             losses[name] = life.guard.retried(mean_loss, *found)
     except Abandoned:

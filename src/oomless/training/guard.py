@@ -119,7 +119,7 @@ class Guard:
 
         ``may_split`` and ``leaner`` are the ``Ladder``'s.
         """
-        self.active = active
+        self.active, self._recovers = active, active and not device.fake
         self.step, self.device, self.say = step, device, say
         self._ladder = Ladder(step, device, micro_batch=micro_batch, may_split=may_split, leaner=leaner)
         self.rungs = self._ladder.rungs
@@ -168,12 +168,14 @@ class Guard:
     def _before_update(self, parameter: Tensor) -> None:
         if self._undo is not None:
             self._undo.remember(parameter)
-        if not self._changed and self._reserve_bytes:
+        if not self._changed:
             self._reserve()
         self._changed = not self._rehearsing
 
     def _reserve(self) -> None:
         """Ask for what an update asks for at once, of either pool; given back it stays cached for the updates."""
+        if not self._reserve_bytes:
+            return
         small_blocks = min(SMALL_RESERVE_BLOCKS, self._reserve_bytes // SMALL_BYTES)
         for sizes in ([self._reserve_bytes], [SMALL_BYTES] * small_blocks):
             held = [torch.empty(size, dtype=torch.uint8, device=self.device.torch_device) for size in sizes]
@@ -203,13 +205,18 @@ class Guard:
         if not self.active:
             return
         random_before = self._random_state()
-        self._rehearsing, self._reserve_bytes = True, 0
+        self._rehearsing = True
         try:
-            self._reserve_bytes = self._recovering(batches, None, self.step.rehearse)
+            self._recovering(batches, None, self._rehearse)
         finally:
             self._rehearsing = False
             self.step.abandon()
             set_random_state(random_before, self.device)
+
+    def _rehearse(self, batches: list[MicroBatch], tokens: int | None) -> None:
+        self._reserve_bytes = 0
+        self._reserve_bytes = self.step.rehearse(batches, tokens)
+        self._reserve()
 
     def _recovering(
         self,
@@ -231,7 +238,7 @@ class Guard:
                     result = attempt(parts, tokens)
             except RuntimeError as error:
                 last = tried and self.level == len(self.rungs) - 1
-                if not is_out_of_memory(error) or last:
+                if not (self._recovers and is_out_of_memory(error)) or last:
                     raise
                 release(error)
             else:
@@ -275,7 +282,7 @@ class Guard:
             try:
                 return self.step.evaluate(passed(micro_batches(blocks, number)))
             except RuntimeError as error:
-                if not (self.active and is_out_of_memory(error)) or attempt == len(sizes) - 1:
+                if not (self._recovers and is_out_of_memory(error)) or attempt == len(sizes) - 1:
                     raise
                 release(error)
             self._drop()
@@ -285,7 +292,7 @@ class Guard:
     def retried(self, action: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
         """Return what ``action``, which may be begun again, returns; once more after memory was freed."""
         call = partial(action, *arguments, **keywords)
-        if not self.active:
+        if not self._recovers:
             return call()
         said = "out of memory between two steps: what was begun is done again after freeing what was cached"
         return _once_more(call, self._drop, lambda: self.say(said))
@@ -318,6 +325,9 @@ class Guard:
 def split(batches: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
     """Yield ``batches`` in the same order in parts of at most ``size`` blocks."""
     for batch in batches:
+        if len(batch.document_lengths) <= size:
+            yield batch
+            continue
         for start in range(0, len(batch.document_lengths), size):
             part = slice(start, start + size)
             labels = batch.labels[part]

@@ -14,7 +14,6 @@ from oomless.config import TrainConfig
 from oomless.data.loader import Loader
 from oomless.data.prepare import PreparedData
 from oomless.memory.device import Device
-from oomless.models.spec import ModelSpec
 from oomless.training.assemble import Assembly
 from oomless.training.bad_loss import BadLoss
 from oomless.training.distributed import Ranks
@@ -66,14 +65,13 @@ class Life:
         ranks: Ranks,
         listener: Listener,
         *,
-        spec: ModelSpec,
         data: PreparedData,
         assembly: Assembly,
         keeper: Keeper,
         result: RunResult,
     ) -> None:
         self.config, self.device, self.ranks, self.listener = config, device, ranks, listener
-        self.spec, self.data, self.assembly, self.keeper, self.result = spec, data, assembly, keeper, result
+        self.data, self.assembly, self.keeper, self.result = data, assembly, keeper, result
         self.guard = Guard.of(config, assembly.step, device, listener.said)
         self.loader = Loader(data.train)
         self.total_steps = self._total_steps()

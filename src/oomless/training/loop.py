@@ -81,13 +81,12 @@ class Run(Life):
         reload_base = (
             start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
         )
-        run_folder = RunFolder(folder, config, tokenizer, spec.folder or Path(config.model), ranks, listener, start)
+        run_folder = RunFolder(folder, config, tokenizer, spec, ranks, listener, start)
         super().__init__(
             config,
             device,
             ranks,
             listener,
-            spec=spec,
             data=data,
             assembly=assemble(spec, config, device, fill=reload_base, ranks=ranks),
             keeper=run_folder,
@@ -96,7 +95,7 @@ class Run(Life):
         if again is not None:
             self.guard.continue_from(again)
         if start is not None:
-            resuming.restore(self, start)
+            resuming.restore(self, spec, start)
             listener.said(f"resumed from {start.folder.name}")
         else:
             script.probe(self)

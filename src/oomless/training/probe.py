@@ -34,7 +34,7 @@ def check_architecture(model: Any, packing: Packing, device: Device) -> None:
     length = min(form.LENGTH, positions or form.LENGTH)
     with _own_attention(model):
         logits = form.own_logits(model, length)
-    problem = form.find_problem(model, logits, packing, _TOLERANCE[model.dtype])
+    problem = form.find_problem(model, logits, packing, _TOLERANCE[model.dtype], device)
     if problem is not None:
         raise ModelError(problem.text)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
+from oomless.models.spec import ModelSpec
 from oomless.training import checkpoint
 from oomless.training.life import Life
 from oomless.training.run_folder import remove_leftovers
@@ -62,15 +63,15 @@ def _check_same_config(earlier: TrainConfig, config: TrainConfig) -> None:
             )
 
 
-def restore(life: Life, start: checkpoint.Checkpoint) -> None:
-    """Go to where ``start`` was saved."""
+def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
+    """Go to where ``start``, of the model of ``spec``, was saved."""
     parts = life.assembly
     state = checkpoint.read_state(start)
     life.guard.retried(
         checkpoint.restore,
         start,
         model=parts.model,
-        spec=life.spec,
+        spec=spec,
         optimizer=parts.optimizer,
         loss_scale=parts.loss_scale,
         device=life.device,

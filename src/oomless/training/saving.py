@@ -9,6 +9,7 @@ from typing import Any
 
 from oomless.config import TrainConfig
 from oomless.errors import CheckpointError
+from oomless.models.spec import ModelSpec
 from oomless.training import checkpoint, final_model, resuming
 from oomless.training.distributed import Ranks
 from oomless.training.life import Keeper, Life
@@ -23,7 +24,7 @@ class RunFolder(Keeper):
         folder: where it lies.
         config: the run.
         tokenizer: goes beside every model.
-        source: where the model came from, for what it holds in fewer bits.
+        spec: the model as it came.
         ranks: the processes, of which the first writes.
         listener: is told what was written.
         saved: the checkpoint from which the run goes on.
@@ -34,12 +35,12 @@ class RunFolder(Keeper):
         folder: Path,
         config: TrainConfig,
         tokenizer: Any,
-        source: Path,
+        spec: ModelSpec,
         ranks: Ranks,
         listener: Listener,
         saved: checkpoint.Checkpoint | None,
     ) -> None:
-        self.folder, self.config, self.tokenizer, self.source = folder, config, tokenizer, source
+        self.folder, self.config, self.tokenizer, self.spec = folder, config, tokenizer, spec
         self.ranks, self.listener, self.saved = ranks, listener, saved
         self.last_save_failed = False
         self.metrics = Metrics(folder / "metrics.jsonl", listener.said)
@@ -114,17 +115,15 @@ class RunFolder(Keeper):
         last = checkpoint.newest_good(self.folder, self.listener.said)
         if last is None:
             return None
-        resuming.restore(life, last)
+        resuming.restore(life, self.spec, last)
         self.saved = last
         self.metrics.cut(life.step)
         life.loader.left_out |= left_out
         return last.folder.name
 
     def save_model(self, life: Life) -> Path:  # noqa: D102
-        target = self.folder / "model"
-        write = partial(
-            final_model.write, target, self._checkpoint(life), life.assembly.model, self.tokenizer, self.source
-        )
+        target, source = self.folder / "model", self.spec.folder or Path(self.config.model)
+        write = partial(final_model.write, target, self._checkpoint(life), life.assembly.model, self.tokenizer, source)
         life.guard.retried(write, life.device, self.ranks)
         self.listener.saved(target)
         return target

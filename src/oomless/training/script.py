@@ -21,25 +21,37 @@ def probe(life: Life) -> None:
 
 def play(life: Life) -> None:
     """Run to the end, or to the interruption."""
-    rehearse_heaviest(life)
-    life.device.reset_peak()
+    begin(life)
     life.result.eval_before = evaluate(life)
     if life.config.on_bad_loss == "rewind":
         life.keeper.save(life)  # so that there is always somewhere to go back to
+    life.device.empty_cache()  # so that the first step finds what the heaviest one found
     steps.train(life)
     life.keeper.save(life)
     if not life.interrupted.is_set():
         finish(life)
 
 
-def rehearse_heaviest(life: Life) -> None:
+def begin(life: Life) -> None:
     """Run the heaviest micro-batches that the data can give, and change nothing, so that what does not fit shows now."""
     config = life.config
+    life.device.empty_cache()  # what was cached while the model was built and probed has not its sizes
     for blocks in life.data.train.heaviest(config.per_device_train_batch_size):
         with life.device.host():
             batches = list(micro_batches(blocks * passes_of(config), config.per_device_train_batch_size))
         with suppress(Abandoned):  # the run was asked to end, and does so before its first step
             life.guard.rehearse(batches)
+
+
+def play_first_step(life: Life) -> None:
+    """Run as far as the first step's memory is known, counting the step's work; for a rehearsal that need not know more."""
+    if life.guard.active:
+        life.device.count_work(True)
+        begin(life)
+        life.device.count_work(False)
+    else:
+        life.total_steps = 1
+        steps.train(life)
 
 
 def finish(life: Life) -> None:

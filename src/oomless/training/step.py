@@ -85,6 +85,7 @@ class TrainingStep:
             loss = self.ranks.sum(self.accumulate(micro_batches, tokens))
             with self.device.phase("optimizer"):
                 norm, found_inf = self._update(loss)
+                self.optimizer.zero_grad(set_to_none=True)
         else:
             loss = self.accumulate(micro_batches[:-1], tokens)
             with self.fused.updating(1 / self.loss_scale.scale):
@@ -109,11 +110,8 @@ class TrainingStep:
         tokens = self._begin(micro_batches, tokens)
         if self.fused is None:
             loss = self.accumulate(micro_batches, tokens)
-            self.device.reset_peak()
-            before = self.device.usage().allocated_bytes
             with self.device.phase("optimizer"):
-                self._update(loss, changes_nothing=True)
-            return self.device.usage().peak_allocated_bytes - before
+                return self.device.most_beyond(lambda: self._update(loss, changes_nothing=True))
         loss = self.accumulate(micro_batches[:-1], tokens)
         with self.fused.updating(1 / self.loss_scale.scale, changes_nothing=True):
             loss += self.accumulate(micro_batches[-1:], tokens)
@@ -138,7 +136,6 @@ class TrainingStep:
         if self.max_grad_norm:
             coefficient = coefficient * clip_coefficient(norm, self.max_grad_norm)
         self.optimizer.step(gradient_scale=coefficient, found_inf=found_inf)
-        self.optimizer.zero_grad(set_to_none=True)
         return norm, found_inf
 
     def _gradient_norm(self) -> Tensor:

@@ -18,7 +18,7 @@ from oomless.training.evaluation import evaluate
 from oomless.training.guard import GoBack, StartAgain
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
-from oomless.training.precision import SMALLEST_SCALE, explain_overflow
+from oomless.training.precision import SMALLEST_SCALE, START_SCALE, explain_overflow
 from oomless.training.schedule import learning_rate_factor
 from oomless.training.step import StepResult
 from oomless.units import counted
@@ -32,16 +32,20 @@ def train(life: Life) -> None:
         HostMemoryError: the host has no room; a checkpoint was written.
         StartAgain: the run has to begin anew.
     """
-    config, parts, retried = life.config, life.assembly, life.guard.retried
-    audit = retried(TrainabilityAudit, parts.model, parts.optimizer, life.ranks.any_of) if life.step == 0 else None
-    unapplied = retried(torch.zeros, (), device=life.device.torch_device)
+    config, parts, device, retried = life.config, life.assembly, life.device, life.guard.retried
+    audit = None
+    if life.step == 0:
+        audit = retried(TrainabilityAudit, parts.model, parts.optimizer, device, life.ranks.any_of)
+    unapplied = retried(torch.zeros, (), device=device.torch_device)
     began, tokens_before, logged_at = time.perf_counter(), life.tokens, (time.perf_counter(), life.tokens)
     while life.step < life.total_steps and not life.interrupted.agreed():
         factor = learning_rate_factor(config.lr_scheduler_type, life.step, life.total_steps, config.warmup_ratio)
         for group in parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         batches, tokens = _next_batches(life)
+        device.count_work(life.step == life.total_steps - 1)
         outcome = _run_step(life, batches, tokens)
+        device.count_work(False)
         if outcome is None:
             logged_at = (time.perf_counter(), life.tokens)
             continue
@@ -52,13 +56,13 @@ def train(life: Life) -> None:
             life.tokens += tokens
         elif _answer(life, reason) == "rewind":
             continue
-        if audit is not None and not float(outcome.found_inf) and retried(audit.after_step):
+        if audit is not None and not device.number(outcome.found_inf) and retried(audit.after_step):
             audit = None
         saves = bool(config.save_steps) and life.step % (config.save_steps or 1) == 0
         logs = reason is None and (life.step % config.logging_steps == 0 or life.step == life.total_steps)
         if logs or saves:
-            loss = float(outcome.loss)
-            _check_finite(life, loss, float(unapplied), batches)
+            loss = device.number(outcome.loss)
+            _check_finite(life, loss, device.number(unapplied), batches)
             unapplied.zero_()
         if logs:
             now = time.perf_counter()
@@ -126,7 +130,8 @@ def _judge(life: Life, outcome: StepResult) -> str | None:
     """Return what is bad about the step just run, where the host looks at every one."""
     if not life.bad_loss.reads_every_step:
         return None
-    return life.bad_loss.judge(life.step, float(outcome.loss), float(outcome.gradient_norm))
+    loss, norm = life.device.number(outcome.loss), life.device.number(outcome.gradient_norm)
+    return life.bad_loss.judge(life.step, loss, norm)
 
 
 def _answer(life: Life, reason: str) -> BadLossPolicy:
@@ -152,7 +157,8 @@ def _answer(life: Life, reason: str) -> BadLossPolicy:
 
 def _check_finite(life: Life, loss: float, unapplied: float, batches: Sequence[MicroBatch]) -> None:
     parts = life.assembly
-    if parts.loss_scale.dynamic and float(parts.loss_scale.scale) < SMALLEST_SCALE:
+    scale = life.device.number(parts.loss_scale.scale, START_SCALE)
+    if parts.loss_scale.dynamic and scale < SMALLEST_SCALE:
         raise explain_overflow(parts.model, lambda: parts.step.accumulate(batches[:1], 1))
     if parts.loss_scale.dynamic or life.bad_loss.reads_every_step:
         return
@@ -170,7 +176,7 @@ def _log_step(life: Life, loss: float, outcome: StepResult, tokens_per_second: f
     metrics = {
         "step": life.step,
         "loss": loss,
-        "gradient_norm": float(outcome.gradient_norm),
+        "gradient_norm": life.device.number(outcome.gradient_norm),
         "learning_rate": rates[0],
         "tokens": life.tokens,
         "tokens_per_second": round(tokens_per_second, 1),
@@ -178,7 +184,7 @@ def _log_step(life: Life, loss: float, outcome: StepResult, tokens_per_second: f
         "peak_memory_bytes": usage.peak_allocated_bytes,
     }
     if life.assembly.loss_scale.dynamic:
-        metrics["loss_scale"] = float(life.assembly.loss_scale.scale)
+        metrics["loss_scale"] = life.device.number(life.assembly.loss_scale.scale)
     metrics |= life.guard.metrics()
     life.keeper.record(metrics)
     life.listener.stepped(metrics)
