@@ -22,7 +22,7 @@ from oomless.memory.device import CudaDevice, Device
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, plan, target_for
-from oomless.planning.rehearse import play, usual_lengths
+from oomless.planning.rehearse import play
 from oomless.training.assemble import assemble
 from provenance import write
 
@@ -63,7 +63,7 @@ def measure(spec: ModelSpec, config: TrainConfig, device: Device) -> tuple[int, 
     device.empty_cache()
     device.reset_peak()
     with device.active():
-        play(assemble(spec, config, device, fill=False), config, usual_lengths(config), steps=2)
+        play(assemble(spec, config, device, fill=False), config)
     usage = device.usage()
     return usage.peak_allocated_bytes, usage.peak_reserved_bytes
 

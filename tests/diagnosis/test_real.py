@@ -17,7 +17,7 @@ from oomless.diagnosis.explain import explain
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import play, usual_lengths
+from oomless.planning.rehearse import play
 from oomless.training.assemble import assemble
 
 MiB = 1 << 20
@@ -205,7 +205,7 @@ def cured(run, folder, capacity, cure):
     with device.active():
         try:
             parts = assemble(resolve(str(folder)), cure.config, device, fill=False)
-            play(parts, cure.config, usual_lengths(cure.config), 2)
+            play(parts, cure.config)
         except torch.OutOfMemoryError:
             return False
     return True

@@ -9,6 +9,7 @@ from oomless.config import DataSource, TrainConfig
 from oomless.memory.profile import CATEGORIES
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
+from oomless.planning.layout import Layout
 from oomless.planning.rehearse import play, rehearse, virtual_device
 from oomless.training.assemble import assemble
 
@@ -68,8 +69,8 @@ def both_profiles(folder, settings, lengths=LENGTHS):
     )
     real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
     with real.active():
-        play(assemble(spec, config, real, fill=True), config, lengths, steps=2)
-    fake = rehearse(spec, config, virtual_device(), kernel="auto", document_lengths=lengths)
+        play(assemble(spec, config, real, fill=True), config, Layout.uniform(lengths, config))
+    fake = rehearse(spec, config, virtual_device(), kernel="auto", layout=Layout.uniform(lengths, config))
     return real.profile(max_points=None), fake.device.profile(max_points=None)
 
 

@@ -10,7 +10,7 @@ from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
 from oomless.planning.plan import Target
-from oomless.planning.rehearse import play, usual_lengths
+from oomless.planning.rehearse import play
 from oomless.planning.search import _Search, is_tied, search
 from oomless.planning.strategies import micro_batches, parts_in_order, placements, qualities, rungs
 from oomless.planning.trial import Laboratory, Setting
@@ -149,7 +149,7 @@ def train_for_real(setting, settings, capacity_bytes):
     config = setting.config(settings)
     with device.active():
         parts = assemble(setting.spec, config, device, fill=True)
-        play(parts, config, usual_lengths(config), steps=2)
+        play(parts, config)
     return device.usage()
 
 

@@ -14,6 +14,7 @@ from oomless.config import DataSource, TrainConfig
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import experts
 from oomless.models.spec import resolve
+from oomless.planning.layout import Layout
 from oomless.planning.rehearse import play, rehearse, virtual_device
 from oomless.techniques.experts import expert_modules
 from oomless.training import loop
@@ -108,8 +109,8 @@ def both_profiles(folder, settings):
     spec, config = resolve(str(folder)), make_config(folder, **settings)
     real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
     with real.active():
-        play(assemble(spec, config, real, fill=True), config, LENGTHS, steps=2)
-    fake = rehearse(spec, config, virtual_device(), kernel="auto", document_lengths=LENGTHS)
+        play(assemble(spec, config, real, fill=True), config, Layout.uniform(LENGTHS, config))
+    fake = rehearse(spec, config, virtual_device(), kernel="auto", layout=Layout.uniform(LENGTHS, config))
     return real.profile(max_points=None), fake.device.profile(max_points=None)
 
 

@@ -19,8 +19,9 @@ from oomless.errors import ConfigError, HardwareError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
 from oomless.models.spec import resolve
+from oomless.planning.layout import Layout
 from oomless.planning.plan import Target, target_for
-from oomless.planning.rehearse import play, rehearse, usual_lengths, virtual_device
+from oomless.planning.rehearse import play, rehearse, virtual_device
 from oomless.planning.search import search
 from oomless.planning.trial import Setting
 from oomless.techniques import sharding
@@ -248,7 +249,12 @@ class PatientGPU(VirtualGPU):
 def real_peak(model, config):
     device = PatientGPU(1 << 40, record_history=True)
     with distributed.joined("cpu") as ranks, device.active():
-        play(assemble(resolve(model), config, device, fill=True, ranks=ranks), config, LENGTHS, steps=2, ranks=ranks)
+        play(
+            assemble(resolve(model), config, device, fill=True, ranks=ranks),
+            config,
+            Layout.uniform(LENGTHS, config),
+            ranks=ranks,
+        )
     return figures(device)
 
 
@@ -269,7 +275,7 @@ def test_each_process_peaks_where_the_rehearsal_says(make_checkpoint, tmp_path, 
     model = str(make_checkpoint(architecture, tied=tied))
     config = make_config(model, "none", "none", **{"dtype": "bf16", "per_device_train_batch_size": 1, **settings})
     fake = virtual_device()
-    rehearse(resolve(model), config, fake, kernel="auto", document_lengths=LENGTHS, gpus=2)
+    rehearse(resolve(model), config, fake, kernel="auto", layout=Layout.uniform(LENGTHS, config), gpus=2)
     expected = json.loads(json.dumps(figures(fake)))
     assert together(processes, tmp_path / "out", real_peak, model, config) == [expected, expected]
 
@@ -456,7 +462,7 @@ def train_pick(setting, settings, capacity_bytes):
     device, config = VirtualGPU(capacity_bytes), setting.config(settings)
     with distributed.joined("cpu") as ranks, device.active():
         parts = assemble(setting.spec, config, device, fill=True, ranks=ranks)
-        play(parts, config, usual_lengths(config), steps=2, ranks=ranks)
+        play(parts, config, ranks=ranks)
     return device.usage().peak_reserved_bytes
 
 

@@ -17,6 +17,17 @@ import numpy as np
 from oomless.data.pack import Block, PackedBlocks
 
 
+def heaviest(rankings: Sequence[Sequence[tuple[int, Any]]], count: int) -> list[list[tuple[int, Any]]]:
+    """Return the first ``count`` of each ranking, over again where there are fewer; each choice of blocks once."""
+    found: list[list[tuple[int, Any]]] = []
+    for ranking in rankings:
+        chosen = list(ranking[:count])
+        numbers = sorted(number for number, _ in chosen)
+        if chosen and numbers not in [sorted({number for number, _ in other}) for other in found]:
+            found.append(list(islice(cycle(chosen), count)))
+    return found
+
+
 class BlockStream:
     """The training blocks of a run, by their number."""
 
@@ -42,8 +53,13 @@ class BlockStream:
 
         Blocks are all equally long; what attention asks for depends on how documents lie in them.
         """
-        found: list[list[tuple[int, int]]] = []
+        return [[block for _, block in chosen] for chosen in heaviest(self.ranked(count), count)]
+
+    def ranked(self, count: int) -> list[list[tuple[int, Block]]]:
+        """Return the ``count`` heaviest blocks, each with a number of its own, by either measure of ``heaviest``."""
         weights = [source.weights_of_blocks() for source in self.sources]
+        firsts = np.cumsum([0, *map(len, self.sources)])
+        rankings = []
         for measure in range(2):
             ranked = [
                 (int(values[measure][index]), source, int(index))
@@ -51,10 +67,10 @@ class BlockStream:
                 for index in np.argsort(-values[measure], kind="stable")[:count]
             ]
             ranked.sort(key=lambda entry: -entry[0])
-            places = [(source, index) for _, source, index in ranked]
-            if places and sorted(places[:count]) not in map(sorted, found):
-                found.append(list(islice(cycle(places), count)))
-        return [[self.sources[source][index] for source, index in places] for places in found]
+            rankings.append(
+                [(int(firsts[source]) + index, self.sources[source][index]) for _, source, index in ranked[:count]]
+            )
+        return rankings
 
     def check_unchanged(self) -> None:
         """Check that the files under the blocks are those that were opened.

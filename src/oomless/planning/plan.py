@@ -21,6 +21,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
+from oomless.planning.layout import Layout, read_layout
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
 from oomless.techniques.sharding import shared
 from oomless.training.assemble import open_device
@@ -243,19 +244,21 @@ def plan(
     settings: AllocatorSettings | None = None,
     *,
     snapshot: bool = False,
+    layout: Layout | None = None,
 ) -> Plan:
     """Rehearse ``config`` with ``spec`` on ``target`` and return what it needs; ``snapshot`` keeps what one is made of.
+
+    ``layout`` says how its text lies in blocks; see ``rehearse``.
 
     Raises:
         UserError: what is asked for does not fit together; the same as training would say.
     """
     config = shared(config, target.gpus)
-    found = rehearse_on(target, spec, config, target.capacity_bytes, settings, snapshot=snapshot)
+    how: dict[str, Any] = {"settings": settings, "snapshot": snapshot, "layout": layout}
+    found = rehearse_on(target, spec, config, target.capacity_bytes, **how)
     if found.out_of_memory is None:
         return plan_of(spec, target, found)
-    return plan_of(
-        spec, target, rehearse_on(target, spec, config, UNLIMITED_BYTES, settings, snapshot=snapshot), stopped=found
-    )
+    return plan_of(spec, target, rehearse_on(target, spec, config, UNLIMITED_BYTES, **how), stopped=found)
 
 
 def plan_of(spec: ModelSpec, target: Target, found: Rehearsal, *, stopped: Rehearsal | None = None) -> Plan:
@@ -283,11 +286,18 @@ def rehearse_on(
     settings: AllocatorSettings | None = None,
     *,
     snapshot: bool = False,
+    layout: Layout | None = None,
 ) -> Rehearsal:
     """Rehearse the whole run of ``config``, each process's settings where there are several, on ``target`` with so much memory."""
     device = target.simulated(capacity_bytes, settings=settings, snapshot=snapshot)
     return rehearse(
-        spec, config, device, kernel=target.kernel, workspace_bytes=target.workspace_bytes, gpus=target.gpus
+        spec,
+        config,
+        device,
+        kernel=target.kernel,
+        workspace_bytes=target.workspace_bytes,
+        gpus=target.gpus,
+        layout=layout,
     )
 
 
@@ -298,7 +308,7 @@ def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:
         UserError: model, GPU or settings do not fit together.
     """
     spec = resolve_for_plan(config.model, trust_remote_code=config.trust_remote_code)
-    return plan(spec, config, target_for(config.gpu), snapshot=snapshot)
+    return plan(spec, config, target_for(config.gpu), snapshot=snapshot, layout=read_layout(config))
 
 
 def predict(config: TrainConfig) -> Plan | None:
@@ -307,4 +317,5 @@ def predict(config: TrainConfig) -> Plan | None:
     if device.capacity_bytes is None:
         return None
     spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
-    return plan(spec, config, target_for(config.gpu if config.gpu.startswith("virtual:") else "auto"))
+    target = target_for(config.gpu if config.gpu.startswith("virtual:") else "auto")
+    return plan(spec, config, target, layout=read_layout(config))

@@ -4,9 +4,7 @@ There is no formula here. ``training.assemble`` builds what will train, ``traini
 blocks, evaluation, steps, checkpoints, final model), and the tracker books every storage in the simulated allocator. It is a run
 shortened to a few steps, with blank text for its data and nothing on a disk. What a rehearsal adds is what only the real thing has:
 
-*Blocks.* Their tokens do not matter, but how documents lie in them does, because attention runs document by document.
-By default a packed block holds two documents: from two on each layer keeps the documents' outputs and their
-concatenation, and further ones add only the rounding of small tensors.
+*Blocks.* Their tokens do not matter, but how documents lie in them does (``layout``).
 
 *Kernels.* Where CUDA takes another attention kernel than the CPU, attention calls that kernel's own operator.
 
@@ -17,20 +15,17 @@ allocator does hold and which is booked before the first step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from oomless.config import TrainConfig
-from oomless.data.pack import Block
-from oomless.data.prepare import PreparedData
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.repeated_layers import CannotRepeat, repeated_layers
@@ -40,12 +35,13 @@ from oomless.models import save
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
+from oomless.planning.layout import SHORT_RUN_STEPS, Layout, usual_documents
 from oomless.techniques import trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint, script
 from oomless.training.assemble import Assembly, assemble
 from oomless.training.distributed import ALONE, Ranks, rehearsed
-from oomless.training.life import Keeper, Life
+from oomless.training.life import Keeper, Life, total_steps
 from oomless.training.listening import Listener, RunResult
 from oomless.training.precision import choose_dtype
 from oomless.training.step import passes_of
@@ -97,7 +93,7 @@ def rehearse(
     device: VirtualGPU,
     *,
     kernel: Kernel | None = None,
-    document_lengths: Sequence[int] | None = None,
+    layout: Layout | None = None,
     workspace_bytes: int = 0,
     steps: int = STEPS,
     whole: bool = True,
@@ -111,9 +107,9 @@ def rehearse(
         config: the run; its data is not read.
         device: a virtual GPU, usually from ``virtual_device``.
         kernel: the attention kernel; by default the one that the device's compute capability gets from PyTorch.
-        document_lengths: how documents lie in every block; by default two fill it, or one where they are concatenated.
+        layout: how documents lie in its blocks; by default two fill each, or one where they are concatenated.
         workspace_bytes: what cuBLAS takes from the allocator at its first product.
-        steps: optimizer steps; from two on the peak is that of a long run.
+        steps: optimizer steps; from two on the peak is that of a long run. A short run of known text is played whole.
         whole: or only as far as the first step's memory is known, whose work is then counted.
         run_all_layers: or only some of each kind, and repeat what they ask for; modules inside of layers are then not named.
         gpus: how many train together; what is rehearsed is the first, whose parts are the largest.
@@ -122,7 +118,6 @@ def rehearse(
         CannotRepeat: without ``run_all_layers``, where these layers have to be run.
         UserError: what is asked for does not fit together; the same as training would say.
     """
-    lengths = tuple(document_lengths or usual_lengths(config))
     failure = None
     parts: Assembly | None = None
     with rehearsed(gpus) as ranks, device.active():
@@ -135,7 +130,7 @@ def rehearse(
                 repeat_updates(parts.optimizer, device)
                 workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
                 with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
-                    play(parts, config, lengths, steps, ranks, whole=whole)
+                    play(parts, config, layout, steps, ranks, whole=whole)
         except torch.OutOfMemoryError as error:
             failure = str(error)
     model = parts.model if parts is not None else None
@@ -213,19 +208,20 @@ def _facts(name: str, module: nn.Module) -> tuple[Any, ...]:
 def play(
     parts: Assembly,
     config: TrainConfig,
-    documents: tuple[int, ...],
+    layout: Layout | None = None,
     steps: int = STEPS,
     ranks: Ranks = ALONE,
     *,
     whole: bool = True,
 ) -> None:
-    """Play the run of ``config`` with ``parts`` on blank text, ``documents`` in every block; the rest is as in ``rehearse``."""
+    """Play the run of ``config`` with ``parts`` on blank text of ``layout``; the rest is as in ``rehearse``."""
+    layout = layout or Layout.uniform(usual_documents(config), config)
     life = Life(
-        shortened(config, steps),
+        shortened(config, layout, steps, ranks.count),
         parts.step.device,
         ranks,
         Listener(),
-        data=blank_data(config, documents),
+        data=layout.data(),
         assembly=parts,
         keeper=NoFolder(),
         result=RunResult(output_dir=Path()),
@@ -266,60 +262,25 @@ class NoFolder(Keeper):
         return None
 
 
-def shortened(config: TrainConfig, steps: int) -> TrainConfig:
-    """Return the run of ``config`` in so few steps; it evaluates and saves after the first where it does so at all."""
-    return replace(
+def shortened(config: TrainConfig, layout: Layout, steps: int, gpus: int = 1) -> TrainConfig:
+    """Return the run of ``config`` in at most so many ``steps``, or whole where it is short and its text known.
+
+    One that is cut short evaluates and saves after its first step if at all.
+    """
+    total = total_steps(config, layout.blocks_per_epoch, gpus)
+    short = total is not None and total <= (SHORT_RUN_STEPS if layout.blocks_per_epoch is not None else steps)
+    config = replace(
         config,
-        max_steps=steps,
+        max_steps=total if short else steps,
         max_tokens=None,
         num_train_epochs=None,
         logging_steps=1,
-        eval_steps=1 if config.eval_steps else None,
-        save_steps=1 if config.save_steps else None,
         preemption_grace_s=None,
         host_reserve_bytes=0,  # this machine's memory is not the run's
     )
-
-
-class BlankBlocks:
-    """Blocks of no particular tokens, ``documents`` long in each of them; they stand for a stream or an evaluation's."""
-
-    fingerprint = "blank"
-
-    def __init__(self, documents: tuple[int, ...], count: int) -> None:
-        self.blocks_per_epoch = self.count = count
-        tokens = np.zeros(sum(documents), dtype=np.int64)
-        self._block = Block(input_ids=tokens, labels=tokens, position_ids=tokens, document_lengths=documents)
-
-    def __iter__(self) -> Iterator[Block]:
-        return (self._block for _ in range(self.count))
-
-    def block(self, number: int) -> Block:
-        """Return one of them, whichever."""
-        return self._block
-
-    def heaviest(self, count: int) -> list[list[Block]]:
-        """Return ``count`` of them."""
-        return [[self._block] * count]
-
-    def check_unchanged(self) -> None:
-        """They never change."""
-
-
-def blank_data(config: TrainConfig, documents: tuple[int, ...]) -> PreparedData:
-    """Return data for ``config`` in whose blocks ``documents`` lie one after the other, two batches of it to evaluate on."""
-    evaluates = bool(config.eval_fraction or config.eval_data)
-    held_out = {"blank": BlankBlocks(documents, 2 * (config.per_device_eval_batch_size or 1))} if evaluates else {}
-    train: Any = BlankBlocks(documents, 1 << 40)
-    evaluation: Any = held_out
-    return PreparedData(train=train, evaluation=evaluation, summary=())
-
-
-def usual_lengths(config: TrainConfig) -> tuple[int, ...]:
-    """Return how documents are taken to lie in a block where the data is not known."""
-    if config.packing == "concatenate":
-        return (config.max_seq_length,)
-    return (config.max_seq_length // 3, config.max_seq_length - config.max_seq_length // 3)
+    if short:
+        return config
+    return replace(config, eval_steps=1 if config.eval_steps else None, save_steps=1 if config.save_steps else None)
 
 
 def _head_width(config: Any) -> int:

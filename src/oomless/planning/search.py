@@ -25,6 +25,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
+from oomless.planning.layout import OF_THE_TEXT, read_layout
 from oomless.planning.plan import Plan, Target
 from oomless.planning.strategies import (
     CHEAP,
@@ -149,7 +150,8 @@ def search(
     Raises:
         UserError: what was given does not fit together.
     """
-    setting = Setting(spec=spec, target=target, base=dict(given))
+    text = TrainConfig.from_mapping({name: value for name, value in given.items() if name in OF_THE_TEXT})
+    setting = Setting(spec=spec, target=target, base=dict(given), layout=read_layout(text))
     laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
     try:
         return _Search(setting, laboratory, progress or (lambda *_: None)).run(alternatives)

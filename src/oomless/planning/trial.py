@@ -1,7 +1,8 @@
 """Short rehearsals for a search: does one candidate fit, what does it need, how much work is it?
 
-A trial loads and takes one optimizer step at the capacity that may be used. Where it runs out of memory, so does the whole run,
-which begins with the same requests; what passes is rehearsed whole before it is chosen. Trials run in processes of their own
+A trial plays a run at the capacity that may be used until the heaviest step is known. Where it runs out of memory, so does the
+whole run, which begins with the same requests (the probe before them leaves nothing behind); what passes is rehearsed whole before
+it is chosen. Trials run in processes of their own
 and are kept on disk, by everything that decides them: the model, the settings, the GPU, and the code itself.
 """
 
@@ -34,6 +35,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
+from oomless.planning.layout import Layout
 from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
@@ -124,6 +126,9 @@ class Setting:
     base: Settings
     """The settings that the user gave."""
 
+    layout: Layout | None = None
+    """How the text lies in blocks, where it is at hand."""
+
     def config(self, settings: Settings) -> TrainConfig:
         """Return the run with ``settings``.
 
@@ -145,9 +150,9 @@ def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Tr
             lambda: target.simulated(capacity_bytes),
             kernel=target.kernel,
             workspace_bytes=target.workspace_bytes,
-            steps=1,
             whole=False,
             gpus=target.gpus,
+            layout=setting.layout,
         )
     except UserError as error:
         return Trial(
@@ -168,7 +173,8 @@ def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Tr
 def prove(setting: Setting, settings: Settings) -> Proof:
     """Rehearse the whole run with ``settings`` in the memory that may be used; that is what the plan says it needs."""
     target, config = setting.target, setting.config(settings)
-    found = rehearse_on(target, setting.spec, config, target.capacity_bytes - target.margin_bytes)
+    usable = target.capacity_bytes - target.margin_bytes
+    found = rehearse_on(target, setting.spec, config, usable, layout=setting.layout)
     if found.out_of_memory is not None:
         return Proof(fits=False)
     profile = replace(found.profile, capacity_bytes=target.capacity_bytes)
@@ -331,6 +337,7 @@ class Laboratory:
         facts = [
             *(what, _code(), torch.__version__, shared.spec.config.to_json_string()),
             asdict(replace(shared.target, notes=(), host_bytes=None)),
+            None if shared.layout is None else asdict(shared.layout),
             {name: value for name, value in {**shared.base, **settings}.items() if name not in _WITHOUT_EFFECT},
         ]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

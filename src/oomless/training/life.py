@@ -74,7 +74,9 @@ class Life:
         self.data, self.assembly, self.keeper, self.result = data, assembly, keeper, result
         self.guard = Guard.of(config, assembly.step, device, listener.said)
         self.loader = Loader(data.train)
-        self.total_steps = self._total_steps()
+        total = total_steps(config, data.train.blocks_per_epoch, ranks.count)
+        assert total is not None
+        self.total_steps = total
         self.step, self.tokens = 0, 0
         self.bad_loss = BadLoss(config.on_bad_loss, config.bad_loss_factor, dynamic_scale=assembly.loss_scale.dynamic)
         self.interrupted = Interruption(config.preemption_grace_s, ranks.any)
@@ -92,11 +94,14 @@ class Life:
         """How many blocks all processes together train on in a step."""
         return self.config.blocks_per_step * self.ranks.count
 
-    def _total_steps(self) -> int:
-        config = self.config
-        if config.max_steps is not None:
-            return config.max_steps
-        if config.max_tokens is not None:
-            return math.ceil(config.max_tokens / (self.blocks_per_step * config.max_seq_length))
-        blocks = self.data.train.blocks_per_epoch * (config.num_train_epochs or 1.0)
-        return max(1, math.ceil(blocks / self.blocks_per_step))
+
+def total_steps(config: TrainConfig, blocks_per_epoch: int | None, gpus: int = 1) -> int | None:
+    """Return how many steps the run of ``config`` has; ``None`` where that depends on its text, which is not known."""
+    blocks_per_step = config.blocks_per_step * gpus
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.max_tokens is not None:
+        return math.ceil(config.max_tokens / (blocks_per_step * config.max_seq_length))
+    if blocks_per_epoch is None:
+        return None
+    return max(1, math.ceil(blocks_per_epoch * (config.num_train_epochs or 1.0) / blocks_per_step))

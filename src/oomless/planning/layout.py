@@ -1,0 +1,149 @@
+"""How documents lie in the blocks of a run: all that a rehearsal has to know of the text.
+
+Tokens do not matter to memory, but attention runs document by document. Where the text is at hand its own blocks are played; else
+two documents fill each block: from two on a layer keeps the documents' outputs and their concatenation, and further ones add only
+the rounding of small tensors.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oomless.config import TrainConfig
+from oomless.config.data import Data
+from oomless.config.model import Model
+from oomless.config.values import kinds
+from oomless.data.mix import heaviest
+from oomless.data.pack import Block
+from oomless.data.prepare import PreparedData, prepare
+from oomless.data.read import find_files
+from oomless.errors import DataError
+from oomless.models.spec import load_tokenizer
+from oomless.units import MiB
+
+Documents = tuple[int, ...]
+LARGEST_TEXT_BYTES = 64 * MiB
+"""A plan does not read more text than this."""
+
+OF_THE_TEXT = {*kinds(Model), *kinds(Data), "output_dir", "cache_dir", "seed", "per_device_eval_batch_size"}
+"""The settings that decide it."""
+
+LEARNT_BLOCKS = 512
+RANKED_BLOCKS = 64
+EVALUATED_BATCHES = 8
+SHORT_RUN_STEPS = 8
+"""A run of so many steps is played whole where its text is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The lengths of the documents in each block that is played."""
+
+    train: tuple[Documents, ...]
+    """In the order in which they are learnt; after the last comes the first again."""
+
+    ranked: tuple[tuple[tuple[int, Documents], ...], ...]
+    """Numbered blocks, the heaviest first, by each measure of ``BlockStream.heaviest``."""
+
+    evaluation: tuple[tuple[Documents, ...], ...]
+    """The first blocks of each source that is evaluated."""
+
+    blocks_per_epoch: int | None = None
+    """``None`` where the text is not known."""
+
+    @classmethod
+    def uniform(cls, documents: Documents, config: TrainConfig) -> Layout:
+        """Return blocks all of ``documents``, for ``config``, which evaluates two batches of them if any."""
+        evaluates = bool(config.eval_fraction or config.eval_data)
+        held_out = ((documents,) * (2 * (config.per_device_eval_batch_size or 1)),) if evaluates else ()
+        return cls(train=(documents,), ranked=(((0, documents),),), evaluation=held_out)
+
+    @classmethod
+    def of(cls, data: PreparedData, config: TrainConfig) -> Layout:
+        """Return how ``data`` lie in the blocks of ``config``."""
+        stream = data.train
+        tried = EVALUATED_BATCHES * (config.per_device_eval_batch_size or 1)
+        return cls(
+            train=tuple(stream.block(number).document_lengths for number in range(LEARNT_BLOCKS)),
+            ranked=tuple(
+                tuple((number, block.document_lengths) for number, block in ranking)
+                for ranking in stream.ranked(RANKED_BLOCKS)
+            ),
+            evaluation=tuple(
+                tuple(block.document_lengths for block in islice(blocks, tried)) for blocks in data.evaluation.values()
+            ),
+            blocks_per_epoch=stream.blocks_per_epoch,
+        )
+
+    def data(self) -> PreparedData:
+        """Return blank blocks that lie so."""
+        train: Any = _Stream(self)
+        evaluation: Any = {str(number): _Blocks(blocks) for number, blocks in enumerate(self.evaluation)}
+        return PreparedData(train=train, evaluation=evaluation, summary=())
+
+
+def usual_documents(config: TrainConfig) -> Documents:
+    """Return how documents are taken to lie in a block where the text is not known."""
+    if config.packing == "concatenate":
+        return (config.max_seq_length,)
+    return (config.max_seq_length // 3, config.max_seq_length - config.max_seq_length // 3)
+
+
+def read_layout(config: TrainConfig) -> Layout | None:
+    """Return how the text that ``config`` names lies in its blocks; ``None`` where there is none to read here, or too much.
+
+    Raises:
+        UserError: the text is there and cannot be used.
+    """
+    name = config.tokenizer or config.model
+    try:
+        files = [file for source in (*config.data, *config.eval_data) for file in find_files(source)[0]]
+    except DataError:
+        return None
+    if not Path(name).is_dir() or sum(file.path.stat().st_size for file in files) > LARGEST_TEXT_BYTES:
+        return None
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    with tempfile.TemporaryDirectory() as folder:
+        return Layout.of(prepare(config, tokenizer, Path(config.cache_dir or folder)), config)
+
+
+class _Blocks:
+    """Blocks of no particular tokens that lie as they are told; they stand for those of a source."""
+
+    def __init__(self, layouts: Sequence[Documents]) -> None:
+        self._layouts = layouts
+
+    def __iter__(self) -> Iterator[Block]:
+        return map(_blank, self._layouts)
+
+    def check_unchanged(self) -> None:
+        """They never change."""
+
+
+class _Stream(_Blocks):
+    """Stands for the stream of a run's blocks."""
+
+    fingerprint = "blank"
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout.train)
+        self._ranked = layout.ranked
+        self.blocks_per_epoch = layout.blocks_per_epoch or 1 << 40
+
+    def block(self, number: int) -> Block:
+        return _blank(self._layouts[number % len(self._layouts)])
+
+    def heaviest(self, count: int) -> list[list[Block]]:
+        return [[_blank(documents) for _, documents in chosen] for chosen in heaviest(self._ranked, count)]
+
+
+def _blank(documents: Documents) -> Block:
+    tokens = np.zeros(sum(documents), dtype=np.int64)
+    return Block(input_ids=tokens, labels=tokens, position_ids=tokens, document_lengths=documents)
