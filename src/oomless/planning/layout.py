@@ -20,11 +20,11 @@ from oomless.config import TrainConfig
 from oomless.config.data import Data
 from oomless.config.model import Model
 from oomless.config.values import kinds
+from oomless.data.files import find_files
 from oomless.data.mix import heaviest
 from oomless.data.pack import Block
 from oomless.data.prepare import PreparedData, prepare
-from oomless.data.read import find_files
-from oomless.errors import DataError
+from oomless.errors import UserError
 from oomless.models.spec import load_tokenizer
 from oomless.units import MiB
 
@@ -104,10 +104,10 @@ def read_layout(config: TrainConfig) -> Layout | None:
     """
     name = config.tokenizer or config.model
     try:
-        files = [file for source in (*config.data, *config.eval_data) for file in find_files(source)[0]]
-    except DataError:
+        files = [file for source in (*config.data, *config.eval_data) for file in find_files(source).files]
+    except UserError:
         return None
-    if not Path(name).is_dir() or sum(file.path.stat().st_size for file in files) > LARGEST_TEXT_BYTES:
+    if not Path(name).is_dir() or sum(file.size_bytes for file in files) > LARGEST_TEXT_BYTES:
         return None
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory() as folder:
