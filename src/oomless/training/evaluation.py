@@ -10,6 +10,7 @@ from torch import Tensor
 from oomless.data.loader import MicroBatch
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
+from oomless.training.run_folder import EVALUATED
 
 
 def evaluate(life: Life) -> dict[str, float]:
@@ -32,6 +33,6 @@ def evaluate(life: Life) -> dict[str, float]:
     except Abandoned:
         return {}
     if losses:
-        life.keeper.record({"step": life.step, **{f"eval_loss/{name}": loss for name, loss in losses.items()}})
+        life.keeper.record({"step": life.step, **{f"{EVALUATED}{name}": loss for name, loss in losses.items()}})
         life.listener.evaluated(life.step, losses)
     return losses

@@ -32,7 +32,7 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device, random_state, set_random_state
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import block_dropout
-from oomless.training.ladder import Ladder
+from oomless.training.ladder import Ladder, Rung, ladder
 from oomless.training.step import StepResult, TrainingStep
 
 STEPS_BEFORE_CLIMBING = 50
@@ -130,7 +130,7 @@ class Guard:
         self._dropout = block_dropout.has_dropout(step.model)
         self._undo = UndoLog(step.optimizer, step, device) if undo else None
         self._changed = self._rehearsing = False
-        self._reserve_bytes = 0
+        self._reserve_bytes = self._evaluation_level = 0
         if active:
             step.optimizer.before_update = self._before_update
 
@@ -160,6 +160,11 @@ class Guard:
             may_split=not active or block_dropout.belongs_to_blocks(step.model, device),
             leaner=config.allow_leaner_optimizer,
         )
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights and state are those after a step, also where the one after it ran out of memory."""
+        return not self._changed
 
     def metrics(self) -> dict[str, int]:
         """Return what belongs in a line of metrics: nothing before the first recovery."""
@@ -239,6 +244,7 @@ class Guard:
             except RuntimeError as error:
                 last = tried and self.level == len(self.rungs) - 1
                 if not (self._recovers and is_out_of_memory(error)) or last:
+                    set_random_state(random_before, self.device)
                     raise
                 release(error)
             else:
@@ -270,24 +276,27 @@ class Guard:
     def evaluate(self, blocks: Iterable[Block], size: int, passed: Passed = iter) -> tuple[Tensor, int]:
         """Return what ``TrainingStep.evaluate`` does of ``blocks``, ``size`` at a time, or fewer where that does not fit.
 
-        Every batch goes through ``passed``, which may raise.
+        Logits are held as the steps hold them, or fewer too. What fitted is kept for the next evaluation. Every batch goes through ``passed``, which may raise.
 
         Raises:
-            torch.OutOfMemoryError: single blocks do not fit.
+            torch.OutOfMemoryError: single blocks and the smallest chunks of logits do not fit.
         """
-        sizes = [size, size]
-        while sizes[-1] > 1:
-            sizes.append(sizes[-1] // 2)
-        for attempt, number in enumerate(sizes):
+        rungs = ladder(Rung(size, self.rungs[self.level].chunk_bytes), may_split=True)
+        tried = False
+        while True:
+            self._evaluation_level = min(self._evaluation_level, len(rungs) - 1)
+            rung = rungs[self._evaluation_level]
             try:
-                return self.step.evaluate(passed(micro_batches(blocks, number)))
+                with self._ladder.chunks_of(rung.chunk_bytes):
+                    return self.step.evaluate(passed(micro_batches(blocks, rung.micro_batch)))
             except RuntimeError as error:
-                if not (self._recovers and is_out_of_memory(error)) or attempt == len(sizes) - 1:
+                if not (self._recovers and is_out_of_memory(error)) or (tried and rung == rungs[-1]):
                     raise
                 release(error)
             self._drop()
-            self.say(f"out of memory: the evaluation is run again in batches of {sizes[attempt + 1]}")
-        raise AssertionError("the last size returned or raised")
+            self._evaluation_level += tried
+            tried = True
+            self.say(f"out of memory: the evaluation is run again with {rungs[self._evaluation_level]}")
 
     def retried(self, action: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
         """Return what ``action``, which may be begun again, returns; once more after memory was freed."""

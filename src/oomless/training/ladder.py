@@ -89,20 +89,27 @@ class Ladder:
             optimizer.fetch_state()
         if rung.leaner_optimizer and isinstance(optimizer, AdamW):
             optimizer.make_leaner(self.device)
-        before = self.step.loss_chunk_bytes
-        self.step.loss_chunk_bytes = rung.chunk_bytes
         if rung.checkpoint_all:
             checkpointing.apply_to(self.step.model, self._free_layers)
         try:
-            if rung.offload_activations and self._offloading is not None:
-                with self._offloading.on():
+            with self.chunks_of(rung.chunk_bytes):
+                if rung.offload_activations and self._offloading is not None:
+                    with self._offloading.on():
+                        yield
+                else:
                     yield
-            else:
-                yield
         finally:
-            self.step.loss_chunk_bytes = before
             for layer in self._free_layers if rung.checkpoint_all else ():
                 layer.gradient_checkpointing = False
+
+    @contextmanager
+    def chunks_of(self, bytes_: int) -> Iterator[None]:
+        """Hold at most so many bytes of logits inside."""
+        before, self.step.loss_chunk_bytes = self.step.loss_chunk_bytes, bytes_
+        try:
+            yield
+        finally:
+            self.step.loss_chunk_bytes = before
 
 
 def ladder(first: Rung, *, may_split: bool, **further: bool) -> list[Rung]:

@@ -30,6 +30,10 @@ class Keeper:
         """Keep a line of metrics."""
         raise NotImplementedError
 
+    def evaluated(self, step: int) -> dict[str, float]:
+        """Return the losses that were recorded of an evaluation after ``step``; empty where there was none."""
+        return {}
+
     def save(self, life: Life) -> None:
         """Keep all that the run needs to go on from this step, if that is not kept yet.
 

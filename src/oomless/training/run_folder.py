@@ -14,6 +14,9 @@ from typing import Any
 from oomless.errors import CheckpointError, ConfigError
 from oomless.training import checkpoint
 
+EVALUATED = "eval_loss/"
+"""What names of validation losses begin with."""
+
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
@@ -79,6 +82,16 @@ class Metrics:
             except OSError:
                 file.truncate(end)
                 raise
+
+    def evaluated(self, step: int) -> dict[str, float]:
+        """Return the losses by source of an evaluation after ``step`` that is written; empty where none is."""
+        if not self.path.is_file():
+            return {}
+        for line in self.path.read_bytes().decode(errors="replace").splitlines():
+            if _step_of(line) == step and EVALUATED in line:
+                losses = json.loads(line).items()
+                return {name.removeprefix(EVALUATED): loss for name, loss in losses if name.startswith(EVALUATED)}
+        return {}
 
     def cut(self, step: int) -> None:
         """Forget what was measured after ``step``, or what a kill cut short.

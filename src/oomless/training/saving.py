@@ -68,6 +68,10 @@ class RunFolder(Keeper):
                 if key != "step":
                     self.writer.add_scalar(key, value, metrics["step"])
 
+    def evaluated(self, step: int) -> dict[str, float]:  # noqa: D102
+        found: dict[str, float] = self.ranks.from_first(lambda: self.metrics.evaluated(step))
+        return found
+
     def save(self, life: Life) -> None:  # noqa: D102
         self._checkpoint(life)
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from oomless.data.loader import micro_batches
 from oomless.training import steps
 from oomless.training.evaluation import evaluate
+from oomless.training.guard import is_out_of_memory
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
 from oomless.training.probe import check_architecture
@@ -20,9 +21,23 @@ def probe(life: Life) -> None:
 
 
 def play(life: Life) -> None:
-    """Run to the end, or to the interruption."""
+    """Run to the end, or to the interruption.
+
+    Raises:
+        torch.OutOfMemoryError: no way to go on fits; what was trained until then is saved.
+    """
+    first = life.step
+    try:
+        _play(life)
+    except RuntimeError as error:
+        if is_out_of_memory(error) and life.guard.whole and life.step > first:
+            life.keeper.save(life)
+        raise
+
+
+def _play(life: Life) -> None:
     begin(life)
-    life.result.eval_before = evaluate(life)
+    life.result.eval_before = life.keeper.evaluated(life.step) or evaluate(life)
     if life.config.on_bad_loss == "rewind":
         life.keeper.save(life)  # so that there is always somewhere to go back to
     life.device.empty_cache()  # so that the first step finds what the heaviest one found

@@ -110,6 +110,9 @@ def _run_step(life: Life, batches: Sequence[MicroBatch], tokens: int) -> StepRes
         life.loader.position = life.loader.taken[0]
         life.listener.said(f"step {life.step + 1} was abandoned: it and the save might outlast the grace period")
         return None
+    except RuntimeError:  # nothing was learnt from its blocks
+        life.loader.position = life.loader.taken[0]
+        raise
 
 
 def _go_back(life: Life) -> None:

@@ -1,0 +1,101 @@
+"""A run that ends for lack of memory: what was trained until then is saved, and evaluations keep what fitted."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oomless.config import TrainConfig
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.training import loop
+
+FILES = ("model.safetensors", "trainer/optimizer.safetensors")
+
+
+def settings(folder, corpus, out, **changes):
+    given = dict(
+        model=str(folder),
+        data=str(corpus),
+        cache_dir=str(out.parent / "cache"),
+        output_dir=str(out),
+        max_seq_length=32,
+        max_steps=5,
+        per_device_train_batch_size=2,
+        dtype="fp32",
+        gpu="virtual:64MiB",
+    )
+    return TrainConfig.from_mapping(given | changes)
+
+
+class Shrinks(loop.Listener):
+    """Takes almost all of the GPU away after a step."""
+
+    def __init__(self, device, after):
+        self.device, self.after, self.heard = device, after, []
+
+    def stepped(self, metrics):
+        if metrics["step"] == self.after:
+            self.device.set_capacity(1 << 20)
+
+    def said(self, message):
+        self.heard.append(message)
+
+
+@pytest.mark.parametrize("where", ["in a step", "in an evaluation"])
+def test_what_was_trained_is_saved(make_checkpoint, corpus, tmp_path, monkeypatch, where):
+    changes = dict(attention_dropout=0.2) if where == "in a step" else {}
+    folder = make_checkpoint("llama", **changes)
+    evaluates = dict(eval_steps=3) if where == "in an evaluation" else dict(eval_fraction=0.0)
+    device = VirtualGPU(64 << 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "open_device", lambda name: device)
+        with pytest.raises(torch.OutOfMemoryError):
+            loop.train(settings(folder, corpus, tmp_path / "run", **evaluates), Shrinks(device, 3))
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    resumed = loop.train(settings(folder, corpus, tmp_path / "run", resume=True, **evaluates))
+    straight = loop.train(settings(folder, corpus, tmp_path / "straight", **evaluates))
+    assert resumed.steps == straight.steps == 5
+    for name in FILES:
+        one, other = (load_file(tmp_path / run / "checkpoint-5" / name) for run in ("run", "straight"))
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_a_resumed_run_does_not_evaluate_a_step_twice(make_checkpoint, corpus, tmp_path):
+    folder = make_checkpoint("llama")
+    first = loop.train(settings(folder, corpus, tmp_path / "run", eval_steps=2, save_steps=2, max_steps=5))
+    for step in (5, 4):
+        (tmp_path / "run" / f"checkpoint-{step}").rename(tmp_path / f"aside-{step}")
+        (tmp_path / f"aside-{step}").rename(tmp_path / f"aside-again-{step}")
+    again = loop.train(settings(folder, corpus, tmp_path / "run", eval_steps=2, save_steps=2, resume=True))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss/library.jsonl" in line] == [0, 2, 4, 5]
+    assert again.eval_before == {"library.jsonl": lines[3]["eval_loss/library.jsonl"]}
+    assert again.eval_after == first.eval_after
+
+
+class Hears(loop.Listener):
+    def __init__(self):
+        self.heard = []
+
+    def said(self, message):
+        self.heard.append(message)
+
+
+def test_an_evaluation_keeps_what_fitted_the_one_before(make_checkpoint, corpus, tmp_path):
+    """Batches of 64 do not fit, nor do those of 32; each is found out once and not again by the next evaluation."""
+    ear = Hears()
+    config = settings(
+        make_checkpoint("llama", vocab_size=4096),
+        corpus,
+        tmp_path / "run",
+        per_device_eval_batch_size=64,
+        eval_fraction=0.5,
+        eval_steps=1,
+        gpu="virtual:16MiB",
+    )
+    loop.train(config, ear)
+    failed = [message for message in ear.heard if "the evaluation is run again" in message]
+    assert 1 < len(failed) < 8, ear.heard
+    evaluations = [n for n, message in enumerate(ear.heard) if "the evaluation" in message]
+    assert evaluations == [*range(evaluations[0], evaluations[0] + len(failed))]
