@@ -21,6 +21,7 @@ def settings(folder, corpus, out, **changes):
         output_dir=str(out),
         max_seq_length=32,
         max_steps=5,
+        logging_steps=1,
         per_device_train_batch_size=2,
         dtype="fp32",
         gpu="virtual:64MiB",
@@ -37,6 +38,7 @@ class Shrinks(loop.Listener):
     def stepped(self, metrics):
         if metrics["step"] == self.after:
             self.device.set_capacity(1 << 20)
+            self.device.empty_cache()  # else what is cached suffices
 
     def said(self, message):
         self.heard.append(message)
