@@ -92,7 +92,7 @@ def test_an_evaluation_keeps_what_fitted_the_one_before(make_checkpoint, corpus,
         corpus,
         tmp_path / "run",
         per_device_eval_batch_size=64,
-        eval_fraction=0.5,
+        eval_fraction=0.1,
         eval_steps=1,
         gpu="virtual:16MiB",
     )

@@ -159,8 +159,8 @@ def find_problem(
     if packing == "concatenate":
         return None
     cut = length // 3
-    device = ids.device
-    positions = torch.cat([torch.arange(cut, device=device), torch.arange(length - cut, device=device)])[None]
+    where = ids.device
+    positions = torch.cat([torch.arange(cut, device=where), torch.arange(length - cut, device=where)])[None]
     packed = body.run(model, input_ids=ids, position_ids=positions, document_lengths=((cut, length - cut),))
     if not same(packed[:, cut:], body.run(model, input_ids=ids[:, cut:])):
         return Problem(

@@ -7,7 +7,6 @@ the rounding of small tensors.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -110,8 +109,7 @@ def read_layout(config: TrainConfig) -> Layout | None:
     if not Path(name).is_dir() or sum(file.size_bytes for file in files) > LARGEST_TEXT_BYTES:
         return None
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-    with tempfile.TemporaryDirectory() as folder:
-        return Layout.of(prepare(config, tokenizer, Path(config.cache_dir or folder)), config)
+    return Layout.of(prepare(config, tokenizer), config)
 
 
 class _Blocks:
