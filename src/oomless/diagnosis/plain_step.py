@@ -94,7 +94,7 @@ def rehearse_plain(
             kernel: Kernel = target.kernel or kernel_for(target.compute_capability, arithmetic, width)
             with attention_kernel(kernel):
                 model, optimizer = build_plain(run, device)
-                workspace = torch.empty(target.workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
+                device.book_workspaces(target.workspace_bytes)
                 for _ in range(STEPS):
                     train_step(run, model, optimizer, device)
                 if run.evaluates:

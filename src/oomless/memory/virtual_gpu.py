@@ -125,6 +125,7 @@ class VirtualGPU(Device):
         self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
         self._work_of: dict[Any, Any] = {}
+        self._workspaces: list[Tensor] = []
 
     @property
     def fake(self) -> bool:  # noqa: D102
@@ -257,8 +258,19 @@ class VirtualGPU(Device):
 
     # What it is for.
 
+    def book_workspaces(self, size_bytes: int) -> None:
+        """Hold what cuBLAS takes for each thread that multiplies: so much now, and again when autograd's first does, in backward."""
+        if size_bytes:
+            self._add_workspace(size_bytes)
+
+    def _add_workspace(self, size_bytes: int) -> None:
+        self._workspaces.append(torch.empty(size_bytes, dtype=torch.uint8))
+        self.label(self._workspaces, "temporaries")
+
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:  # noqa: D102
+        if name == "backward" and len(self._workspaces) == 1:
+            self._add_workspace(self._workspaces[0].nbytes)
         with self.counting_update() if name == "optimizer" else nullcontext():
             if self._recorder is None:
                 yield

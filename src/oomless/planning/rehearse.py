@@ -8,8 +8,8 @@ shortened to a few steps, with blank text for its data and nothing on a disk. Wh
 
 *Kernels.* Where CUDA takes another attention kernel than the CPU, attention calls that kernel's own operator.
 
-*What lies outside the allocator*: the CUDA context and libraries, from the catalogue, and cuBLAS's workspace, which the
-allocator does hold and which is booked before the first step.
+*What lies outside the allocator*: the CUDA context and libraries, from the catalogue, and cuBLAS's workspaces, which the
+allocator does hold: one for the thread that runs the step, one for autograd's.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def rehearse(
         device: a virtual GPU, usually from ``virtual_device``.
         kernel: the attention kernel; by default the one that the device's compute capability gets from PyTorch.
         layout: how documents lie in its blocks; by default two fill each, or one where they are concatenated.
-        workspace_bytes: what cuBLAS takes from the allocator at its first product.
+        workspace_bytes: what cuBLAS takes from the allocator at a thread's first product.
         steps: optimizer steps; from two on the peak is that of a long run. A short run of known text is played whole.
         whole: or only as far as the first step's memory is known, whose work is then counted.
         run_all_layers: or only some of each kind, and repeat what they ask for; modules inside of layers are then not named.
@@ -128,7 +128,7 @@ def rehearse(
             with attention_kernel(chosen):
                 parts = assemble(spec, config, device, fill=False, ranks=ranks)
                 repeat_updates(parts.optimizer, device)
-                workspace = torch.empty(workspace_bytes, dtype=torch.uint8)  # noqa: F841 (held until the end)
+                device.book_workspaces(workspace_bytes)
                 with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
                     play(parts, config, layout, steps, ranks, whole=whole)
         except torch.OutOfMemoryError as error:
