@@ -1,11 +1,12 @@
 """What a user may say, and what each wrong thing is answered."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from oomless.config import DataSource, TrainConfig
+from oomless.config import DataSource, TrainConfig, outrank
 from oomless.config.values import field_help, load_yaml
 from oomless.errors import ConfigError
 
@@ -72,6 +73,78 @@ def test_clipping_is_off_where_updates_run_in_backward():
     assert make().max_grad_norm == 1.0
     assert make(optimizer_in_backward=True).max_grad_norm == 0.0
     assert make(optimizer_in_backward=True, max_grad_norm=0).max_grad_norm == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"data": "text"}, {"data": (DataSource(path="text"),)}),
+        ({"data": Path("text"), "output_dir": Path("out")}, {"data": (DataSource(path="text"),), "output_dir": "out"}),
+        (
+            {"data": [{"path": Path("b"), "weight": "2"}]},
+            {"data": (DataSource(path="b", weight=2),)},
+        ),
+        ({"output_dir": 2024, "trainable_rows": 5}, {"output_dir": "2024", "trainable_rows": "5"}),
+        ({"max_grad_norm": "0.5", "max_steps": "3"}, {"max_grad_norm": 0.5, "max_steps": 3}),
+        ({"max_grad_norm": "inf"}, {"max_grad_norm": float("inf")}),
+        ({"max_grad_norm": "0.0"}, {"max_grad_norm": 0.0}),
+        ({"weight_decay": 5, "max_seq_length": 64.0}, {"weight_decay": 5.0, "max_seq_length": 64}),
+        ({"shuffle": None, "quantization": None}, {"shuffle": True, "quantization": None}),
+    ],
+)
+def test_a_value_is_read_as_its_field_says_wherever_it_comes_from(given, read):
+    for config in (make(**given), TrainConfig(**{**LEAST, **given})):
+        found = {name: getattr(config, name) for name in read}
+        assert found == read
+        assert {name: type(value) for name, value in found.items()} == {n: type(value) for n, value in read.items()}
+        assert TrainConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"learning_rate": 0}, {"shuffle": "yes"}, {"model": None}, {"data": []}, {"data": 3}, {"max_steps": True}]
+    + [
+        {"output_dir": 1.5},
+        {"lora_r": "8.5", "trainable": "lora"},
+        {"weight_decay": float("inf")},
+        {"dtype": ["bf16"]},
+    ],
+)
+def test_python_is_told_what_the_command_line_is_told(wrong):
+    with pytest.raises(ConfigError) as from_mapping:
+        make(**wrong)
+    with pytest.raises(ConfigError) as direct:
+        TrainConfig(**{**LEAST, **wrong})
+    assert str(direct.value) == str(from_mapping.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "left"),
+    [
+        ({"max_steps": 3, "seed": 1}, {"seed": 2}, {"max_steps": 3, "seed": 2}),
+        ({"num_train_epochs": 1.0}, {"max_steps": 3}, {"max_steps": 3}),
+        ({"eval_fraction": 0.01}, {"eval_data": "e"}, {"eval_data": "e"}),
+        ({"trainable": "lora", "lora_r": 8}, {"trainable": "full"}, {"trainable": "full"}),
+        ({"optimizer_in_backward": True}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5}),
+        ({"gradient_accumulation_steps": 3}, {"tokens_per_step": 2048}, {"tokens_per_step": 2048}),
+        # One contradiction hides no other, and one within the file or the options stays.
+        ({"num_train_epochs": 1}, {"lora_r": 8, "max_steps": 3}, {"lora_r": 8, "max_steps": 3}),
+        ({"max_steps": 1, "max_tokens": 5}, {"seed": 2}, {"max_steps": 1, "max_tokens": 5, "seed": 2}),
+    ],
+)
+def test_options_outrank_the_file_and_what_contradicts_them_in_it(file, options, left):
+    both, gives_way = outrank(file, options)
+    assert both == left
+    assert set(gives_way) == set(file) - set(left)
+
+
+def test_a_setting_given_twice_is_an_error(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: a\nseed: 1\ndata:\n- {path: x, path: y}\n")
+    with pytest.raises(ConfigError, match="gives path twice, in lines 4 and 4"):
+        load_yaml(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("model: a\nseed: 1\nmodel: b\n")
+    with pytest.raises(ConfigError, match="gives model twice, in lines 1 and 3: keep one"):
+        load_yaml(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "must be a mapping")])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import typing
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
 
-from oomless.config import SECTIONS, TrainConfig
-from oomless.config.values import field_help, kinds, plain_kind
+from oomless.config import SECTIONS, TrainConfig, outrank
+from oomless.config.values import field_help, kinds, load_yaml, plain_kind
 from oomless.errors import ConfigError
 from oomless.units import parse_bytes
 
@@ -41,13 +44,21 @@ def _option(section: type, name: str) -> inspect.Parameter:
     )
 
 
-def given_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given on the command line; ``--data path=0.1,name=old`` carries a weight and a name."""
-    given = {name: value for name, value in settings.items() if value is not None and value != []}
+def given_settings(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what is given in the file ``config`` and as ``options``, which outrank it.
+
+    ``--data path=0.1,name=old`` carries a weight and a name.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != []}
     for name in ("data", "eval_data"):
         if name in given:
             given[name] = [_source(text) for text in given[name]]
-    return given
+    if config is None:
+        return given
+    both, gives_way = outrank(load_yaml(config), given)
+    for weaker, stronger in gives_way.items():
+        print(f"{weaker} in {config} gives way to --{stronger.replace('_', '-')}", file=sys.stderr)
+    return both
 
 
 def _source(text: str) -> dict[str, Any]:
@@ -69,21 +80,55 @@ def _source(text: str) -> dict[str, Any]:
     return {"path": text, **settings}
 
 
+def models_to_compare(text: str | None) -> list[str]:
+    """Return the models in ``a,b``."""
+    names = [name.strip() for name in (text or "").split(",")]
+    if len(names) > 1 and not all(names):
+        raise ConfigError(f"--model compares models, such as --model a,b; got {text!r}, where a name is empty")
+    return names
+
+
 def gpus_to_compare(text: str | None) -> list[str]:
     """Return the GPUs in ``gpu=T4,L4``."""
     if text is None:
         return []
     name, _, values = text.partition("=")
-    if name.strip() != "gpu" or not values:
+    gpus = [value.strip() for value in values.split(",")]
+    if name.strip() != "gpu" or not all(gpus):
         raise ConfigError(f"--what-if compares GPUs, such as --what-if gpu=RTX4090,L4; got {text!r}")
-    return [value.strip() for value in values.split(",")]
+    return gpus
 
 
 def host_size(text: str | None) -> int | None:
     """Return the bytes of ``--host-memory``."""
     if text is None:
         return None
+    if text.strip().isdigit() and int(text):
+        raise ConfigError(f"--host-memory is a size with its unit; got {text!r}: write {text.strip()}GiB")
     try:
         return parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--host-memory: {error}") from error
+
+
+def require_writable(path: Path | None) -> None:
+    """Check, before anything that takes long, that a file can be written to ``path``."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} cannot be written: it is no file; name one")
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}: name a file in a folder of yours") from error
+
+
+def require_form_of_timeline(path: Path) -> None:
+    """Check that a timeline can be written in the form that the name of ``path`` asks for."""
+    if path.suffix not in (".html", ".png"):
+        raise ConfigError(f"a timeline is written as .html or .png; got {path.name}")
+    if path.suffix == ".png" and find_spec("matplotlib") is None:
+        raise ConfigError(
+            f"a timeline as .png needs matplotlib; got {path.name}: install oomless[plot], or name it .html"
+        )

@@ -6,13 +6,23 @@ import random
 import pytest
 import torch
 
+from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
+from oomless.planning.choose import picked_settings
 from oomless.planning.plan import Target
 from oomless.planning.rehearse import play
 from oomless.planning.search import _Search, is_tied, search
-from oomless.planning.strategies import micro_batches, parts_in_order, placements, qualities, rungs
+from oomless.planning.strategies import (
+    any_run,
+    micro_batches,
+    parts_in_order,
+    placements,
+    qualities,
+    require_any,
+    rungs,
+)
 from oomless.planning.trial import Laboratory, Setting
 from oomless.training.assemble import assemble
 
@@ -50,11 +60,10 @@ def best_of_all(setting):
     laboratory = Laboratory(setting, 1, None)
     judge = _Search(setting, laboratory, lambda *_: None)
     for parts in parts_in_order(pins, tied=is_tied(spec)):
-        built = laboratory.parts(parts)
+        built = laboratory.parts(any_run(pins, parts))
         if built.refused is not None:
             continue
-        sixteen_bit = any(kind != "float32" for _, kind in built.trainable)
-        for quality in qualities(pins, parts, sixteen_bit=sixteen_bit):
+        for quality in qualities(pins, parts, sixteen_bit=built.sixteen_bit):
             ways = itertools.product(placements(quality, pins), micro_batches(pins), rungs(pins, built.layers))
             every = [quality.settings() | placement | size | rung for placement, size, rung in ways]
             trials = zip(every, laboratory.trials(every), strict=True)
@@ -178,7 +187,9 @@ def test_the_pick_trains_and_the_next_better_runs_out(make_checkpoint, architect
         laboratory = Laboratory(setting, 1, None)
         better = rejected[-1]
         built = laboratory.parts(
-            {name: getattr(better, name) for name in ("trainable", "tied_weights", "quantization")}
+            any_run(
+                setting.base, {name: getattr(better, name) for name in ("trainable", "tied_weights", "quantization")}
+            )
         )
         leanest = rungs(setting.base, built.layers)[-1]
         for placement in placements(better, setting.base):
@@ -204,6 +215,68 @@ def test_pins_are_kept_and_contradictions_named(make_checkpoint):
     ):
         with pytest.raises(ConfigError, match=message):
             search(spec, given_for(folder, **wrong), target, processes=1)
+
+
+NARROWED = [
+    ({"lora_r": 8}, {"lora_r": 8}),
+    ({"quantization": "nf4"}, {"quantization": "nf4"}),
+    ({"stream_frozen": True}, {"stream_frozen": True}),
+    ({"checkpointed_layers": 1}, {"checkpointed_layers": 1, "gradient_checkpointing": True}),
+    ({"offload_activations": True}, {"offload_activations": True, "gradient_checkpointing": True}),
+    ({"cheap_recompute": False, "gradient_checkpointing": True}, {"cheap_recompute": False}),
+    ({"use_dora": True}, {"use_dora": True, "quantization": None}),
+    ({"adam_beta1": 0.8}, {"adam_beta1": 0.8, "optimizer": "adamw"}),
+    ({"on_bad_loss": "skip"}, {"optimizer_in_backward": False}),
+    ({"optimizer": "muon", "trainable": "full"}, {"momentum": 0.95}),
+    ({"trainable_rows": "5,10-20", "trainable": "lm_head"}, {"trainable_rows": "5,10-20"}),
+]
+
+
+@pytest.mark.parametrize(("pins", "picked"), NARROWED, ids=lambda value: "-".join(value))
+def test_a_setting_of_one_choice_narrows_the_search_to_it(make_checkpoint, pins, picked):
+    folder = make_checkpoint("llama", num_hidden_layers=3)
+    found = search(resolve(str(folder)), given_for(folder, **pins), target_of(1 << 30), processes=1, alternatives=0)
+    assert {name: getattr(found.config, name) for name in picked} == picked
+    given = picked_settings(found)
+    assert set(given) - set(found.picked.settings) == {"model", "max_seq_length", "packing", *pins} - set(
+        found.picked.settings
+    )
+    again = TrainConfig.from_mapping({**given, "data": "-", "output_dir": "-"})
+    assert again == found.config
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"trainable": "full", "lora_r": 8}, "lora_r belongs to LoRA, and trainable is full: add --trainable lora"),
+        ({"momentum": 0.5}, "momentum belongs to the optimizers sgd, muon"),
+        ({"gradient_checkpointing": False, "offload_activations": True}, "no effect without gradient_checkpointing"),
+        ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "cannot clip"),
+        ({"lora_r": 8, "max_grad_norm": 1.0, "optimizer_in_backward": True}, "cannot clip"),
+        ({"stream_frozen": True, "quantization": "int8"}, "stream_frozen cannot be joined with quantization"),
+        ({"max_steps": 3, "max_tokens": 4}, "keep one"),
+    ],
+)
+def test_what_no_strategy_agrees_with_is_named(pins, message):
+    with pytest.raises(ConfigError, match=message):
+        require_any(pins)
+
+
+def test_refusals_are_not_kept(make_checkpoint, tmp_path, monkeypatch):
+    """What was refused for the want of a package is tried again when it is there."""
+    from oomless.techniques import quantization
+
+    folder = make_checkpoint("llama")
+    spec, given = resolve(str(folder)), given_for(folder, quantization="nf4", trainable="lora", optimizer="adamw")
+
+    def refuse(*_):
+        raise ConfigError("bitsandbytes is not there")
+
+    with monkeypatch.context() as without:
+        without.setattr(quantization, "replace", refuse)
+        with pytest.raises(ConfigError, match="not there"):
+            search(spec, given, target_of(1 << 30), processes=1, results=tmp_path)
+    assert search(spec, given, target_of(1 << 30), processes=1, results=tmp_path).picked is not None
 
 
 def test_trials_in_processes_are_those_in_this_one(make_checkpoint):

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from oomless.cli.command import CONFIG, own
-from oomless.cli_options import given_settings
+from oomless.cli_options import given_settings, require_writable
 from oomless.config import read
-from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, nearest
 
 OPTIONS = (
@@ -56,6 +55,8 @@ def explain(
 
     FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings.
     """
+    require_writable(html)
+
     from oomless.cli.searching import searching
     from oomless.cli.voice import aside, out, say_notes
     from oomless.diagnosis.explain import explain as diagnose
@@ -75,7 +76,7 @@ def explain(
     text = message or ""
     if file is not None:
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
-    given = read({**(load_yaml(config) if config else {}), **given_settings(settings)})
+    given = read(given_settings(config, settings))
     how = {"tool": tool, "mixed_precision": mixed_precision, "attention": attention}
     with searching(aside()) as say:
         answer = diagnose(text, given, snapshot=snapshot, **how, progress=say)

@@ -9,10 +9,16 @@ from typing import Any
 import typer
 
 from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, own
-from oomless.cli_options import given_settings, gpus_to_compare, host_size
-from oomless.config import TrainConfig
-from oomless.config.values import load_yaml
+from oomless.cli_options import (
+    given_settings,
+    gpus_to_compare,
+    host_size,
+    models_to_compare,
+    require_form_of_timeline,
+    require_writable,
+)
 from oomless.errors import ConfigError
+from oomless.planning.given import as_config, read_given
 
 OPTIONS = (
     CONFIG,
@@ -54,14 +60,14 @@ def plan(
     What is given is kept, the rest is chosen. --model a,b and --what-if gpu=T4,L4 compare; --max-seq-length max finds the
     longest sequence.
     """
-    from oomless.planning.strategies import UNPLANNED
-
-    if timeline is not None and timeline.suffix not in (".html", ".png"):
-        raise ConfigError(f"a timeline is written as .html or .png; got {timeline.name}")
-    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
-    models, gpus = str(given.get("model", "")).split(","), gpus_to_compare(what_if) or [str(given.get("gpu", "auto"))]
+    for file in (write, timeline, snapshot):
+        require_writable(file)
+    if timeline is not None:
+        require_form_of_timeline(timeline)
+    given = given_settings(config, settings)
+    models, gpus = models_to_compare(given.get("model")), gpus_to_compare(what_if)
     host_bytes = host_size(host_memory)
-    compares = len(models) > 1 or what_if is not None
+    compares = len(models) > 1 or bool(gpus)
     if compares and (as_given or write or timeline or snapshot):
         raise ConfigError(
             "a comparison goes without --as-given, --write, --timeline and --snapshot: plan one of them for these"
@@ -70,13 +76,12 @@ def plan(
         raise ConfigError(
             "--write and --host-memory have no effect with --as-given, where nothing is chosen; remove them"
         )
-    if given.get("max_seq_length") != "max":
-        TrainConfig.from_mapping({**UNPLANNED, **given})
+    given = as_config(given).to_dict() if as_given else read_given(given)
 
     from oomless.cli.searching import explain_nothing_fits, searching
     from oomless.cli.voice import aside, launcher, out, say_notes
     from oomless.models.spec import resolve_for_plan
-    from oomless.planning.choose import as_config, choose_training, compare, picked_settings
+    from oomless.planning.choose import choose_training, compare, picked_settings
     from oomless.planning.plan import plan_training
     from oomless.planning.throughput import speed_of
     from oomless.report import choice as report
@@ -87,7 +92,7 @@ def plan(
         say_notes(resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code"))))
     if compares:
         with searching(aside()) as say:
-            compared = compare(given, models, gpus, host_bytes=host_bytes, progress=say)
+            compared = compare(given, models, gpus or [given.get("gpu", "auto")], host_bytes=host_bytes, progress=say)
         if json:
             screen.out(dumps(report.compared_to_dict(compared), indent=2))
         else:
@@ -105,7 +110,7 @@ def plan(
                 screen.out(dumps(picked.to_dict(), indent=2))
                 raise typer.Exit(1)
             report.print_choice(screen, picked)
-            explain_nothing_fits(screen, given, picked)
+            explain_nothing_fits(screen, picked)
         answer = picked.plan
         if snapshot is not None:
             answer = plan_training(picked.config, snapshot=True)
@@ -119,7 +124,7 @@ def plan(
         if speed is not None:
             report.print_speed(screen, speed, asked, answer.target.gpus)
     if write is not None and picked is not None:
-        _write_pick(aside() if json else screen, write, picked_settings(picked, given), launcher(picked.target.gpus))
+        _write_pick(aside() if json else screen, write, picked_settings(picked), launcher(picked.target.gpus))
     if timeline is not None:
         write_timeline(answer.profile, timeline)
     if snapshot is not None:
@@ -127,6 +132,8 @@ def plan(
 
         assert answer.device is not None
         write_snapshot(answer.device.allocator, snapshot)
+    if not answer.fits:
+        raise typer.Exit(1)
 
 
 def _write_pick(screen: Any, path: Path, settings: dict[str, Any], program: str) -> None:

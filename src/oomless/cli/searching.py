@@ -39,12 +39,13 @@ def searching(screen: Screen) -> Iterator[Say]:
         live.close()
 
 
-def explain_nothing_fits(screen: Screen, given: dict[str, Any], choice: Any) -> NoReturn:
+def explain_nothing_fits(screen: Screen, choice: Any) -> NoReturn:
     """Print what would make the training fit, each as it is found, and end with exit code 1."""
     from oomless.models.spec import resolve_for_plan
     from oomless.planning.nearby import smallest_changes
     from oomless.planning.trial import results_folder
 
-    spec = resolve_for_plan(str(given["model"]), trust_remote_code=bool(given.get("trust_remote_code")))
-    print_nothing_fits(screen, choice, smallest_changes(spec, given, choice, results_folder()))
+    given = choice.given
+    spec = resolve_for_plan(given["model"], trust_remote_code=given.get("trust_remote_code", False))
+    print_nothing_fits(screen, choice, smallest_changes(spec, choice, results_folder()))
     raise typer.Exit(1)

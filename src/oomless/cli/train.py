@@ -9,9 +9,10 @@ import typer
 
 from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY
 from oomless.cli_options import given_settings, host_size
-from oomless.config import TrainConfig
+from oomless.config import REQUIRED, TrainConfig, outrank, read, require
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError
+from oomless.planning.strategies import require_any
 
 OPTIONS = (CONFIG, AS_GIVEN, HOST_MEMORY)
 FIRST = (
@@ -33,8 +34,13 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
 
     On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
     """
-    given = {**(load_yaml(config) if config else {}), **given_settings(settings)}
-    TrainConfig.from_mapping(given)  # says what is missing or contradictory before anything that takes long is imported
+    # What is missing or contradictory is said before anything that takes long is imported.
+    given = read(given_settings(config, settings))
+    require(given, *REQUIRED)
+    if as_given or given.get("gpu") == "cpu":
+        TrainConfig.from_mapping(given)
+    else:
+        require_any(given)
 
     from torch import OutOfMemoryError
 
@@ -49,13 +55,16 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     from oomless.training.loop import train as run
 
     screen = out()
+    began = Path(given["output_dir"]) / "config.yaml"
+    if given.get("resume") and not as_given and began.is_file():
+        given, as_given = outrank(load_yaml(began), given)[0], True
     choice = None if as_given or world_size() > 1 else _choice_to_train(screen, given, host_memory)
     if choice is None:
         resolved = TrainConfig.from_mapping(given)
         predicted = predict(resolved) if speaks() else None
     else:
         if choice.config is None:
-            explain_nothing_fits(screen, given, choice)
+            explain_nothing_fits(screen, choice)
         print_choice(screen, choice)
         resolved, predicted = choice.config, choice.plan
     if predicted is not None:
@@ -79,17 +88,12 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
 
 
 def _choice_to_train(screen: Any, given: dict[str, Any], host_memory: str | None) -> Any:
-    """Return what the planner chooses for a training here; ``None`` where there is no limit, or a run is resumed as it began."""
+    """Return what the planner chooses for a training here; ``None`` where there is no limit."""
     from oomless.cli.searching import searching
     from oomless.planning.choose import choose_training
     from oomless.training.assemble import open_device
 
-    device = open_device(str(given.get("gpu", "auto")))
-    began = Path(str(given["output_dir"])) / "config.yaml"
-    if given.get("resume") and began.is_file():
-        for name, value in load_yaml(began).items():
-            given.setdefault(name, value)
-        return None
+    device = open_device(given.get("gpu", "auto"))
     if device.capacity_bytes is None:
         if host_memory is not None:
             raise ConfigError("--host-memory has no effect on a CPU, where nothing is offloaded; remove it")

@@ -9,7 +9,7 @@ until that choice is made, and get their defaults then.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +103,44 @@ def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def outrank(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings of both, and which of the ``weaker`` give way to which of the ``stronger``.
+
+    Of two that contradict each other, such as max_steps and num_train_epochs, the weaker gives way. A contradiction within
+    either is left to whoever reads what is returned.
+    """
+    both: dict[str, Any] = {**weaker, **stronger}
+    gives_way: dict[str, str] = {}
+    left = {**dict.fromkeys(REQUIRED, "-"), **both}
+    while True:
+        try:
+            TrainConfig.from_mapping(left)
+        except ConfigError as error:
+            about, named = set(error.settings) & set(left), len(error.settings)
+        else:
+            return both, gives_way
+        weak = about - set(stronger)
+        if named == len(about) == 2 and len(weak) == 1:
+            gives_way[weak.pop()] = next(iter(about & set(stronger)))
+            both, left = _without(both, gives_way), _without(left, gives_way)
+        elif about:
+            left = _without(left, about)
+        else:
+            return both, gives_way
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``settings`` as plain values for YAML or JSON, without those that are not set."""
     found = dict(settings)
     for key in {"data", "eval_data"} & set(found):
         entries = [source if isinstance(source, dict) else dataclasses.asdict(source) for source in found[key]]
         found[key] = [{k: v for k, v in source.items() if v is not None} for source in entries]
-    return {key: value for key, value in found.items() if value is not None and value != []}
+    infinite = {key: "inf" for key, value in found.items() if value == float("inf")}  # which JSON has no number for
+    return {key: value for key, value in (found | infinite).items() if value is not None and value != []}
 
 
 def require(settings: Mapping[str, Any], *names: str) -> None:

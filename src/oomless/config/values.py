@@ -8,6 +8,7 @@ import inspect
 import textwrap
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,10 +161,9 @@ def _read_number(value: Any) -> float | None:
 def _read_whole(value: Any) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    try:
-        return int(value) if isinstance(value, str) else None
-    except ValueError:
-        pass
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
     number = _read_number(value)
     return int(number) if number is not None and number.is_integer() else None
 

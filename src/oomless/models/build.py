@@ -56,7 +56,7 @@ def build(
                 experts_implementation=experts.NAME,
                 trust_remote_code=spec.trust_remote_code,
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(f"transformers cannot build {spec.name}: {error}") from error
     form_of.apply(model, form)
     experts.place(model, device)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oomless.config import TrainConfig
+from oomless.config import plain
 from oomless.errors import ConfigError
-from oomless.models.spec import resolve_for_plan
+from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.planning.given import LONGEST, read_given
 from oomless.planning.plan import Target, target_for
 from oomless.planning.search import ALTERNATIVES, Choice, Progress, search
-from oomless.planning.strategies import UNPLANNED, Settings
+from oomless.planning.strategies import UNPLANNED, Quality, Settings
 from oomless.planning.trial import results_folder
 
 LENGTH_STEP = 256
@@ -49,8 +50,7 @@ def choose_training(
         UserError: model, GPU or settings do not fit together.
     """
     target = target_for(str(given.get("gpu", "auto")), host_bytes)
-    results = results_folder() if keep_trials else None
-    return _choose(given, target, results, ALTERNATIVES, progress)
+    return _choose(given, target, results_folder() if keep_trials else None, ALTERNATIVES, progress)
 
 
 def compare(
@@ -79,59 +79,59 @@ def compare(
 
 
 def _choose(given: Settings, target: Target, results: Path | None, alternatives: int, progress: Any) -> Choice:
-    if given.get("model") is None:
-        raise ConfigError("model must be given, in the YAML or as --model")
-    spec = resolve_for_plan(str(given["model"]), trust_remote_code=bool(given.get("trust_remote_code")))
-    pins = {**UNPLANNED, **given}
-    if pins.get("max_seq_length") != "max":
-        return search(spec, pins, target, results=results, alternatives=alternatives, progress=progress)
-    text = spec.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or 1 << 17
-    shortest = min(LENGTH_STEP, longest)
-
-    def at(length: int, settings: Settings) -> Choice:
+    pins = read_given(given)
+    spec = resolve_for_plan(pins["model"], trust_remote_code=pins.get("trust_remote_code", False))
+    if pins.get("max_seq_length") != LONGEST:
         return search(
-            spec,
-            {**pins, **settings, "max_seq_length": length},
-            target,
-            results=results,
-            alternatives=0,
-            progress=progress,
+            spec, {**UNPLANNED, **pins}, target, results=results, alternatives=alternatives, progress=progress
         )
 
-    short = at(shortest, {})
-    if short.picked is None:
-        return short
-    quality = {key: value for key, value in short.picked.quality.settings().items() if value is not None}
-    best, low, high = short, shortest, 2 * shortest
-    while high <= longest and (choice := at(high, quality)).picked is not None:
-        best, low, high = choice, high, 2 * high
-    high = min(high, longest + 1)
-    while high - low > LENGTH_STEP:
-        middle = (low + high) // 2 // LENGTH_STEP * LENGTH_STEP
-        middle = middle if middle > low else low + LENGTH_STEP
-        choice = at(middle, quality)
+    def at(length: int, held: Quality | None) -> Choice:
+        settings = {**UNPLANNED, **pins, "max_seq_length": length}
+        return search(spec, settings, target, held=held, results=results, alternatives=0, progress=progress)
+
+    lengths = _lengths(spec, pins, target.gpus)
+    best = at(lengths[0], None)
+    if best.picked is None:
+        return best
+    quality, low, high, stride = best.picked.quality, 0, len(lengths), 1
+    while high - low > 1:
+        # Twice as long while that fits, then halfway between what fits and what does not.
+        middle = min(low + stride, high - 1) if high == len(lengths) else (low + high) // 2
+        choice = at(lengths[middle], quality)
         best, low, high = (choice, middle, high) if choice.picked is not None else (best, low, middle)
+        stride *= 2
     return best
 
 
-def picked_settings(choice: Choice, given: Settings) -> Settings:
-    """Return the pick as settings for ``oomless train --config``: all of it, less what was not given and cannot be known.
+def _lengths(spec: ModelSpec, pins: Settings, gpus: int) -> Sequence[int]:
+    """Return the lengths among which the longest is looked for, the shortest first."""
+    longest = getattr(spec.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
+    if "tokens_per_step" not in pins:
+        return [*range(LENGTH_STEP, longest + 1, LENGTH_STEP)] or [longest]
+    tokens, passes = pins["tokens_per_step"], gpus * pins.get("per_device_train_batch_size", 1)
+    found = [length for length in range(2, min(longest, tokens) + 1) if tokens % (length * passes) == 0]
+    if not found:
+        raise ConfigError(
+            f"no length divides tokens_per_step into whole passes of {passes} blocks; got {tokens}: choose a multiple of {2 * passes}",
+            *("tokens_per_step", "max_seq_length"),
+        )
+    return [length for length in found if length >= LENGTH_STEP] or found[-1:]
+
+
+def picked_settings(choice: Choice) -> Settings:
+    """Return the pick as settings for ``oomless train --config``: what was given and what was chosen, and nothing else.
 
     Raises:
         ConfigError: nothing was picked.
     """
-    if choice.config is None:
+    picked = choice.picked
+    if picked is None:
         raise ConfigError("nothing fits, so there is no pick to write: see what would make it fit")
-    settings = choice.config.to_dict()
+    settings = {**choice.given, **picked.settings}
     for name, placeholder in UNPLANNED.items():
-        if given.get(name, placeholder) == placeholder:
+        if settings.get(name) == placeholder:
             del settings[name]
-    if not str(settings["gpu"]).startswith(("auto", "cuda", "virtual:")):
-        settings["gpu"] = "auto"
-    return settings
-
-
-def as_config(given: Settings) -> TrainConfig:
-    """Return exactly what ``given`` says, with the defaults for the rest."""
-    return TrainConfig.from_mapping({**UNPLANNED, **given})
+    if not settings.get("gpu", "auto").startswith(("auto", "cuda", "virtual:")):
+        del settings["gpu"]
+    return plain(settings)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from oomless import catalogue
+from oomless.config import TrainConfig
 from oomless.errors import UserError
 from oomless.models.build import parameter_count
 from oomless.models.spec import ModelSpec, resolve_for_plan
-from oomless.planning.plan import HOST_SHARE, Target, target_for
+from oomless.planning.plan import HOST_SHARE, Target, target_for, usable_host_bytes
 from oomless.planning.search import Choice, Row, search
-from oomless.planning.strategies import UNPLANNED, Settings
+from oomless.planning.strategies import Settings
 from oomless.units import GiB, format_bytes
 
 PINS_OF_TECHNIQUE = (
@@ -31,13 +32,13 @@ SHORTEST = 128
 T = TypeVar("T")
 
 
-def smallest_changes(spec: ModelSpec, given: Settings, choice: Choice, results: Path | None) -> Iterator[str]:
+def smallest_changes(spec: ModelSpec, choice: Choice, results: Path | None) -> Iterator[str]:
     """Yield, for a ``choice`` without a pick, changes after which there is one: at most one of each kind."""
-    target = choice.target
+    given, target = choice.given, choice.target
 
     def found(changed: Settings, on: Target = target, model: ModelSpec = spec) -> Row | None:
         try:
-            return search(model, {**UNPLANNED, **changed}, on, results=results, alternatives=0).picked
+            return search(model, changed, on, results=results, alternatives=0).picked
         except UserError:
             return None
 
@@ -45,13 +46,12 @@ def smallest_changes(spec: ModelSpec, given: Settings, choice: Choice, results: 
         if pin in given and (row := found({key: value for key, value in given.items() if key != pin})):
             yield f"without --{pin.replace('_', '-')} {given[pin]}: {row.quality}"
             break
-    hosts = [row for row in choice.rows if row.host_bytes]
-    if hosts:
-        row = hosts[0]
-        size = -(-int(row.host_bytes / HOST_SHARE) // GiB)
-        if found(given, replace(target, host_bytes=row.host_bytes)):
+    for needed in sorted({row.host_bytes for row in choice.rows if row.host_bytes}):
+        size = -(-int(needed / HOST_SHARE) // GiB)
+        if row := found(given, replace(target, host_bytes=usable_host_bytes(size * GiB) // target.gpus)):
             yield f"with {size} GiB of host memory (--host-memory {size}GiB): {row.quality}"
-    length = given.get("max_seq_length", 1024) // 2
+            break
+    length = given.get("max_seq_length", TrainConfig.max_seq_length) // 2
     while length >= SHORTEST:
         if row := found({**given, "max_seq_length": length}):
             yield f"with --max-seq-length {length}: {row.quality}"

@@ -13,7 +13,7 @@ from typing import Any
 from oomless import hardware
 from oomless.catalogue import Gpu, overhead
 from oomless.config import TrainConfig
-from oomless.errors import HardwareError
+from oomless.errors import ConfigError, HardwareError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category
 from oomless.memory.profile import MemoryProfile, Request
@@ -37,6 +37,12 @@ HOST_SHARE = 0.8
 
 ASSUMED_HOST_BYTES = 12 * GiB
 """Host memory beside a GPU that is only named, where none is given: about what free notebooks have."""
+
+
+TOKEN_BYTES = 8
+
+MOST_TOKENS = 1 << 19
+"""A pass of more that does not fit is not rehearsed to its end, which takes minutes: what it needs is told as at least so much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,13 +122,17 @@ class Plan:
     work: Work | None
     """What a step computes and moves."""
 
+    whole: bool = True
+    """Whether the profile is of all that a step asks for; else it ends at what could not be served, and more is needed."""
+
     device: VirtualGPU | None = None
     """What was rehearsed on, for a snapshot; ``None`` where another process did."""
 
     @property
     def needed_bytes(self) -> int:
-        """The most that the allocator reserves."""
-        return self.profile.peak_reserved_bytes
+        """The most that the allocator reserves; where the profile is not ``whole``, at least."""
+        stopped_bytes = self.stopped_at.size_bytes if self.stopped_at is not None and not self.whole else 0
+        return self.profile.peak_reserved_bytes + stopped_bytes
 
     @property
     def headroom_bytes(self) -> int:
@@ -158,6 +168,7 @@ class Plan:
             "outside_bytes": self.target.outside_bytes,
             "usable_bytes": self.target.usable_bytes,
             "needed_bytes": self.needed_bytes,
+            "needed_at_least": not self.whole,
             "headroom_bytes": self.headroom_bytes,
             "fixed_bytes": self.fixed_bytes,
             "batch_cannot_help": self.batch_cannot_help,
@@ -191,7 +202,7 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
             compute_capability=device.compute_capability or (8, 0),
             gpus=world_size(),
             kernel="auto",
-            host_bytes=_usable(host_bytes or hardware.available_host_bytes()),
+            host_bytes=usable_host_bytes(hardware.available_host_bytes() if host_bytes is None else host_bytes),
         )
     found = hardware.resolve(text)
     if found is None:
@@ -207,7 +218,9 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
         notes.append(
             f"{item.name} outside the allocator: {format_bytes(item.bytes_expected)} ({low} to {high}); {item.source}"
         )
-    host = host_bytes or (hardware.available_host_bytes() if found.detected else ASSUMED_HOST_BYTES)
+    host = host_bytes
+    if host is None:
+        host = hardware.available_host_bytes() if found.detected else ASSUMED_HOST_BYTES
     margin_bytes = found.capacity_bytes - found.capacity_low_bytes + int(MARGIN * found.capacity_bytes)
     if found.count > 1:
         notes.append(
@@ -216,13 +229,13 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
         )
     notes.append(
         f"a search leaves {format_bytes(margin_bytes)} free: {MARGIN:.0%} for what kernels take for themselves, and the range of "
-        f"what lies outside; of {format_bytes(host)} of host memory{'' if host_bytes or found.detected else ' (assumed)'} it "
+        f"what lies outside; of {format_bytes(host)} of host memory{' (assumed)' if host_bytes is None and not found.detected else ''} it "
         f"uses {HOST_SHARE:.0%} at most"
     )
     return Target(
         name=str(found),
         margin_bytes=margin_bytes,
-        host_bytes=_usable(host) // found.count,
+        host_bytes=usable_host_bytes(host) // found.count,
         gpus=found.count,
         capacity_bytes=found.gpu.usable_bytes,
         outside_bytes=sum(item.bytes_expected for item in found.outside_allocator),
@@ -233,7 +246,8 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
     )
 
 
-def _usable(host_bytes: int) -> int:
+def usable_host_bytes(host_bytes: int) -> int:
+    """Return how much of a machine's memory may be filled."""
     return int(HOST_SHARE * host_bytes)
 
 
@@ -254,15 +268,18 @@ def plan(
         UserError: what is asked for does not fit together; the same as training would say.
     """
     config = shared(config, target.gpus)
+    require_tokens(config, target)
     how: dict[str, Any] = {"settings": settings, "snapshot": snapshot, "layout": layout}
     found = rehearse_on(target, spec, config, target.capacity_bytes, **how)
     if found.out_of_memory is None:
         return plan_of(spec, target, found)
+    if config.per_device_train_batch_size * config.max_seq_length > MOST_TOKENS:
+        return plan_of(spec, target, found, stopped=found)
     return plan_of(spec, target, rehearse_on(target, spec, config, UNLIMITED_BYTES, **how), stopped=found)
 
 
 def plan_of(spec: ModelSpec, target: Target, found: Rehearsal, *, stopped: Rehearsal | None = None) -> Plan:
-    """Return the plan that ``found`` is; it went on without a limit where the GPU's own memory ``stopped`` another."""
+    """Return the plan that ``found`` is; it may have gone on without a limit where the GPU's own memory ``stopped`` another."""
     failures = () if stopped is None else stopped.profile.failures
     return Plan(
         model=spec.name,
@@ -274,6 +291,7 @@ def plan_of(spec: ModelSpec, target: Target, found: Rehearsal, *, stopped: Rehea
         parameters=found.parameters,
         trainable_parameters=found.trainable_parameters,
         work=found.work,
+        whole=found is not stopped,
         device=found.device,
     )
 
@@ -299,6 +317,21 @@ def rehearse_on(
         gpus=target.gpus,
         layout=layout,
     )
+
+
+def require_tokens(config: TrainConfig, target: Target) -> None:
+    """Check that the tokens of a pass fit, which is asked before so many are made.
+
+    Raises:
+        ConfigError: their ids alone do not.
+    """
+    blocks, length = config.per_device_train_batch_size, config.max_seq_length
+    if blocks * length * TOKEN_BYTES > target.usable_bytes:
+        raise ConfigError(
+            f"the ids of a pass of {blocks} x {length} tokens alone take {format_bytes(blocks * length * TOKEN_BYTES)} of the "
+            f"{format_bytes(target.usable_bytes)} that {target.name} has: lower per_device_train_batch_size or max_seq_length",
+            *("per_device_train_batch_size", "max_seq_length"),
+        )
 
 
 def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:

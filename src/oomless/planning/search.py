@@ -33,6 +33,7 @@ from oomless.planning.strategies import (
     OPTIMIZER_NAMES,
     Quality,
     Settings,
+    any_run,
     micro_batches,
     parts_in_order,
     placements,
@@ -86,6 +87,9 @@ class Choice:
     """What a search found."""
 
     target: Target
+    given: Settings
+    """What the search was told to keep."""
+
     rows: tuple[Row, ...]
     """Best quality first: what was rejected, the pick, and what gives up more."""
 
@@ -131,6 +135,7 @@ def search(
     given: Settings,
     target: Target,
     *,
+    held: Quality | None = None,
     processes: int | None = None,
     results: Path | None = None,
     alternatives: int = ALTERNATIVES,
@@ -140,8 +145,9 @@ def search(
 
     Args:
         spec: the model; its weights are not needed.
-        given: the settings that the user gave, as ``TrainConfig.from_mapping`` takes them; the rest is chosen.
+        given: the settings that the user gave, as ``config.read`` returns them; the rest is chosen.
         target: the GPU.
+        held: look at nothing of another quality.
         processes: trials at a time; by default as many as there are cores, four at most.
         results: a folder that keeps trials for later searches.
         alternatives: how many strategies that give up more are tried as well.
@@ -154,7 +160,7 @@ def search(
     setting = Setting(spec=spec, target=target, base=dict(given), layout=read_layout(text))
     laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
     try:
-        return _Search(setting, laboratory, progress or (lambda *_: None)).run(alternatives)
+        return _Search(setting, laboratory, progress or (lambda *_: None), held).run(alternatives)
     finally:
         laboratory.close()
 
@@ -171,12 +177,13 @@ class _Failure:
 
 
 class _Search:
-    def __init__(self, setting: Setting, laboratory: Laboratory, progress: Progress) -> None:
-        self.setting, self.laboratory, self.progress = setting, laboratory, progress
+    def __init__(
+        self, setting: Setting, laboratory: Laboratory, progress: Progress, held: Quality | None = None
+    ) -> None:
+        self.setting, self.laboratory, self.progress, self.held = setting, laboratory, progress, held
         self.pins, self.target = setting.base, setting.target
         self.usable_bytes = self.target.usable_bytes - self.target.margin_bytes
-        length = self.pins.get("max_seq_length", TrainConfig.__dataclass_fields__["max_seq_length"].default)
-        self.passes = micro_batches({**self.pins, "max_seq_length": length}, self.target.gpus)
+        self.passes = micro_batches(self.pins, self.target.gpus)
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 
@@ -188,16 +195,19 @@ class _Search:
         left, order = alternatives, parts_in_order(self.pins, tied=is_tied(self.setting.spec))
         for place, parts in enumerate(order):
             trainable = parts["trainable"]
+            if self.held is not None and not self.held.has(parts):
+                continue
             if proof is not None and (not left or (trainable,) in shown):
                 continue
             self.progress(f"building {trainable}", _share(place / len(order), left, alternatives, proof is not None))
-            built = self.laboratory.parts(parts)
+            built = self.laboratory.parts(any_run(self.pins, parts))
             if built.refused is not None:
                 self.refused = self.refused or built.refused
                 continue
-            sixteen_bit = any(kind != "float32" for _, kind in built.trainable)
-            kinds = qualities(self.pins, parts, sixteen_bit=sixteen_bit)
+            kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit)
             for number, quality in enumerate(kinds):
+                if self.held not in (None, quality):
+                    continue
                 if proof is not None and (not left or (trainable, quality.optimizer) in shown):
                     continue
                 tried = (place + number / len(kinds)) / len(order)
@@ -217,7 +227,14 @@ class _Search:
         if not rows:
             raise ConfigError(self.refused or "no strategy agrees with what was given")
         if proof is None:
-            return Choice(target=self.target, rows=tuple(rows), config=None, plan=None, trials=self.laboratory.made)
+            return Choice(
+                target=self.target,
+                given=self.pins,
+                rows=tuple(rows),
+                config=None,
+                plan=None,
+                trials=self.laboratory.made,
+            )
         return self._proved(rows, proof(), alternatives)
 
     def _proved(self, rows: list[Row], proof: Proof, alternatives: int) -> Choice:
@@ -229,6 +246,7 @@ class _Search:
         whole = proof.as_plan(self.setting)
         return Choice(
             target=self.target,
+            given=self.pins,
             rows=tuple(replace(row, needed_bytes=whole.needed_bytes) if row.picked else row for row in rows),
             config=self.setting.config(picked.settings),
             plan=whole,
@@ -262,10 +280,8 @@ class _Search:
                 speed=found.speed,
                 needed_bytes=found.trial.needed_bytes,
             )
-        if not failures:
-            failures = [_Failure(needed_bytes=0, reason="nothing of this kind agrees with the settings given")]
-        hosts = [failure for failure in failures[1:] if failure.host_bytes]
-        reason = "; ".join(failure.reason for failure in [failures[0], *hosts[:1]])
+        hosts = [failure for failure in failures if failure.host_bytes]
+        reason = "; ".join(dict.fromkeys(failure.reason for failure in [failures[0], *hosts[:1]]))
         lacking = min((failure.host_bytes for failure in hosts), default=0)
         return Row(
             quality=quality,

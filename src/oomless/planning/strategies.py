@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError
 from oomless.units import counted
 
 PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lm_head")
@@ -83,6 +85,10 @@ class Quality:
         del chosen["clips"]
         return chosen
 
+    def has(self, parts: Settings) -> bool:
+        """Return whether this trains ``parts``, one of ``parts_in_order``."""
+        return all(getattr(self, name) == value for name, value in parts.items())
+
     def given_up(self) -> str:
         """Return what this gives up against the best there is, in words."""
         chosen = (self.trainable, self.quantization, self.optimizer, self.weight_precision)
@@ -107,12 +113,66 @@ def parts_in_order(pins: Mapping[str, Any], *, tied: bool) -> list[Settings]:
     """Return every choice of what trains and what the rest is stored in that agrees with ``pins``, best first.
 
     ``tied`` says whether the model's ``embed_tokens`` and ``lm_head`` are one matrix.
+
+    Raises:
+        ConfigError: none does.
     """
-    return [
+    every = [
         {"trainable": trainable, "tied_weights": tied_weights, "quantization": quantization}
         for trainable, tied_weights in _trainable(pins, tied)
-        for quantization in _frozen(pins, trainable)
+        for quantization in _options(pins, "quantization", tuple(FROZEN_BITS))
     ]
+    found = [parts for parts in every if any(_every_run(pins, parts))]
+    if not found:
+        raise _reason(pins, every)
+    return found
+
+
+def require_any(pins: Mapping[str, Any]) -> None:
+    """Check, before a model is read, that there is a strategy that agrees with ``pins``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    parts_in_order(pins, tied=False)
+
+
+def any_run(pins: Mapping[str, Any], parts: Settings) -> Settings:
+    """Return one strategy with ``parts`` that agrees with ``pins``, to build what they put on the GPU."""
+    return next(_every_run(pins, parts)) | _needed_rung(pins)
+
+
+def _every_run(pins: Mapping[str, Any], parts: Settings) -> Iterator[Settings]:
+    for quality in qualities(pins, parts, sixteen_bit=False):
+        for placement in placements(quality, pins):
+            yield quality.settings() | placement
+
+
+def _needed_rung(pins: Mapping[str, Any]) -> Settings:
+    """Return what ``pins`` have no effect without."""
+    needed = pins.get("checkpointed_layers") or pins.get("offload_activations")
+    return {"gradient_checkpointing": True} if needed and "gradient_checkpointing" not in pins else {}
+
+
+def contradiction(pins: Mapping[str, Any], chosen: Settings) -> ConfigError | None:
+    """Return why ``chosen`` does not go together with ``pins``, which the settings themselves say; ``None`` where it does."""
+    try:
+        TrainConfig.from_mapping({**UNPLANNED, "model": "-", **pins, **_needed_rung(pins), **chosen})
+    except ConfigError as error:
+        return error
+    return None
+
+
+def _reason(pins: Mapping[str, Any], every: list[Settings]) -> ConfigError:
+    """Return why no strategy agrees with ``pins``: what they say against each other, or against all that could be chosen."""
+    reasons = [
+        contradiction(pins, quality.settings() | placement)
+        for parts in every
+        for quality in _every_quality(pins, parts, sixteen_bit=False)
+        for placement in _every_placement(quality, pins)
+    ]
+    found = [reason for reason in reasons if reason is not None]
+    return next((reason for reason in found if set(reason.settings) <= set(pins)), found[0])
 
 
 def qualities(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool) -> list[Quality]:
@@ -120,6 +180,11 @@ def qualities(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool) ->
 
     ``sixteen_bit`` says whether any of the weights that train has 16 bits.
     """
+    every = _every_quality(pins, parts, sixteen_bit=sixteen_bit)
+    return [quality for quality in every if placements(quality, pins)]
+
+
+def _every_quality(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool) -> list[Quality]:
     precisions = _options(pins, "weight_precision", WEIGHT_PRECISIONS if sixteen_bit else (None,))
     return [
         Quality(**parts, optimizer=optimizer, weight_precision=precision, clips=clips)
@@ -133,7 +198,7 @@ def _options(pins: Mapping[str, Any], name: str, options: tuple[Any, ...]) -> tu
 
 def _trainable(pins: Mapping[str, Any], tied: bool) -> Iterator[tuple[str, str | None]]:
     for trainable in _options(pins, "trainable", PARTS):
-        names = {part.strip() for part in str(trainable).split("+")}
+        names = {part.strip() for part in trainable.split("+")}
         one_of_both = len(names & {"lm_head", "embed_tokens"}) == 1
         if "tied_weights" in pins:
             yield trainable, pins["tied_weights"]
@@ -144,36 +209,31 @@ def _trainable(pins: Mapping[str, Any], tied: bool) -> Iterator[tuple[str, str |
             yield from ((trainable, "shared"), (trainable, "untied"))
 
 
-def _frozen(pins: Mapping[str, Any], trainable: str) -> tuple[str | None, ...]:
-    if "quantization" in pins:
-        return (pins["quantization"],)
-    plain = "full" in trainable.split("+") or pins.get("stream_frozen") or pins.get("use_dora")
-    return (None,) if plain or pins.get("trainable_rows") else tuple(FROZEN_BITS)
-
-
 def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
     if pins.get("max_grad_norm") is not None:
         return (pins["max_grad_norm"] > 0,)
     if "optimizer_in_backward" in pins:
         return (not pins["optimizer_in_backward"],)
-    return (True,) if pins.get("on_bad_loss") == "skip" else (True, False)
+    return (True, False)
 
 
 def placements(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
     """Return where gradients, state and frozen weights may lie, the least on the GPU last."""
+    every = _every_placement(quality, pins)
+    return [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
+
+
+def _every_placement(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
     in_backward: tuple[bool, ...] = (False,)
     if not quality.clips:
         # Without clipping updates inside the backward pass cost nothing; they are why clipping is given up, unless the user did.
         in_backward = (False, True) if pins.get("max_grad_norm") == 0 else (True,)
-    no_stream = (
-        quality.trainable == "full" or quality.quantization or pins.get("use_dora") or pins.get("trainable_rows")
-    )
-    found = []
-    for stream, state, update in product((False,) if no_stream else (False, True), (False, True), in_backward):
-        settings = {"stream_frozen": stream, "offload_optimizer": state, "optimizer_in_backward": update}
-        if all(pins.get(name, value) == value for name, value in settings.items()):
-            found.append({name: True for name, value in settings.items() if value})
-    return found
+    ways = {
+        "stream_frozen": _options(pins, "stream_frozen", (False, True)),
+        "offload_optimizer": _options(pins, "offload_optimizer", (False, True)),
+        "optimizer_in_backward": _options(pins, "optimizer_in_backward", in_backward),
+    }
+    return [{name: True for name, on in zip(ways, chosen, strict=True) if on} for chosen in product(*ways.values())]
 
 
 def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
@@ -181,7 +241,7 @@ def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
 
     ``layers`` is how many can be checkpointed.
     """
-    cheap, tiles = CHEAP, {"mlp_tiles": pins.get("mlp_tiles", TILES)}
+    cheap, tiles, offload = CHEAP, {"mlp_tiles": TILES}, {"offload_activations": True}
     small_chunk = {"loss_chunk_bytes": SMALL_LOSS_CHUNK_BYTES}
     ladder: list[Settings] = [{}, cheap]
     if not layers:
@@ -190,23 +250,19 @@ def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
         ladder += [cheap | tiles, cheap | tiles | small_chunk]
     else:
         apart = -(-layers // RUNGS_OF_LAYERS)
-        counts = [*range(apart, layers, apart), pins.get("checkpointed_layers", layers)]
-        for count in sorted(set(counts)):
-            ladder.append(
-                cheap | {"gradient_checkpointing": True} | ({"checkpointed_layers": count} if count < layers else {})
-            )
-        offload = {"offload_activations": True}
+        ladder += [
+            cheap | {"gradient_checkpointing": True, "checkpointed_layers": count}
+            for count in range(apart, layers, apart)
+        ]
+        ladder.append(cheap | {"gradient_checkpointing": True})
         ladder += [ladder[-1] | tiles, ladder[-1] | tiles | offload, ladder[-1] | tiles | offload | small_chunk]
-    off = {"gradient_checkpointing": False, "cheap_recompute": False, "offload_activations": False}
-    unset = {"checkpointed_layers": None, "mlp_tiles": None, "loss_chunk_bytes": None}
-    pinned = {name: pins[name] for name in (*off, *unset) if name in pins}
-    found = []
+    checkpointing = {**pins, **_needed_rung(pins)}.get("gradient_checkpointing")
+    found: list[Settings] = []
     for rung in ladder:
-        complete = off | unset | rung
-        agrees = all(complete[name] == value for name, value in pinned.items() if name != "loss_chunk_bytes")
-        if agrees and not ("loss_chunk_bytes" in pins and "loss_chunk_bytes" in rung):
-            found.append(rung)
-    return found or [{name: value for name, value in pinned.items() if value}]
+        open_ones = {name: value for name, value in rung.items() if name not in pins}
+        if checkpointing in (None, "gradient_checkpointing" in rung) and open_ones not in found:
+            found.append(open_ones)
+    return found or [{}]
 
 
 def micro_batches(pins: Mapping[str, Any], gpus: int = 1) -> list[Settings]:
@@ -214,7 +270,7 @@ def micro_batches(pins: Mapping[str, Any], gpus: int = 1) -> list[Settings]:
     size, steps = pins.get("per_device_train_batch_size"), pins.get("gradient_accumulation_steps")
     blocks, sizes = (size or 1) * (steps or 1), [size or 1]
     if "tokens_per_step" in pins:
-        blocks = max(1, pins["tokens_per_step"] // pins["max_seq_length"])
+        blocks = max(1, pins["tokens_per_step"] // pins.get("max_seq_length", TrainConfig.max_seq_length))
         if size is None:
             whole = [1 << power for power in range(8) if blocks % (gpus << power) == 0]
             sizes = [blocks // steps] if steps else whole or [1]

@@ -8,8 +8,6 @@ and are kept on disk, by everything that decides them: the model, the settings, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import sys
@@ -17,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -30,22 +27,24 @@ from torch import nn
 from oomless import optim
 from oomless.config import TrainConfig
 from oomless.errors import UserError
+from oomless.kept import Kept, key_of, user_folder
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.layout import Layout
-from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on
+from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on, require_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
-from oomless.training.checkpoint import write_atomically
 from oomless.training.distributed import rehearsed
 
 Settings = dict[str, Any]
-Trainable = tuple[tuple[tuple[int, ...], str], ...]
+Trainable = tuple[tuple[tuple[int, ...], str, bool], ...]
+"""Shape and dtype of each parameter, and whether Muon makes its update orthogonal."""
+
 MANY_MODULES = 100
 """Importing so many takes longer than forks do."""
 
@@ -83,7 +82,7 @@ class Parts:
     """How many can be checkpointed."""
 
     trainable: Trainable
-    """Shape and dtype of each parameter that trains, in the optimizer's order."""
+    """What trains, in the optimizer's order."""
 
     trainable_bytes: int
     """Of the weights, those that train: what their gradients take."""
@@ -94,8 +93,13 @@ class Parts:
     refused: str | None = None
 
     def __post_init__(self) -> None:
-        hashable = tuple((tuple(shape), kind) for shape, kind in self.trainable)  # JSON has made lists of them
+        hashable = tuple((tuple(shape), *others) for shape, *others in self.trainable)  # JSON has made lists of them
         object.__setattr__(self, "trainable", hashable)
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """Whether any of what trains has 16 bits."""
+        return any(kind != "float32" for _, kind, _ in self.trainable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +139,9 @@ class Setting:
         Raises:
             ConfigError: they do not go together.
         """
-        return shared(TrainConfig.from_mapping({**self.base, **settings}), self.target.gpus)
+        config = shared(TrainConfig.from_mapping({**self.base, **settings}), self.target.gpus)
+        require_tokens(config, self.target)
+        return config
 
 
 def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Trial:
@@ -197,7 +203,7 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             model = built.model
             layers = len(layers_of_backward(model))
             parameters = [local(parameter) for parameter in model.parameters()]
-            trained = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
+            trained = [(parameter, group) for group in built.optimizer.param_groups for parameter in group["params"]]
     except UserError as error:
         return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
     linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
@@ -206,12 +212,12 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
         weight_bytes=sum(held.values()),
         layers=layers,
         trainable=tuple(
-            (tuple(p.shape), str(p.dtype).removeprefix("torch."))
-            for p in trained
+            (tuple(p.shape), str(p.dtype).removeprefix("torch."), group.get("orthogonalise", False))
+            for p, group in trained
             # Whether 8-bit state is made for a part of a vector is told by the whole; a bound may leave it out.
             if setting.target.gpus == 1 or p.ndim > 1
         ),
-        trainable_bytes=sum(p.nbytes for p in trained),
+        trainable_bytes=sum(p.nbytes for p, _ in trained),
         streamed_bytes=sum(weight.nbytes for weight in linear if not weight.requires_grad),
     )
 
@@ -241,11 +247,13 @@ def host_bytes_of_state(trainable: Trainable, optimizer: str, precision: str | N
 def _built(
     trainable: Trainable, optimizer: str, precision: str | None, where: torch.device, **how: Any
 ) -> MemoryLeanOptimizer:
-    parameters = [torch.empty(shape, dtype=getattr(torch, kind), device=where) for shape, kind in trainable]
-    groups = [
-        {"params": [p], "weight_precision": (precision or "master") if p.dtype != torch.float32 else None}
-        for p in parameters
-    ]
+    groups: list[dict[str, Any]] = []
+    for shape, kind, orthogonal in trainable:
+        parameter = torch.empty(shape, dtype=getattr(torch, kind), device=where)
+        sixteen_bit = parameter.dtype != torch.float32
+        groups.append({"params": [parameter], "weight_precision": (precision or "master") if sixteen_bit else None})
+        if optimizer == "muon":
+            groups[-1]["orthogonalise"] = orthogonal
     return optim.build(optimizer, groups, lr=1.0, **how)
 
 
@@ -260,9 +268,10 @@ class Laboratory:
 
     def __init__(self, setting: Setting, processes: int, folder: Path | None) -> None:
         self.setting = setting
-        self.folder = folder
         self.made = 0
         self._results: dict[str, Any] = {}
+        # What code of the model's own does may change with no word in any key.
+        self._kept = None if folder is None or setting.base.get("trust_remote_code") else Kept(folder)
         self._pool: ProcessPoolExecutor | None = None
         self._retired: list[ProcessPoolExecutor] = []
         self._processes = processes
@@ -273,7 +282,9 @@ class Laboratory:
         return self._processes
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, and keep what is kept within its bound."""
+        if self._kept is not None:
+            self._kept.clear_oldest()
         for pool in (*self._retired, self._pool):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
@@ -334,30 +345,25 @@ class Laboratory:
 
     def _key(self, what: str, settings: Settings) -> str:
         shared = self.setting
-        facts = [
-            *(what, _code(), torch.__version__, shared.spec.config.to_json_string()),
-            asdict(replace(shared.target, notes=(), host_bytes=None)),
+        return key_of(
+            *(what, shared.spec.config.to_json_string(), asdict(replace(shared.target, notes=(), host_bytes=None))),
             None if shared.layout is None else asdict(shared.layout),
             {name: value for name, value in {**shared.base, **settings}.items() if name not in _WITHOUT_EFFECT},
-        ]
-        return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+        )
 
     def _read(self, key: str, kind: Any) -> bool:
-        if self.folder is None:
-            return False
+        found = None if self._kept is None else self._kept.get(key)
         try:
-            self._results[key] = kind(**json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            self._results[key] = kind(**(found or {}))
+        except TypeError:
             return False
         return True
 
     def _keep(self, key: str, result: Any) -> None:
         self._results[key] = result
-        if self.folder is not None:
-            # A search does not fail because its results cannot be kept.
-            with suppress(OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.folder / f"{key}.json", json.dumps(asdict(result)))
+        # What was refused may have been for the want of something that is installed tomorrow.
+        if self._kept is not None and getattr(result, "refused", None) is None:
+            self._kept.put(key, asdict(result))
 
 
 def _begin_process(parent: int) -> None:
@@ -376,17 +382,6 @@ def _begin_process(parent: int) -> None:
 _WITHOUT_EFFECT = {"data", "output_dir", "model", "tokenizer", "cache_dir", "gpu", "seed", "max_steps", "max_tokens"}
 
 
-@cache
-def _code() -> str:
-    """Return a digest of the package's own source: another version, another answer."""
-    import transformers
-
-    digest = hashlib.blake2b(transformers.__version__.encode(), digest_size=16)
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def results_folder() -> Path:
     """Return where results are kept: in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oomless" / "trials"
+    return user_folder() / "trials"

@@ -20,7 +20,7 @@ def print_plan(screen: Screen, plan: Plan) -> None:
     screen.say(
         f"{plan.model} on {target.name}: ",
         ("fits", "bold green") if plan.fits else ("does not fit", "bold red"),
-        f". It needs {format_bytes(plan.needed_bytes)} of the "
+        f". It needs {'' if plan.whole else 'at least '}{format_bytes(plan.needed_bytes)} of the "
         f"{format_bytes(target.usable_bytes)} that are usable "
         f"({'headroom' if plan.headroom_bytes >= 0 else 'short by'} {format_bytes(abs(plan.headroom_bytes))}).",
     )

@@ -112,7 +112,7 @@ def with_rows(module: Any, device: Device) -> Tensor:
     assert ids is not None
     with device.host():
         matrix = device.fetch(module.weight)
-        if matrix.data_ptr() == module.weight.data_ptr():
+        if matrix.untyped_storage()._cdata == module.weight.untyped_storage()._cdata:
             matrix = matrix.clone()
         return matrix.index_copy_(0, device.fetch(ids), device.fetch(rows))
 

@@ -71,9 +71,14 @@ def open_device(name: str) -> Device:
         from oomless.memory.virtual_gpu import VirtualGPU
 
         try:
-            return VirtualGPU(parse_bytes(rest))
+            size_bytes = parse_bytes(rest)
         except ValueError as error:
             raise HardwareError(f"a virtual GPU is named by its size, such as virtual:256MiB; got {name!r}") from error
+        if not size_bytes:
+            raise HardwareError(
+                f"a virtual GPU holds at least one byte; got {name!r}: name a size such as virtual:256MiB"
+            )
+        return VirtualGPU(size_bytes)
     if kind != "cuda" or not (rest == "" or rest.isdigit()):
         raise HardwareError(f"gpu is auto, cpu, cuda, cuda:1 or virtual:256MiB; got {name!r}")
     here = environment("LOCAL_WORLD_SIZE", world_size())

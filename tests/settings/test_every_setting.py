@@ -1,0 +1,147 @@
+"""Every setting through every command: no traceback, exit code 0, 1 or 2, and what was given is what is done."""
+
+import itertools
+import random
+
+import pytest
+import yaml
+
+from oomless.config import read
+from tests.settings import values
+from tests.settings.commands import flags, oomless
+
+ROOMY = "virtual:64MiB"
+MESSAGE = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 14.56 GiB"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory, request):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def places(make_checkpoint, corpus, tmp_path):
+    tied = make_checkpoint("llama", tied=True)
+    return {
+        "model": tied,
+        "corpus": corpus,
+        "folder": corpus.parent,
+        "out": tmp_path,
+        "untied": make_checkpoint("llama"),
+    }
+
+
+def base(run, places, *, out=None):
+    model = places["model"] if "tied_weights" in run else places["untied"]
+    given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
+    given |= {} if out is None else {"output_dir": str(out)}
+    return values.outrank({"max_steps": 2}, {k: v for k, v in given.items() if k != "max_steps"})[0]
+
+
+def honoured(run, places, settings, *, but=()):
+    """Check that everything of ``run`` is in ``settings``, which a command wrote."""
+    placed = {k: v.format(**places) if isinstance(v, str) else v for k, v in run.items()}
+    for name in ("eval_data",):
+        if name in placed:
+            path, _, weight = placed[name].partition("=")
+            placed[name] = [{"path": path, **({"weight": float(weight)} if weight else {})}]
+    asked, got = read(placed), read(settings)
+    assert {name: got.get(name) for name in asked if name not in but} == {
+        name: value for name, value in asked.items() if name not in but
+    }
+
+
+def through_every_command(run, places, tmp_path):
+    """Return the exit codes of the commands, each checked for what it did with ``run``."""
+    codes, out = {}, tmp_path / "run"
+    # Plan, with the pick written.
+    pick = tmp_path / "pick.yaml"
+    arguments = flags(base(run, places), **places)
+    said = oomless("plan", *arguments, "--gpu", ROOMY, "--json", "--write", pick)
+    codes["plan"] = said.code
+    assert said.code in (0, 1, 2), said.err
+    if said.code == 0:
+        honoured(run, places, said.json["config"])
+        written = yaml.safe_load(pick.read_text())
+        honoured(run, places, written)
+        size = said.json["plan"]["needed_bytes"]
+        # Exactly the planned size, and on from its checkpoint.
+        train = ("train", "--config", pick, "--output-dir", out, "--gpu", f"virtual:{size}", "--as-given")
+        more = () if "save_steps" in run else ("--save-steps", 1)
+        first = oomless(*train, *more)
+        codes["train on a virtual GPU"] = first.code
+        assert first.code == 0, first.err + first.out[-2000:]
+        honoured(run, places, yaml.safe_load((out / "config.yaml").read_text()))
+        again = oomless(*train, *more, "--resume")
+        codes["resume"] = again.code
+        assert again.code == 0, again.err + again.out[-2000:]
+    elif said.code == 2:
+        assert said.err.startswith("error: "), said.err
+    # What is given and nothing else.
+    said = oomless("plan", *arguments, "--gpu", ROOMY, "--json", "--as-given")
+    codes["plan --as-given"] = said.code
+    assert said.code in (0, 1, 2), said.err
+    if said.code < 2:
+        assert said.json["fits"] == (said.code == 0)
+    # On the CPU.
+    on_cpu = base(run, places, out=tmp_path / "cpu")
+    said = oomless("train", *flags(on_cpu, **places), "--gpu", "cpu")
+    codes["train on the CPU"] = said.code
+    assert said.code in (0, 2), said.err + said.out[-2000:]
+    if said.code == 0:
+        honoured(run, places, yaml.safe_load((tmp_path / "cpu" / "config.yaml").read_text()))
+    # Explain, as if it had been another's run.
+    said = oomless("explain", "--message", MESSAGE, *arguments, "--gpu", "T4", "--json")
+    codes["explain"] = said.code
+    assert said.code in (0, 2), said.err
+    if said.code == 0:
+        assert said.json
+    return codes
+
+
+COMBINATIONS = 400
+ALONE = [(name, number) for name in values.names() for number in range(len(values.valid(name)))]
+SHOWN = random.Random(0).sample(ALONE, len(ALONE))
+
+
+def sampled(cases, by_default, slow):
+    """Mark ``cases``: the first run by default, those before ``slow`` in CI, the others at full length."""
+    tiers = ((), pytest.mark.slow, pytest.mark.full_length)
+    return [
+        pytest.param(*case, marks=tiers[(number >= by_default) + (number >= slow)], id="-".join(map(str, case)))
+        for number, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("name", "number"), sampled(SHOWN, 2, 8))
+def test_a_setting_alone(places, tmp_path, name, number):
+    value = values.valid(name)[number]
+    run = {**values.needs(name, value), name: value}
+    codes = through_every_command(run, places, tmp_path)
+    assert codes["plan"] == 0
+    assert codes["resume"] == 0
+
+
+@pytest.mark.parametrize("number", sampled([(number,) for number in range(COMBINATIONS)], 1, 4))
+def test_settings_together(places, tmp_path, number):
+    run = next(itertools.islice(values.combinations(), number, None))
+    through_every_command(run, places, tmp_path)
+
+
+@pytest.mark.parametrize("name", values.names())
+def test_a_wrong_value_is_one_clear_error(places, tmp_path, name):
+    for text in values.invalid(name):
+        run = {**values.NEEDS.get(name, {}), name: text}
+        for command in ("plan", "train"):
+            given = base(run, places, out=tmp_path / "run")
+            gpu = ROOMY if command == "plan" else "cpu"
+            more = ("--as-given",) if command == "plan" else ()
+            said = oomless(command, *flags(given, **places), "--gpu", gpu, *more)
+            if command == "plan" and name in ("tokenizer", "eval_data", "cache_dir"):
+                continue  # which a plan does not open
+            assert said.code == 2, (command, text, said.out[-500:])
+            assert said.err.startswith("error: "), said.err
+            assert not (tmp_path / "run" / "model").exists()
