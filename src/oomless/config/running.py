@@ -21,7 +21,7 @@ class Running:
     output_dir: str
     """The run folder: config, metrics, checkpoints and the final model."""
 
-    seed: Annotated[int, Range(least=0)] = 0
+    seed: Annotated[int, Range(least=0, below=1 << 63)] = 0
     """Seed of shuffling, held-out documents, LoRA's start and dropout."""
 
     logging_steps: Count = 1

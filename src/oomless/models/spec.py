@@ -96,7 +96,28 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # transformers validates configs with many exception types
         raise ModelError(f"the model config {path} is not valid: {error}") from error
     starting_point.forget_quantization(config)
+    _check_sizes(path, config.get_text_config())
     return config
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+
+
+def _check_sizes(path: Path, config: Any) -> None:
+    """Check what no model can be without; what an architecture has as a list, one for each layer, is left to transformers."""
+    sizes = {name: size for name in SIZES if isinstance(size := getattr(config, name, None), int)}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"the model config {path} has {name} {size}: a model has at least 1")
+    heads, shared = sizes.get("num_attention_heads", 0), sizes.get("num_key_value_heads", 1)
+    if heads % shared:
+        raise ModelError(
+            f"the model config {path} has {shared} key and value heads for {heads} query heads, of which each must serve as many: "
+            "num_key_value_heads must divide num_attention_heads"
+        )
 
 
 def _download(name: str) -> Path:

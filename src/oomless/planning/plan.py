@@ -325,13 +325,14 @@ def require_tokens(config: TrainConfig, target: Target) -> None:
     Raises:
         ConfigError: their ids alone do not.
     """
-    blocks, length = config.per_device_train_batch_size, config.max_seq_length
-    if blocks * length * TOKEN_BYTES > target.usable_bytes:
-        raise ConfigError(
-            f"the ids of a pass of {blocks} x {length} tokens alone take {format_bytes(blocks * length * TOKEN_BYTES)} of the "
-            f"{format_bytes(target.usable_bytes)} that {target.name} has: lower per_device_train_batch_size or max_seq_length",
-            *("per_device_train_batch_size", "max_seq_length"),
-        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        blocks, length = getattr(config, name), config.max_seq_length
+        if blocks * length * TOKEN_BYTES > target.usable_bytes:
+            raise ConfigError(
+                f"the ids of {blocks} x {length} tokens alone take {format_bytes(blocks * length * TOKEN_BYTES)} of the "
+                f"{format_bytes(target.usable_bytes)} that {target.name} has: lower {name} or max_seq_length",
+                *(name, "max_seq_length"),
+            )
 
 
 def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:
