@@ -16,7 +16,7 @@ from oomless.diagnosis.plain_step import Outcome
 from oomless.memory.profile import CATEGORIES
 from oomless.report.screen import Screen
 from oomless.report.tables import bars
-from oomless.units import format_bytes
+from oomless.units import counted, format_bytes
 
 SUSPECTS = 3
 PAGE_WIDTH = 110
@@ -69,7 +69,7 @@ def _print_error(screen: Screen, diagnosis: Diagnosis) -> None:
         ranks = f", on ranks {', '.join(map(str, first.ranks))}" if first.ranks else ""
         screen.say(f"it stands {first.count} times in the text{ranks}")
     if len(diagnosis.reading.occurrences) > 1:
-        screen.say(f"{len(diagnosis.reading.occurrences) - 1} other errors follow; the first on the GPU is explained")
+        screen.say(f"other errors follow: {len(diagnosis.reading.occurrences) - 1}; the first on the GPU is explained")
     if place.phase is not None:
         where = f", in {place.module}" if place.module else ""
         again = " (computing a checkpointed forward again)" if place.recomputing else ""
@@ -125,7 +125,7 @@ def _print_holders(screen: Screen, diagnosis: Diagnosis) -> None:
     )
     for holder in recorded.holders[:8]:
         where = holder.where or "no stack was recorded"
-        screen.say(f"{format_bytes(holder.size_bytes)} in {holder.blocks} blocks: {where}", indent=2)
+        screen.say(f"{format_bytes(holder.size_bytes)} in {counted(holder.blocks, 'block')}: {where}", indent=2)
 
 
 def _print_run(screen: Screen, diagnosis: Diagnosis) -> None:
