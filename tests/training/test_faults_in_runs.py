@@ -2,8 +2,10 @@
 
 import gc
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,7 +18,7 @@ from tests.training.test_guard import OPTIMIZERS
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.training import loop
+from oomless.training import guard, loop
 
 STORIES = ("loop.py", "script.py", "steps.py", "evaluation.py", "saving.py", "resuming.py")
 FILES = ("model.safetensors", "trainer/optimizer.safetensors")
@@ -137,8 +139,15 @@ def test_no_place_in_the_loop_ends_the_run(make_checkpoint, corpus, tmp_path, mo
 @pytest.mark.parametrize("save_steps", [2, None], ids=["checkpoint", "no_checkpoint"])
 def test_going_back(make_checkpoint, corpus, tmp_path, monkeypatch, save_steps):
     """The last allocations of step 4 fail, twice, when most weights have changed: the second time at a lower rung."""
-    devices, ends = [], []
+    devices, ends, runs = [], [], []
     monkeypatch.setattr(loop, "open_device", lambda name: devices[-1])
+
+    class Kept(loop.Run):
+        def execute(self):
+            runs.append(self)
+            return super().execute()
+
+    monkeypatch.setattr(loop, "Run", Kept)
 
     class Unlucky(Ear):
         def __init__(self, faults):
@@ -156,6 +165,7 @@ def test_going_back(make_checkpoint, corpus, tmp_path, monkeypatch, save_steps):
     results = []
     for faults in (0, 1, 2):
         devices.append(VirtualGPU(256 << 20))
+        runs.clear()
         config = TrainConfig(
             model=str(make_checkpoint("llama", num_hidden_layers=1)),
             data=(DataSource(path=str(corpus)),),
@@ -177,6 +187,9 @@ def test_going_back(make_checkpoint, corpus, tmp_path, monkeypatch, save_steps):
         result = loop.train(config, ear)
         said = [message for message in ear.heard if isinstance(message, str)]
         assert sum("after weights had changed" in message for message in said) == faults
+        assert sum("the run begins again at step 1" in message for message in said) == (0 if save_steps else faults)
+        assert not any("the step is run again" in message for message in said)
+        assert len({id(run.guard.standing) for run in runs}) == 1, "a run that begins again has forgotten something"
         assert sum(message == "back to checkpoint-2" for message in said) == (faults if save_steps else 0)
         lines = [json.loads(line) for line in (tmp_path / f"{faults}" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -186,6 +199,76 @@ def test_going_back(make_checkpoint, corpus, tmp_path, monkeypatch, save_steps):
         results.append(load_file(result.model_dir / "model.safetensors"))
     assert same(results[1], results[0])
     assert same(results[2], results[0])
+
+
+def test_a_climb_costs_no_run(make_checkpoint, corpus, tmp_path, monkeypatch):
+    """Updates in backward, no checkpoint, and a first rung that never fits: it is tried again, and weights never change."""
+    monkeypatch.setattr(guard, "STEPS_BEFORE_CLIMBING", 2)
+    model = make_checkpoint("llama", num_hidden_layers=1)
+    held = {}
+
+    def run(name, capacity_bytes):
+        monkeypatch.setattr(loop, "open_device", lambda gpu: VirtualGPU(capacity_bytes))
+        config = TrainConfig(
+            model=str(model),
+            data=(DataSource(path=str(corpus)),),
+            cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / name),
+            max_seq_length=256,
+            per_device_train_batch_size=8,
+            loss_chunk_bytes=1 << 20,
+            optimizer="sgd",
+            optimizer_in_backward=True,
+            dtype="fp32",
+            max_steps=8,
+            eval_fraction=0.0,
+        )
+        ear = Ear()
+        held[name] = load_file(loop.train(config, ear).model_dir / "model.safetensors")
+        return [line for line in ear.heard if not isinstance(line, str)], [s for s in ear.heard if isinstance(s, str)]
+
+    lines, _ = run("alone", 1 << 30)
+    line = lines[-1]
+    lines, said = run("crowded", (line["memory_bytes"] + line["peak_memory_bytes"]) // 2)
+    assert sum(message.startswith("trying") for message in said) == 2, "after 2 good steps, and 4 more"
+    assert not any("weights had changed" in message for message in said)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for name, weight in held["alone"].items():
+        assert float((held["crowded"][name] - weight).norm()) <= 1e-5 * float(weight.norm())
+
+
+def test_asked_to_end_in_a_step_that_begins_again(make_checkpoint, corpus, tmp_path, monkeypatch):
+    device = VirtualGPU(256 << 20)
+    monkeypatch.setattr(loop, "open_device", lambda name: device)
+
+    class Terminated(Ear):
+        def stepped(self, metrics):
+            super().stepped(metrics)
+            if metrics["step"] == 1:
+                self.ended = device.allocation_count
+            elif metrics["step"] == 2:
+                device.fail_at(2 * device.allocation_count - self.ended - 9)
+
+        def said(self, message):
+            super().said(message)
+            if "begins again" in message:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    config = TrainConfig(
+        model=str(make_checkpoint("llama", num_hidden_layers=1)),
+        data=(DataSource(path=str(corpus)),),
+        output_dir=str(tmp_path),
+        max_seq_length=32,
+        optimizer_in_backward=True,
+        dtype="fp32",
+        max_steps=6,
+        eval_fraction=0.0,
+        loss_chunk_bytes=1 << 20,
+    )
+    ear = Terminated()
+    result = loop.train(config, ear)
+    assert (result.interrupted, result.steps) == (True, 0)
+    assert any("begins again" in message for message in ear.heard if isinstance(message, str))
 
 
 def test_the_heaviest_batch_comes_first(make_checkpoint, texts, tmp_path, monkeypatch):
@@ -242,9 +325,9 @@ def test_a_leaner_optimizer_is_resumed(make_checkpoint, corpus, tmp_path):
     device = VirtualGPU(64 << 20)
     with device.active():
         run = loop.Run(config, tmp_path / "run", device, Ear())
-        run.guard.level = len(run.guard.rungs) - 1
+        run.guard.standing.level = len(run.guard.rungs) - 1
         run.execute()
-    assert run.guard.rungs[run.guard.level].leaner_optimizer
+    assert run.guard.rungs[run.guard.standing.level].leaner_optimizer
     weights, state = (load_file(tmp_path / "run" / "checkpoint-4" / name) for name in FILES)
     assert torch.int8 in {tensor.dtype for tensor in state.values()}
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")

@@ -83,7 +83,7 @@ class Bench:
     def step(self, *faults, level=0):
         """Run a step from the start with faults at the given places; return weights and state after it, and its loss."""
         self.go_to_start()
-        self.guard.level = level
+        self.guard.standing.level = level
         with self.device.active():
             first = self.device.allocation_count
             self.device.fail_at(None)
@@ -157,7 +157,7 @@ def test_two_faults_in_a_row_take_a_lower_rung(make_checkpoint, corpus, tmp_path
     expected, loss, count = bench.step()
     for index in range(0, count, 15):
         found, found_loss, _ = bench.step(index, index)
-        assert bench.guard.level == 1
+        assert bench.guard.standing.level == 1
         assert found_loss == pytest.approx(loss, rel=1e-6)
         for one, other in zip(found, expected, strict=True):
             assert float((one - other).norm()) <= 1e-6 * float(other.norm())
@@ -348,7 +348,7 @@ def test_a_leaner_optimizer_where_it_is_allowed(make_checkpoint, corpus, tmp_pat
         bench.guard.run(bench.batches)  # moments that are not zero
         usage = bench.device.usage().allocated_bytes
         for level in (len(rungs) - 1, 0):
-            bench.guard.level = level
+            bench.guard.standing.level = level
             bench.guard.run(bench.batches)
         saved = usage - bench.device.usage().allocated_bytes
 
@@ -371,7 +371,7 @@ def test_the_ladder_ends_in_the_error(make_checkpoint, corpus, tmp_path):
     bench = Bench(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path)
     with pytest.raises(torch.OutOfMemoryError):
         bench.step(*[3] * 20)
-    assert bench.guard.level == len(bench.guard.rungs) - 1
+    assert bench.guard.standing.level == len(bench.guard.rungs) - 1
 
 
 def test_without_undo_an_error_after_a_change_goes_back(make_checkpoint, corpus, tmp_path):
@@ -380,11 +380,11 @@ def test_without_undo_an_error_after_a_change_goes_back(make_checkpoint, corpus,
     bench.guard._undo = None
     with pytest.raises(GoBack):
         bench.step(count - 1)
-    assert bench.guard.level == 0
+    assert bench.guard.standing.level == 0
     bench.guard.went_back(2)
     with pytest.raises(GoBack):
         bench.step(count - 1)
-    assert bench.guard.level == 1
+    assert bench.guard.standing.level == 1
 
 
 def test_evaluation_in_smaller_batches_is_the_same(make_checkpoint, corpus, tmp_path):

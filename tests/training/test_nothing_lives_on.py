@@ -57,7 +57,7 @@ def assert_nothing_lives_on(make_checkpoint, names, faults):
             parts.step, device, lambda _: held.append(device.usage().allocated_bytes), micro_batch=size, undo=False
         )
         for level in {0, len(guard.rungs) - 1}:
-            guard.level = level
+            guard.standing.level = level
             for _ in range(2):
                 device.asked = {}
                 first = device.allocation_count
@@ -70,7 +70,7 @@ def assert_nothing_lives_on(make_checkpoint, names, faults):
                 assert asked or config.optimizer_in_backward, phase
                 late = asked[len(asked) // 2 :]  # when there is much that could live on
                 for place in chance.sample(late, min(faults, len(late))):
-                    guard.level = level
+                    guard.standing.level = level
                     device.fail_at(device.allocation_count + place)
                     with suppress(GoBack):
                         guard.run(batches)

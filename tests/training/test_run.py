@@ -22,6 +22,16 @@ from oomless.training.checkpoint import list_checkpoints
 IDS = torch.arange(1, 21)[None] * 17 % 512
 
 
+class Ear(loop.Listener):
+    """Remembers what a run says."""
+
+    def __init__(self):
+        self.heard = []
+
+    def said(self, message):
+        self.heard.append(message)
+
+
 def config(model, corpus, out, **settings):
     defaults = dict(
         max_seq_length=64, per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2, eval_fraction=0.1
@@ -226,23 +236,47 @@ class TestAudit:
             audit.after_step()
 
     def test_trainable_parameter_that_does_not_move(self, make_checkpoint, corpus, tmp_path):
-        with pytest.raises(AuditError, match="did not move in 5 steps"):
+        with pytest.raises(AuditError, match="no parameter moved in 5 steps; raise learning_rate"):
             loop.train(config(make_checkpoint("llama"), corpus, tmp_path, learning_rate=1e-30, max_steps=9))
+
+    def test_parameter_without_updates(self, make_checkpoint, corpus, tmp_path, live_run):
+        run, _ = live_run(config(make_checkpoint("llama"), corpus, tmp_path))
+        audit = TrainabilityAudit(run.assembly.model, run.assembly.optimizer, Device())
+        audit.without_gradient.clear()
+        run.assembly.optimizer.state[run.assembly.model.model.norm.weight]["step"].zero_()
+        with torch.no_grad():
+            run.assembly.model.lm_head.weight[3] += 1e-6
+        assert not any(audit.after_step() for _ in range(4))
+        with pytest.raises(
+            AuditError, match=r"1 parameter should train but got no update in 5 steps: model\.norm\.weight"
+        ):
+            audit.after_step()
+
+    def test_updates_too_small_for_some_weights_are_said(self, make_checkpoint, corpus, tmp_path):
+        """LoRA's second matrix begins at 0, where any update counts; the first one's gradient is as small as the second is."""
+        ear = Ear()
+        settings = dict(optimizer="sgd", learning_rate=1e-3, max_steps=6, dtype="fp32", trainable="lora")
+        result = loop.train(config(make_checkpoint("llama"), corpus, tmp_path, **settings), ear)
+        assert result.steps == 6
+        (said,) = [message for message in ear.heard if "did not move" in message]
+        assert "lora_A" in said
+        assert "lora_B" not in said
 
     def test_movement_below_sixteen_bits_counts(self, make_checkpoint, corpus, tmp_path):
         """Norms of 1 in bf16 stand still at this rate; their 8 bits of correction do not."""
         settings = dict(dtype="bf16", learning_rate=1e-4, max_steps=6)
         folder = make_checkpoint("llama")
-        loop.train(config(folder, corpus, tmp_path / "a", weight_precision="correction", **settings))
-        with pytest.raises(AuditError, match="norm.weight"):
-            loop.train(config(folder, corpus, tmp_path / "b", weight_precision="plain", **settings))
+        for way, said in (("correction", 0), ("plain", 1)):
+            ear = Ear()
+            loop.train(config(folder, corpus, tmp_path / way, weight_precision=way, **settings), ear)
+            assert sum("norm.weight did not move" in message for message in ear.heard) == said
 
     @pytest.mark.parametrize("way", ["stochastic", "plain"])
     def test_a_norm_that_is_rounded_by_chance_may_rest_during_a_warmup(self, way):
         norm = torch.nn.RMSNorm(64, dtype=torch.bfloat16)
         optimizer = optim.build("adamw", norm.parameters(), lr=1e-8, weight_precision=way)
         audit = TrainabilityAudit(norm, optimizer, Device())
-        with pytest.raises(AuditError, match="did not move") if way == "plain" else nullcontext():
+        with pytest.raises(AuditError, match="no parameter moved") if way == "plain" else nullcontext():
             for _ in range(5):
                 norm(torch.randn(3, 64, dtype=torch.bfloat16)).sum().backward()
                 optimizer.step()

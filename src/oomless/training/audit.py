@@ -5,12 +5,13 @@ have got a gradient and have moved, and no other may have. Movement is seen by a
 as integers), so the audit keeps no copy of any weight. A parameter may need a few steps to move: LoRA's first matrix
 has no gradient until the second has moved, an expert none until a token is sent to it, and fp16 skips steps that
 overflow. A small parameter that is rounded by chance may rest for as long as a warmup takes, so it is asked for a gradient
-only.
+only. One that rests although the optimizer has updated it gets updates that its dtype is too coarse for: that is said, and
+ends the run only where nothing else moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from oomless.errors import AuditError
 from oomless.memory.device import Device
 from oomless.techniques import sharding
+from oomless.units import counted
 
 PATIENCE_STEPS = 5
 SURE_TO_MOVE_ELEMENTS = 1 << 20
@@ -35,10 +37,11 @@ class TrainabilityAudit:
         model: Any,
         optimizer: Optimizer,
         device: Device,
+        say: Callable[[str], None] = print,
         any_of: Callable[[Sequence[bool]], Sequence[bool]] = tuple,
     ) -> None:
         """Look at what ``model`` on ``device`` is now; ``any_of`` tells what any process saw, where each holds a part of all."""
-        self.device = device
+        self.device, self.say = device, say
         self.named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
         self.any_of = any_of
         self.optimizer = optimizer
@@ -46,7 +49,8 @@ class TrainabilityAudit:
         self._check_groups()
         self.before = {name: self._checksum(parameter) for name, parameter in self.named}
         self.without_gradient = {name for name, parameter in self.named if parameter.requires_grad}
-        self.unmoved = self.without_gradient - self._moved_by_chance()
+        self.watched = self.without_gradient - self._moved_by_chance()
+        self.unmoved = set(self.watched)
         self._hooks = [
             # Not a method: what a parameter's hook holds is never collected as garbage, and would hold the parameters.
             parameter.register_post_accumulate_grad_hook(partial(_got_gradient, self.without_gradient, name))  # type: ignore[no-untyped-call]
@@ -86,7 +90,7 @@ class TrainabilityAudit:
         """Compare every parameter with its start.
 
         Raises:
-            AuditError: a frozen parameter moved, or a trainable one has no gradient or did not move in time.
+            AuditError: a frozen parameter moved, a trainable one has no gradient or no update, or none has moved in time.
         """
         if self.without_gradient and not self.device.fake:
             raise AuditError(_report("should train but have no gradient", self.without_gradient))
@@ -100,12 +104,33 @@ class TrainabilityAudit:
         if moved & frozen:
             raise AuditError(_report("should be frozen but moved", moved & frozen))
         self.unmoved -= moved
-        if self.unmoved and self.steps >= PATIENCE_STEPS:
-            raise AuditError(_report(f"should train but did not move in {self.steps} steps", self.unmoved))
-        if not self.unmoved:
-            for hook in self._hooks:
-                hook.remove()
-        return not self.unmoved
+        if self.unmoved and self.steps < PATIENCE_STEPS:
+            return False
+        if self.unmoved:
+            self._judge_rest()
+        for hook in self._hooks:
+            hook.remove()
+        return True
+
+    def _judge_rest(self) -> None:
+        """Say why parameters rest.
+
+        Raises:
+            AuditError: they get no updates, or nothing else moves.
+        """
+        resting = {name: sharding.local(parameter) for name, parameter in self.named if name in self.unmoved}
+        idle = {name for name, part in resting.items() if not float(self.optimizer.state[part]["step"])}
+        if idle:
+            raise AuditError(_report(f"should train but got no update in {self.steps} steps", idle))
+        if resting.keys() == self.watched:
+            raise AuditError(
+                f"the run was stopped: no parameter moved in {self.steps} steps; raise learning_rate, or choose a finer "
+                "weight_precision or dtype"
+            )
+        self.say(
+            f"{_listed(self.unmoved)} did not move in {self.steps} steps: the updates are 0 or too small for their dtype. The "
+            "run goes on; to train them too raise learning_rate, or choose a finer weight_precision or dtype"
+        )
 
 
 def _got_gradient(without_gradient: set[str], name: str, parameter: Tensor) -> None:
@@ -117,7 +142,11 @@ def checksum(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
-def _report(what: str, names: Iterable[str]) -> str:
+def _report(what: str, names: Collection[str]) -> str:
+    return f"the run was stopped: {counted(len(names), 'parameter')} {what}: {_listed(names)}"
+
+
+def _listed(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return f"the run was stopped: {len(listed)} parameters {what}: {', '.join(listed[:8])}{more}"
+    return ", ".join(listed[:8]) + more

@@ -18,6 +18,7 @@ import gc
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -50,12 +51,31 @@ class GoBack(Exception):
     """A step ran out of memory after it had changed weights: the run goes on from its last checkpoint."""
 
 
+@dataclass(slots=True)
+class Standing:
+    """What a guard has learnt of its run: all of it outlasts that the run is built again."""
+
+    level: int = 0
+    """The rung at which steps run."""
+
+    recoveries: int = 0
+    good_steps: int = 0
+    """Steps since the rung was last changed."""
+
+    patience: int = field(default_factory=lambda: STEPS_BEFORE_CLIMBING)
+    """Good steps before the rung above is tried."""
+
+    steps_to_redo: int = 0
+    evaluation_level: int = 0
+    """The rung of evaluation, which has its own."""
+
+
 class StartAgain(Exception):
     """The same, where there is no checkpoint yet: the run is built again and begins at its first step."""
 
-    def __init__(self, level: int, recoveries: int, steps: int) -> None:
-        """Begin at rung ``level`` after so many ``recoveries``, with ``steps`` to be run again."""
-        self.level, self.recoveries, self.steps = level, recoveries, steps
+    def __init__(self, standing: Standing) -> None:
+        """Begin with a guard that stands where this one stood."""
+        self.standing = standing
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -123,14 +143,11 @@ class Guard:
         self.step, self.device, self.say = step, device, say
         self._ladder = Ladder(step, device, micro_batch=micro_batch, may_split=may_split, leaner=leaner)
         self.rungs = self._ladder.rungs
-        self.level = 0
-        self.recoveries = 0
-        self._good_steps, self._patience = 0, STEPS_BEFORE_CLIMBING
-        self._steps_to_redo = 0
+        self.standing = Standing()
         self._dropout = block_dropout.has_dropout(step.model)
         self._undo = UndoLog(step.optimizer, step, device) if undo else None
         self._changed = self._rehearsing = False
-        self._reserve_bytes = self._evaluation_level = 0
+        self._reserve_bytes = 0
         if active:
             step.optimizer.before_update = self._before_update
 
@@ -168,7 +185,8 @@ class Guard:
 
     def metrics(self) -> dict[str, int]:
         """Return what belongs in a line of metrics: nothing before the first recovery."""
-        return {"oom_recoveries": self.recoveries, "recovery_rung": self.level} if self.recoveries else {}
+        at = self.standing
+        return {"oom_recoveries": at.recoveries, "recovery_rung": at.level} if at.recoveries else {}
 
     def _before_update(self, parameter: Tensor) -> None:
         if self._undo is not None:
@@ -195,10 +213,10 @@ class Guard:
         """
         if not self.active:
             return self.step.run(batches, tokens)
-        self._climb()
+        self._climb(batches)
         result = self._recovering(batches, tokens, self.step.run)
-        self._good_steps += 1
-        self._steps_to_redo = max(0, self._steps_to_redo - 1)
+        self.standing.good_steps += 1
+        self.standing.steps_to_redo = max(0, self.standing.steps_to_redo - 1)
         return result
 
     def rehearse(self, batches: Sequence[MicroBatch]) -> None:
@@ -229,20 +247,20 @@ class Guard:
         tokens: int | None,
         attempt: Callable[[list[MicroBatch], int | None], Result],
     ) -> Result:
-        random_before = self._random_state()
-        tried = self._steps_to_redo > 0
+        random_before, at = self._random_state(), self.standing
+        tried = at.steps_to_redo > 0
         while True:
             self._changed = False
             if self._undo is not None:
                 self._undo.begin()
             try:
-                rung = self.rungs[self.level]
+                rung = self.rungs[at.level]
                 with self.device.host():
                     parts = list(split(batches, rung.micro_batch))
                 with self._ladder.at(rung):
                     result = attempt(parts, tokens)
             except RuntimeError as error:
-                last = tried and self.level == len(self.rungs) - 1
+                last = tried and at.level == len(self.rungs) - 1
                 if not (self._recovers and is_out_of_memory(error)) or last:
                     set_random_state(random_before, self.device)
                     raise
@@ -254,24 +272,17 @@ class Guard:
                 return result
             spoiled = self._changed and self._undo is None
             self._drop(random_before)
-            self.recoveries += 1
-            if tried:
-                self.level += 1
-            tried = True
-            self._good_steps = 0
-            self.say(
-                f"out of memory{' after weights had changed' * spoiled}: the step is run again with {self.rungs[self.level]}"
-            )
+            at.recoveries += 1
+            at.level += tried
+            tried, at.good_steps = True, 0
             if spoiled:
+                self.say(f"out of memory after weights had changed: on with {self.rungs[at.level]}")
                 raise GoBack
-
-    def continue_from(self, again: StartAgain) -> None:
-        """Stand where the guard of the run that begins again stood."""
-        self.level, self.recoveries, self._steps_to_redo = again.level, again.recoveries, again.steps
+            self.say(f"out of memory: the step is run again with {self.rungs[at.level]}")
 
     def went_back(self, steps: int) -> None:
         """Know that so many steps, the one that ran out of memory among them, are run again."""
-        self._steps_to_redo = steps
+        self.standing.steps_to_redo = steps
 
     def evaluate(self, blocks: Iterable[Block], size: int, passed: Passed = iter) -> tuple[Tensor, int]:
         """Return what ``TrainingStep.evaluate`` does of ``blocks``, ``size`` at a time, or fewer where that does not fit.
@@ -281,11 +292,11 @@ class Guard:
         Raises:
             torch.OutOfMemoryError: single blocks and the smallest chunks of logits do not fit.
         """
-        rungs = ladder(Rung(size, self.rungs[self.level].chunk_bytes), may_split=True)
-        tried = False
+        rungs = ladder(Rung(size, self.rungs[self.standing.level].chunk_bytes), may_split=True)
+        at, tried = self.standing, False
         while True:
-            self._evaluation_level = min(self._evaluation_level, len(rungs) - 1)
-            rung = rungs[self._evaluation_level]
+            at.evaluation_level = min(at.evaluation_level, len(rungs) - 1)
+            rung = rungs[at.evaluation_level]
             try:
                 with self._ladder.chunks_of(rung.chunk_bytes):
                     return self.step.evaluate(passed(micro_batches(blocks, rung.micro_batch)))
@@ -294,9 +305,9 @@ class Guard:
                     raise
                 release(error)
             self._drop()
-            self._evaluation_level += tried
+            at.evaluation_level += tried
             tried = True
-            self.say(f"out of memory: the evaluation is run again with {rungs[self._evaluation_level]}")
+            self.say(f"out of memory: the evaluation is run again with {rungs[at.evaluation_level]}")
 
     def retried(self, action: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
         """Return what ``action``, which may be begun again, returns; once more after memory was freed."""
@@ -306,13 +317,18 @@ class Guard:
         said = "out of memory between two steps: what was begun is done again after freeing what was cached"
         return _once_more(call, self._drop, lambda: self.say(said))
 
-    def _climb(self) -> None:
-        """Try the rung above after enough good steps; twice as many are enough the next time."""
-        if self.level > 0 and self._good_steps >= self._patience:
-            self.level -= 1
-            self._good_steps = 0
-            self._patience *= 2
-            self.say(f"trying {self.rungs[self.level]} again")
+    def _climb(self, batches: Sequence[MicroBatch]) -> None:
+        """Try the rung above after enough good steps; twice as many are enough the next time.
+
+        Where a step that runs out of memory would cost all those before it, it is tried on one that changes nothing.
+        """
+        at = self.standing
+        if at.level == 0 or at.good_steps < at.patience:
+            return
+        at.level, at.good_steps, at.patience = at.level - 1, 0, 2 * at.patience
+        self.say(f"trying {self.rungs[at.level]} again")
+        if self.step.fused is not None and self._undo is None:
+            self.rehearse(batches)
 
     def _random_state(self) -> Mapping[str, Tensor]:
         return random_state(self.device) if self._dropout else {}

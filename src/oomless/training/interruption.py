@@ -1,6 +1,7 @@
 """Signals that ask a run to end, and what still fits before the answer is a SIGKILL.
 
-Schedulers that take a machine away send SIGTERM, wait, and kill. The run then finishes the step that it is in, writes a
+Schedulers that take a machine away send SIGTERM, wait, and kill; a terminal that goes away sends SIGHUP, which ``nohup`` has
+ignored. The run then finishes the step that it is in, writes a
 checkpoint and ends. Where the grace period is known and the step might not fit in it beside the save, the step is abandoned
 instead: between two micro-batches, when no weight has been touched.
 """
@@ -50,7 +51,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM set this; a second Ctrl-C ends the run at once, a second SIGTERM changes nothing."""
+        """Let Ctrl-C, SIGTERM and SIGHUP set this; a second Ctrl-C ends the run at once, a second of the others changes nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -65,7 +66,10 @@ class Interruption:
                 self._terminated_at = time.monotonic()
             self._asked.set()
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, handle) for number in heard}
         try:
             yield
         finally:

@@ -73,6 +73,7 @@ class Life:
         assembly: Assembly,
         keeper: Keeper,
         result: RunResult,
+        interrupted: Interruption | None = None,
     ) -> None:
         self.config, self.device, self.ranks, self.listener = config, device, ranks, listener
         self.data, self.assembly, self.keeper, self.result = data, assembly, keeper, result
@@ -83,7 +84,7 @@ class Life:
         self.total_steps = total
         self.step, self.tokens = 0, 0
         self.bad_loss = BadLoss(config.on_bad_loss, config.bad_loss_factor, dynamic_scale=assembly.loss_scale.dynamic)
-        self.interrupted = Interruption(config.preemption_grace_s, ranks.any)
+        self.interrupted = interrupted or Interruption(config.preemption_grace_s, ranks.any)
         assembly.step.before_micro_batch = self.interrupted.check_step
         self.watch = MemoryWatch(
             device,

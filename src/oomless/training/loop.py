@@ -18,6 +18,7 @@ from oomless.training import distributed, guard, resuming, script
 from oomless.training.assemble import assemble, open_device
 from oomless.training.distributed import Ranks
 from oomless.training.guard import StartAgain
+from oomless.training.interruption import Interruption
 from oomless.training.life import Life
 from oomless.training.listening import Listener, RunFacts, RunResult
 from oomless.training.run_folder import locked
@@ -36,7 +37,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
     if distributed.world_size() > 1:
         sharding.check(config)
     device = open_device(config.gpu)
-    listener, again = listener or Listener(), None
+    listener, standing = listener or Listener(), None
     with distributed.joined(device.torch_device.type) as ranks, ExitStack() as stack:
         with ranks.together("the lock of the run folder"):
             if ranks.first:
@@ -44,14 +45,21 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
         stack.enter_context(device.active())
 
         def make() -> Run:
-            return Run(config, run, device, listener, ranks, again)
+            return Run(config, run, device, listener, ranks, interrupted)
 
+        recovers = config.recover_from_oom and device.capacity_bytes is not None and ranks.count == 1
+        interrupted = Interruption(config.preemption_grace_s, ranks.any)
+        made: Run | None
         while True:
             try:
-                recovers = config.recover_from_oom and device.capacity_bytes is not None and ranks.count == 1
-                return (guard.built(make, device, listener.said) if recovers else make()).execute()
+                made = guard.built(make, device, listener.said) if recovers else make()
+                if standing is None:
+                    stack.enter_context(interrupted.listening())  # from now on there is something to save
+                else:
+                    made.guard.standing = standing
+                return made.execute()
             except StartAgain as error:
-                again = StartAgain(error.level, error.recoveries, error.steps)
+                standing, made = error.standing, None
             guard.free(device)
 
 
@@ -65,7 +73,7 @@ class Run(Life):
         device: Device,
         listener: Listener,
         ranks: Ranks = distributed.ALONE,
-        again: StartAgain | None = None,
+        interrupted: Interruption | None = None,
     ) -> None:
         start = ranks.from_first(lambda: resuming.checkpoint_to_resume(config, folder, ranks.count, listener.said))
         torch.manual_seed(config.seed)
@@ -91,9 +99,8 @@ class Run(Life):
             assembly=assemble(spec, config, device, fill=reload_base, ranks=ranks),
             keeper=run_folder,
             result=RunResult(output_dir=folder),
+            interrupted=interrupted,
         )
-        if again is not None:
-            self.guard.continue_from(again)
         if start is not None:
             resuming.restore(self, spec, start)
             listener.said(f"resumed from {start.folder.name}")
@@ -112,9 +119,8 @@ class Run(Life):
             first_step=self.step,
             gpus=self.ranks.count,
         )
-        with self.interrupted.listening():
-            self.listener.prepared(facts)
-            script.play(self)
+        self.listener.prepared(facts)
+        script.play(self)
         result, usage = self.result, self.device.usage()
         result.interrupted = result.model_dir is None
         result.steps, result.tokens, result.peak_memory_bytes = self.step, self.tokens, usage.peak_allocated_bytes

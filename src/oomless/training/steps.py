@@ -35,7 +35,7 @@ def train(life: Life) -> None:
     config, parts, device, retried = life.config, life.assembly, life.device, life.guard.retried
     audit = None
     if life.step == 0:
-        audit = retried(TrainabilityAudit, parts.model, parts.optimizer, device, life.ranks.any_of)
+        audit = retried(TrainabilityAudit, parts.model, parts.optimizer, device, life.listener.said, life.ranks.any_of)
     unapplied = retried(torch.zeros, (), device=device.torch_device)
     began, tokens_before, logged_at = time.perf_counter(), life.tokens, (time.perf_counter(), life.tokens)
     while life.step < life.total_steps and not life.interrupted.agreed():
@@ -105,7 +105,7 @@ def _run_step(life: Life, batches: Sequence[MicroBatch], tokens: int) -> StepRes
         _go_back(life)
         return None
     except Abandoned:
-        life.assembly.optimizer.zero_grad(set_to_none=True)
+        life.assembly.step.abandon()
         set_random_state(random_before, life.device)
         life.loader.position = life.loader.taken[0]
         life.listener.said(f"step {life.step + 1} was abandoned: it and the save might outlast the grace period")
@@ -123,9 +123,10 @@ def _go_back(life: Life) -> None:
     """
     failed = life.step + 1
     last = life.keeper.go_back(life)
+    life.guard.went_back(failed if last is None else failed - life.step)
     if last is None:
-        raise StartAgain(life.guard.level, life.guard.recoveries, failed)
-    life.guard.went_back(failed - life.step)
+        life.listener.said("there is no checkpoint yet: the run begins again at step 1")
+        raise StartAgain(life.guard.standing)
     life.listener.said(f"back to {last}")
 
 
