@@ -225,7 +225,6 @@ def test_limits_need_some_steps_and_shrug_at_overflow():
     ("settings", "message"),
     [
         (dict(on_bad_loss="skip", optimizer_in_backward=True), "choose rewind or stop"),
-        (dict(on_bad_loss="rewind"), "set save_steps"),
         (dict(bad_loss_factor=1.0), "bad_loss_factor must be a number above 1; got 1.0"),
         (dict(preemption_grace_s=0.0), "preemption_grace_s must be a number above 0"),
         (dict(host_reserve_bytes=-1), "host_reserve_bytes must be at least 0"),

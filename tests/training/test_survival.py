@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import reduction
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from oomless import cli
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import CheckpointError, DataError
 from oomless.models import save
@@ -296,6 +298,67 @@ def test_preemption_within_its_grace(make_checkpoint, corpus, tmp_path, monkeypa
     loop.train(again(broken))
     loop.train(make_config(model, corpus, tmp_path / "straight", **settings))
     same_result(tmp_path / "straight", tmp_path / "broken", 5)
+
+
+def test_a_terminal_that_goes_away(make_checkpoint, corpus, tmp_path, processes):
+    """The reader of the output leaves: the run goes on. Then the terminal hangs up: a checkpoint is written."""
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", max_steps=5000, save_steps=None)
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    reading, writing = os.pipe()
+    process = processes.Process(target=main_in_a_pipe, args=(path, reduction.DupFd(writing)))
+    process.start()
+    os.close(writing)
+    assert os.read(reading, 1)
+    os.close(reading)
+    wait_for_steps(tmp_path / "run", 30)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join()
+    assert process.exitcode == 130
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert checkpoint.step == losses_of(tmp_path / "run")[-1][0] >= 30
+
+
+def main_in_a_pipe(config, pipe):
+    """``oomless train`` with its output in ``pipe``."""
+    torch.set_num_threads(1)
+    os.dup2(pipe.detach(), 1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.argv = ["oomless", "train", "--config", str(config)]
+    cli.main()
+
+
+def wait_for_steps(run_folder, steps):
+    while steps_written(run_folder) < steps:
+        time.sleep(0.05)
+
+
+def test_a_run_under_nohup_goes_on(make_checkpoint, corpus, tmp_path, processes):
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run")
+    assert finish(processes, config, tmp_path / "log", hung_up_with_nohup) == "done"
+
+
+def hung_up_with_nohup(config, log):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    class HangsUp(Ear):
+        def stepped(self, metrics):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    run(config, log, ear=HangsUp())
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [({}, [4]), (dict(save_minutes=1e-9), [3, 4]), (dict(save_minutes=1e-9, save_steps=4), [3, 4])],
+)
+def test_a_checkpoint_by_time(make_checkpoint, corpus, tmp_path, settings, saved):
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path, **({"save_steps": None} | settings))
+    loop.train(config)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == saved
+    assert config.save_minutes == settings.get("save_minutes", 15)
+    assert make_config("m", corpus, tmp_path).save_minutes == 0, "steps alone where they are given"
 
 
 def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(make_checkpoint, corpus, tmp_path):

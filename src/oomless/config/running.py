@@ -31,7 +31,11 @@ class Running:
     """Steps between evaluations; one at the start and one at the end are always made. [default: none between]"""
 
     save_steps: Count | None = None
-    """Steps between checkpoints; one at the end is always made. [default: none between]"""
+    """Steps between checkpoints; one at the end is always made. [default: by save_minutes alone]"""
+
+    save_minutes: Annotated[float, Range(least=0)] | None = None
+    """Minutes after which a step is followed by a checkpoint, counted from the one before; 0: never. [default: 15, or 0 with
+    save_steps]"""
 
     save_total_limit: Count = 2
     """Checkpoints kept; the oldest go first."""
@@ -84,10 +88,7 @@ def check(run: TrainConfig) -> None:
             "choose rewind or stop",
             *("on_bad_loss", "optimizer_in_backward"),
         )
-    if run.on_bad_loss == "rewind" and run.save_steps is None:
-        raise ConfigError(
-            "on_bad_loss: rewind goes back to the last checkpoint: set save_steps", *("on_bad_loss", "save_steps")
-        )
+    run.fill("save_minutes", 0.0 if run.save_steps else 15.0)
     for name in ("undo_updates", "allow_leaner_optimizer"):
         if getattr(run, name) and not run.recover_from_oom:
             raise ConfigError(

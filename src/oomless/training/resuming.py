@@ -14,7 +14,8 @@ from oomless.training.run_folder import remove_leftovers
 
 MAY_CHANGE = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
-    *("save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes", "gradient_checkpointing"),
+    *("save_minutes", "save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes"),
+    "gradient_checkpointing",
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
     *("recover_from_oom", "undo_updates", "allow_leaner_optimizer", "on_bad_loss", "bad_loss_factor"),

@@ -38,6 +38,7 @@ def train(life: Life) -> None:
         audit = retried(TrainabilityAudit, parts.model, parts.optimizer, device, life.listener.said, life.ranks.any_of)
     unapplied = retried(torch.zeros, (), device=device.torch_device)
     began, tokens_before, logged_at = time.perf_counter(), life.tokens, (time.perf_counter(), life.tokens)
+    saved_at = began
     while life.step < life.total_steps and not life.interrupted.agreed():
         factor = learning_rate_factor(config.lr_scheduler_type, life.step, life.total_steps, config.warmup_ratio)
         for group in parts.optimizer.param_groups:
@@ -58,7 +59,7 @@ def train(life: Life) -> None:
             continue
         if audit is not None and not device.number(outcome.found_inf) and retried(audit.after_step):
             audit = None
-        saves = bool(config.save_steps) and life.step % (config.save_steps or 1) == 0
+        saves = _save_is_due(life, saved_at)
         logs = reason is None and (life.step % config.logging_steps == 0 or life.step == life.total_steps)
         if logs or saves:
             loss = device.number(outcome.loss)
@@ -74,6 +75,7 @@ def train(life: Life) -> None:
                 evaluate(life)
             if saves:
                 life.keeper.save_on_the_way(life)
+                saved_at = time.perf_counter()
         _watch_host(life)
     life.result.tokens_per_second = (life.tokens - tokens_before) / max(1e-9, time.perf_counter() - began)
 
@@ -128,6 +130,16 @@ def _go_back(life: Life) -> None:
         life.listener.said("there is no checkpoint yet: the run begins again at step 1")
         raise StartAgain(life.guard.standing)
     life.listener.said(f"back to {last}")
+
+
+def _save_is_due(life: Life, saved_at: float) -> bool:
+    """Return whether a checkpoint follows this step, where the last one was begun with or written at ``saved_at``."""
+    config = life.config
+    if config.save_steps and life.step % config.save_steps == 0:
+        return True
+    if not config.save_minutes:
+        return False
+    return life.ranks.any(time.perf_counter() - saved_at >= 60 * config.save_minutes)
 
 
 def _judge(life: Life, outcome: StepResult) -> str | None:
