@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.techniques.test_pairs import PAIRS, TECHNIQUES, together
 from tests.training.test_guard import OPTIMIZERS
 
 from oomless.config import DataSource, TrainConfig
@@ -28,6 +29,12 @@ MODES = OPTIMIZERS | {
     "in_backward_unsaved": dict(optimizer_in_backward=True, dtype="fp16", gradient_accumulation_steps=1),
     "adafactor_in_backward": dict(optimizer="adafactor", optimizer_in_backward=True, save_steps=1),
     "lora": dict(trainable="lora+lm_head", lora_dropout=0.3),
+    "cheap_recompute": dict(cheap_recompute=True),
+    "tiles": dict(mlp_tiles=2),
+    "offload_activations": dict(gradient_checkpointing=True, offload_activations=True),
+    "nf4": dict(trainable="lora", quantization="nf4"),
+    "stream_frozen": dict(trainable="lora", stream_frozen=True),
+    "rows": dict(trainable="lm_head+embed_tokens", trainable_rows="0-99"),
 }
 
 
@@ -104,21 +111,48 @@ def same(left, right):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mode, full_length, record_property):
-    folder = make_checkpoint("llama", num_hidden_layers=1, intermediate_size=1024 if "offload" in mode else 96)
+    layers = 2 if mode == "offload_activations" else 1
+    width = 1024 if mode == "offload_optimizer" else 96
+    folder = make_checkpoint("llama", num_hidden_layers=layers, intermediate_size=width)
     runs = Runs(folder, corpus, tmp_path, monkeypatch, MODES[mode])
+
+    def moments(count):
+        # Each mode at another one: from the build over rehearsal, steps and saves to the last evaluation.
+        moment = list(MODES).index(mode) * (count - 1) // (len(MODES) - 1)
+        return random.Random(mode).sample(range(count), 20) if full_length else [moment]
+
+    record_property("faults", len(assert_no_fault_ends_the_run(runs, moments)))
+
+
+def assert_no_fault_ends_the_run(runs, moments):
+    """Return the allocations of the run, each of ``moments`` of which failed once; what it leaves is the same to the bit."""
     expected, losses, heard, held, count = runs.run()
     assert not heard
     assert held == 0
-    # Each mode at another moment: from the build over rehearsal, steps and saves to the last evaluation.
-    moment = list(MODES).index(mode) * (count - 1) // (len(MODES) - 1)
-    faults = random.Random(mode).sample(range(count), 20) if full_length else [moment]
+    faults = moments(count)
     for index in faults:
         weights, found_losses, heard, held, _ = runs.run(index)
         assert any("out of memory" in message for message in heard), index
         assert same(weights, expected), index
         assert found_losses == losses, index
         assert held == 0, index
-    record_property("faults", len(faults))
+    return faults
+
+
+@pytest.mark.full_length
+@pytest.mark.parametrize("first", TECHNIQUES)
+def test_no_two_techniques_end_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, first, record_property):
+    chance, faults = random.Random(first), 0
+    for pair in PAIRS:
+        if pair[0] != first:
+            continue
+        width = 1024 if "offloaded optimizer" in pair else 96
+        folder = make_checkpoint("llama", num_hidden_layers=3, vocab_size=1024, intermediate_size=width)
+        settings = together(pair) | {"learning_rate": 1e-3}
+        runs = Runs(folder, corpus, tmp_path / pair[1], monkeypatch, settings)
+        faults += len(assert_no_fault_ends_the_run(runs, lambda count: chance.sample(range(count), 3)))
+        shutil.rmtree(tmp_path / pair[1])
+    record_property("faults", faults)
 
 
 def test_no_place_in_the_loop_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch):

@@ -53,12 +53,13 @@ class Bench:
             model=str(folder),
             data=(DataSource(path=str(corpus)),),
             output_dir=str(tmp_path),
+            cache_dir=str(tmp_path / "cache"),
             max_seq_length=length,
             per_device_train_batch_size=2,
             eval_fraction=0.0,
             **{"learning_rate": 1e-3, "dtype": "fp32", **settings},
         )
-        blocks = Loader(prepare(config, load_tokenizer(str(folder)), tmp_path / "cache", lambda *_: None).train).take(2)
+        blocks = Loader(prepare(config, load_tokenizer(str(folder))).train).take(2)
         self.blocks = blocks
         self.batches = list(micro_batches(blocks, 2))
         with self.device.active():
@@ -173,6 +174,8 @@ MODES = {
     "in_backward": dict(optimizer_in_backward=True),
     "lora_dropout": dict(trainable="lora+lm_head", lora_dropout=0.5, trainable_changes=dict(attention_dropout=0.3)),
     "some_checkpointed": dict(gradient_checkpointing=True, checkpointed_layers=1),
+    "cheap_recompute": dict(cheap_recompute=True),
+    "tiles": dict(mlp_tiles=2, cheap_recompute=True),
 }
 
 

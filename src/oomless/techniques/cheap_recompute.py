@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,12 +186,12 @@ class _GatedMLP:
 
 
 class _Layer:
-    """The forward of one layer that is not checkpointed."""
+    """The forward of one layer that is not checkpointed, or not always: recovery may do so (``training.ladder``)."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = weakref.ref(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer()
-        with recomputing():
-            return type(layer).forward(layer, *args, **kwargs)  # type: ignore[union-attr]
+        layer: Any = self.layer()
+        with nullcontext() if layer.gradient_checkpointing else recomputing():
+            return type(layer).forward(layer, *args, **kwargs)

@@ -55,13 +55,10 @@ class Ladder:
         """
         self.step, self.device = step, device
         layers: list[Any] = checkpointing.layers_of_backward(step.model)
-        self._free_layers = [
-            layer for layer in layers if not layer.gradient_checkpointing and "forward" not in vars(layer)
-        ]
-        kept = [layer for layer in layers if layer.gradient_checkpointing or layer in self._free_layers]
+        self._free_layers = [layer for layer in layers if not layer.gradient_checkpointing]
         self._offloading = (
-            offload_activations.Offloading(kept, device)
-            if len(kept) > 1 and not any(offload_activations.is_offloaded(layer) for layer in kept)
+            offload_activations.Offloading(layers, device)
+            if len(layers) > 1 and not any(offload_activations.is_offloaded(layer) for layer in layers)
             else None
         )
         optimizer = step.optimizer
