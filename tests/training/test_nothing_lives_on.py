@@ -4,11 +4,11 @@ import random
 from contextlib import contextmanager, suppress
 
 import pytest
+from tests.blank import blank_batch
 from tests.techniques.test_pairs import OPTIMIZERS, PAIRS, TECHNIQUES, configure, together
 
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.rehearse import blank_batch
 from oomless.training.assemble import assemble
 from oomless.training.guard import GoBack, Guard
 
