@@ -447,7 +447,7 @@ def test_saving_takes_no_copy_of_the_model(make_checkpoint, corpus, tmp_path, mo
                 parts.model, tmp_path / "m", save.original_tensors(parts.model, spec.folder, device), device
             )
         elif parts.model.__dict__.get("peft_config"):
-            lora.merge(parts.model)
+            lora.merge(parts.model, bench.device)
         largest_bytes = 1024 * 64 * parts.model.dtype.itemsize
         assert device.usage().peak_allocated_bytes <= before + 5 * largest_bytes
 

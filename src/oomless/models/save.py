@@ -209,7 +209,7 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
     def late(name: str, layer: frozen_layers.FrozenLinear | FrozenExperts) -> LateTensor:
         if not isinstance(layer, FrozenExperts):
             module = modules[name.removesuffix(".weight")]
-            return LateTensor(layer.shape, model.dtype, lambda: add(weights.read(name), lora.delta(module)))
+            return LateTensor(layer.shape, model.dtype, lambda: add(weights.read(name), lora.delta(module, device)))
         holder, _, stack = name.rpartition(".")
         adapter = expert_adapters.of(modules[holder], stack)
 

@@ -36,7 +36,7 @@ from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.planning.layout import SHORT_RUN_STEPS, Layout, usual_documents
-from oomless.techniques import trainable
+from oomless.techniques import frozen_layers, lora, trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint, script
 from oomless.training.assemble import Assembly, assemble
@@ -259,6 +259,13 @@ class NoFolder(Keeper):
         return None
 
     def save_model(self, life: Life) -> Path | None:  # noqa: D102
+        model, device = life.assembly.model, life.device
+        # Else the files of the last checkpoint are taken again, or what is read from those of the base.
+        if checkpoint.is_adapted(model) and not frozen_layers.has_frozen_layers(model) and life.ranks.count == 1:
+            with device.phase("save"):
+                lora.merge(model, device)
+                for host in save.to_host(lora.plain_tensors(model), device):
+                    del host
         return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -196,20 +197,42 @@ def _name_expert_targets(model: Any, adapter: Any) -> None:
         adapter.lora_dropout = 0.0  # of no use in a finished adapter, and nothing that peft knows for parameters
 
 
-def merge(model: Any) -> None:
-    """Add every adapter into its matrix, and write the rows that train into theirs, in place; what was cut short may be begun again."""
+def merge(model: Any, device: Device) -> None:
+    """Add every adapter into its matrix, and write the rows that train into theirs, in place; what was cut short may be begun again.
+
+    The sums are made on the host, one after the other: the device holds no more than before.
+    """
     for module in _adapted_layers(model):
         if not module.merged:
-            module.merge(safe_merge=True)
+            with _on_the_host(module, device):
+                module.merge(safe_merge=not device.fake)
     expert_adapters.merge(model)
     trained_rows.merge(model)
 
 
-def delta(layer: nn.Module) -> Tensor | None:
-    """Return what the adapter of ``layer`` adds to its matrix, or ``None`` where it has none."""
+@contextmanager
+def _on_the_host(module: nn.Module, device: Device) -> Iterator[None]:
+    """Have the parameters of ``module`` on the host inside; afterwards they are as the body left them, where they were."""
+    parameters = list(module.parameters())
+    places = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = device.fetch(parameter)
+        with device.host():
+            yield
+        for parameter, place in zip(parameters, places, strict=True):
+            place.copy_(parameter.data)
+    finally:
+        for parameter, place in zip(parameters, places, strict=True):
+            parameter.data = place
+
+
+def delta(layer: nn.Module, device: Device) -> Tensor | None:
+    """Return what the adapter of ``layer`` adds to its matrix, on the host, or ``None`` where it has none."""
     if not _is_adapted(layer):
         return None
-    added: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
+    with _on_the_host(layer, device):
+        added: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
     return added.detach()
 
 

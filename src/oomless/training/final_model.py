@@ -44,7 +44,7 @@ def write(
             checkpoint.save_tokenizer(tokenizer, folder)
             return
         if checkpoint.is_adapted(model):
-            lora.merge(model)
+            lora.merge(model, device)
             save.save_model(model, folder, save.merged_tensors(model, device), device)
             checkpoint.save_tokenizer(tokenizer, folder)
             return
