@@ -84,6 +84,13 @@ ARCHITECTURES = {
     "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
     "qwen2": dict(model_type="qwen2"),
     "qwen3": dict(model_type="qwen3", head_dim=16),
+    "gpt2": dict(model_type="gpt2", n_layer=2, n_head=4, n_positions=512),
+    "deepseek_v2": dict(
+        model_type="deepseek_v2",
+        **dict(num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8),
+        **dict(v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1),
+        **dict(first_k_dense_replace=1, n_group=1, topk_group=1),
+    ),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
 }
 

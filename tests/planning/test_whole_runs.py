@@ -1,0 +1,157 @@
+"""A plan trains in exactly its size: runs of random settings in a virtual GPU of the bytes that their plan names.
+
+Nothing runs out, and what is allocated and reserved at most is what was planned, to the byte: from the build to the final model,
+with recovery as it is by default.
+"""
+
+import random
+
+import pytest
+
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.planning.choose import choose_training
+from oomless.planning.plan import plan_training
+from oomless.training import loop
+
+SHAPES = {
+    "llama": [dict(), dict(hidden_size=256, intermediate_size=700, vocab_size=4096)],
+    "gemma": [dict(), dict(hidden_size=256, vocab_size=4096)],
+    "gemma2": [dict(num_hidden_layers=3)],
+    "qwen3": [dict(), dict(hidden_size=256, intermediate_size=700)],
+    "deepseek_v2": [dict(), dict(hidden_size=256)],
+    "gpt2": [dict(n_embd=64), dict(n_embd=256, vocab_size=4096)],
+}
+BASE = dict(max_seq_length=128, learning_rate=1e-3, max_steps=4, logging_steps=1)
+
+
+def settings_of(chance):
+    """Return an architecture, whether it is tied, its shape, and settings to train it with."""
+    architecture = chance.choice([*SHAPES, "llama"])
+    settings = BASE | dict(
+        packing=chance.choice(["documents", "best_fit", "concatenate"]),
+        dtype=chance.choice(["fp32", "bf16", "fp16"]),
+        optimizer=chance.choice(["adamw", "adamw_8bit", "adafactor", "sgd", "apollo", "galore", "muon"]),
+        per_device_train_batch_size=chance.choice([1, 2, 4]),
+        gradient_accumulation_steps=chance.choice([1, 2, 3]),
+        max_seq_length=chance.choice([64, 256]),
+        per_device_eval_batch_size=chance.choice([1, 8]),
+    )
+    maybe = [
+        dict(trainable="lora", lora_r=4, lora_dropout=chance.choice([0.0, 0.2])),
+        dict(optimizer_in_backward=True),
+        dict(gradient_checkpointing=True),
+        dict(cheap_recompute=True),
+        dict(mlp_tiles=2),
+        dict(eval_steps=2),
+        dict(save_steps=2),
+        dict(recover_from_oom=False),
+        dict(undo_updates=True),
+        dict(loss_chunk_bytes=1 << 20),
+    ]
+    for given in maybe:
+        if chance.random() < 0.25:
+            settings |= given
+    if settings.get("recover_from_oom") is False:
+        settings.pop("undo_updates", None)
+    return architecture, chance.random() < 0.5, chance.choice(SHAPES[architecture]), settings
+
+
+class Ear(loop.Listener):
+    def __init__(self):
+        self.heard = []
+
+    def said(self, message):
+        self.heard.append(message)
+
+
+def in_its_size(config, monkeypatch):
+    """Train as ``config`` says in a virtual GPU of the bytes that its plan names, and compare."""
+    planned = plan_training(config)
+    assert planned.fits
+    size = planned.needed_bytes
+    device, ear = VirtualGPU(size), Ear()
+    monkeypatch.setattr(loop, "open_device", lambda name: device)
+    result = loop.train(TrainConfig.from_mapping(config.to_dict() | {"gpu": f"virtual:{size}B"}), ear)
+    assert result.model_dir is not None
+    assert not [said for said in ear.heard if "memory" in said]
+    reached = device.usage()
+    assert reached.peak_allocated_bytes - planned.profile.peak_allocated_bytes == 0
+    assert reached.peak_reserved_bytes - size == 0
+
+
+def configure(folder, corpus, out, **settings):
+    common = dict(model=str(folder), data=str(corpus), cache_dir=str(out / "cache"), output_dir=str(out / "run"))
+    return TrainConfig.from_mapping(common | dict(gpu="virtual:1024GiB") | settings)
+
+
+def play(seed, make_checkpoint, corpus, tmp_path, monkeypatch):
+    architecture, tied, shape, settings = settings_of(random.Random(seed))
+    folder = make_checkpoint(architecture, tied=tied, **shape)
+    try:
+        config = configure(folder, corpus, tmp_path, **settings)
+        plan_training(config)
+    except ConfigError as error:
+        pytest.skip(f"these do not go together: {error}")
+    in_its_size(config, monkeypatch)
+
+
+CASES = {
+    "documents": ("llama", dict(), dict(per_device_train_batch_size=2, eval_steps=2, save_steps=2)),
+    "eight blocks evaluated": ("gemma", dict(), dict(packing="best_fit", per_device_eval_batch_size=8)),
+    "in backward": ("llama", dict(hidden_size=256), dict(optimizer_in_backward=True, gradient_accumulation_steps=2)),
+    "dropout": ("gpt2", dict(n_embd=64), dict(dtype="fp16", per_device_train_batch_size=2)),
+    "mla": ("deepseek_v2", dict(), dict(dtype="bf16", optimizer="adamw_8bit")),
+    "lora": ("qwen3", dict(), dict(trainable="lora", lora_r=4, lora_dropout=0.2, gradient_checkpointing=True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_in_the_size_of_its_plan(make_checkpoint, corpus, tmp_path, monkeypatch, case):
+    architecture, shape, settings = CASES[case]
+    folder = make_checkpoint(architecture, tied=True, **shape)
+    in_its_size(configure(folder, corpus, tmp_path, **BASE | settings), monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_random_runs_in_the_size_of_their_plans(make_checkpoint, corpus, tmp_path, monkeypatch, seed):
+    play(seed, make_checkpoint, corpus, tmp_path, monkeypatch)
+
+
+@pytest.mark.full_length
+@pytest.mark.parametrize("seed", range(100, 300))
+def test_many_random_runs_in_the_size_of_their_plans(make_checkpoint, corpus, tmp_path, monkeypatch, seed):
+    play(seed, make_checkpoint, corpus, tmp_path, monkeypatch)
+
+
+def test_a_resumed_run_fits_too(make_checkpoint, corpus, tmp_path, monkeypatch):
+    folder = make_checkpoint("llama", tied=True, hidden_size=256)
+    config = configure(folder, corpus, tmp_path, **BASE | dict(save_steps=2, eval_steps=2))
+    in_its_size(config, monkeypatch)
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "aside")
+    size, ear = plan_training(config).needed_bytes, Ear()
+    device = VirtualGPU(size)
+    monkeypatch.setattr(loop, "open_device", lambda name: device)
+    result = loop.train(TrainConfig.from_mapping(config.to_dict() | {"resume": True}), ear)
+    assert result.steps == 4
+    assert not [said for said in ear.heard if "memory" in said]
+
+
+@pytest.mark.slow
+def test_a_pick_trains_in_the_size_that_it_was_picked_for(make_checkpoint, corpus, tmp_path, monkeypatch):
+    """Also where the text was not known when it was picked."""
+    folder = make_checkpoint("llama", tied=True, hidden_size=256, vocab_size=4096)
+    given = dict(model=str(folder), gpu="virtual:34MiB", max_seq_length=256)
+    picked = choose_training(given, host_bytes=8 << 30, keep_trials=False)
+    assert picked.plan is not None
+    size = picked.plan.needed_bytes
+    assert size <= 34 << 20
+    settings = picked.config.to_dict() | dict(
+        data=[{"path": str(corpus)}], cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "run"), max_steps=3
+    )
+    device, ear = VirtualGPU(34 << 20), Ear()
+    monkeypatch.setattr(loop, "open_device", lambda name: device)
+    loop.train(TrainConfig.from_mapping({k: v for k, v in settings.items() if k != "num_train_epochs"}), ear)
+    assert not [said for said in ear.heard if "memory" in said]
