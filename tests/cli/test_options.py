@@ -2,7 +2,7 @@
 
 import pytest
 
-from oomless.cli_options import given_settings
+from oomless.cli.options import given_settings
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
 

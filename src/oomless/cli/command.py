@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from oomless.cli.options import options
 from oomless.cli.voice import out
-from oomless.cli_options import options
 
 Own = tuple[str, Any, Any]
 """An option that is no setting: its name, annotation and default."""

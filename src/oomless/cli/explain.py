@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from oomless.cli.command import CONFIG, own
-from oomless.cli_options import given_settings, require_writable
+from oomless.cli.options import given_settings, require_writable
 from oomless.config import read
 from oomless.errors import ConfigError, nearest
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
 
 from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, own
-from oomless.cli_options import (
+from oomless.cli.options import (
     given_settings,
     gpus_to_compare,
     host_size,
@@ -143,4 +144,6 @@ def _write_pick(screen: Any, path: Path, settings: dict[str, Any], program: str)
 
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     missing = [f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if name not in settings]
-    screen.print(f"written to {path}: {program} train --config {' '.join([str(path), *missing])}", soft_wrap=True)
+    screen.print(
+        f"written to {path}: {program} train --config {' '.join([quote(str(path)), *missing])}", soft_wrap=True
+    )

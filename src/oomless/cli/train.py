@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
 
 from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY
-from oomless.cli_options import given_settings, host_size
+from oomless.cli.options import given_settings, host_size
 from oomless.config import REQUIRED, TrainConfig, outrank, read, require
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError
@@ -80,7 +81,8 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
         ) from error
     finally:
         listener.close()
-    print_result(screen, result, f"{launcher(world_size())} train --config {resolved.output_dir}/config.yaml --resume")
+    resume_from = quote(f"{resolved.output_dir}/config.yaml")
+    print_result(screen, result, f"{launcher(world_size())} train --config {resume_from} --resume")
     if predicted is not None:
         print_prediction(screen, predicted, result.peak_memory_bytes)
     if result.interrupted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 import typing
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from oomless.cli.voice import aside
 from oomless.config import SECTIONS, TrainConfig, outrank
 from oomless.config.values import field_help, kinds, load_yaml, plain_kind
 from oomless.errors import ConfigError
@@ -57,7 +57,7 @@ def given_settings(config: Path | None, options: dict[str, Any]) -> dict[str, An
         return given
     both, gives_way = outrank(load_yaml(config), given)
     for weaker, stronger in gives_way.items():
-        print(f"{weaker} in {config} gives way to --{stronger.replace('_', '-')}", file=sys.stderr)
+        aside().print(f"{weaker} in {config} gives way to --{stronger.replace('_', '-')}", soft_wrap=True)
     return both
 
 
