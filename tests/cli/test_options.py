@@ -8,7 +8,7 @@ from oomless.errors import ConfigError
 
 
 def source(text) -> DataSource:
-    settings = given_settings({"data": [text], "model": "m", "output_dir": "o"})
+    settings = given_settings(None, {"data": [text], "model": "m", "output_dir": "o"})
     return TrainConfig.from_mapping(settings).data[0]
 
 
