@@ -19,6 +19,7 @@ from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_pl
 from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.make import ties
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
@@ -185,7 +186,7 @@ def _consistent(run: FailedRun) -> FailedRun:
     """Drop what a log says but the other settings rule out, and choose what a tied model needs."""
     values, sources = dict(run.values), dict(run.sources)
     if run.spec is not None:
-        tied = bool(run.spec.config.get_text_config().tie_word_embeddings)
+        tied = ties(run.spec.config)
         parts = str(values.get("trainable", "full")).split("+")
         if tied and ("lm_head" in parts) != ("embed_tokens" in parts) and "tied_weights" not in values:
             values["tied_weights"], sources["tied_weights"] = "shared", "assumed"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from oomless.memory.device import Phase
+from oomless.models.make import make, ties
 from oomless.models.spec import ModelSpec
 
 _DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
@@ -90,18 +91,16 @@ class Dimensions:
 
 def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
     """Return the distinct kinds of weights of a model and their shapes, layers taken together, the largest first."""
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(spec.config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        model = make(config, trust_remote_code=spec.trust_remote_code)
     found: dict[tuple[str, tuple[int, ...]], int] = {}
     for full, parameter in model.named_parameters():
         pieces = [
             p for p in full.removesuffix(".weight").split(".") if not p.isdigit() and p not in ("model", "layers")
         ]
         name = ".".join(pieces)
-        if full.startswith("model.embed_tokens") and config.get_text_config().tie_word_embeddings:
+        if full.startswith("model.embed_tokens") and ties(config):
             name = "embed_tokens (also lm_head)"
         found[name, tuple(parameter.shape)] = parameter.numel()
     return sorted(found, key=lambda key: -found[key])

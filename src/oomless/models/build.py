@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, experts, layout
 from oomless.models import form as form_of
 from oomless.models.form import Form
+from oomless.models.make import make
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import Weights
 from oomless.techniques import experts as frozen_experts
@@ -49,14 +49,14 @@ def build(
     config = copy.deepcopy(spec.config)  # what is done to the model may change its config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = make(
                 config,
                 dtype=dtype,
                 attn_implementation=form.attention,
                 experts_implementation=experts.NAME,
                 trust_remote_code=spec.trust_remote_code,
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError) as error:
         raise ModelError(f"transformers cannot build {spec.name}: {error}") from error
     form_of.apply(model, form)
     experts.place(model, device)
@@ -75,7 +75,7 @@ def build(
 def parameter_count(spec: ModelSpec) -> int:
     """Return how many parameters the model of ``spec`` has, tied ones counted once; nothing is allocated."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), trust_remote_code=spec.trust_remote_code)
+        model = make(copy.deepcopy(spec.config), trust_remote_code=spec.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -128,6 +128,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
         weights = Weights(spec.folder, model, [*wanted, *stored], device)
         weights.check_whole({name: id(tensor) for name, tensor in wanted.items()})
         setattr(model, layout.NAMES, weights.names_in_files)
+        setattr(model, layout.SOURCE, spec.base or spec.folder)
         filled: dict[int, str] = {}
         for name in weights.names:
             if name in stored:

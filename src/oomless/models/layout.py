@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from oomless.memory.device import Device
+from oomless.models.make import left_out
 from oomless.techniques.sharding import Part
 
 NAMES = "_oomless_names_in_files"
 """Under this name a model remembers the names in the files that it was filled from."""
+
+SOURCE = "_oomless_source"
+"""Under this name a model remembers the folder in which what was left out of it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,8 @@ class Layout:
 
     Attributes:
         recipes: by the name of each of ``parameters`` that the files hold.
-        unknown: names in the files that no parameter takes.
+        left: names in the files of what was left out of the model.
+        unknown: other names in the files that no parameter takes.
     """
 
     def __init__(self, model: Any, names: Collection[str], parameters: Collection[str]) -> None:
@@ -83,6 +88,7 @@ class Layout:
 
         self.model = model
         self.recipes: dict[str, Recipe] = {}
+        self.left: list[str] = []
         self.unknown: list[str] = []
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -94,7 +100,8 @@ class Layout:
             if name not in wanted and source in wanted:
                 name, pattern = rename_source_key(source, [], [], prefix, wanted)
             if name not in wanted:
-                self.unknown.append(source)
+                outside = any(full.startswith(left_out(model)) for full in (name, f"{prefix}.{name}"))
+                (self.left if outside else self.unknown).append(source)
             elif pattern is None:
                 self.recipes[name] = Recipe(None, {"": [source]}, {"": name})
             else:

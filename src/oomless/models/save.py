@@ -19,7 +19,8 @@ from torch import Tensor
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.models.layout import LateTensor, Savable, in_files
+from oomless.models.layout import SOURCE, LateTensor, Savable, in_files
+from oomless.models.make import left_out
 from oomless.models.weights import Weights
 from oomless.techniques import expert_adapters, frozen_layers, lora, trained_rows
 from oomless.techniques.experts import FrozenExperts
@@ -155,13 +156,13 @@ def model_tensors(model: Any, device: Device) -> dict[str, Savable]:
         if id(tensor) not in seen and not trained_rows.is_rows(name):
             seen.add(id(tensor))
             tensors[name] = savable(tensor)
-    return in_files(model, tensors | _matrices_with_rows(model, device), device)
+    return _as_read(model, tensors | _matrices_with_rows(model, device), device)
 
 
 def merged_tensors(model: Any, device: Device) -> dict[str, Savable]:
     """Return the tensors of ``model``, whose adapters are merged, as the files that it came from hold them."""
     tensors = {name: savable(tensor) for name, tensor in lora.plain_tensors(model).items()}
-    return in_files(model, tensors, device)
+    return _as_read(model, tensors, device)
 
 
 def _matrices_with_rows(model: Any, device: Device) -> dict[str, Savable]:
@@ -182,6 +183,10 @@ def require_own_names(model: Any) -> None:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    if left_out(model):
+        raise ModelError(
+            f"the text part of {type(model).__name__} cannot be trained on several GPUs yet: train it on one"
+        )
     tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     reverted = revert_weight_conversion(model, dict(tensors))
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in reverted.items()}:
@@ -227,7 +232,17 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
     }
     plain = {name: savable(tensor) for name, tensor in lora.plain_tensors(model).items() if name not in packed}
     late_ones = {name: late(name, layer) for name, layer in layers.items()}
-    return in_files(model, plain | _matrices_with_rows(model, device) | late_ones, device)
+    return _as_read(model, plain | _matrices_with_rows(model, device) | late_ones, device)
+
+
+def _as_read(model: Any, tensors: Mapping[str, Savable], device: Device) -> dict[str, Savable]:
+    """Return ``tensors`` as the files that ``model`` came from hold them, with what was left out of it as it stands there."""
+    found = in_files(model, tensors, device)
+    folder = getattr(model, SOURCE, None)
+    if left_out(model) and folder is not None:
+        weights = Weights(folder, model, [], device)
+        found |= {name: weights.late(name) for name in weights.left}
+    return found
 
 
 def save_model(model: Any, folder: Path, tensors: Mapping[str, Savable], device: Device) -> None:

@@ -21,6 +21,9 @@ class ModelSpec:
     """The ``transformers.PreTrainedConfig``."""
 
     folder: Path | None
+    base: Path | None = None
+    """The folder of the model that is trained, where ``folder`` is a checkpoint of its training."""
+
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
     """What was taken for what, to be said once."""
@@ -42,7 +45,9 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     config = read_config(folder / "config.json", trust_remote_code)
     _, kind = starting_point.stored_as(folder)
     notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.READ_PLAIN}",)
-    return ModelSpec(name=name, config=config, folder=folder, trust_remote_code=trust_remote_code, notes=notes)
+    return ModelSpec(
+        name=name, config=config, folder=folder, trust_remote_code=trust_remote_code, notes=notes + _parts(config)
+    )
 
 
 def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
@@ -60,10 +65,23 @@ def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec
     if found.model is None:
         assert found.config is not None
         config = read_config(found.config, trust_remote_code)
-        return ModelSpec(name=name, config=config, folder=None, trust_remote_code=trust_remote_code, notes=notes)
+        return ModelSpec(
+            name=name, config=config, folder=None, trust_remote_code=trust_remote_code, notes=notes + _parts(config)
+        )
     settings = copy.deepcopy(dict(found.model.config))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return ModelSpec(name=found.model.name, config=config, folder=None, notes=notes)
+
+
+def _parts(config: Any) -> tuple[str, ...]:
+    """Return what is to be said of the parts of a model that do not train."""
+    from oomless.models.make import sees
+
+    if not sees(config):
+        return ()
+    return (
+        f"{config.model_type} sees as well as reads: its text part is trained, the rest is not loaded and is saved as it is",
+    )
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
@@ -75,6 +93,8 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from oomless.models.make import is_known
+
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -83,7 +103,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"a model config is a JSON object with a model_type; {path} is not")
     starting_point.check(mapping, path)
     model_type = str(mapping["model_type"])
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+    if not is_known(model_type) and not trust_remote_code:
         import transformers
 
         raise ModelError(

@@ -10,6 +10,7 @@ shrink too, so that a few dozen tokens reach beyond them.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.utils import logging
 
+from oomless.models.make import make, sees
 from oomless.ops.attention import attention_kernel
 
 _HIDDEN = r"hidden_size|d_model|n_embd|emb_dim|embedding_dim"
@@ -74,10 +76,15 @@ _AT_MOST = [(re.compile(pattern), size) for pattern, size in _COUNTS]
 
 
 def small_config(config: Any) -> Any:
-    """Return a copy of ``config``, of the text alone, with the sizes of a twin."""
+    """Return a copy of ``config`` with a text part of the sizes of a twin; of the text alone where that has a class of its own."""
     text = config.get_text_config()
     settings = {name: value for name, value in text.to_dict().items() if name not in ("id2label", "label2id")}
-    return type(text).from_dict(_Shrinking.of(settings).settings(settings))
+    small = type(text).from_dict(_Shrinking.of(settings).settings(settings))
+    if not sees(config):
+        return small
+    whole = copy.deepcopy(config)
+    setattr(whole, next(name for name in config.sub_configs if getattr(config, name) is text), small)
+    return whole
 
 
 @contextmanager
@@ -98,11 +105,13 @@ def twin(config: Any, attention: str, *, trust_remote_code: bool = False) -> Any
 
     Its matrices are larger than fresh ones, so that attention attends to something and caps bite.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(
-        small_config(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
+    small = small_config(config)
+    with torch.device("meta" if sees(small) else "cpu"):  # towers are left out before they have memory
+        model = make(small, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code)
+    if sees(small):
+        model.to_empty(device="cpu")
+        model.initialize_weights()
+        model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and 0 < parameter.std() < 0.05:

@@ -20,7 +20,7 @@ from torch import Tensor
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import starting_point, stored_forms
-from oomless.models.layout import Layout, Recipe
+from oomless.models.layout import LateTensor, Layout, Recipe
 
 _COMPUTED = re.compile(
     r"(^|[._])(attn|attention)\.(masked_)?bias$|(^|\.)(causal_mask|inv_freq|position_ids|decoder\.version)$"
@@ -60,7 +60,8 @@ class Weights:
 
     Attributes:
         names: those of ``wanted`` that the files hold.
-        unknown: tensors of the files that no parameter takes.
+        left: tensors of the files that belong to what was left out of the model.
+        unknown: other tensors of the files that no parameter takes.
         absent: those of ``wanted`` that the files lack.
 
     Raises:
@@ -84,7 +85,7 @@ class Weights:
         self._recipes = {name: recipe for name, recipe in self._layout.recipes.items() if name in wanted}
         told = SimpleNamespace(unexpected_keys=set(unknown), missing_keys=set(wanted) - set(self._recipes))
         model._adjust_missing_and_unexpected_keys(told)
-        self.names = list(self._recipes)
+        self.names, self.left = list(self._recipes), self._layout.left
         self.unknown, self.absent = sorted(told.unexpected_keys), sorted(told.missing_keys)
 
     @property
@@ -124,6 +125,16 @@ class Weights:
             if recipe is not self._made[0]:
                 self._made = (recipe, self._make(recipe))
             return self._made[1][name][expert].clone()
+
+    def late(self, name: str) -> LateTensor:
+        """Return the plain tensor ``name`` of the files, as it stands there, to be read when it is written."""
+
+        def read() -> Tensor:
+            with self._device.host():
+                return self._plain_tensor(name).contiguous()
+
+        tensor = read()
+        return LateTensor(tuple(tensor.shape), tensor.dtype, read)
 
     def _recipe(self, name: str) -> Recipe:
         recipe = self._recipes.get(name)

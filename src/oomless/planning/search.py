@@ -24,6 +24,7 @@ from typing import Any
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.work import Work
+from oomless.models.make import ties
 from oomless.models.spec import ModelSpec
 from oomless.planning.layout import OF_THE_TEXT, read_layout
 from oomless.planning.plan import Plan, Target
@@ -440,7 +441,7 @@ def _picked(rows: Sequence[Row]) -> Row:
 
 def is_tied(spec: ModelSpec) -> bool:
     """Return whether the model's ``embed_tokens`` and ``lm_head`` are one matrix."""
-    return bool(getattr(spec.config.get_text_config(), "tie_word_embeddings", False))
+    return ties(spec.config)
 
 
 def _listed(sizes: Mapping[str, int]) -> str:

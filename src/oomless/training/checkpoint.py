@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +393,7 @@ def restore(
             for name, tensor in _read(checkpoint.folder / file, set(trained), device):
                 sharding.fill(trained[name], tensor)
         else:
-            saved = ModelSpec(name=spec.name, config=spec.config, folder=checkpoint.folder)
+            saved = replace(spec, folder=checkpoint.folder, base=spec.folder)
             build.load_weights(model, saved, device=device)
         _restore_trainer(checkpoint, dict(model.named_parameters()), optimizer, loss_scale, device)
 
