@@ -1,6 +1,7 @@
 """The model that oomless builds is the model that transformers loads, and back."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_what_earlier_versions_stored_although_it_is_computed_is_no_stranger(mak
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(built(tmp_path)(IDS).logits, built(source)(IDS).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["sharded", "one", "before 2020"])
+def test_pickled_weights_are_read_where_they_lie(form, make_checkpoint, tmp_path):
+    source = make_checkpoint("llama", tied=True)
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # pickles hold tied ones twice
+    if form == "sharded":
+        parts = {f"pytorch_model-0000{part}-of-00002.bin": list(tensors)[part - 1 :: 2] for part in (1, 2)}
+        for file, names in parts.items():
+            torch.save({name: tensors[name] for name in names}, tmp_path / file)
+        weight_map = {name: file for file, names in parts.items() for name in names}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "one")
     torch.testing.assert_close(built(tmp_path)(IDS).logits, built(source)(IDS).logits, rtol=0, atol=0)
 
 
@@ -148,10 +166,19 @@ class TestBadInput:
         with pytest.raises(ModelError, match="set tie_word_embeddings to false"):
             built(tmp_path)
 
-    def test_pickles_are_not_read(self, make_checkpoint, tmp_path):
+    def test_nothing_but_tensors_is_read_from_a_pickle(self, make_checkpoint, tmp_path):
         (tmp_path / "config.json").write_bytes((make_checkpoint("llama") / "config.json").read_bytes())
+        for contents in (Path("x"), {"model.norm.weight": Path("x")}):
+            torch.save(contents, tmp_path / "pytorch_model.bin")
+            with pytest.raises(ModelError, match="weights alone, and nothing else is read from a pickle"):
+                built(tmp_path)
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
-        with pytest.raises(ModelError, match="pickles"):
+        with pytest.raises(ModelError, match="no whole file"):
+            built(tmp_path)
+
+    def test_no_weights(self, make_checkpoint, tmp_path):
+        (tmp_path / "config.json").write_bytes((make_checkpoint("llama") / "config.json").read_bytes())
+        with pytest.raises(ModelError, match=r"no model\.safetensors and no pytorch_model\.bin"):
             built(tmp_path)
 
     def test_no_tokenizer(self, tmp_path):

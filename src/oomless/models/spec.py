@@ -147,7 +147,10 @@ def _download(name: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         near = names.hub_is_near()
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not near))
+        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not near))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"], local_files_only=not near)
+        return folder
     except HFValidationError as error:
         raise ModelError(
             f"there is no model folder {name!r}, and it is no Hugging Face name either.{names.suggestion(name)}"

@@ -8,12 +8,15 @@ which are its own conversions, asked for one parameter at a time instead of for 
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -27,32 +30,35 @@ _COMPUTED = re.compile(
 )
 """What earlier versions of transformers stored although the model computes it."""
 
-_NUMBERS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NUMBERS = frozenset(_DTYPES.values())
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the Hugging Face checkpoint in ``folder``.
+    """Return the weight files of the Hugging Face checkpoint in ``folder``: safetensors, or where there are none pickles.
 
     Raises:
         ModelError: there are none, or the index names files that are not there.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: {error!r}") from error
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise ModelError(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch the model again")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        hint = ""
-        if any(folder.glob("*.bin")):
-            hint = " Its .bin files are pickles, which can run code: convert them to safetensors first."
-        raise ModelError(f"{folder} holds no model.safetensors.{hint}")
-    return [single]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ModelError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error!r}") from error
+    folder = index.parent
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ModelError(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch the model again")
+    return [folder / name for name in names]
 
 
 class Weights:
@@ -71,7 +77,8 @@ class Weights:
     def __init__(self, folder: Path, model: Any, wanted: Collection[str], device: Device) -> None:
         self.folder = folder
         self._model, self._device = model, device
-        self._places = {name: path for path in weight_files(folder) for name in _open(path).keys()}  # noqa: SIM118
+        with device.host():
+            self._places = {name: path for path in weight_files(folder) for name in _open(path).keys()}  # noqa: SIM118
         self._opened: tuple[Path | None, Any] = (None, None)
         self._settings, kind = starting_point.stored_as(folder)
         self._plain = stored_forms.plain(self._places, kind)
@@ -173,7 +180,8 @@ class Weights:
     def _file_of(self, name: str) -> Any:
         path = self._places[name]
         if path != self._opened[0]:
-            self._opened = (path, _open(path))
+            with self._device.host():
+                self._opened = (path, _open(path))
         return self._opened[1]
 
     def check_whole(self, tensors: Mapping[str, int]) -> None:
@@ -204,7 +212,49 @@ class Weights:
                     )
 
 
+class _Pickled:
+    """The tensors of a ``.bin`` file, which stay in the file until they are asked for; nothing of it but tensors is made."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            first = str(error).partition("\n")[0]
+            raise ModelError(
+                f"{path} is no whole file of weights alone, and nothing else is read from a pickle, which can run code ({first}): "
+                "convert it to safetensors where you trust it"
+            ) from error
+        if not all(isinstance(tensor, Tensor) for tensor in self._tensors.values()):
+            raise ModelError(f"{path} holds more than the tensors of a model: give the folder of the model itself")
+
+    def keys(self) -> Collection[str]:
+        names: Collection[str] = self._tensors.keys()
+        return names
+
+    def get_tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._tensors[name]
+        return tensor
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self._tensors[name])
+
+
+class _Slice:
+    """A tensor of a ``.bin`` file under the methods of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self._tensor[place]
+
+    def get_dtype(self) -> str:
+        return _DTYPES.get(self._tensor.dtype, str(self._tensor.dtype))
+
+
 def _open(path: Path) -> Any:
+    if path.suffix == ".bin":
+        return _Pickled(path)
     try:
         return safe_open(path, framework="pt")  # an mmap, gone with its last reference
     except (SafetensorError, OSError) as error:
