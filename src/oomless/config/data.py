@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from oomless.config.values import Positive, Range, Share, coerce, kinds
+from oomless.config.values import Count, Positive, Range, Share, coerce, kinds
 from oomless.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class Data:
     eval_fraction: Share | None = None
     """Share of the tokens of each source held out for evaluation: whole documents, and the end of one where they are few.
     [default: 0.01, or 0 with eval_data]"""
+
+    max_eval_blocks: Count | None = None
+    """Most blocks of each source in an evaluation, spread evenly over it. [default: all]"""
 
     max_seq_length: Annotated[int, Range(least=2)] = 1024
     """Tokens in a block."""

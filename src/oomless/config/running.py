@@ -38,7 +38,13 @@ class Running:
     save_steps]"""
 
     save_total_limit: Count = 2
-    """Checkpoints kept; the oldest go first."""
+    """Checkpoints kept; the oldest go first. With load_best_model_at_end the best is kept beside them."""
+
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint of the evaluation with the lowest loss (the mean over its sources), and make the final model of it."""
+
+    early_stopping_patience: Count | None = None
+    """Evaluations in a row that are not better than the best before them, after which the run ends. [default: it goes on]"""
 
     resume: bool = False
     """Go on from the newest good checkpoint in output_dir."""
@@ -52,8 +58,8 @@ class Recovery:
     """When something goes wrong."""
 
     recover_from_oom: bool = True
-    """On a GPU: run a step, evaluation or save that ran out of memory again with less memory and the same result, instead
-    of ending the run."""
+    """On a GPU: run a step or evaluation that ran out of memory again, with less memory and the same result, instead of ending
+    the run; where weights had begun to change, from the last checkpoint or step 1. Loading and saving are tried once more."""
 
     undo_updates: bool = False
     """Copy weights and state to host memory before each update, so that running out of memory after the first one of a step
@@ -88,6 +94,12 @@ def check(run: TrainConfig) -> None:
             "choose rewind or stop",
             *("on_bad_loss", "optimizer_in_backward"),
         )
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(run, name) and not (run.eval_steps and (run.eval_fraction or run.eval_data)):
+            raise ConfigError(
+                f"{name} goes by evaluations on the way: set eval_steps, and eval_data or eval_fraction, or remove {name}",
+                *(name, "eval_steps"),
+            )
     run.fill("save_minutes", 0.0 if run.save_steps else 15.0)
     for name in ("undo_updates", "allow_leaner_optimizer"):
         if getattr(run, name) and not run.recover_from_oom:

@@ -19,6 +19,7 @@ LORA_DEFAULTS: dict[str, Any] = {
     "lora_target_modules": "all-linear",
     "use_rslora": False,
     "use_dora": False,
+    "merge_lora": True,
 }
 
 
@@ -53,6 +54,9 @@ class Trained:
 
     use_dora: bool | None = None
     """Train magnitude and direction apart (DoRA). [default: off]"""
+
+    merge_lora: bool | None = None
+    """Add LoRA's matrices to the final model's; off: the final model is the adapter alone, as peft loads it. [default: on]"""
 
     @property
     def trainable_parts(self) -> tuple[str, ...]:

@@ -200,6 +200,23 @@ def count_targets(store: TokenStore, spans: Any) -> Any:
     return np.array([np.count_nonzero(store.learnt[begin + 1 : end]) for begin, end in spans], dtype=np.int64)
 
 
+class SomeBlocks:
+    """As many of ``blocks`` as are asked for, spread evenly over them."""
+
+    def __init__(self, blocks: PackedBlocks, count: int) -> None:
+        self.blocks, self.count = blocks, min(count, len(blocks))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self.blocks[number * len(self.blocks) // self.count] for number in range(self.count))
+
+    def check_unchanged(self) -> None:
+        """Check that the file under the blocks is the one that was opened."""
+        self.blocks.check_unchanged()
+
+
 def _best_fit(starts: Any, targets: Any, length: int) -> tuple[Any, Any, Any]:
     """Return the parts' starts and sizes in the order of their blocks, and each block's first part.
 

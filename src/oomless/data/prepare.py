@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from oomless.config import DataSource, Packing, TrainConfig
 from oomless.data.chat import ChatEncoder, load_template
 from oomless.data.encode import Encoder
 from oomless.data.mix import BlockStream
-from oomless.data.pack import PackedBlocks, count_targets
+from oomless.data.pack import PackedBlocks, SomeBlocks, count_targets
 from oomless.data.read import Manner
 from oomless.data.store import TokenStore, open_store, source_name, user_cache_dir
 from oomless.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ class PreparedData:
     """The data of a run."""
 
     train: BlockStream
-    evaluation: dict[str, PackedBlocks]
+    evaluation: Mapping[str, PackedBlocks | SomeBlocks]
     """Held-out or separate blocks by the name of their source."""
 
     summary: tuple[str, ...]
@@ -88,7 +88,12 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
             f"evaluation on {name}: {counted(blocks.targets, 'token')}",
             *_shortened(blocks, f"evaluation on {name}"),
         ]
-    return PreparedData(train=stream, evaluation=evaluation, summary=tuple(lines))
+    chosen: dict[str, PackedBlocks | SomeBlocks] = {**evaluation}
+    for name, blocks in evaluation.items():
+        if config.max_eval_blocks is not None and config.max_eval_blocks < len(blocks):
+            chosen[name] = SomeBlocks(blocks, config.max_eval_blocks)
+            lines.append(f"evaluation on {name}: {config.max_eval_blocks:,} of its {counted(len(blocks), 'block')}")
+    return PreparedData(train=stream, evaluation=chosen, summary=tuple(lines))
 
 
 def _manner(source: DataSource, config: TrainConfig) -> Manner:

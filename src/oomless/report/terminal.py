@@ -144,4 +144,5 @@ def print_result(screen: Screen, result: RunResult, resume_command: str) -> None
             f"  {name}: validation loss {before:.4f} -> {after:.4f}, perplexity {perplexity(before)} -> {perplexity(after)}",
             highlight=False,
         )
-    screen.print(f"model: {result.model_dir}", soft_wrap=True)
+    alone = result.model_dir is not None and (result.model_dir / "adapter_config.json").is_file()
+    screen.print(f"{'adapter' if alone else 'model'}: {result.model_dir}", soft_wrap=True)

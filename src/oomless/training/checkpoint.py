@@ -153,9 +153,10 @@ def save_checkpoint(
     state: Mapping[str, Any],
     device: Device,
     limit: int,
+    keep: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Checkpoint:
-    """Write the checkpoint of ``step`` to the run folder, then remove the oldest beyond ``limit``.
+    """Write the checkpoint of ``step`` to the run folder, then remove the oldest beyond ``limit``, but never that of ``keep``.
 
     Raises:
         CheckpointError: the disk is full, read-only or failing; earlier checkpoints are untouched.
@@ -187,7 +188,7 @@ def save_checkpoint(
             _require_room(run, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
         write_model_folder(target, describe, files, seal, device, ranks)
         if ranks.first:
-            earlier = [found for found in list_checkpoints(run) if found.step < step]
+            earlier = [found for found in list_checkpoints(run) if found.step < step and found.step != keep]
             for old in earlier[: max(0, len(earlier) + 1 - limit)]:
                 remove_folder(old.folder)
     return Checkpoint(folder=target, step=step)

@@ -35,4 +35,5 @@ def evaluate(life: Life) -> dict[str, float]:
     if losses:
         life.keeper.record({"step": life.step, **{f"{EVALUATED}{name}": loss for name, loss in losses.items()}})
         life.listener.evaluated(life.step, losses)
+        life.evaluated = life.step, losses
     return losses

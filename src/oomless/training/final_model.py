@@ -20,10 +20,11 @@ def write(
     model: Any,
     tokenizer: Any,
     source: Path,
+    merge: bool,
     device: Device,
     ranks: Ranks,
 ) -> None:
-    """Write ``model`` to the folder ``target``; adapters are merged into it.
+    """Write ``model`` to the folder ``target``.
 
     Args:
         target: the folder.
@@ -31,29 +32,32 @@ def write(
         model: the model.
         tokenizer: its tokenizer.
         source: where the model came from, for what it holds in fewer bits.
+        merge: add adapters to it; or else they are written alone, as they are in ``last``.
         device: where it lies.
         ranks: the processes, of which each may hold a part of it.
 
     Raises:
         CheckpointError: the disk is full, read-only or failing.
     """
+    adapted = checkpoint.is_adapted(model)
 
     def fill(folder: Path) -> None:
+        if adapted and not merge:
+            _take_over(last, folder)
+            return
         if frozen_layers.has_frozen_layers(model):
             save.save_model(model, folder, save.original_tensors(model, source, device), device)
             checkpoint.save_tokenizer(tokenizer, folder)
             return
-        if checkpoint.is_adapted(model):
+        if adapted:
             lora.merge(model, device)
             save.save_model(model, folder, save.merged_tensors(model, device), device)
             checkpoint.save_tokenizer(tokenizer, folder)
             return
-        for path in last.folder.iterdir():
-            if path.is_file():
-                _link_or_copy(path, folder / path.name)
+        _take_over(last, folder)
 
     with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
-        if ranks.count > 1 and checkpoint.is_adapted(model):
+        if ranks.count > 1 and adapted and merge:
             _write_merged_parts(target, model, tokenizer, device, ranks)
             return
         with ranks.together("the final model"):
@@ -72,6 +76,13 @@ def _write_merged_parts(target: Path, model: Any, tokenizer: Any, device: Device
         checkpoint.save_tokenizer(tokenizer, folder)
 
     checkpoint.write_model_folder(target, describe, files, lambda _: None, device, ranks)
+
+
+def _take_over(last: checkpoint.Checkpoint, folder: Path) -> None:
+    """Have the files of the model in ``last`` in ``folder`` too."""
+    for path in last.folder.iterdir():
+        if path.is_file():
+            _link_or_copy(path, folder / path.name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from oomless.data.prepare import PreparedData
 from oomless.memory.device import Device
 from oomless.training.assemble import Assembly
 from oomless.training.bad_loss import BadLoss
+from oomless.training.best import Best
 from oomless.training.distributed import Ranks
 from oomless.training.guard import Guard
 from oomless.training.interruption import Interruption
@@ -54,6 +55,9 @@ class Keeper:
         """Go back to what was saved last and return its name, ``None`` without any; blocks that were left out still are, and ``leave_out`` too."""
         raise NotImplementedError
 
+    def go_to_best(self, life: Life) -> None:
+        """Make the model what it was at the best evaluation; nothing else changes."""
+
     def save_model(self, life: Life) -> Path | None:
         """Keep the model as it is at the end, and return where."""
         raise NotImplementedError
@@ -84,6 +88,9 @@ class Life:
         self.total_steps = total
         self.step, self.tokens = 0, 0
         self.bad_loss = BadLoss(config.on_bad_loss, config.bad_loss_factor, dynamic_scale=assembly.loss_scale.dynamic)
+        self.best = Best()
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
+        """The last evaluation: after which step, and its losses by source."""
         self.interrupted = interrupted or Interruption(config.preemption_grace_s, ranks.any)
         assembly.step.before_micro_batch = self.interrupted.check_step
         self.watch = MemoryWatch(

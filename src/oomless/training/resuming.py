@@ -11,7 +11,9 @@ from oomless.models.spec import ModelSpec
 from oomless.training import checkpoint
 from oomless.training.life import Life
 from oomless.training.run_folder import remove_leftovers
+from oomless.units import counted
 
+LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
 MAY_CHANGE = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_minutes", "save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes"),
@@ -19,7 +21,8 @@ MAY_CHANGE = {
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
     *("recover_from_oom", "undo_updates", "allow_leaner_optimizer", "on_bad_loss", "bad_loss_factor"),
-    *("preemption_grace_s", "host_reserve_bytes"),
+    *("preemption_grace_s", "host_reserve_bytes", "load_best_model_at_end", "early_stopping_patience", "merge_lora"),
+    *LENGTHS,
 }
 """What a resumed run need not keep."""
 
@@ -43,6 +46,8 @@ def checkpoint_to_resume(
         state = checkpoint.read_state(found)
         earlier = TrainConfig.from_mapping(state["config"])
         _check_same_config(earlier, config)
+        if any(getattr(earlier, name) != getattr(config, name) for name in LENGTHS):
+            say("the run has another length than before; from here on the learning rate goes by that")
         before, now = earlier.blocks_per_step * state.get("gpus", 1), config.blocks_per_step * gpus
         if before != now:
             raise ConfigError(
@@ -66,8 +71,23 @@ def _check_same_config(earlier: TrainConfig, config: TrainConfig) -> None:
 
 def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
     """Go to where ``start``, of the model of ``spec``, was saved."""
-    parts = life.assembly
     state = checkpoint.read_state(start)
+    restore_model(life, spec, start)
+    life.loader.load_state_dict(state["loader"])
+    life.bad_loss.load_state_dict(state["bad_loss"])
+    life.best.load_state_dict(state.get("best", {}))
+    life.step, life.tokens = start.step, state["tokens"]
+    if life.step > life.total_steps:
+        raise ConfigError(
+            f"{start.folder} is at step {life.step}, and the run's length is now {counted(life.total_steps, 'step')}: make it "
+            "longer, or start anew in another output_dir",
+            *LENGTHS,
+        )
+
+
+def restore_model(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
+    """Put the weights that ``start`` holds into the model of ``spec``, and the state that belongs to them beside it."""
+    parts = life.assembly
     life.guard.retried(
         checkpoint.restore,
         start,
@@ -77,6 +97,3 @@ def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
         loss_scale=parts.loss_scale,
         device=life.device,
     )
-    life.loader.load_state_dict(state["loader"])
-    life.bad_loss.load_state_dict(state["bad_loss"])
-    life.step, life.tokens = start.step, state["tokens"]

@@ -43,6 +43,7 @@ class RunFolder(Keeper):
         self.folder, self.config, self.tokenizer, self.spec = folder, config, tokenizer, spec
         self.ranks, self.listener, self.saved = ranks, listener, saved
         self.last_save_failed = False
+        self.best: checkpoint.Checkpoint | None = None
         self.metrics = Metrics(folder / "metrics.jsonl", listener.said)
         self.writer: Any = None
 
@@ -94,9 +95,11 @@ class RunFolder(Keeper):
                     "tokens": life.tokens,
                     "loader": life.loader.state_dict(),
                     "bad_loss": life.bad_loss.state_dict(),
+                    "best": life.best.state_dict(),
                 },
                 device=life.device,
                 limit=self.config.save_total_limit,
+                keep=life.best.step if self.config.load_best_model_at_end else None,
                 ranks=self.ranks,
             )
         self.listener.saved(self.saved.folder)
@@ -125,9 +128,22 @@ class RunFolder(Keeper):
         life.loader.left_out |= left_out
         return last.folder.name
 
+    def go_to_best(self, life: Life) -> None:
+        """Make the model what it was at the best evaluation, where that was kept and is undamaged."""
+        found = {one.step: one for one in checkpoint.list_checkpoints(self.folder)}.get(life.best.step or -1)
+        problem = "it was not kept" if found is None else checkpoint.damage(found)
+        said = f"the best evaluation was that after step {life.best.step}, with a loss of {life.best.loss:.4f}"
+        if found is None or problem is not None:
+            self.listener.said(f"{said}; {problem}, and the final model is the last one")
+            return
+        resuming.restore_model(life, self.spec, found)
+        self.best = found
+        self.listener.said(f"{said}; the final model is that one")
+
     def save_model(self, life: Life) -> Path:  # noqa: D102
         target, source = self.folder / "model", self.spec.folder or Path(self.config.model)
-        write = partial(final_model.write, target, self._checkpoint(life), life.assembly.model, self.tokenizer, source)
+        last, merge = self.best or self._checkpoint(life), self.config.merge_lora is not False
+        write = partial(final_model.write, target, last, life.assembly.model, self.tokenizer, source, merge)
         life.guard.retried(write, life.device, self.ranks)
         self.listener.saved(target)
         return target

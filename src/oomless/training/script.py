@@ -71,6 +71,14 @@ def play_first_step(life: Life) -> None:
 
 def finish(life: Life) -> None:
     """Evaluate, and keep the model alone in the Hugging Face layout; the last checkpoint is written."""
-    life.result.eval_after = evaluate(life)
-    if not life.interrupted.is_set():
-        life.result.model_dir = life.keeper.save_model(life)
+    step, losses = life.evaluated
+    if step != life.step:
+        losses = evaluate(life)
+        if losses:
+            life.best.judge(life.step, losses)
+    life.result.eval_after = losses
+    if life.interrupted.is_set():
+        return
+    if life.config.load_best_model_at_end and life.best.step not in (None, life.step):
+        life.keeper.go_to_best(life)
+    life.result.model_dir = life.keeper.save_model(life)

@@ -39,7 +39,7 @@ def train(life: Life) -> None:
     unapplied = retried(torch.zeros, (), device=device.torch_device)
     began, tokens_before, logged_at = time.perf_counter(), life.tokens, (time.perf_counter(), life.tokens)
     saved_at = began
-    while life.step < life.total_steps and not life.interrupted.agreed():
+    while life.step < life.total_steps and not (_lasts_too_long(life) or life.interrupted.agreed()):
         factor = learning_rate_factor(config.lr_scheduler_type, life.step, life.total_steps, config.warmup_ratio)
         for group in parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -72,12 +72,25 @@ def train(life: Life) -> None:
             _log_step(life, loss, outcome, speed)
         if life.step < life.total_steps:
             if config.eval_steps and life.step % config.eval_steps == 0:
-                evaluate(life)
+                losses = evaluate(life)
+                saves |= bool(losses) and life.best.judge(life.step, losses) and config.load_best_model_at_end
             if saves:
                 life.keeper.save_on_the_way(life)
                 saved_at = time.perf_counter()
         _watch_host(life)
     life.result.tokens_per_second = (life.tokens - tokens_before) / max(1e-9, time.perf_counter() - began)
+
+
+def _lasts_too_long(life: Life) -> bool:
+    """Return whether the loss has not fallen in as many evaluations as the run has patience for."""
+    patience = life.config.early_stopping_patience
+    if patience is None or life.best.worse < patience:
+        return False
+    life.listener.said(
+        f"the run ends after step {life.step}: {counted(life.best.worse, 'evaluation')} in a row no better than after step "
+        f"{life.best.step} (validation loss {life.best.loss:.4f})"
+    )
+    return True
 
 
 def _next_batches(life: Life) -> tuple[Sequence[MicroBatch], int]:
