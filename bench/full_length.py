@@ -50,8 +50,6 @@ def check(claim: str) -> int:
             "junit_family=xunit1",
             "-m",
             "",
-            "-p",
-            "no:cacheprovider",
             "--timeout=7200",
             f"--junitxml={report}",
         ]

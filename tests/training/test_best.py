@@ -62,14 +62,14 @@ def test_the_best_model_is_kept_and_the_run_ends_when_none_is_better(make_checkp
 
 
 def test_the_best_adapter_is_merged(make_checkpoint, corpus, tmp_path):
-    settings = dict(learning_rate=2.0, lr_scheduler_type="constant", max_steps=6, eval_steps=1, trainable="lora")
+    settings = dict(learning_rate=0.05, lr_scheduler_type="constant", max_steps=2, eval_steps=1, trainable="lora")
     merged, alone = tmp_path / "merged", tmp_path / "alone"
     model = make_checkpoint("llama")
     loop.train(config(model, corpus, merged, load_best_model_at_end=True, save_total_limit=9, **settings))
     losses = losses_of(merged)
     losses.pop(0)
     best = min(losses, key=losses.get)
-    assert best < 6
+    assert best == 1
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), merged / f"checkpoint-{best}")
     found = AutoModelForCausalLM.from_pretrained(merged / "model")(IDS).logits
     assert torch.allclose(found, adapter(IDS).logits, atol=1e-4)
@@ -78,7 +78,7 @@ def test_the_best_adapter_is_merged(make_checkpoint, corpus, tmp_path):
     assert (result.model_dir / "adapter_config.json").is_file()
     assert not (result.model_dir / "model.safetensors").exists()
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), result.model_dir)
-    last = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), alone / "checkpoint-6")
+    last = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), alone / "checkpoint-2")
     assert torch.equal(adapter(IDS).logits, last(IDS).logits)
 
 

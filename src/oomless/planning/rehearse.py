@@ -261,7 +261,8 @@ class NoFolder(Keeper):
     def save_model(self, life: Life) -> Path | None:  # noqa: D102
         model, device = life.assembly.model, life.device
         # Else the files of the last checkpoint are taken again, or what is read from those of the base.
-        if checkpoint.is_adapted(model) and not frozen_layers.has_frozen_layers(model) and life.ranks.count == 1:
+        merges = checkpoint.is_adapted(model) and life.config.merge_lora
+        if merges and not frozen_layers.has_frozen_layers(model) and life.ranks.count == 1:
             with device.phase("save"):
                 lora.merge(model, device)
                 for host in save.to_host(lora.plain_tensors(model), device):
@@ -287,7 +288,11 @@ def shortened(config: TrainConfig, layout: Layout, steps: int, gpus: int = 1) ->
     )
     if short:
         return config
-    return replace(config, eval_steps=1 if config.eval_steps else None, save_steps=1 if config.save_steps else None)
+    return replace(
+        config,
+        eval_steps=1 if config.eval_steps else None,
+        save_steps=1 if config.save_steps or config.save_minutes else None,
+    )
 
 
 def _head_width(config: Any) -> int:
