@@ -66,10 +66,14 @@ def test_what_was_trained_is_saved(make_checkpoint, corpus, tmp_path, monkeypatc
 
 def test_a_resumed_run_does_not_evaluate_a_step_twice(make_checkpoint, corpus, tmp_path):
     folder = make_checkpoint("llama")
-    first = loop.train(settings(folder, corpus, tmp_path / "run", eval_steps=2, save_steps=2, max_steps=5))
+    first = loop.train(
+        settings(folder, corpus, tmp_path / "run", eval_steps=2, save_steps=2, save_total_limit=3, max_steps=5)
+    )
     for step in (5, 4):
         (tmp_path / "run" / f"checkpoint-{step}").rename(tmp_path / f"aside-{step}")
-    again = loop.train(settings(folder, corpus, tmp_path / "run", eval_steps=2, save_steps=2, resume=True))
+    again = loop.train(
+        settings(folder, corpus, tmp_path / "run", eval_steps=2, save_steps=2, save_total_limit=3, resume=True)
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = {line["step"]: line["eval_loss/library.jsonl"] for line in lines if "eval_loss/library.jsonl" in line}
     assert list(measured) == [0, 2, 4, 5]
