@@ -11,12 +11,17 @@ from oomless.planning.strategies import require_any
 KINDS = kinds(TrainConfig)
 LENGTH = 32
 GIVEN = {"model", "data", "output_dir", "gpu", "max_steps", "resume"}
-"""What every run of these tests is given, or has a test of its own."""
+"""What every run of these tests is given."""
+
+OF_CHATS = {"chat_template", "loss_on"}
+"""What has no effect on the text of these tests; ``tests/data`` has chats."""
 
 CHOSEN = {
     "tokenizer": ["{model}"],
     "trust_remote_code": [True, False],
-    "eval_data": ["{corpus}", "{corpus}=0.5", "{folder}"],
+    "eval_data": ["{corpus}", "{corpus},name=held out", "{folder}"],
+    "text_field": ["text"],
+    "encoding": ["utf-8", "latin-1", "utf-8-sig"],
     "eval_fraction": [0, 0.1, 0.5],
     "max_seq_length": [16, LENGTH, 48],
     "cache_dir": ["{out}/2024", "{out}/ä [x]", "{out}/a/b"],
@@ -42,6 +47,8 @@ CHOSEN = {
     "bad_loss_factor": [1.5, 10, 1e6],
 }
 WRONG = {
+    "text_field": ["nothing", ""],
+    "encoding": ["utf-9", "", "base64"],
     "tokenizer": ["/nowhere", "{corpus}", ""],
     "eval_data": ["/nowhere", "", "{out}/*.none"],
     "cache_dir": ["{corpus}/below", "/proc/below", ""],
@@ -72,6 +79,7 @@ def valid(name):
         return [True, False]
     if typing.get_origin(kind) is typing.Literal:
         return list(typing.get_args(kind))
+    assert kind in (int, float), f"{name} is text: say in CHOSEN and WRONG what it may be and may not be"
     limits = range_of(name)
     if kind is int:
         return [int(limits.least), int(limits.least) + 1, int(limits.least) + 6]
@@ -108,7 +116,7 @@ def needs(name, value):
 
 
 def names():
-    return [name for name in KINDS if name not in GIVEN]
+    return [name for name in KINDS if name not in GIVEN | OF_CHATS]
 
 
 def combinations(seed=0, settings=12):
