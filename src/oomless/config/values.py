@@ -146,6 +146,8 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
     read = _READERS[kind](value)
     if read is None:
         raise ConfigError(f"{key} must be {_KIND_NAMES[kind]}; got {value!r}")
+    if kind is str and not read.strip():
+        raise ConfigError(f"{key} is empty: give a value, or leave {key} out")
     if limits is not None and read not in limits:
         raise ConfigError(f"{key} must be {limits}; got {value}")
     return read
