@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,6 +21,12 @@ from oomless.cli.options import (
 )
 from oomless.errors import ConfigError
 from oomless.planning.given import as_config, read_given
+
+if TYPE_CHECKING:
+    from oomless.config import TrainConfig
+    from oomless.planning.plan import Plan
+    from oomless.planning.search import Choice
+    from oomless.report.screen import Screen
 
 OPTIONS = (
     CONFIG,
@@ -79,54 +86,21 @@ def plan(
         )
     given = as_config(given).to_dict() if as_given else read_given(given)
 
-    from oomless.cli.searching import explain_nothing_fits, searching
-    from oomless.cli.voice import aside, launcher, out, say_notes
+    from oomless.cli.voice import say_notes
     from oomless.models.spec import resolve_for_plan
-    from oomless.planning.choose import choose_training, compare, picked_settings
-    from oomless.planning.plan import plan_training
-    from oomless.planning.throughput import speed_of
-    from oomless.report import choice as report
-    from oomless.report.plan import print_plan, write_timeline
 
-    screen = out()
     for model in filter(None, models):
         say_notes(resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code"))))
     if compares:
-        with searching(aside()) as say:
-            compared = compare(given, models, gpus or [given.get("gpu", "auto")], host_bytes=host_bytes, progress=say)
-        if json:
-            screen.out(dumps(report.compared_to_dict(compared), indent=2))
-        else:
-            report.print_comparison(screen, compared)
+        _compare(given, models, gpus or [given.get("gpu", "auto")], host_bytes, json)
         return
     if as_given:
-        asked = as_config(given)
-        answer, picked = plan_training(asked, snapshot=snapshot is not None), None
-        speed = speed_of(answer, asked)
+        answer = _as_given(as_config(given), json, recorded=snapshot is not None)
     else:
-        with searching(aside()) as say:
-            picked = choose_training(given, host_bytes=host_bytes, progress=say)
-        if picked.config is None or picked.plan is None:
-            if json:
-                screen.out(dumps(picked.to_dict(), indent=2))
-                raise typer.Exit(1)
-            report.print_choice(screen, picked)
-            explain_nothing_fits(screen, picked)
-        answer = picked.plan
-        if snapshot is not None:
-            answer = plan_training(picked.config, snapshot=True)
-        speed = None  # stands in the table
-    if json:
-        screen.out(dumps(picked.to_dict() if picked else report.plan_to_dict(answer, speed), indent=2))
-    else:
-        if picked is not None:
-            report.print_choice(screen, picked)
-        print_plan(screen, answer)
-        if speed is not None:
-            report.print_speed(screen, speed, asked, answer.target.gpus)
-    if write is not None and picked is not None:
-        _write_pick(aside() if json else screen, write, picked_settings(picked), launcher(picked.target.gpus))
+        answer = _choose(given, host_bytes, json, write, recorded=snapshot is not None)
     if timeline is not None:
+        from oomless.report.plan import write_timeline
+
         write_timeline(answer.profile, timeline)
     if snapshot is not None:
         from oomless.memory.snapshot import write_snapshot
@@ -137,13 +111,82 @@ def plan(
         raise typer.Exit(1)
 
 
-def _write_pick(screen: Any, path: Path, settings: dict[str, Any], program: str) -> None:
+def _compare(
+    given: dict[str, Any], models: Sequence[str], gpus: Sequence[str], host_bytes: int | None, json: bool
+) -> None:
+    """Print what is picked for each of ``models`` on each of ``gpus``."""
+    from oomless.cli.searching import searching
+    from oomless.cli.voice import aside, out
+    from oomless.planning.choose import compare
+    from oomless.report.choice import compared_to_dict, print_comparison
+
+    with searching(aside()) as say:
+        compared = compare(given, models, gpus, host_bytes=host_bytes, progress=say)
+    if json:
+        out().out(dumps(compared_to_dict(compared), indent=2))
+    else:
+        print_comparison(out(), compared)
+
+
+def _as_given(config: TrainConfig, json: bool, *, recorded: bool) -> Plan:
+    """Print the plan of ``config``, of which nothing is chosen, and return it; ``recorded`` for a snapshot."""
+    from oomless.cli.voice import out
+    from oomless.planning.plan import plan_training
+    from oomless.planning.throughput import speed_of
+    from oomless.report.choice import plan_to_dict, print_speed
+    from oomless.report.plan import print_plan
+
+    answer = plan_training(config, snapshot=recorded)
+    speed = speed_of(answer, config)
+    if json:
+        out().out(dumps(plan_to_dict(answer, speed), indent=2))
+        return answer
+    print_plan(out(), answer)
+    if speed is not None:
+        print_speed(out(), speed, config, answer.target.gpus)
+    return answer
+
+
+def _choose(given: dict[str, Any], host_bytes: int | None, json: bool, write: Path | None, *, recorded: bool) -> Plan:
+    """Print what is picked, ``write`` it, and return its plan; ``recorded`` for a snapshot.
+
+    Raises:
+        typer.Exit: nothing fits.
+    """
+    from oomless.cli.searching import explain_nothing_fits, searching
+    from oomless.cli.voice import aside, out
+    from oomless.planning.choose import choose_training
+    from oomless.planning.plan import plan_training
+    from oomless.report.choice import print_choice
+    from oomless.report.plan import print_plan
+
+    with searching(aside()) as say:
+        picked = choose_training(given, host_bytes=host_bytes, progress=say)
+    if json:
+        out().out(dumps(picked.to_dict(), indent=2))
+    else:
+        print_choice(out(), picked)
+    if picked.config is None or picked.plan is None:
+        if json:
+            raise typer.Exit(1)
+        explain_nothing_fits(out(), picked)
+    if not json:
+        print_plan(out(), picked.plan)
+    if write is not None:
+        _write_pick(aside() if json else out(), write, picked)
+    return plan_training(picked.config, snapshot=True) if recorded else picked.plan
+
+
+def _write_pick(screen: Screen, path: Path, picked: Choice) -> None:
+    """Write the pick as YAML for ``oomless train --config``."""
     import yaml
 
+    from oomless.cli.voice import launcher
+    from oomless.planning.choose import picked_settings
     from oomless.training.checkpoint import write_atomically
 
+    settings = picked_settings(picked)
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     missing = [f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if name not in settings]
-    screen.print(
-        f"written to {path}: {program} train --config {' '.join([quote(str(path)), *missing])}", soft_wrap=True
-    )
+    command = f"{launcher(picked.target.gpus)} train --config {' '.join([quote(str(path)), *missing])}"
+    screen.print(f"written to {path}: {command}", soft_wrap=True)

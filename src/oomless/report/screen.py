@@ -39,7 +39,8 @@ class Screen(Console):
 
     def say(self, *parts: Part, indent: int = 0, style: str = "") -> None:
         """Print ``parts``, texts and texts with a style, in one paragraph."""
-        self.print(Padding.indent(Text.assemble(*parts, style=style), indent))
+        text = Text.assemble(*parts, style=style)
+        self.print(Padding.indent(text, indent) if indent else text)
 
     @property
     def lost(self) -> OSError | ValueError | None:
