@@ -15,7 +15,7 @@ import pytest
 from oomless.config import DataSource
 from oomless.data import store as store_module
 from oomless.data.encode import Encoder
-from oomless.data.read import Manner
+from oomless.data.read import PIECE_CHARACTERS, Manner
 from oomless.data.store import open_store
 from oomless.errors import DataError
 
@@ -223,13 +223,63 @@ def test_other_versions_and_other_code_have_other_keys(corpus, encoder, tmp_path
     assert len(keys) == 4
 
 
+# Duplicates
+
+
+def lines(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def test_the_same_documents_are_left_out_and_counted(texts, encoder, tmp_path):
+    long = "".join(texts) * 30
+    path = lines(tmp_path / "a.jsonl", [texts[0], long, texts[1], texts[0], "", long, texts[2], "", texts[1] + " "])
+    assert len(long) > 2 * PIECE_CHARACTERS  # written in pieces
+    store, _ = opened(path, encoder, tmp_path / "cache", deduplicate="exact")
+    assert documents(store, encoder) == [texts[0], long, texts[1], "", texts[2], texts[1] + " "]
+    assert store.notes == {"duplicates left out": 3}
+    whole, _ = opened(path, encoder, tmp_path / "cache")
+    assert whole.documents == 9
+
+
+def test_documents_that_are_nearly_the_same_are_left_out(texts, encoder, tmp_path):
+    """A word changed in a long text, or a line added, makes it no new one; another text does, and so does half of it."""
+    first, second = texts[50], texts[51]
+    changed = first.replace(first.split()[20], "other", 1)
+    path = lines(
+        tmp_path / "a.jsonl", [first, second, changed, first + "\nend", first[: len(first) // 2], texts[52], second]
+    )
+    store, _ = opened(path, encoder, tmp_path / "cache", deduplicate="near")
+    assert documents(store, encoder) == [first, second, first[: len(first) // 2], texts[52]]
+    assert store.notes == {"duplicates left out": 3}
+
+
+def test_real_documents_are_not_taken_for_each_other(corpus, texts, encoder, tmp_path):
+    """Against Jaccard similarity counted in full: nothing far below 0.8 is left out, nothing far above it is kept."""
+    store, _ = opened(corpus, encoder, tmp_path, deduplicate="near")
+    kept = documents(store, encoder)
+    runs = [set(zip(*(encoder.tokenizer.encode(text).ids[n:] for n in range(5)), strict=False)) for text in texts]
+
+    def nearest_before(number):
+        return max(
+            (len(runs[number] & other) / max(1, len(runs[number] | other)) for other in runs[:number]), default=0
+        )
+
+    for number, text in enumerate(texts):
+        similarity = nearest_before(number)
+        if similarity < 0.6:
+            assert text in kept
+        elif similarity > 0.95:
+            assert text not in kept
+
+
 BUILD = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from oomless.config import DataSource
 from oomless.data.encode import Encoder
-from oomless.data.read import Manner
+from oomless.data.read import PIECE_CHARACTERS, Manner
 from oomless.data.store import open_store
 
 tokenizer, path, cache_dir = sys.argv[1:]

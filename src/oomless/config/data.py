@@ -20,7 +20,8 @@ class DataSource:
     """One source of text."""
 
     path: str
-    """A file, a folder (searched recursively) or a glob."""
+    """A file, a folder (searched recursively), a glob, or a name on the Hugging Face Hub: ``hf:owner/name`` or
+    ``hf:owner/name:config``."""
 
     weight: Positive | None = None
     """Share of the training tokens in relation to the other sources' weights. [default: its size, so that an epoch takes
@@ -33,7 +34,10 @@ class DataSource:
     """How its text is encoded. [default: the run's]"""
 
     split: str | None = None
-    """Of a folder of splits that ``datasets`` saved, the one to read. [default: train, or the only one]"""
+    """Of a name on the Hub, or of a folder of splits that ``datasets`` saved, the one to read. [default: train, or the only one]"""
+
+    revision: str | None = None
+    """Of a name on the Hub, the commit, branch or tag. [default: main]"""
 
     exclude: str | None = None
     """Files of a folder or glob that are not read: patterns for names or paths, joined by commas, such as
@@ -56,7 +60,7 @@ class Data:
 
     data: tuple[DataSource, ...]
     """Text to learn: files, folders or globs (.txt .md .html .ipynb, source code, .jsonl .json .csv .parquet .arrow, each also
-    .gz or .zst), and folders that `datasets` saved. PATH=0.3 gives a weight; PATH,name=old,text_field=body gives more settings
+    .gz or .zst), folders that `datasets` saved, and names on the Hub (hf:owner/name). PATH=0.3 gives a weight; PATH,name=old,text_field=body gives more settings
     of a source."""
 
     eval_data: tuple[DataSource, ...] = ()
@@ -82,6 +86,10 @@ class Data:
     text_field: str | None = None
     """The field of a record (.jsonl .json .csv .tsv .parquet .arrow) that holds its text. [default: `text`, where the record is
     no chat: messages, conversations, prompt and completion, or instruction and output]"""
+
+    deduplicate: Literal["exact", "near"] | None = None
+    """Leave out documents that are the same as an earlier one of their source, or nearly so (most runs of five tokens shared,
+    by MinHash; needs the extra `deduplicate`); how many is said. [default: all are kept]"""
 
     chat_template: str | None = None
     """How chats become text: plain (roles in words) or chatml, for base models; a file with a Jinja template; or a tokenizer's

@@ -101,6 +101,7 @@ def _manner(source: DataSource, config: TrainConfig) -> Manner:
         text_field=source.text_field or config.text_field,
         encoding=source.encoding or config.encoding,
         errors=config.encoding_errors,
+        deduplicate=config.deduplicate,
     )
 
 

@@ -41,6 +41,7 @@ class Manner:
     """``None``: what a record is follows from its keys."""
     encoding: str = "utf-8"
     errors: str = "strict"
+    deduplicate: str | None = None
     notes: Counter[str] = field(default_factory=Counter)
 
 

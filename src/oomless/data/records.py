@@ -52,12 +52,17 @@ def documents(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress
         else:
             found = _json_lines(file, pieces) if file.kind == "jsonl" else _table(file, pieces)
     for where, record in found:
-        form = _form(record, manner)
-        yield _record_pieces(where, record, manner) if form is None else chat.read(where, record, form)
+        yield as_document(where, record, form_of(record, manner), manner)
 
 
-def _form(names: Iterable[str], manner: Manner) -> str | None:
+def form_of(names: Iterable[str], manner: Manner) -> str | None:
+    """Return which form of chat records with the fields ``names`` are read as; ``None`` where they are text."""
     return chat.form_of(names) if manner.text_field is None else None
+
+
+def as_document(where: str, record: Record, form: str | None, manner: Manner) -> Pieces | Conversation:
+    """Return the text of ``record``, or the chat of this ``form`` that it is."""
+    return _record_pieces(where, record, manner) if form is None else chat.read(where, record, form)
 
 
 def _lines(pieces: Pieces) -> Iterator[str]:
@@ -114,7 +119,7 @@ def _shape(start: str, manner: Manner) -> str:
         record, end = json.JSONDecoder().raw_decode(start, at)
     except (ValueError, RecursionError):
         return "plain"
-    is_record = (manner.text_field or TEXT_FIELD) in record or _form(record, manner) is not None
+    is_record = (manner.text_field or TEXT_FIELD) in record or form_of(record, manner) is not None
     return "records" if start[_skip(start, end) :][:1] == "{" or is_record else "plain"
 
 
@@ -226,13 +231,16 @@ def _rows(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress) ->
     with seekable(file, raw) as opened:
         if file.kind == "parquet":  # without a buffer, Arrow reads the column of a whole row group at once
             table = pyarrow.parquet.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
-            columns, total = _columns(file, table.schema_arrow, manner), max(1, table.metadata.num_rows)
+            columns, total = (
+                columns_of(str(file.path), table.schema_arrow.names, manner),
+                max(1, table.metadata.num_rows),
+            )
             batches = table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns)
         else:
             is_file = opened.read(6) == b"ARROW1"
             opened.seek(0)
             reader = pyarrow.ipc.open_file(opened) if is_file else pyarrow.ipc.open_stream(opened)
-            columns, total = _columns(file, reader.schema, manner), 0
+            columns, total = columns_of(str(file.path), reader.schema.names, manner), 0
             whole = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
             batches = (
                 batch.select(columns).slice(begin, _ROWS_AT_ONCE)
@@ -247,13 +255,18 @@ def _rows(file: TextFile, raw: IO[bytes], manner: Manner, progress: Progress) ->
             progress(file.size_bytes * row // total if total else raw.tell())
 
 
-def _columns(file: TextFile, schema: Any, manner: Manner) -> list[str]:
-    form = _form(schema.names, manner)
+def columns_of(where: str, names: list[str], manner: Manner) -> list[str]:
+    """Return those of the columns ``names`` that are read.
+
+    Raises:
+        DataError: none holds text.
+    """
+    form = form_of(names, manner)
     if form is not None:
-        return chat.fields_of(form, schema.names)
+        return chat.fields_of(form, names)
     name = manner.text_field or TEXT_FIELD
-    if name not in schema.names:
-        raise _no_field(str(file.path), name, schema.names)
+    if name not in names:
+        raise _no_field(where, name, names)
     return [name]
 
 

@@ -19,12 +19,11 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,17 @@ import pyarrow
 import tokenizers
 
 from oomless.config import DataSource
-from oomless.data.chat import ChatEncoder, Conversation
+from oomless.data.build import UNFINISHED, build
+from oomless.data.chat import ChatEncoder
 from oomless.data.encode import Encoder
-from oomless.data.files import Found, TextFile, find_files
-from oomless.data.read import Manner, read_documents
+from oomless.data.hub import HubRows
+from oomless.data.read import Manner
+from oomless.data.sources import Files, checksum, identity, open_source
 from oomless.errors import DataError
 from oomless.units import counted, format_bytes
 
 MOST_BYTES = 64 << 30
 """What the stores of one folder may take, where that is no more than a quarter of the disk."""
-_READ_AT_ONCE = 1 << 22
-_UNFINISHED = ".unfinished"
-_ABANDONED_AFTER_S = 24 * 60 * 60
 _TRIES = 3
 
 
@@ -65,7 +63,7 @@ class TokenStore:
     """Which tokens of chats are to be predicted: [tokens], bool, memory-mapped; ``None`` where all are, as in text."""
 
     text_bytes: int
-    passed_over: Counter[str]
+    passed_over: Mapping[str, int]
     """Files of the source that were not read, by what they are."""
     notes: Counter[str] = field(default_factory=Counter)
     """What else a person should know of how the rest was read."""
@@ -85,7 +83,7 @@ class TokenStore:
         if self.file is None or self.opened is None:
             return
         try:
-            now = _identity(self.file)
+            now = identity(self.file)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -142,31 +140,30 @@ def open_store(
         DataError: the text cannot be read, changed meanwhile, or the cache is damaged or cannot be written.
     """
     manner = manner or Manner()
-    found = find_files(source)
-    stamps = [_stamp(file) for file in found.files]
-    if not _holds_chats(found.files, manner):
+    documents = open_source(source, manner)
+    if not documents.holds_chats:
         chats = None
-    key = _key(found.files, encoder, manner, chats)
+    key = _key(documents, encoder, manner, chats)
     folder = cache_dir / key
     for _ in range(_TRIES):
         if not folder.is_dir():
             try:
-                _build(folder, found.files, encoder, manner, chats, progress)
+                build(folder, documents, encoder, manner, chats, progress)
             except OSError as error:
                 raise DataError(
                     f"the token cache {cache_dir} could not be written: {error.strerror or error}. Make room, or set cache_dir "
                     "to a disk that has some."
                 ) from error
-            if stamps != [_stamp(file) for file in found.files]:
+            try:
+                documents.check_unchanged()
+            except DataError:
                 shutil.rmtree(folder)
-                raise DataError(
-                    f"files of {source.path} changed while they were read: start again when they are at rest"
-                )
+                raise
             _keep_to_bound(cache_dir, folder)
         with suppress(OSError):
             os.utime(folder)
         try:
-            return _open(folder, source, found)
+            return _open(folder, source, documents.passed_over)
         except DataError:
             if folder.is_dir():
                 raise
@@ -180,26 +177,7 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oomless" / "tokens"
 
 
-def _holds_chats(files: list[TextFile], manner: Manner) -> bool:
-    """Whether the first document that there is is a chat; others must be the same."""
-    apart = replace(manner, notes=Counter())
-    documents = (document for file in files for document in read_documents(file, apart, lambda _: None))
-    return isinstance(next(documents, None), Conversation)
-
-
-def _stamp(file: TextFile) -> tuple[int, int, int] | None:
-    try:
-        return _identity(file.path)
-    except OSError:
-        return None
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _key(files: list[TextFile], encoder: Encoder, manner: Manner, chats: ChatEncoder | None) -> str:
+def _key(documents: Files | HubRows, encoder: Encoder, manner: Manner, chats: ChatEncoder | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = [
         _code(),
@@ -212,15 +190,10 @@ def _key(files: list[TextFile], encoder: Encoder, manner: Manner, chats: ChatEnc
         manner.text_field,
         manner.encoding,
         manner.errors,
+        manner.deduplicate,
         chats.facts if chats is not None else None,
     ]
-    digest.update(json.dumps(settings).encode())
-    for file in files:
-        try:
-            content = _checksum(file.path)
-        except OSError as error:
-            raise DataError(f"{file.path} cannot be read: {error.strerror or error}") from error
-        digest.update(f"{file.kind} {file.compression} {content}\n".encode())
+    digest.update(json.dumps([settings, documents.content()]).encode())
     return digest.hexdigest()
 
 
@@ -231,89 +204,6 @@ def _code() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_READ_AT_ONCE):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _build(
-    folder: Path,
-    files: list[TextFile],
-    encoder: Encoder,
-    manner: Manner,
-    chats: ChatEncoder | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    temporary = folder.with_name(f".{uuid.uuid4().hex}{_UNFINISHED}")
-    temporary.mkdir()
-    try:
-        total_bytes = sum(file.size_bytes for file in files)
-
-        def documents() -> Iterator[Any]:
-            done = 0
-            for file in files:
-
-                def tell(position: int, before: int = done) -> None:
-                    if progress is not None:
-                        progress(before + position, total_bytes)
-
-                for document in read_documents(file, manner, tell):
-                    if isinstance(document, Conversation) == (chats is None):
-                        raise DataError(
-                            f"{file.path} holds chats and text, or other files of its source do: name them as two sources"
-                        )
-                    yield document
-                done += file.size_bytes
-
-        dtype = np.uint16 if encoder.vocabulary <= 1 << 16 else np.uint32
-        starts, position = [0], 0
-        with (temporary / "tokens.bin").open("wb") as file, (temporary / "learnt.bin").open("wb") as learnt_file:
-            if chats is None:
-                encoded = ((ids, None, is_last) for ids, is_last in encoder.documents(documents(), dtype))
-            else:
-                encoded = ((ids, learnt, True) for ids, learnt in chats.documents(documents(), dtype, manner.notes))
-            for ids, learnt, is_last in encoded:
-                file.write(ids.data)
-                learnt_file.write(learnt.data if learnt is not None else b"")
-                position += len(ids)
-                if is_last:
-                    starts.append(position)
-        np.save(temporary / "documents.npy", np.array(starts, dtype=np.int64))
-        header = {
-            "dtype": np.dtype(dtype).name,
-            "tokens": position,
-            "text_bytes": total_bytes,
-            "chats": chats is not None,
-            "notes": manner.notes,
-            "checksums": {name: _checksum(temporary / name) for name in ("tokens.bin", "learnt.bin", "documents.npy")},
-        }
-        (temporary / "header.json").write_text(json.dumps(header, indent=2), encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another run that made the same one was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what runs that were killed left unfinished: nothing has been written there for a day."""
-    for left in cache_dir.glob(f".*{_UNFINISHED}"):
-        with suppress(OSError):  # another run may remove it at the same time
-            last_written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
-            if last_written < time.time() - _ABANDONED_AFTER_S:
-                shutil.rmtree(left)
 
 
 def _keep_to_bound(cache_dir: Path, newest: Path) -> None:
@@ -329,19 +219,19 @@ def _keep_to_bound(cache_dir: Path, newest: Path) -> None:
     for is_newest, _, size_bytes, folder in stores:
         total_bytes += size_bytes
         if total_bytes > bound and not is_newest and (folder / "header.json").is_file():
-            removed = folder.with_name(f".{uuid.uuid4().hex}{_UNFINISHED}")
+            removed = folder.with_name(f".{uuid.uuid4().hex}{UNFINISHED}")
             with suppress(OSError):
                 folder.rename(removed)
                 shutil.rmtree(removed)
 
 
-def _open(folder: Path, source: DataSource, found: Found) -> TokenStore:
+def _open(folder: Path, source: DataSource, passed_over: Mapping[str, int]) -> TokenStore:
     path = folder / "tokens.bin"
     try:
-        opened = _identity(path)
+        opened = identity(path)
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         for name, expected in header["checksums"].items():
-            if _checksum(folder / name) != expected:
+            if checksum(folder / name) != expected:
                 raise ValueError(f"{name} is not what was written")
         starts = np.load(folder / "documents.npy", allow_pickle=False)
         shape = (header["tokens"],)
@@ -359,7 +249,7 @@ def _open(folder: Path, source: DataSource, found: Found) -> TokenStore:
         learnt=np.memmap(folder / "learnt.bin", np.bool_, "r", shape=shape) if header["chats"] else None,
         starts=starts,
         text_bytes=header["text_bytes"],
-        passed_over=found.passed_over,
+        passed_over=passed_over,
         notes=Counter(header["notes"]),
         file=path,
         opened=opened,
