@@ -5,6 +5,7 @@ import gzip
 import html
 import io
 import json
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -535,3 +536,77 @@ def test_no_notebook(tmp_path, content):
     (tmp_path / "a.ipynb").write_text(content)
     with pytest.raises(DataError, match=r"a\.ipynb is not (JSON|a notebook)"):
         read(tmp_path)
+
+
+# PDF and Word documents
+
+
+def pdf_bytes(pages):
+    """Return a PDF with a line of text on each page."""
+    kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(pages)))
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode(),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, text in enumerate(pages):
+        content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode() if text else b""
+        described = "/MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >>"
+        objects.append(f"<< /Type /Page /Parent 2 0 R {described} /Contents {5 + 2 * number} 0 R >>".encode())
+        objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content))
+    made, places = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, start=1):
+        places.append(len(made))
+        made += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    size = len(objects) + 1
+    ending = b"trailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (size, len(made))
+    return made + b"xref\n0 %d\n0000000000 65535 f \n" % size + table + ending
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_text_of_a_pdf(tmp_path, compression):
+    pytest.importorskip("pypdf")
+    (tmp_path / f"a.pdf{compression}").write_bytes(
+        COMPRESSIONS[compression](pdf_bytes(["First page.", "Second page."]))
+    )
+    (tmp_path / "scan.pdf").write_bytes(pdf_bytes([""]))
+    notes = Counter()
+    assert read(tmp_path, notes=notes) == ["First page.\n\nSecond page.", ""]
+    assert notes == {".pdf without text, such as scans": 1}
+
+
+def test_the_text_of_a_word_document(tmp_path):
+    docx = pytest.importorskip("docx")
+    document = docx.Document()
+    document.add_heading("A title")
+    document.add_paragraph("Words \u5929 and words.")
+    table = document.add_table(rows=2, cols=2)
+    for number in range(4):
+        table.cell(number // 2, number % 2).text = str(number)
+    document.add_paragraph("")
+    document.add_paragraph("The end.")
+    document.save(tmp_path / "a.docx")
+    assert read(tmp_path) == ["A title\n\nWords \u5929 and words.\n\n0\t1\n2\t3\n\nThe end."]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.pdf", "PDF"), ("a.docx", "a Word document")])
+def test_damaged_documents(tmp_path, name, kind):
+    pytest.importorskip("pypdf")
+    pytest.importorskip("docx")
+    (tmp_path / name).write_bytes(b"%PDF-1.4 nothing")
+    with pytest.raises(DataError, match=rf"{name} cannot be read as {kind}"):
+        read(tmp_path)
+
+
+def test_documents_without_their_library(tmp_path, monkeypatch):
+    for name in ("a.pdf", "b.docx", "c.txt"):
+        (tmp_path / name).write_bytes(b"text")
+    for module in ("pypdf", "docx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("oomless.data.files.find_spec", lambda name: None)
+    found = find_files(DataSource(path=str(tmp_path)))
+    assert [file.path.name for file in found.files] == ["c.txt"]
+    assert found.passed_over == {".pdf (needs the extra documents)": 1, ".docx (needs the extra documents)": 1}
+    with pytest.raises(DataError, match=r"a\.pdf needs another library to be read: pip install 'oomless\[documents\]'"):
+        read(tmp_path / "a.pdf")

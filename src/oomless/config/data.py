@@ -59,7 +59,7 @@ class Data:
     """Data."""
 
     data: tuple[DataSource, ...]
-    """Text to learn: files, folders or globs (.txt .md .html .ipynb, source code, .jsonl .json .csv .parquet .arrow, each also
+    """Text to learn: files, folders or globs (.txt .md .html .ipynb .pdf .docx, source code, .jsonl .json .csv .parquet .arrow, each also
     .gz or .zst), folders that `datasets` saved, and names on the Hub (hf:owner/name). PATH=0.3 gives a weight; PATH,name=old,text_field=body gives more settings
     of a source."""
 

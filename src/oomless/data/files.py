@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from oomless.config import DataSource
 from oomless.errors import DataError, nearest
 
-Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "html", "ipynb"]
+Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "html", "ipynb", "pdf", "docx"]
 
 _TEXT = (
     ".txt .text .md .markdown .rst .tex .adoc .org .xml .yaml .yml .toml .ini .cfg .log .srt .py .pyi .c .h .cc .cpp "
@@ -45,7 +46,11 @@ KINDS: dict[str, Kind] = {
     ".htm": "html",
     ".xhtml": "html",
     ".ipynb": "ipynb",
+    ".pdf": "pdf",
+    ".docx": "docx",
 }
+READ_BY: dict[Kind, str] = {"pdf": "pypdf", "docx": "docx"}
+"""The modules of the extra ``documents`` that some kinds need."""
 COMPRESSED_SUFFIXES = frozenset({".gz", ".zst"})
 _DEFAULT_SPLIT = "train"
 
@@ -96,7 +101,7 @@ def find_files(source: DataSource) -> Found:
     if not search.found.files:
         raise DataError(
             f"{source.path} holds no file of a known kind (it has {', '.join(sorted(search.passed_over))}): oomless reads "
-            ".txt, .md, source code, .jsonl, .json, .csv, .parquet, .arrow, .html and .ipynb, each also .gz or .zst; other "
+            ".txt, .md, source code, .jsonl, .json, .csv, .parquet, .arrow, .html, .ipynb, .pdf and .docx, each also .gz or .zst; other "
             "files can be named one by one"
         )
     return search.finished()
@@ -144,6 +149,8 @@ class _Search:
             file = _text_file(path)
             if file is None:
                 self.passed_over[_suffixes(path)[0] or "no suffix"] += 1
+            elif file.kind in READ_BY and find_spec(READ_BY[file.kind]) is None:
+                self.passed_over[f".{file.kind} (needs the extra documents)"] += 1
             else:
                 self.found.files.append(file)
 

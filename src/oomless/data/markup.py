@@ -1,18 +1,21 @@
-"""The text of HTML pages and of notebooks.
+"""The text of HTML pages, notebooks, PDF and Word documents.
 
 HTML: what a reader sees. Scripts, styles and templates are left out; white space is one space, as browsers show it, but
 stays as it is in ``pre``; blocks begin on a line of their own. Notebooks: the source of their cells in order, code between
-fences that name its language; outputs are left out.
+fences that name its language; outputs are left out. PDF: the text of each page, as ``pypdf`` finds it. Word: paragraphs and the
+cells of tables in order, as ``python-docx`` gives them.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from oomless.data.read import Pieces
 from oomless.errors import DataError
@@ -121,3 +124,42 @@ def _cell_text(cell: dict[str, Any], language: str) -> str:
         fence = max(("```", *(run + "`" for run in re.findall("`{3,}", text))), key=len)
         return f"{fence}{language}\n{text}\n{fence}"
     return text
+
+
+def pdf_pieces(path: Path, opened: IO[bytes], notes: Counter[str]) -> Pieces:
+    """Yield the text of the pages of the PDF ``opened``, which lies at ``path``."""
+    pypdf = _module("pypdf", path)
+    try:
+        empty = True
+        for number, page in enumerate(pypdf.PdfReader(opened).pages):
+            text = page.extract_text().strip("\n")
+            empty = empty and not text.strip()
+            yield ("\n\n" if number else "") + text
+    except Exception as error:  # a damaged or encrypted file may raise anything
+        raise DataError(f"{path} cannot be read as PDF: {error}") from error
+    if empty:
+        notes[".pdf without text, such as scans"] += 1
+
+
+def docx_pieces(path: Path, opened: IO[bytes]) -> Pieces:
+    """Yield the text of the Word document ``opened``, which lies at ``path``."""
+    docx = _module("docx", path)
+    try:
+        blocks = list(docx.Document(opened).iter_inner_content())
+        texts = [_block_text(block) for block in blocks]
+    except Exception as error:  # a damaged file may raise anything
+        raise DataError(f"{path} cannot be read as a Word document: {error}") from error
+    yield "\n\n".join(text for text in texts if text)
+
+
+def _block_text(block: Any) -> str:
+    if hasattr(block, "rows"):
+        return "\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows)
+    return str(block.text)
+
+
+def _module(name: str, path: Path) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise DataError(f"{path} needs another library to be read: pip install 'oomless[documents]'") from error

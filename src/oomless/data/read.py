@@ -62,6 +62,12 @@ def read_documents(file: TextFile, manner: Manner, progress: Progress) -> Iterat
             yield markup.html_pieces(text_pieces(file, raw, manner, progress))
         elif file.kind == "ipynb":
             yield markup.notebook_pieces(file.path, text_pieces(file, raw, manner, progress))
+        elif file.kind == "pdf":
+            with seekable(file, raw) as opened:
+                yield markup.pdf_pieces(file.path, opened, manner.notes)
+        elif file.kind == "docx":
+            with seekable(file, raw) as opened:
+                yield markup.docx_pieces(file.path, opened)
         else:
             yield from records.documents(file, raw, manner, progress)
 
