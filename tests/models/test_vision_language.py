@@ -1,6 +1,7 @@
 """Of a vision-language checkpoint the text part is trained; the rest is not loaded, and stands unchanged in what is saved."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -107,9 +108,10 @@ def test_the_text_part_alone_is_built_and_the_rest_stands_in_what_is_saved(name,
 
 
 @pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-def test_a_run_its_checkpoints_and_its_resumption(trainable, checkpoint, corpus, tmp_path):
+def test_a_run_its_checkpoints_and_its_resumption(trainable, checkpoint, corpus, tmp_path, monkeypatch, caplog):
     """Checkpoints that are gone do not take the tower with them."""
     folder = checkpoint("gemma3")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that pytest hears it
 
     def run(output: str, **more):
         settings = {"model": str(folder), "data": str(corpus), "output_dir": str(tmp_path / output), "gpu": "cpu"}
@@ -141,4 +143,5 @@ def test_a_run_its_checkpoints_and_its_resumption(trainable, checkpoint, corpus,
     )
     config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
+    assert not [record for record in caplog.records if "sub-model" in record.getMessage()]
     theirs(tmp_path / "whole" / "model")

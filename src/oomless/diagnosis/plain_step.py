@@ -21,6 +21,7 @@ from oomless.memory.device import Category, Device
 from oomless.memory.profile import Request
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import build
+from oomless.models.make import attend
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.planning.plan import Target
@@ -140,7 +141,7 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
         frozen_layers.rehearse_filling(model, device)
         trainable.apply(model, config, device)
         if run.attention == "eager":
-            model.set_attn_implementation("eager")
+            attend(model, "eager")
         if config.gradient_checkpointing:
             checkpointing.apply(model)
     optimizer = _optimizer(run, model)

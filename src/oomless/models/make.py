@@ -53,6 +53,16 @@ def left_out(model: Any) -> tuple[str, ...]:
     return getattr(model, _LEFT_OUT, ())
 
 
+def attend(model: Any, implementation: str) -> None:
+    """Have what is there of ``model`` attend by ``implementation``, which its towers are not asked about."""
+    if not left_out(model):
+        model.set_attn_implementation(implementation)
+        return
+    config = model.config
+    text = [name for name in config.sub_configs if getattr(config, name, None) is config.get_text_config()]
+    model.set_attn_implementation(dict.fromkeys(["", *text], implementation))
+
+
 def _leave_out(model: Any) -> None:
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     kept = {module for part in parts if part is not None for module in part.modules()}

@@ -17,6 +17,7 @@ from oomless.config import Packing
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, form
+from oomless.models.make import attend
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
@@ -44,9 +45,9 @@ def _own_attention(model: Any) -> Iterator[None]:
     """Let ``model`` attend as its class does by itself."""
     before = model.config._attn_implementation
     if before == attention.NAME:
-        model.set_attn_implementation(form.OWN_ATTENTION)
+        attend(model, form.OWN_ATTENTION)
     try:
         yield
     finally:
         if before == attention.NAME:
-            model.set_attn_implementation(attention.NAME)
+            attend(model, attention.NAME)
