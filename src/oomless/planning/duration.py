@@ -27,7 +27,7 @@ class Reading:
 
 
 def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
-    """Return what the run of ``config`` on ``gpus`` reads; ``None`` where that depends on data that is not here or is compressed."""
+    """Return what the run of ``config`` on ``gpus`` reads; ``None`` where that depends on data that is not here, or whose size says little."""
     step = config.blocks_per_step * config.max_seq_length * gpus
     if config.max_steps is not None:
         tokens = config.max_steps * step
@@ -39,7 +39,7 @@ def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
         files = [file for source in config.data for file in find_files(source).files]
     except UserError:
         return None
-    if any(file.compression or file.kind in ("parquet", "arrow") for file in files):
+    if any(file.compression or file.kind in ("parquet", "arrow", "ipynb", "pdf", "docx") for file in files):
         return None
     epochs, size_bytes = config.num_train_epochs or 1.0, sum(file.size_bytes for file in files)
     fewest, most = BYTES_PER_TOKEN
