@@ -16,6 +16,7 @@ FLOORS = [
     {"models", "data"},
     {"training"},
     {"planning"},
+    {"programs"},
     {"diagnosis"},
     {"export", "report"},
     {"demo"},

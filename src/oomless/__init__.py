@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from oomless.models.attention import use_packed_attention
     from oomless.planning.choose import choose_training
     from oomless.planning.layers import fewest_checkpointed_layers
+    from oomless.programs.library import rehearsal
     from oomless.training.listening import Listener, RunResult
     from oomless.training.loop import train
     from oomless.training.loss import causal_lm_loss
@@ -33,6 +34,7 @@ _HOMES = {
     "causal_lm_loss": "oomless.training.loss",
     "choose_training": "oomless.planning.choose",
     "fewest_checkpointed_layers": "oomless.planning.layers",
+    "rehearsal": "oomless.programs.library",
     "use_packed_attention": "oomless.models.attention",
 }
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "causal_lm_loss",
     "choose_training",
     "fewest_checkpointed_layers",
+    "rehearsal",
     "train",
     "use_packed_attention",
 ]

@@ -49,3 +49,7 @@ def test_yaml(make_checkpoint, texts, tmp_path, monkeypatch):
     settings |= {"model": str(make_checkpoint("llama")), "output_dir": "run", "gpu": "cpu"}
     result = loop.train(TrainConfig.from_mapping(settings))
     assert set(result.eval_after) == {"new-text", "old-text"}
+
+
+def test_a_pinned_plan():
+    example("test_memory").test_the_training_fits_the_gpu_that_we_have()

@@ -119,13 +119,17 @@ class VirtualGPU(Device):
             capacity_bytes, settings or AllocatorSettings(), outside_bytes, record_history=snapshot_history
         )
         self._recorder = Recorder(self.allocator.statistics) if record_history else None
-        self._ledger = _DeviceLedger(self.allocator, self._recorder)
-        self._host_ledger = _HostLedger()
+        self._ledger = self.ledger = _DeviceLedger(self.allocator, self._recorder)
+        self._host_ledger = self.host_ledger = _HostLedger()
         self._tracker = StorageTracker(self._ledger)
         self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
         self._work_of: dict[Any, Any] = {}
         self._workspaces: list[Tensor] = []
+
+    def track_with(self, tracker: StorageTracker) -> None:
+        """Let ``tracker`` do the books, before anything is in them."""
+        self._tracker = tracker
 
     @property
     def fake(self) -> bool:  # noqa: D102
