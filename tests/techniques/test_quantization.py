@@ -149,7 +149,7 @@ def test_refused(settings, message):
 
 def test_nothing_frozen(make_checkpoint):
     folder = make_checkpoint("llama")
-    with pytest.raises(ConfigError, match="no linear layer of this model's body is frozen"):
+    with pytest.raises(ConfigError, match="no frozen nn.Linear"):
         assemble(resolve(str(folder)), make_config(folder, trainable="model"), VirtualGPU(1 << 30), fill=True)
 
 

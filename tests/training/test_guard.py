@@ -444,7 +444,10 @@ def test_saving_takes_no_copy_of_the_model(make_checkpoint, corpus, tmp_path, mo
         assert device.usage().peak_allocated_bytes == before
         if frozen_layers.has_frozen_layers(parts.model):
             save.save_model(
-                parts.model, tmp_path / "m", save.original_tensors(parts.model, spec.folder, device), device
+                parts.model,
+                tmp_path / "m",
+                save.model_tensors(parts.model, device, save.original_weights(parts.model, spec.folder, device)),
+                device,
             )
         elif parts.model.__dict__.get("peft_config"):
             lora.merge(parts.model, bench.device)

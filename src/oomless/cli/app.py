@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from errno import EPIPE
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ from oomless.cli import explain, plan, rehearse, train
 from oomless.cli.command import Interrupted, add, interruptible
 from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
+
+_DEBUG = "--debug"
 
 app = typer.Typer(
     help="Train language models on the GPU you have, and do not run out of memory.",
@@ -58,16 +61,20 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of what goes wrong inside; anywhere on the line.")
+    ] = False,
 ) -> None:
     pass
 
 
 def run() -> int:
-    """Run the command line and return its exit code; what the user got wrong is one message and 2."""
+    """Run the command line and return its exit code; what the user got wrong, or a model cannot do, is one message and 2."""
+    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
     # bitsandbytes, which peft imports, advises every CPU user to install a package that oomless has no use for.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        app()
+        app(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except (UserError, TrainingError) as error:
@@ -76,10 +83,21 @@ def run() -> int:
     except Interrupted:
         aside().print("interrupted")
         return 130
+    except Exception as error:
+        message = None if _DEBUG in sys.argv else _blamed(error)
+        if message is None:
+            raise
+        return _failed(message, 2)
     lost = out().lost
     if lost is not None and getattr(lost, "errno", None) != EPIPE:
         return _failed(f"not all of the answer could be written to standard output: {lost}", 1)
     return code
+
+
+def _blamed(error: Exception) -> str | None:
+    from oomless.models.blame import blamed
+
+    return blamed(error)
 
 
 def _failed(message: str | None, code: int) -> int:

@@ -68,7 +68,6 @@ def build(
         _materialise(model, device)
         quantization.prepare(model, device)
         frozen_experts.allocate(model)
-    model.config.use_cache = False
     return model
 
 
@@ -87,6 +86,9 @@ def _materialise(model: Any, device: Device) -> None:
             module._buffers[name] = _empty_like(buffer, device)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
+    for module in model.modules():
+        # Buffers alone are computed; some classes initialise the weights of their children, which may be stored otherwise.
+        module._is_hf_initialized = not any(True for _ in module.named_buffers(recurse=False))
     device.label(model.parameters(), "weights")
     model.initialize_weights()
     device.label(model.buffers(), "weights")

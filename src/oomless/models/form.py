@@ -25,11 +25,13 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, body, twin
 from oomless.models.spec import ModelSpec
+from oomless.techniques.kinds import kind_of
 
 OWN_ATTENTION = "eager"
 LENGTH = 40
 HOST = Device()
 _EXACT = 2e-4
+_ROUNDED = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,28 @@ def _choose(key: _Key, packing: Packing) -> Form | Problem:
     return max(problems, key=lambda problem: problem.question)
 
 
+def unreached(spec: ModelSpec) -> frozenset[str]:
+    """Return the kinds of parameters of the model of ``spec`` that the loss has no gradient for.
+
+    What only chooses (an indexer), attends to an encoder that is not there, or belongs to other modalities.
+    """
+    return _unreached(_Key(spec))
+
+
+@lru_cache(maxsize=64)
+def _unreached(key: _Key) -> frozenset[str]:
+    spec = key.spec
+    with twin.on_the_host(), torch.enable_grad():
+        try:
+            model = twin.twin(spec.config, OWN_ATTENTION, trust_remote_code=spec.trust_remote_code)
+            model.requires_grad_()
+            own_logits(model, LENGTH).logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
+        except Exception:  # as in _choose; then the audit watches the first steps
+            return frozenset()
+        reached = {kind_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return frozenset(kind_of(name) for name, _ in model.named_parameters()) - reached
+
+
 def apply(model: Any, form: Form) -> None:
     """Have ``model``, which was built with the attention of ``form``, give its head what ``form`` says."""
     setattr(model, body.WHOLE, form.whole_forward)
@@ -118,7 +142,7 @@ def apply(model: Any, form: Form) -> None:
 
 def own_logits(model: Any, length: int) -> Tensor:
     """Return what the forward of ``model`` makes of the first ``length`` tokens that it is asked about."""
-    logits: Tensor = model(input_ids=_ids(model, length), use_cache=False).logits
+    logits: Tensor = model(input_ids=probe_ids(model, length), use_cache=False).logits
     return logits
 
 
@@ -134,23 +158,21 @@ def find_problem(
         tolerance: by how much half of the tokens may be off; by default all must be as near as fp32 rounds.
         device: where the model lies.
     """
-
-    def same(left: Tensor, right: Tensor) -> bool:
-        return _same(left, right, tolerance, device)
-
     name, length = type(model).__name__, logits.shape[1]
-    ids = _ids(model, length)
-    hidden = body.run(model, input_ids=ids)
-    if not same(_head(model, hidden), logits):
+    ids = probe_ids(model, length)
+    positions = torch.arange(length, device=ids.device)[None]
+    whole = {"position_ids": positions, "document_lengths": ((length,),)}
+    hidden = body.run(model, input_ids=ids, **whole)
+    if not same(_head(model, hidden), logits, tolerance, device):
         return Problem(
             1,
-            f"the logits of {name} are not its head applied to its last hidden state, so its loss cannot be taken in chunks: "
-            "this architecture is not supported yet",
+            f"{name} gives other logits by itself than its head makes of what it is given in a block with positions from 0 on, so "
+            "its loss cannot be taken in chunks: this architecture is not supported yet",
         )
     changed = length * 3 // 4
     later = ids.clone()
     later[:, changed] = later[:, 0]
-    if not same(body.run(model, input_ids=later)[:, :changed], hidden[:, :changed]):
+    if not same(body.run(model, input_ids=later, **whole)[:, :changed], hidden[:, :changed], tolerance, device):
         return Problem(
             2,
             f"in {name} a token sees those behind it, so there is nothing to predict: this is no causal language model as it is "
@@ -159,10 +181,9 @@ def find_problem(
     if packing == "concatenate":
         return None
     cut = length // 3
-    where = ids.device
-    positions = torch.cat([torch.arange(cut, device=where), torch.arange(length - cut, device=where)])[None]
-    packed = body.run(model, input_ids=ids, position_ids=positions, document_lengths=((cut, length - cut),))
-    if not same(packed[:, cut:], body.run(model, input_ids=ids[:, cut:])):
+    both = {"position_ids": torch.cat([positions[:, :cut], positions[:, : length - cut]], dim=1)}
+    packed = body.run(model, input_ids=ids, document_lengths=((cut, length - cut),), **both)
+    if not same(packed[:, cut:], body.run(model, input_ids=ids[:, cut:]), tolerance, device):
         return Problem(
             3,
             f"in {name} documents that are packed into a block see each other (its layers carry a state or a position on from "
@@ -171,7 +192,18 @@ def find_problem(
     return None
 
 
-def _ids(model: Any, length: int) -> Tensor:
+def length_for(model: Any) -> int:
+    """Return how many tokens ``model`` is asked about: no more than it has positions for."""
+    return min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+
+
+def tolerance(model: Any) -> float:
+    """Return by how much kernels of a device may be off in the dtype of ``model``."""
+    return _ROUNDED[model.dtype]
+
+
+def probe_ids(model: Any, length: int) -> Tensor:
+    """Return the first ``length`` tokens that ``model`` is asked about, [1, T], where its embedding lies."""
     weight = model.get_input_embeddings().weight
     ids: Tensor = (torch.arange(1, length + 1, device=weight.device) * 7919 % weight.shape[0])[None]
     return ids
@@ -183,7 +215,8 @@ def _head(model: Any, hidden: Tensor) -> Tensor:
     return (logits / softcap).tanh() * softcap if softcap else logits
 
 
-def _same(left: Tensor, right: Tensor, tolerance: float | None, device: Device) -> bool:
+def same(left: Tensor, right: Tensor, tolerance: float | None, device: Device) -> bool:
+    """Return whether two tensors [B, T, D] hold the same numbers; ``tolerance`` and ``device`` as in ``find_problem``."""
     if left.shape != right.shape:
         return False
     # A model that overflows already is no question of architecture; training will say where it does.

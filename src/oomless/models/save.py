@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,11 @@ from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.sharding import Part, is_cut, part
 
 SHARD_BYTES = 5 * 10**9
+_BESIDE = (
+    *("generation_config.json", "*processor*config.json", "chat_template.*"),
+    *("tokenizer.model", "*.tiktoken", "*.spm", "*.py", "LICENSE*"),
+)
+"""What lies beside a model's weights and is neither its config nor made by its fast tokenizer."""
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -148,24 +154,27 @@ def write_index(files: Mapping[str, Mapping[str, Savable]], folder: Path) -> Non
         json.dump({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, file, indent=2)
 
 
-def model_tensors(model: Any, device: Device) -> dict[str, Savable]:
-    """Return the tensors of ``model`` as the files that it came from hold them, tied ones once, trained rows in them."""
-    tensors: dict[str, Savable] = {}
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and not trained_rows.is_rows(name):
-            seen.add(id(tensor))
-            tensors[name] = savable(tensor)
-    return _as_read(model, tensors | _matrices_with_rows(model, device), device)
+def plain_tensors(model: Any, device: Device, late: Mapping[str, LateTensor] | None = None) -> dict[str, Savable]:
+    """Return the tensors of ``model``, merged if it had adapters, under the plain model's names, tied ones once.
+
+    ``late`` are those that are stored in another form (``original_weights``); matrices some of whose rows train are made late too.
+    """
+    packed = {id(buffer) for _, layer in frozen_layers.frozen_layers(model) for buffer in layer.buffers()}
+    plain = {name: savable(t) for name, t in lora.plain_tensors(model, packed).items()}
+    return plain | _matrices_with_rows(model, device) | dict(late or {})
 
 
-def merged_tensors(model: Any, device: Device) -> dict[str, Savable]:
-    """Return the tensors of ``model``, whose adapters are merged, as the files that it came from hold them."""
-    tensors = {name: savable(tensor) for name, tensor in lora.plain_tensors(model).items()}
-    return _as_read(model, tensors, device)
+def model_tensors(model: Any, device: Device, late: Mapping[str, LateTensor] | None = None) -> dict[str, Savable]:
+    """Return the ``plain_tensors`` of ``model`` as the files that it came from hold them, with what was left out as it stands there."""
+    found = in_files(model, plain_tensors(model, device, late), device)
+    folder = getattr(model, SOURCE, None)
+    if left_out(model) and folder is not None:
+        weights = Weights(folder, model, [], device)
+        found |= {name: weights.late(name) for name in weights.left}
+    return found
 
 
-def _matrices_with_rows(model: Any, device: Device) -> dict[str, Savable]:
+def _matrices_with_rows(model: Any, device: Device) -> dict[str, LateTensor]:
     """Return the matrices of ``model`` some of whose rows train, those in them."""
     return {
         f"{name}.weight": LateTensor(
@@ -196,8 +205,8 @@ def require_own_names(model: Any) -> None:
         )
 
 
-def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Savable]:
-    """Return the tensors of ``model``, the weights of its frozen layers that are stored otherwise as they lie in ``folder``.
+def original_weights(model: Any, folder: Path, device: Device) -> dict[str, LateTensor]:
+    """Return the weights of the frozen layers of ``model`` that are stored in another form, as they lie in ``folder``.
 
     They are in the model's dtype, adapters added in fp32, and each is made when it is written.
     """
@@ -227,34 +236,25 @@ def original_tensors(model: Any, folder: Path, device: Device) -> dict[str, Sava
 
         return LateTensor(layer.shape, model.dtype, whole, expert)
 
-    packed = {
-        f"{name}.{buffer}" for name, layer in frozen_layers.frozen_layers(model) for buffer, _ in layer.named_buffers()
-    }
-    plain = {name: savable(tensor) for name, tensor in lora.plain_tensors(model).items() if name not in packed}
-    late_ones = {name: late(name, layer) for name, layer in layers.items()}
-    return _as_read(model, plain | _matrices_with_rows(model, device) | late_ones, device)
+    return {name: late(name, layer) for name, layer in layers.items()}
 
 
-def _as_read(model: Any, tensors: Mapping[str, Savable], device: Device) -> dict[str, Savable]:
-    """Return ``tensors`` as the files that ``model`` came from hold them, with what was left out of it as it stands there."""
-    found = in_files(model, tensors, device)
-    folder = getattr(model, SOURCE, None)
-    if left_out(model) and folder is not None:
-        weights = Weights(folder, model, [], device)
-        found |= {name: weights.late(name) for name in weights.left}
-    return found
-
-
-def save_model(model: Any, folder: Path, tensors: Mapping[str, Savable], device: Device) -> None:
-    """Write ``tensors`` with the config and generation config of ``model`` as transformers loads them."""
-    save_config(model, folder)
+def save_model(
+    model: Any, folder: Path, tensors: Mapping[str, Savable], device: Device, source: Path | None = None
+) -> None:
+    """Write ``tensors`` with the config of ``model`` as transformers loads them, and what lay beside it in ``source``."""
+    save_config(model, folder, source)
     save_weights(tensors, folder, device)
 
 
-def save_config(model: Any, folder: Path) -> None:
-    """Write the config and generation config of ``model``."""
+def save_config(model: Any, folder: Path, source: Path | None = None) -> None:
+    """Write the config of ``model``; what else describes it is as it lies in ``source``, where it came from."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if model.can_generate():
+    if source is not None and (source / "config.json").is_file():
+        for path in sorted(path for pattern in _BESIDE for path in source.glob(pattern) if path.is_file()):
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+    elif model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -43,6 +43,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     folder = path if path.is_dir() else _download(name)
     starting_point.check_folder(folder)
     config = read_config(folder / "config.json", trust_remote_code)
+    config._name_or_path = str(folder.resolve()) if path.is_dir() else name
     _, kind = starting_point.stored_as(folder)
     notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.READ_PLAIN}",)
     return ModelSpec(
@@ -112,7 +113,9 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
             "choose another model, or give --trust-remote-code if its own code is to run."
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # A folder's own code is found beside its config only where the folder is named.
+        place = path.parent if path.name == "config.json" else path
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers validates configs with many exception types
         raise ModelError(f"the model config {path} is not valid: {error}") from error
     starting_point.forget_quantization(config)

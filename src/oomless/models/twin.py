@@ -87,6 +87,19 @@ def small_config(config: Any) -> Any:
     return whole
 
 
+def first_layers(config: Any, layers: int) -> Any:
+    """Return a copy of ``config``, of a model of text alone, with the first ``layers`` of its layers."""
+    settings = config.to_dict()
+    count = next((v for name, v in settings.items() if _LAYERS.fullmatch(name) and type(v) is int), layers)
+
+    def cut(name: str, value: Any) -> Any:
+        if type(value) is int and _LAYERS.fullmatch(name):
+            return min(value, layers)
+        return value[:layers] if isinstance(value, list) and len(value) == count else value
+
+    return type(config).from_dict({name: cut(name, value) for name, value in settings.items()})
+
+
 @contextmanager
 def on_the_host() -> Iterator[None]:
     """Compute for real, on the host and beside the run: unbooked, unheard, from random numbers of its own."""

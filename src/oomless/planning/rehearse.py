@@ -31,7 +31,7 @@ from oomless.memory.profile import MemoryProfile
 from oomless.memory.repeated_layers import CannotRepeat, repeated_layers
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
-from oomless.models import save
+from oomless.models import save, verify
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
@@ -260,13 +260,16 @@ class NoFolder(Keeper):
 
     def save_model(self, life: Life) -> Path | None:  # noqa: D102
         model, device = life.assembly.model, life.device
-        # Else the files of the last checkpoint are taken again, or what is read from those of the base.
-        merges = checkpoint.is_adapted(model) and life.config.merge_lora
-        if merges and not frozen_layers.has_frozen_layers(model) and life.ranks.count == 1:
-            with device.phase("save"):
+        adapted = checkpoint.is_adapted(model)
+        # What is read from the base's files is not here; of an adapter alone the files are taken again.
+        if frozen_layers.has_frozen_layers(model) or life.ranks.count > 1 or (adapted and not life.config.merge_lora):
+            return None
+        with device.phase("save"):
+            if adapted:
                 lora.merge(model, device)
                 for host in save.to_host(lora.plain_tensors(model), device):
                     del host
+            verify.live_logits(model, device)
         return None
 
 

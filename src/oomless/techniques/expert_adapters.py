@@ -139,8 +139,8 @@ def parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def merge(model: Any) -> None:
-    """Add every adapter of experts into its stack, in place; what was cut short may be begun again."""
+    """Add adapters of experts into their stacks, in place, where those hold plain numbers; what was cut short may be begun again."""
     modules = dict(model.named_modules())
     for name, stack, adapter in adapters(model):
-        if not adapter.merged:
+        if not adapter.merged and isinstance(getattr(modules[name], stack), nn.Parameter):
             adapter.merge(getattr(modules[name], stack))

@@ -19,6 +19,7 @@ from oomless.memory.device import Device
 from oomless.ops.frozen_linear import Quantization, StoredWeight, frozen_linear
 from oomless.techniques import experts
 from oomless.techniques.experts import FrozenExperts
+from oomless.techniques.kinds import owner_using_weight
 
 
 class FrozenLinear(nn.Linear):
@@ -83,16 +84,16 @@ def replace(
         ConfigError: there is nothing to replace, or most of the body would stay as it is.
     """
     kept = {child for module in trained for child in module.modules()} | {model.get_output_embeddings()}
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and layer not in kept:
-                setattr(parent, name, make(layer))
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer not in kept and owner_using_weight(model, name) is None:
+            owner, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(owner), own_name, make(layer))
     experts.replace(model, kind, host, kept)
     frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
     left = sum(p.numel() for p in frozen if p is not model.get_input_embeddings().weight)
     done = sum(math.prod(layer.shape) for _, layer in frozen_layers(model))
     if not done:
-        raise ConfigError(f"{key} has no effect: no linear layer of this model's body is frozen; remove it")
+        raise ConfigError(f"{key} has no effect: this model's body has no frozen nn.Linear; remove it")
     if left > done:
         raise ConfigError(
             f"{key} would leave {left:,} of this model's frozen weights as they are, against {done:,}: they are neither linear "

@@ -10,33 +10,41 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
-from oomless.techniques import expert_adapters, sharding, trained_rows
+from oomless.techniques import expert_adapters, frozen_layers, sharding, trained_rows
 from oomless.techniques.experts import expert_modules
+from oomless.techniques.kinds import kind_of, owner_using_weight
 
 ADAPTER = "default"
 
 
-def inject(model: Any, config: TrainConfig, device: Device) -> None:
+def inject(model: Any, config: TrainConfig, device: Device, unreached: Collection[str] = ()) -> None:
     """Put LoRA layers into ``model``, in the dtype of the matrices that they adapt.
 
+    Args:
+        model: its other parameters are frozen, or train as they are.
+        config: names the layers.
+        device: where the adapters go.
+        unreached: kinds of parameters that get no gradient; their layers get no adapter.
+
     Raises:
-        ConfigError: ``lora_target_modules`` matches no linear layer, or names the head or the embedding.
+        ConfigError: ``lora_target_modules`` matches no linear layer, or names one that cannot have an adapter.
     """
     peft = import_unbooked("peft")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    linear, stacks = _targets(model, str(config.lora_target_modules))
+    linear, stacks = _targets(model, str(config.lora_target_modules), unreached)
     adapter = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -48,8 +56,10 @@ def inject(model: Any, config: TrainConfig, device: Device) -> None:
     )
     if linear:
         with warnings.catch_warnings(), torch.device("meta"):
-            # peft asks transformers about gradient checkpointing under a name that transformers is giving up.
+            # peft asks transformers about gradient checkpointing under a name that transformers is giving up, and says how GPT-2's
+            # matrices lie.
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             peft.inject_adapter_in_model(adapter, _Unknown(model), adapter_name=ADAPTER)
     model.peft_config = {ADAPTER: adapter}
     expert_adapters.inject(model, stacks, config, device)
@@ -79,7 +89,8 @@ def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
     layer.reset_lora_parameters(ADAPTER, True)
     if layer.use_dora[ADAPTER]:
         # B is zero, so the magnitudes of the sum are those of the matrix.
-        magnitudes = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=1).to(dtype)
+        inputs = 0 if layer.fan_in_fan_out else 1
+        magnitudes = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=inputs).to(dtype)
         layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(magnitudes)
 
 
@@ -116,27 +127,45 @@ def _is_adapted(layer: nn.Module) -> bool:
     return hasattr(layer, "lora_A")
 
 
-def _targets(model: Any, wanted: str) -> tuple[list[str], list[str]]:
+def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the names of the linear layers, and of the stacks of experts, that ``wanted`` names; routers only by name."""
     head = model.get_output_embeddings()
-    linear = {
-        name
+    obstacles = {
+        name: _obstacle(model, name, module, unreached)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not trains(module)
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not trains(module)
     }
+    linear = {name for name, obstacle in obstacles.items() if obstacle is None}
     stacks = set(expert_adapters.targets(model))
     if wanted == "all-linear":
-        return sorted(linear - _beside_experts(model)), sorted(stacks)
+        found = sorted(linear - _beside_experts(model)), sorted(stacks)
+        if not any(found):
+            raise ConfigError("this model has no linear layer that can have an adapter: train it without lora")
+        return found
     endings = [ending.strip() for ending in wanted.split(",")]
     for ending in endings:
-        if not any(name == ending or name.endswith(f".{ending}") for name in linear | stacks):
+        named = [name for name in [*obstacles, *stacks] if name == ending or name.endswith(f".{ending}")]
+        if not named:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear | stacks})
             raise ConfigError(
                 f"lora_target_modules: {ending!r} names no linear layer of this model's body; it has {', '.join(known)} "
                 "(lm_head and embed_tokens are trained whole: add them to trainable)"
             )
+        if obstacle := next((obstacles[name] for name in named if obstacles.get(name)), None):
+            raise ConfigError(f"lora_target_modules: {ending!r} cannot have an adapter: {obstacle}; leave it out")
     named = [name for name in sorted(linear | stacks) if any(name == e or name.endswith(f".{e}") for e in endings)]
     return [name for name in named if name in linear], [name for name in named if name in stacks]
+
+
+def _obstacle(model: Any, name: str, layer: nn.Module, unreached: Collection[str]) -> str | None:
+    """Return why ``layer`` cannot have an adapter, which stands in its place and is called instead of it."""
+    if kind_of(f"{name}.weight") in unreached:
+        return "the loss does not reach it"
+    plain = isinstance(layer, (Conv1D, frozen_layers.FrozenLinear)) or type(layer).forward is nn.Linear.forward
+    if not plain:
+        return f"it is a {type(layer).__name__}, which does more than a linear layer"
+    owner = owner_using_weight(model, name)
+    return f"{owner} also uses its weight by itself (as fused kernels do)" if owner else None
 
 
 def _beside_experts(model: Any) -> set[str]:
@@ -145,9 +174,9 @@ def _beside_experts(model: Any) -> set[str]:
     return {f"{place}.{child}" for place in places for child, _ in model.get_submodule(place).named_children()}
 
 
-def trains(layer: nn.Linear) -> bool:
+def trains(layer: Any) -> bool:
     """Return whether the weight of ``layer`` trains; a quantised layer has none that could."""
-    return layer.weight is not None and layer.weight.requires_grad
+    return layer.weight is not None and bool(layer.weight.requires_grad)
 
 
 def is_adapter(name: str) -> bool:
@@ -198,12 +227,13 @@ def _name_expert_targets(model: Any, adapter: Any) -> None:
 
 
 def merge(model: Any, device: Device) -> None:
-    """Add every adapter into its matrix, and write the rows that train into theirs, in place; what was cut short may be begun again.
+    """Add adapters into their matrices, and write the rows that train into theirs, in place; what was cut short may be begun again.
 
-    The sums are made on the host, one after the other: the device holds no more than before.
+    The sums are made on the host, one after the other: the device holds no more than before. Matrices that are stored in another
+    form stay as they are: ``delta`` is what is added to what is saved for them.
     """
     for module in _adapted_layers(model):
-        if not module.merged:
+        if not module.merged and not isinstance(module.get_base_layer(), frozen_layers.FrozenLinear):
             with _on_the_host(module, device):
                 module.merge(safe_merge=not device.fake)
     expert_adapters.merge(model)
@@ -236,10 +266,13 @@ def delta(layer: nn.Module, device: Device) -> Tensor | None:
     return added.detach()
 
 
-def plain_tensors(model: Any) -> dict[str, Tensor]:
-    """Return the tensors of a model, merged if it had adapters, under the names of the plain model, tied ones once."""
+def plain_tensors(model: Any, without: Collection[int] = ()) -> dict[str, Tensor]:
+    """Return the tensors of a model, merged if it had adapters, under the names of the plain model, tied ones once.
+
+    ``without`` are ids of tensors that are left out.
+    """
     tensors = {}
-    seen = set()
+    seen = set(without)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_adapter(name) and not trained_rows.is_rows(name) and id(tensor) not in seen:
             seen.add(id(tensor))

@@ -15,6 +15,7 @@ embed_tokens" is then no setting of flags but a choice, which the user makes wit
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -25,6 +26,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
 from oomless.techniques import frozen_layers, lora, trained_rows
+from oomless.techniques.kinds import kind_of
 from oomless.units import format_bytes
 
 NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
@@ -46,11 +48,18 @@ def is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def apply(model: Any, config: TrainConfig, device: Device) -> None:
+def apply(model: Any, config: TrainConfig, device: Device, unreached: Collection[str] = ()) -> None:
     """Make exactly the parts that ``config.trainable`` names require gradients, untying and adding LoRA as asked.
 
+    Args:
+        model: the model.
+        config: the run's.
+        device: where what is added goes.
+        unreached: kinds of parameters that the loss does not reach (``models.form.unreached``): they cannot train.
+
     Raises:
-        ConfigError: a part names nothing in the model, or the choice for a tied matrix is missing or moot.
+        ConfigError: a part names nothing in the model, or nothing that can train, or the choice for a tied matrix is missing or
+            moot.
     """
     parts = config.trainable_parts
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -66,8 +75,8 @@ def apply(model: Any, config: TrainConfig, device: Device) -> None:
         raise ConfigError(
             "tied_weights is for models whose embed_tokens and lm_head are one matrix; this one has two: remove it"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in parameters)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in parameters and kind_of(name) not in unreached)
     if config.trainable_rows is not None:
         trained_rows.apply(model, config.trainable_rows, device)
     if "lora" in parts:
@@ -76,9 +85,9 @@ def apply(model: Any, config: TrainConfig, device: Device) -> None:
                 "trainable_rows beside LoRA cannot train embed_tokens and lm_head apart where they were one matrix, for which "
                 "peft keeps one set of rows: choose tied_weights shared, train one of the two, or leave trainable_rows out"
             )
-        lora.inject(model, config, device)
+        lora.inject(model, config, device, unreached)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"trainable: {config.trainable!r} leaves nothing to train")
+        raise ConfigError(f"trainable: {config.trainable!r} leaves nothing to train that the loss reaches")
 
 
 def trained_modules(model: Any, config: TrainConfig) -> list[nn.Module]:
@@ -159,8 +168,7 @@ def table(model: Any) -> list[TrainableRow]:
     for name, layer in frozen_layers.frozen_weights(model).items():
         found.append((name, math.prod(layer.shape), False, layer.form))
     for name, count, trains, dtype in found:
-        kind = ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
-        row = rows.setdefault(kind, [0, 0, dtype])
+        row = rows.setdefault(kind_of(name), [0, 0, dtype])
         row[0] += count
         row[1] += count if trains else 0
     return [

@@ -123,7 +123,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     with device.phase("load"):
         if not fill:
             frozen_layers.rehearse_filling(model, device)
-        trainable.apply(model, config, device)
+        trainable.apply(model, config, device, form.unreached(spec))
         _shape(model, config, device)
     return _ready(model, config, device, ALONE, None)
 
@@ -137,7 +137,7 @@ def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill:
         save.require_own_names(model)
         nowhere = Device()
         nowhere.torch_device = torch.device("meta")
-        trainable.apply(model, config, nowhere)
+        trainable.apply(model, config, nowhere, form.unreached(spec))
         _shape(model, config, device)
 
     def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:

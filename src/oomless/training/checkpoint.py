@@ -155,8 +155,11 @@ def save_checkpoint(
     limit: int,
     keep: int | None = None,
     ranks: Ranks = ALONE,
+    source: Path | None = None,
 ) -> Checkpoint:
     """Write the checkpoint of ``step`` to the run folder, then remove the oldest beyond ``limit``, but never that of ``keep``.
+
+    ``source`` is the folder that the model came from, with what lies beside its weights.
 
     Raises:
         CheckpointError: the disk is full, read-only or failing; earlier checkpoints are untouched.
@@ -170,7 +173,7 @@ def save_checkpoint(
         if is_adapted(model):
             lora.save_config(model, folder)
         elif trained is None:
-            save.save_config(model, folder)
+            save.save_config(model, folder, source)
             save.write_index(of_model, folder)
         save_tokenizer(tokenizer, folder)
         trainer = folder / "trainer"

@@ -9,6 +9,7 @@ from typing import Any
 
 from oomless.memory.device import Device
 from oomless.models import save
+from oomless.models.verify import check_saved
 from oomless.techniques import frozen_layers, lora
 from oomless.training import checkpoint
 from oomless.training.distributed import Ranks
@@ -38,40 +39,40 @@ def write(
 
     Raises:
         CheckpointError: the disk is full, read-only or failing.
+        ModelError: what was written does not load as the model that was trained.
     """
     adapted = checkpoint.is_adapted(model)
+    late = save.original_weights(model, source, device) if frozen_layers.has_frozen_layers(model) else {}
 
     def fill(folder: Path) -> None:
         if adapted and not merge:
             _take_over(last, folder)
             return
-        if frozen_layers.has_frozen_layers(model):
-            save.save_model(model, folder, save.original_tensors(model, source, device), device)
-            checkpoint.save_tokenizer(tokenizer, folder)
-            return
         if adapted:
             lora.merge(model, device)
-            save.save_model(model, folder, save.merged_tensors(model, device), device)
+        if adapted or late:
+            save.save_model(model, folder, save.model_tensors(model, device, late), device, source)
             checkpoint.save_tokenizer(tokenizer, folder)
-            return
-        _take_over(last, folder)
+        else:
+            _take_over(last, folder)
+        check_saved(folder, model, device, late, alone=ranks.count == 1)
 
     with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
         if ranks.count > 1 and adapted and merge:
-            _write_merged_parts(target, model, tokenizer, device, ranks)
+            _write_merged_parts(target, model, tokenizer, source, device, ranks)
             return
         with ranks.together("the final model"):
             if ranks.first:
                 checkpoint.write_folder(target, fill)
 
 
-def _write_merged_parts(target: Path, model: Any, tokenizer: Any, device: Device, ranks: Ranks) -> None:
+def _write_merged_parts(target: Path, model: Any, tokenizer: Any, source: Path, device: Device, ranks: Ranks) -> None:
     """Write a model with adapters of which each process holds, merges and writes a part."""
     lora.merge_parts(model)
-    files = save.weight_files(save.merged_tensors(model, device))
+    files = save.weight_files(save.model_tensors(model, device))
 
     def describe(folder: Path) -> None:
-        save.save_config(model, folder)
+        save.save_config(model, folder, source)
         save.write_index(files, folder)
         checkpoint.save_tokenizer(tokenizer, folder)
 

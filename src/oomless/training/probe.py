@@ -19,8 +19,6 @@ from oomless.memory.device import Device
 from oomless.models import attention, form
 from oomless.models.make import attend
 
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
-
 
 @torch.no_grad()
 def check_architecture(model: Any, packing: Packing, device: Device) -> None:
@@ -31,11 +29,9 @@ def check_architecture(model: Any, packing: Packing, device: Device) -> None:
             other.
     """
     model.eval()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(form.LENGTH, positions or form.LENGTH)
     with _own_attention(model):
-        logits = form.own_logits(model, length)
-    problem = form.find_problem(model, logits, packing, _TOLERANCE[model.dtype], device)
+        logits = form.own_logits(model, form.length_for(model))
+    problem = form.find_problem(model, logits, packing, form.tolerance(model), device)
     if problem is not None:
         raise ModelError(problem.text)
 

@@ -101,6 +101,7 @@ class RunFolder(Keeper):
                 limit=self.config.save_total_limit,
                 keep=life.best.step if self.config.load_best_model_at_end else None,
                 ranks=self.ranks,
+                source=self.spec.folder,
             )
         self.listener.saved(self.saved.folder)
         return self.saved
