@@ -25,7 +25,7 @@ OWN_ATTENTION = (
 OURS = ("llama", "recurrent_gemma", "mamba", "afmoe", "bart", "deepseek_v3", "modernbert-decoder")
 BY_OWN_MASKS = ("stablelm", "nemotron", "codegen")
 NOT_APART = ("bloom", "mamba", "falcon_h1", "qwen3_next", "recurrent_gemma", "bart", "llama4_text", "lfm3")
-NOT_CAUSAL = ("bert", "roberta", "xlm")
+NOT_CAUSAL = ("bert", "electra", "xlm")
 
 
 @pytest.fixture(scope="module")
