@@ -7,10 +7,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from oomless.config import DataSource, TrainConfig
+from oomless.data.loader import MicroBatch
+from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import experts
 from oomless.models.spec import resolve
@@ -120,6 +123,8 @@ EXACT = [
     {"dtype": "bf16", "optimizer": "adafactor", "optimizer_in_backward": True, "per_device_train_batch_size": 2},
     {"dtype": "bf16", "trainable": "lora", "quantization": "nf4", "gradient_checkpointing": True},
     {"dtype": "bf16", "trainable": "lora", "stream_frozen": True, "gradient_checkpointing": True},
+    {"dtype": "bf16", "trainable": "lora", "experts_on_host": True, "quantization": "int8", "lora_dropout": 0.2},
+    {"dtype": "bf16", "trainable": "model.layers.0.*", "experts_on_host": True},
 ]
 
 
@@ -139,7 +144,10 @@ def mostly_slow(families, settings, quick):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    mostly_slow(["qwen3_moe", "gpt_oss", "glm4_moe"], EXACT, {"qwen3_moe", ("gpt_oss", 3)}),
+    [
+        *mostly_slow(["qwen3_moe", "gpt_oss", "glm4_moe"], EXACT, {"qwen3_moe", ("gpt_oss", 3)}),
+        ("mixtral", {"router_aux_loss_coef": 0.1, "gradient_checkpointing": True}),
+    ],
 )
 def test_a_rehearsal_that_knows_no_routes_is_exact(make_mixture, family, settings):
     real, fake = both_profiles(make_mixture(family), settings)
@@ -198,3 +206,93 @@ def test_the_final_model_is_the_live_one_under_the_names_of_the_base(
             warnings.filterwarnings("ignore", category=FutureWarning)
             adapted = PeftModel.from_pretrained(base, adapter)
         assert (logits(adapted) - logits(loaded)).norm() <= close
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"trainable": "lora+lm_head", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+        {"trainable": "lora", "quantization": "nf4", "gradient_checkpointing": True, "offload_activations": True},
+        {"trainable": "lora", "quantization": "int8", "optimizer_in_backward": True, "max_grad_norm": 0.0},
+        {"trainable": "model.layers.0.*", "router_aux_loss_coef": 0.1, "momentum": 0.5},
+        {"trainable": "embed_tokens", "trainable_rows": "3-400", "dtype": "bf16", "fp32_residual": True},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+def test_experts_on_the_host_change_no_result(make_mixture, beside):
+    folder = make_mixture("qwen3_moe")
+
+    def trained(**settings):
+        torch.manual_seed(0)
+        device = VirtualGPU(1 << 30)
+        config = make_config(folder, **{"learning_rate": 0.5, "optimizer": "sgd", **beside, **settings})
+        with device.active():
+            built = assemble(resolve(str(folder)), config, device, fill=True)
+            for seed in range(2):
+                with device.host():
+                    tokens = torch.randint(0, 512, (1, 64), generator=torch.Generator().manual_seed(seed))
+                    batch = MicroBatch(
+                        input_ids=tokens,
+                        labels=tokens.roll(-1),
+                        position_ids=torch.arange(64)[None],
+                        document_lengths=((64,),),
+                        target_count=64,
+                    )
+                built.step.run([batch] * config.gradient_accumulation_steps)
+            peak = device.usage().peak_allocated_bytes
+            return peak, {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
+
+    peak, expected = trained()
+    leaner, found = trained(experts_on_host=True)
+    assert leaner < peak
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        # A matrix that lies elsewhere in memory may be summed in another order.
+        assert (found[name] - parameter).norm() <= 1e-5 * parameter.norm(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "ernie4_5_moe"])
+def test_the_balancing_loss_has_the_gradients_of_the_architectures_own(make_mixture, family, checkpointing):
+    folder = make_mixture(family)
+    own = AutoModelForCausalLM.from_pretrained(folder, output_router_logits=True, router_aux_loss_coef=0.5)
+    ids = torch.arange(64)[None] * 7919 % 512
+    output = own.train()(input_ids=ids, use_cache=False)
+    (cross_entropy(output.logits[0], ids[0], reduction="mean") + 0.5 * output.aux_loss).backward()
+    settings = make_config(
+        folder, gradient_checkpointing=checkpointing, router_aux_loss_coef=0.5, packing="concatenate", optimizer="sgd"
+    )
+    device = VirtualGPU(1 << 30)
+    with device.active():
+        built = assemble(resolve(str(folder)), settings, device, fill=True)
+        positions = torch.arange(64)[None]
+        batch = MicroBatch(
+            input_ids=ids, labels=ids, position_ids=positions, document_lengths=((64,),), target_count=64
+        )
+        built.step.accumulate([batch], 64)
+    ours = dict(built.model.named_parameters())
+    for name, parameter in own.named_parameters():
+        if parameter.grad is not None:
+            difference = ours[name].grad.float() - parameter.grad
+            assert difference.norm() <= 2e-5 * parameter.grad.norm() + 1e-9, name
+    plain = assemble(
+        resolve(str(folder)), make_config(folder, router_aux_loss_coef=0.0), VirtualGPU(1 << 30), fill=True
+    )
+    assert plain.step.balance is None
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        (None, {"router_aux_loss_coef": 0.1}, "has no balancing loss"),
+        ("glm4_moe", {"router_aux_loss_coef": 0.1}, "has no balancing loss"),
+        ("olmoe", {"router_aux_loss_coef": 0.1, "trainable": "lm_head"}, "nothing before lm_head trains"),
+        (None, {"trainable": "lora", "experts_on_host": True}, "no frozen experts"),
+        ("olmoe", {"trainable": "model.layers.*", "experts_on_host": True}, "no frozen experts"),
+        ("olmoe", {"trainable": "lora", "use_dora": True}, "use_dora is for linear layers, not for experts"),
+    ],
+)
+def test_refused(make_checkpoint, make_mixture, family, settings, message):
+    folder = make_checkpoint("llama") if family is None else make_mixture(family)
+    with pytest.raises(ConfigError, match=message):
+        rehearse(resolve(str(folder)), make_config(folder, **settings), virtual_device())

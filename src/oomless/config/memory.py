@@ -22,11 +22,15 @@ class Memory:
     """Weights and arithmetic. auto: bf16 or fp16 by what the GPU can do, fp32 on a CPU."""
 
     quantization: Literal["nf4", "int8"] | None = None
-    """Store the frozen linear layers in 4 bits (nf4, double quantisation) or 8 (int8), quantised while loading; needs
-    the extra `quantize`. [default: 16 bits]"""
+    """Store the frozen linear layers and experts in 4 bits (nf4, double quantisation) or 8 (int8), quantised while
+    loading; needs the extra `quantize`. [default: 16 bits]"""
+
+    experts_on_host: bool = False
+    """Keep the frozen experts of a mixture in pinned host memory, in the bits that `quantization` says; those to which
+    tokens go come to the GPU, one at a time."""
 
     stream_frozen: bool = False
-    """Keep the frozen linear layers in pinned host memory, each on the GPU while it is used: the last resort."""
+    """Keep the frozen linear layers and experts in pinned host memory, each on the GPU while it is used: the last resort."""
 
     weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
     """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding,
@@ -67,7 +71,7 @@ class Memory:
 
 def check(run: TrainConfig) -> None:
     """Refuse what contradicts itself."""
-    for name in ("quantization", "stream_frozen"):
+    for name in ("quantization", "experts_on_host", "stream_frozen"):
         if getattr(run, name) and "full" in run.trainable_parts:
             raise ConfigError(
                 f"{name} is for frozen layers, and trainable: full freezes none: add --trainable lora, or remove {name}",
@@ -76,6 +80,11 @@ def check(run: TrainConfig) -> None:
     if run.stream_frozen and (run.quantization is not None or run.use_dora):
         other = "quantization" if run.quantization is not None else "use_dora"
         raise ConfigError(f"stream_frozen cannot be joined with {other}: remove one of them", *("stream_frozen", other))
+    if run.stream_frozen and run.experts_on_host:
+        raise ConfigError(
+            "experts_on_host has no effect beside stream_frozen, which has experts on the host already: remove one of them",
+            *("experts_on_host", "stream_frozen"),
+        )
     if run.quantization is not None and run.use_dora:
         raise ConfigError(
             "use_dora needs the norms of the weights that it adapts, which quantization rounds: remove one",

@@ -58,6 +58,10 @@ class Optimizer:
     z_loss: NotNegative = 0.0
     """Weight of the squared logarithm of the softmax's denominator, added to the training loss: keeps logits small."""
 
+    router_aux_loss_coef: NotNegative | None = None
+    """Weight of the loss that balances a mixture's experts, added to the training loss. [default: the model's own where its
+    config says output_router_logits, else 0]"""
+
     adam_beta1: Share | None = None
     """First decay rate of Adam and its kin. [default: 0.9]"""
 

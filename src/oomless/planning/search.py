@@ -262,7 +262,7 @@ class _Search:
         usual = ladder[: max(1, len(ladder) - LEANER_RUNGS)]
         # Where any way will do, the leanest, which takes the longest to try, comes last.
         ladders = [usual[:1] + usual[1:][-1:], ladder[-1:]] if quick else [ladder]
-        for part, placement in product(ladders, placements(quality, self.pins)):
+        for part, placement in product(ladders, placements(quality, self.pins, experts=built.expert_bytes > 0)):
             bound = self._bound(quality, placement, built)
             if bound is not None:
                 failures.append(bound)
@@ -298,6 +298,7 @@ class _Search:
         total, movable = state_bytes(built.trainable, quality.optimizer, quality.weight_precision)
         moved = movable if placement.get("offload_optimizer") else 0
         streamed = built.streamed_bytes if placement.get("stream_frozen") else 0
+        streamed += built.expert_bytes if placement.get("experts_on_host") else 0
         used_up = placement.get("optimizer_in_backward") and any(
             size["gradient_accumulation_steps"] == 1 for size in self.passes
         )

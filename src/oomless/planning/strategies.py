@@ -217,18 +217,19 @@ def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
     return (True, False)
 
 
-def placements(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
-    """Return where gradients, state and frozen weights may lie, the least on the GPU last."""
-    every = _every_placement(quality, pins)
+def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = False) -> list[Settings]:
+    """Return where gradients, state and frozen weights may lie, the least on the GPU last; ``experts``: whether some are frozen."""
+    every = _every_placement(quality, pins, experts)
     return [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
 
 
-def _every_placement(quality: Quality, pins: Mapping[str, Any]) -> list[Settings]:
+def _every_placement(quality: Quality, pins: Mapping[str, Any], experts: bool = False) -> list[Settings]:
     in_backward: tuple[bool, ...] = (False,)
     if not quality.clips:
         # Without clipping updates inside the backward pass cost nothing; they are why clipping is given up, unless the user did.
         in_backward = (False, True) if pins.get("max_grad_norm") == 0 else (True,)
     ways = {
+        "experts_on_host": _options(pins, "experts_on_host", (False, True) if experts else (False,)),
         "stream_frozen": _options(pins, "stream_frozen", (False, True)),
         "offload_optimizer": _options(pins, "offload_optimizer", (False, True)),
         "optimizer_in_backward": _options(pins, "optimizer_in_backward", in_backward),
@@ -298,5 +299,6 @@ _PHRASES = {
     "offload_activations": "activations offloaded",
     "optimizer_in_backward": "updates in backward",
     "offload_optimizer": "optimizer offloaded",
+    "experts_on_host": "experts on the host",
     "stream_frozen": "frozen layers streamed",
 }

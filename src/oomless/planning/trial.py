@@ -37,6 +37,7 @@ from oomless.planning.layout import Layout
 from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on, require_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.techniques.checkpointing import layers_of_backward
+from oomless.techniques.experts import stacks_on_device
 from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
 from oomless.training.distributed import rehearsed
@@ -89,6 +90,9 @@ class Parts:
 
     streamed_bytes: int
     """Of the weights, those that ``stream_frozen`` would move to the host."""
+
+    expert_bytes: int = 0
+    """Of the weights, those that ``experts_on_host`` would move to the host."""
 
     refused: str | None = None
 
@@ -207,6 +211,7 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
     except UserError as error:
         return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
     linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    stacks = list(stacks_on_device(model))
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*parameters, *model.buffers())}
     return Parts(
         weight_bytes=sum(held.values()),
@@ -218,7 +223,8 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             if setting.target.gpus == 1 or p.ndim > 1
         ),
         trainable_bytes=sum(p.nbytes for p, _ in trained),
-        streamed_bytes=sum(weight.nbytes for weight in linear if not weight.requires_grad),
+        streamed_bytes=sum(weight.nbytes for weight in (*linear, *stacks) if not weight.requires_grad),
+        expert_bytes=sum(stack.nbytes for stack in stacks if not stack.requires_grad),
     )
 
 

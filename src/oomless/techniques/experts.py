@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.ops.frozen_linear import PackedWeight, Quantization, pack, packed_shapes
 from oomless.ops.grouped_linear import MatrixOf
@@ -31,6 +32,16 @@ def expert_modules(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "num_experts"):
             yield name, module
+
+
+def stacks_on_device(model: Any) -> Iterator[Tensor]:
+    """Yield what the stacks of experts of ``model`` hold on the device."""
+    for _, module in expert_modules(model):
+        for name in STACKS:
+            stack = getattr(module, name, None)
+            held = stack.rows if isinstance(stack, FrozenExperts) else stack
+            if held is not None:
+                yield held
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +160,25 @@ class _Fetching:
         self.arrived()
         self._fetch(place + 1)
         return self.stack._unpack(self.slots[place % 2], dtype)
+
+
+def move_to_host(model: Any, kind: Quantization | None, device: Device, trained: list[nn.Module]) -> None:
+    """Have the frozen experts of ``model`` on the host beside ``device``.
+
+    Args:
+        model: on the meta device.
+        kind: how they are stored; ``None``: in the model's dtype.
+        device: where the rest of the model is.
+        trained: the modules that train, each with everything inside it.
+
+    Raises:
+        ConfigError: the device is the plain CPU, or no experts are frozen.
+    """
+    if device.capacity_bytes is None:
+        raise ConfigError("experts_on_host has no effect on a CPU, whose memory is the host's; remove it")
+    replace(model, kind, device, {child for module in trained for child in module.modules()})
+    if not any(isinstance(module, FrozenExperts) for module in model.modules()):
+        raise ConfigError("experts_on_host has no effect: this model has no frozen experts; remove it")
 
 
 def replace(model: Any, kind: Quantization | None, host: Device | None, kept: set[nn.Module]) -> None:

@@ -51,6 +51,7 @@ def check(config: TrainConfig) -> None:
         "optimizer_in_backward": config.optimizer_in_backward
         and "gradients are complete only when all GPUs have added theirs",
         "quantization": config.quantization and "packed weights cannot be cut by rows",
+        "experts_on_host": config.experts_on_host and "they lie in the host's memory already",
         "stream_frozen": config.stream_frozen and "streamed weights lie in the host's memory already",
         "trainable_rows": config.trainable_rows and "the rows of a matrix lie on several GPUs",
         "use_dora": config.use_dora and "its norms need whole matrices",

@@ -20,9 +20,11 @@ from oomless.models import build, form, save
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
+    balancing,
     block_dropout,
     cheap_recompute,
     checkpointing,
+    experts,
     fp32_residual,
     frozen_layers,
     lora,
@@ -106,10 +108,13 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         return _assemble_shards(spec, config, device, fill, ranks)
 
     def prepare(model: Any) -> None:
+        trained = trainable.trained_modules(model, config)
+        if config.experts_on_host:
+            experts.move_to_host(model, config.quantization, device, trained)
         if config.quantization is not None:
-            quantization.replace(model, config.quantization, trainable.trained_modules(model, config))
+            quantization.replace(model, config.quantization, trained)
         if config.stream_frozen:
-            stream_frozen.replace(model, device, trainable.trained_modules(model, config))
+            stream_frozen.replace(model, device, trained)
 
     model = build.build(
         spec,
@@ -174,6 +179,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
     with device.phase("load"):
         optimizer = _optimizer(model, config, device)
         loss_scale = LossScale(model.dtype, device)
+        balance = balancing.of(model, config.router_aux_loss_coef, device)
     device.watch(model, optimizer)
     step = TrainingStep(
         model,
@@ -184,6 +190,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
         loss_chunk_bytes=config.loss_chunk_bytes,
         label_smoothing=config.label_smoothing_factor,
         z_loss=config.z_loss,
+        balance=balance,
         in_backward=config.optimizer_in_backward,
         ranks=ranks,
         sharded=sharded,

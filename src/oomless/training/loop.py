@@ -87,7 +87,11 @@ class Run(Life):
             ranks.from_first(lambda: prepared() is None)  # the others find the cache
         data = prepared()
         reload_base = (
-            start is None or "lora" in config.trainable_parts or config.quantization is not None or config.stream_frozen
+            start is None
+            or "lora" in config.trainable_parts
+            or config.quantization is not None
+            or config.experts_on_host
+            or config.stream_frozen
         )
         run_folder = RunFolder(folder, config, tokenizer, spec, ranks, listener, start)
         super().__init__(

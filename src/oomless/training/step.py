@@ -20,6 +20,7 @@ from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
 from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
 from oomless.techniques import block_dropout, in_flight, one_gradient_buffer, sharding
+from oomless.techniques.balancing import Balance
 from oomless.training.distributed import ALONE, Ranks
 from oomless.training.loss import head_loss, hidden_states
 from oomless.training.precision import LossScale
@@ -53,6 +54,7 @@ class TrainingStep:
         loss_chunk_bytes: int,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        balance: Balance | None = None,
         in_backward: bool = False,
         ranks: Ranks = ALONE,
         sharded: sharding.Sharded | None = None,
@@ -65,6 +67,7 @@ class TrainingStep:
         self.loss_chunk_bytes = loss_chunk_bytes
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.balance = balance
         self.ranks, self.sharded = ranks, sharded
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self.fused = FusedBackward(optimizer) if in_backward else None
@@ -156,6 +159,8 @@ class TrainingStep:
             self.before_micro_batch()
             if self._block_dropout is not None:
                 self._block_dropout.begin(*batch.input_ids.shape)
+            if self.balance is not None:
+                self.balance.begin(self.loss_scale.scale * (batch.target_count / tokens))
             loss = self._loss(
                 batch, self.loss_scale.scale / tokens, label_smoothing=self.label_smoothing, z_loss=self.z_loss
             )
