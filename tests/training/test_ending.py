@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from oomless.config import TrainConfig
+from oomless.diagnosis.cures import own_settings
+from oomless.diagnosis.explain import explain_error
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.training import loop
+from oomless.training.guard import OutOfMemory
 
 FILES = ("model.safetensors", "trainer/optimizer.safetensors")
 
@@ -53,8 +56,13 @@ def test_what_was_trained_is_saved(make_checkpoint, corpus, tmp_path, monkeypatc
     device = VirtualGPU(64 << 20)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "open_device", lambda name: device)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(OutOfMemory) as ended:
             loop.train(settings(folder, corpus, tmp_path / "run", **evaluates), Shrinks(device, 3))
+    if where == "in a step":  # what was tried last is what is explained
+        tried = ended.value.config
+        assert tried.per_device_train_batch_size == 1
+        assert tried.gradient_accumulation_steps == 2
+        assert tried.gradient_checkpointing
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     resumed = loop.train(settings(folder, corpus, tmp_path / "run", resume=True, **evaluates))
     straight = loop.train(settings(folder, corpus, tmp_path / "straight", **evaluates))
@@ -80,6 +88,26 @@ def test_a_resumed_run_does_not_evaluate_a_step_twice(make_checkpoint, corpus, t
     assert sum("eval_loss/library.jsonl" in line for line in lines) == 4
     assert again.eval_before == {"library.jsonl": measured[2]}
     assert again.eval_after == first.eval_after
+
+
+@pytest.mark.slow
+def test_what_is_explained_is_the_run_itself(make_checkpoint, corpus, tmp_path):
+    config = settings(
+        make_checkpoint("llama", vocab_size=4096), corpus, tmp_path / "run", gpu="virtual:10MiB", eval_fraction=0.0
+    )
+    with pytest.raises(torch.OutOfMemoryError) as ended:
+        loop.train(config)
+    found = explain_error(ended.value, config)
+    assert found.run.sources["optimizer"] == "default"
+    assert found.run.sources["max_seq_length"] == "given"
+    assert found.cures is not None
+    for cure in found.cures.fitting:
+        own = own_settings(cure.config)
+        assert own["data"] == config.to_dict()["data"]
+        assert own["output_dir"] == config.output_dir
+        assert own["max_steps"] == 5
+        assert own["gpu"] == "virtual:10MiB"
+    assert found.cures.fitting
 
 
 class Hears(loop.Listener):

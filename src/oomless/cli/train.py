@@ -109,7 +109,8 @@ def _print_out_of_memory(screen: Any, error: Any, config: TrainConfig) -> None:
     from oomless.cli.searching import searching
     from oomless.diagnosis.explain import explain_error
     from oomless.report.diagnosis import print_diagnosis
+    from oomless.training.guard import OutOfMemory
 
     with searching(screen) as say:
-        answer = explain_error(error, config, say)
+        answer = explain_error(error, error.config if isinstance(error, OutOfMemory) else config, say)
     print_diagnosis(screen, answer)

@@ -488,7 +488,7 @@ def own_settings(config: TrainConfig) -> dict[str, Any]:
     plain = TrainConfig.from_mapping({"model": config.model, "data": "YOUR_TEXT", "output_dir": config.output_dir})
     usual, given = plain.to_dict(), config.to_dict()
     shown = {key: value for key, value in given.items() if usual.get(key) != value or key in ("model", "output_dir")}
-    shown["data"] = "YOUR_TEXT"
+    shown.setdefault("data", "YOUR_TEXT")
     if config.per_device_eval_batch_size == config.per_device_train_batch_size:
         shown.pop("per_device_eval_batch_size", None)
     if config.optimizer_in_backward:

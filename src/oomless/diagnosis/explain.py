@@ -16,7 +16,7 @@ from oomless.diagnosis.cures import Cures, find_cures
 from oomless.diagnosis.findings import Finding, find, others_bytes
 from oomless.diagnosis.logs import Occurrence, Reading, read
 from oomless.diagnosis.plain_step import Outcome
-from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run
+from oomless.diagnosis.run import FailedRun, Source, assemble_run, choose_unknowns, rehearse_run
 from oomless.diagnosis.settings import LogSettings
 from oomless.diagnosis.snapshots import SnapshotReading, read_snapshot
 from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
@@ -137,6 +137,10 @@ def explain(
     return _diagnose(reading, recorded, run, progress)
 
 
+OF_THE_RUN = ("data", "eval_data", "output_dir", "gpu", "max_steps", "max_tokens", "num_train_epochs")
+"""Settings of a run that no cure changes."""
+
+
 def explain_error(
     error: torch.OutOfMemoryError, config: TrainConfig, progress: Callable[[str], None] = _silent
 ) -> Diagnosis:
@@ -154,11 +158,13 @@ def explain_error(
     if config.per_device_eval_batch_size == config.per_device_train_batch_size:
         given["per_device_eval_batch_size"] = None
     kept = {name: value for name, value in given.items() if value is not None}
-    for length in ("max_steps", "max_tokens", "num_train_epochs"):
-        kept.pop(length, None)
-    return _diagnose(
-        plain, None, assemble_run(plain, kept, mixed_precision=None, attention=None, tool="oomless"), progress
-    )
+    own = {name: value for name in OF_THE_RUN if (value := config.to_dict().get(name)) is not None}
+    for name in own.keys() - {"gpu"}:
+        kept.pop(name, None)
+    run = assemble_run(plain, kept, mixed_precision=None, attention=None, tool="oomless")
+    usual = TrainConfig.from_mapping({name: own[name] for name in ("data", "output_dir")} | {"model": config.model})
+    defaults: dict[str, Source] = {n: "default" for n, value in run.values.items() if getattr(usual, n) == value}
+    return _diagnose(plain, None, replace(run, own=own, sources={**run.sources, **defaults}), progress)
 
 
 def _diagnose(

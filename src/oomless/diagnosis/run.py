@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from oomless import catalogue
@@ -25,7 +25,7 @@ from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
 from oomless.units import GiB, format_bytes
 
-Source = Literal["given", "log", "message", "assumed"]
+Source = Literal["given", "default", "log", "message", "assumed"]
 USUAL_TOKENS = 2048
 LARGEST_CONTEXT_BYTES = 2 * GiB
 """More outside of PyTorch's allocator than this is not one process's CUDA context and libraries."""
@@ -58,6 +58,8 @@ class FailedRun:
     """What the message leaves for everything outside of this process's allocator."""
 
     trained_parameters: int | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """What else a run of oomless was told, its text and length say, which no cure changes."""
 
     @property
     def known(self) -> bool:
@@ -72,7 +74,7 @@ class FailedRun:
     def config(self, **changes: Any) -> TrainConfig:
         """Return the settings as a config of oomless, with ``changes``; ``None`` takes one away."""
         values: dict[str, Any] = {"data": "YOUR_TEXT", "output_dir": "runs/first", "model": self.model or "-"}
-        values |= dict(self.values) | changes
+        values |= dict(self.own) | dict(self.values) | changes
         return TrainConfig.from_mapping({key: value for key, value in values.items() if value is not None})
 
     def plain(self, *, evaluates: bool = False) -> PlainRun:

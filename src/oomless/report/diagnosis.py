@@ -131,9 +131,12 @@ def _print_holders(screen: Screen, diagnosis: Diagnosis) -> None:
 def _print_run(screen: Screen, diagnosis: Diagnosis) -> None:
     run = diagnosis.run
     assert run.target is not None
-    words = {"given": "given", "log": "from the text", "message": "from the message", "assumed": "assumed"}
+    words = {"log": "from the text", "message": "from the message"}
     settings = [("model", run.model), ("gpu", run.target.name), *run.values.items()]
-    parts = [f"{name} {value} ({words[run.sources.get(name, 'assumed')]})" for name, value in settings]
+    known = [(name, value, run.sources.get(name, "assumed")) for name, value in settings]
+    parts = [f"{name} {value} ({words.get(how, how)})" for name, value, how in known if how != "default"]
+    if "default" in run.sources.values():
+        parts.append("the rest as by default")
     if run.mixed_precision is not None:
         parts.append(f"cast to {run.mixed_precision}")
     _title(screen, "The run")

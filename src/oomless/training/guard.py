@@ -18,7 +18,7 @@ import gc
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -76,6 +76,14 @@ class StartAgain(Exception):
     def __init__(self, standing: Standing) -> None:
         """Begin with a guard that stands where this one stood."""
         self.standing = standing
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """No way to go on fits; the last that was tried is that of ``config``."""
+
+    def __init__(self, message: str, config: TrainConfig) -> None:
+        super().__init__(message)
+        self.config = config
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -182,6 +190,24 @@ class Guard:
     def whole(self) -> bool:
         """Whether weights and state are those after a step, also where the one after it ran out of memory."""
         return not self._changed
+
+    def as_tried(self, config: TrainConfig) -> TrainConfig:
+        """Return ``config`` with what the current rung changes."""
+        rung = self.rungs[self.standing.level]
+        changes: dict[str, Any] = {"loss_chunk_bytes": rung.chunk_bytes}
+        if rung.micro_batch < config.per_device_train_batch_size:
+            steps = -(-config.blocks_per_step // rung.micro_batch)
+            changes |= {"per_device_train_batch_size": rung.micro_batch, "gradient_accumulation_steps": steps}
+            changes |= {"tokens_per_step": None, "per_device_eval_batch_size": None}
+        if rung.checkpoint_all:
+            changes |= {"gradient_checkpointing": True, "checkpointed_layers": None}
+        for name in ("offload_activations", "offload_optimizer"):
+            if getattr(rung, name):
+                changes[name] = True
+        try:
+            return replace(config, **changes)
+        except ConfigError:  # for a model of one layer, say, some of it is no setting
+            return config
 
     def metrics(self) -> dict[str, int]:
         """Return what belongs in a line of metrics: nothing before the first recovery."""

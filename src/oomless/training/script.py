@@ -7,7 +7,7 @@ from contextlib import suppress
 from oomless.data.loader import micro_batches
 from oomless.training import steps
 from oomless.training.evaluation import evaluate
-from oomless.training.guard import is_out_of_memory
+from oomless.training.guard import OutOfMemory, is_out_of_memory
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
 from oomless.training.probe import check_architecture
@@ -30,9 +30,13 @@ def play(life: Life) -> None:
     try:
         _play(life)
     except RuntimeError as error:
-        if is_out_of_memory(error) and life.guard.whole and life.step > first:
+        if not is_out_of_memory(error):
+            raise
+        if life.guard.whole and life.step > first:
             life.keeper.save(life)
-        raise
+        if life.device.fake:
+            raise
+        raise OutOfMemory(str(error), life.guard.as_tried(life.config)) from error
 
 
 def _play(life: Life) -> None:
