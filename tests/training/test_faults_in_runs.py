@@ -38,6 +38,9 @@ MODES = OPTIMIZERS | {
 }
 
 
+RARER = {"tiles", "offload_activations", "nf4", "stream_frozen", "rows"}
+
+
 pytestmark = pytest.mark.usefixtures("frozen_garbage")
 
 
@@ -109,7 +112,9 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if mode in RARER else ()) for mode in MODES]
+)
 def test_no_mode_ends_the_run(make_checkpoint, corpus, tmp_path, monkeypatch, mode, full_length, record_property):
     layers = 2 if mode == "offload_activations" else 1
     width = 1024 if mode == "offload_optimizer" else 96
