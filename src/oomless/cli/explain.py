@@ -11,7 +11,7 @@ import typer
 
 from oomless.cli.command import CONFIG, own
 from oomless.cli.options import given_settings, require_writable
-from oomless.config import read
+from oomless.config import plain, read
 from oomless.errors import ConfigError, nearest
 
 OPTIONS = (
@@ -76,7 +76,7 @@ def explain(
     text = message or ""
     if file is not None:
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
-    given = read(given_settings(config, settings))
+    given = plain(read(given_settings(config, settings)))
     how = {"tool": tool, "mixed_precision": mixed_precision, "attention": attention}
     with searching(aside()) as say:
         answer = diagnose(text, given, snapshot=snapshot, **how, progress=say)
