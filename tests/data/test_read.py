@@ -455,7 +455,7 @@ def test_an_encoding_that_is_likely_is_named(tmp_path):
     assert read(tmp_path, encoding="windows-1252") == ["line\ncaf\xe9"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-99", "base64", "hex", ""])
+@pytest.mark.parametrize("encoding", ["utf-99", "base64", "hex"])
 def test_no_such_encoding(encoding):
     with pytest.raises(ConfigError, match="encoding must be the name of a text encoding"):
         DataSource(path="a", encoding=encoding)

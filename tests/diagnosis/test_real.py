@@ -204,7 +204,7 @@ def cured(run, folder, capacity, cure):
     device = VirtualGPU(capacity)
     with device.active():
         try:
-            parts = assemble(resolve(str(folder)), cure.config, device, fill=False)
+            parts = assemble(resolve(str(folder)), cure.config, device, fill=True)
             play(parts, cure.config)
         except torch.OutOfMemoryError:
             return False

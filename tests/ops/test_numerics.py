@@ -3,6 +3,7 @@
 Each operator's own file tests the same more closely; here none can be forgotten.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import bitsandbytes  # noqa: F401  (its operators)
@@ -15,6 +16,7 @@ from oomless.ops.attention import packed_attention
 from oomless.ops.embedding import embedding
 from oomless.ops.frozen_linear import frozen_linear, new_code, pack
 from oomless.ops.gated_product import gated_product
+from oomless.ops.grouped_linear import Groups, grouped_linear
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.ops.rms_norm import rms_norm
 from oomless.ops.tiled import tiled
@@ -114,6 +116,24 @@ def frozen_case(kind):
     )
 
 
+def grouped_case():
+    """Three experts, one of which has no rows; the last two rows are nobody's."""
+    bounds = [0, 5, 5, 12]
+
+    def plain(rows, weight, bias):
+        parts = [
+            functional.linear(rows[begin:end], weight[expert], bias[expert])
+            for expert, (begin, end) in enumerate(pairwise(bounds))
+        ]
+        return torch.cat([*parts, rows.new_zeros(2, 9)])
+
+    return (
+        lambda rows, weight, bias: grouped_linear(rows, weight, Groups(bounds), bias=bias),
+        plain,
+        [numbers(14, 6), numbers(3, 9, 6, seed=1), numbers(3, 9, seed=2)],
+    )
+
+
 def tiled_case():
     class MLP(torch.nn.Module):
         def __init__(self):
@@ -140,6 +160,7 @@ CASES = {
         lambda gate, up: functional.silu(gate) * up,
         [numbers(3, 5, 7), numbers(3, 5, 7, seed=1)],
     ),
+    "grouped_linear": grouped_case(),
     "linear_cross_entropy": loss_case(),
     "linear_cross_entropy, capped": loss_case(softcap=3.0, logit_scale=0.7),
     "linear_cross_entropy, smoothed": loss_case(label_smoothing=0.2, z_loss=1e-2),

@@ -363,6 +363,7 @@ def test_a_leaner_optimizer_is_resumed(make_checkpoint, corpus, tmp_path):
     )
     device = VirtualGPU(64 << 20)
     with device.active():
+        (tmp_path / "run").mkdir()
         run = loop.Run(config, tmp_path / "run", device, Ear())
         run.guard.standing.level = len(run.guard.rungs) - 1
         run.execute()
