@@ -62,7 +62,7 @@ def test_the_best_model_is_kept_and_the_run_ends_when_none_is_better(make_checkp
 
 
 def test_the_best_adapter_is_merged(make_checkpoint, corpus, tmp_path):
-    settings = dict(learning_rate=0.05, lr_scheduler_type="constant", max_steps=2, eval_steps=1, trainable="lora")
+    settings = dict(learning_rate=0.3, lr_scheduler_type="constant", max_steps=2, eval_steps=1, trainable="lora")
     merged, alone = tmp_path / "merged", tmp_path / "alone"
     model = make_checkpoint("llama")
     loop.train(config(model, corpus, merged, load_best_model_at_end=True, save_total_limit=9, **settings))
