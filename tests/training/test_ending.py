@@ -93,7 +93,7 @@ def test_a_resumed_run_does_not_evaluate_a_step_twice(make_checkpoint, corpus, t
 @pytest.mark.slow
 def test_what_is_explained_is_the_run_itself(make_checkpoint, corpus, tmp_path):
     config = settings(
-        make_checkpoint("llama", vocab_size=4096), corpus, tmp_path / "run", gpu="virtual:10MiB", eval_fraction=0.0
+        make_checkpoint("llama", vocab_size=4096), corpus, tmp_path / "run", gpu="virtual:8MiB", eval_fraction=0.0
     )
     with pytest.raises(torch.OutOfMemoryError) as ended:
         loop.train(config)
@@ -106,7 +106,7 @@ def test_what_is_explained_is_the_run_itself(make_checkpoint, corpus, tmp_path):
         assert own["data"] == config.to_dict()["data"]
         assert own["output_dir"] == config.output_dir
         assert own["max_steps"] == 5
-        assert own["gpu"] == "virtual:10MiB"
+        assert own["gpu"] == "virtual:8MiB"
     assert found.cures.fitting
 
 
