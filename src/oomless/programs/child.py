@@ -1,7 +1,8 @@
 """The child process of ``oomless rehearse``: runs the user's script on the rehearsed GPU, and writes what it found.
 
 The script's folder comes first on ``sys.path`` and its arguments are its own, as when Python runs it. Nothing of the user's is
-written: files opened for writing lie in a scratch folder that goes away, and what saves tensors saves nothing.
+written: files opened for writing lie in a scratch folder that goes away, and what saves tensors saves nothing. It may take half
+of the host's free memory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import builtins
 import io
 import json
 import os
+import resource
 import runpy
 import sys
 import sysconfig
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from oomless.hardware import available_host_bytes
 from oomless.planning.plan import target_for
 from oomless.programs import cuda
 from oomless.programs.stage import Stage
@@ -35,6 +38,8 @@ class Enough(BaseException):
 
 def main() -> None:
     """Rehearse what the file named first says, and write the answer to the file named second."""
+    most = available_host_bytes() // 2
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     question, answer = (Path(name) for name in sys.argv[1:])
     found = rehearse(json.loads(question.read_text(encoding="utf-8")))
     answer.write_text(json.dumps(found), encoding="utf-8")

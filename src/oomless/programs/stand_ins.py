@@ -2,8 +2,7 @@
 
 A tensor on the rehearsed GPU is a plain tensor on torch's ``meta`` device, so that every operator knows shapes and dtypes,
 autograd works as always, and parameters stay parameters. That it lies on the GPU is in the books alone: its storage is
-booked there. Host tensors are real, but for large ones made without a device (a model built on the CPU), which are
-stand-ins too, booked on the host.
+booked there. Host tensors are real, but for the weights that transformers loads, which are stand-ins too, booked on the host.
 
 Values. Token ids, masks and counters decide what a program does next. A stand-in of at most ``SMALL_BYTES`` made from real
 values keeps these as its *shadow*; an operator whose operands all have shadows is computed on them as well. What has no
