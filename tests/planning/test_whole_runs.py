@@ -115,7 +115,7 @@ def test_a_run_in_the_size_of_its_plan(make_checkpoint, corpus, tmp_path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_runs_in_the_size_of_their_plans(make_checkpoint, corpus, tmp_path, monkeypatch, seed):
     play(seed, make_checkpoint, corpus, tmp_path, monkeypatch)
 
