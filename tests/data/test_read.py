@@ -455,6 +455,11 @@ def test_an_encoding_that_is_likely_is_named(tmp_path):
     assert read(tmp_path, encoding="windows-1252") == ["line\ncaf\xe9"]
 
 
+def test_an_empty_encoding():
+    with pytest.raises(ConfigError, match="encoding of a source of text is empty"):
+        DataSource(path="a", encoding="")
+
+
 @pytest.mark.parametrize("encoding", ["utf-99", "base64", "hex"])
 def test_no_such_encoding(encoding):
     with pytest.raises(ConfigError, match="encoding must be the name of a text encoding"):

@@ -358,6 +358,14 @@ def test_a_script_that_does_not_fit_says_where(tmp_path):
     assert "CUDA out of memory. Tried to allocate 256.00 MiB" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
+def test_a_larger_gpu_is_not_answered_by_a_smaller_one(tmp_path):
+    """Both take the same kernels; the one that does not fit comes first."""
+    script = "import torch\nrows = [torch.zeros(64 << 20, device='cuda') for _ in range(12)]\n"
+    done = rehearse(tmp_path, script, options=["--what-if", "gpu=3GiB,24GiB", "--json"])
+    assert [answer["fits"] for answer in json.loads(done.stdout)] == [False, True], done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [

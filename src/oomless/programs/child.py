@@ -105,9 +105,8 @@ def _line_of(stage: Stage, error: BaseException) -> str:
     """Return the innermost line of the user's own code in the traceback of ``error``."""
     found = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        line = stage.line(frame) if stage._own(frame.f_code.co_filename) else None
-        if line is not None:
-            found = f"{line.file}:{number} in {line.function}"
+        if stage.own(frame.f_code.co_filename):
+            found = f"{Path(frame.f_code.co_filename).name}:{number} in {frame.f_code.co_name}"
     return found
 
 

@@ -88,9 +88,9 @@ def rehearse_program(
     """Run ``script`` with its ``arguments`` on ``gpu``, which need not be here, until it has made ``steps`` optimizer steps.
 
     Raises:
-        ConfigError: there is no such script, or what is asked for makes no sense.
+        ConfigError: there is no such script, it stopped with an error of its own, or what is asked for makes no sense.
         HardwareError: no such GPU is known.
-        TrainingError: the script stopped with an error of its own, or made no use of the GPU.
+        TrainingError: the script made no use of the GPU, or its process ended without an answer.
     """
     target = target_for(gpu)
     if target.gpus > 1:
@@ -129,7 +129,7 @@ def compare_programs(script: Path, gpus: Sequence[str], arguments: Sequence[str]
     for gpu in gpus:
         target = target_for(gpu)
         known = answers.get(target.compute_capability)
-        if known is None or known.needed_bytes > target.usable_bytes:
+        if known is None or not known.fits or known.needed_bytes > target.usable_bytes:
             known = rehearse_program(script, gpu, arguments, steps=steps)
             answers[target.compute_capability] = known
         compared.append(replace(known, target=target))

@@ -53,7 +53,7 @@ class Stage:
             record_history=True,
             snapshot_history=snapshot,
         )
-        self.target, self._own = target, own
+        self.target, self.own = target, own
         self.stand_ins = StandIns(self.gpu, target.workspace_bytes, self._asked)
         self.mode = AsIfOnCuda(self.stand_ins, self.gpu)
         self.steps = 0
@@ -127,7 +127,7 @@ class Stage:
         frame = frame or sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
-            if self._own(name):
+            if self.own(name):
                 return Line(file=Path(name).name, number=frame.f_lineno, function=frame.f_code.co_name)
             frame = frame.f_back
         return None
