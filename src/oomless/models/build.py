@@ -86,12 +86,36 @@ def _materialise(model: Any, device: Device) -> None:
             module._buffers[name] = _empty_like(buffer, device)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    for module in model.modules():
-        # Buffers alone are computed; some classes initialise the weights of their children, which may be stored otherwise.
-        module._is_hf_initialized = not any(True for _ in module.named_buffers(recurse=False))
     device.label(model.parameters(), "weights")
-    model.initialize_weights()
+    _compute_buffers(model)
     device.label(model.buffers(), "weights")
+
+
+def _compute_buffers(model: Any) -> None:
+    """Have the classes of ``model`` compute the buffers that no checkpoint holds.
+
+    A module is asked for its own. Those above it are asked only for what is then still unwritten, because some classes initialise
+    the weights of their children too, which may be stored otherwise.
+
+    Raises:
+        ModelError: nobody computes one.
+    """
+    for recurse in (False, True):
+        asked = _unwritten(model) if recurse else {id(buffer) for buffer in model.buffers()}
+        for module in model.modules():
+            module._is_hf_initialized = asked.isdisjoint(map(id, module.buffers(recurse)))
+        model.initialize_weights()
+    if unwritten := _unwritten(model):
+        names = [name for name, buffer in model.named_buffers() if id(buffer) in unwritten]
+        raise ModelError(
+            f"{type(model).__name__} computes {', '.join(names[:3])} in no _init_weights, as transformers asks since version 5, and "
+            "no file holds it: transformers itself loads such a model with random numbers there"
+        )
+
+
+def _unwritten(model: Any) -> set[int]:
+    """Return the identities of the buffers that no checkpoint holds and that nothing was written to since they were allocated."""
+    return {id(buffer) for _, buffer in model.named_non_persistent_buffers() if not buffer._version and buffer.numel()}
 
 
 def _materialise_parameters(root: nn.Module, device: Device) -> None:
