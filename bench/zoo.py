@@ -106,8 +106,8 @@ def make_model(model_type: str, folder: Path) -> None:
     """Save a tiny random model of ``model_type`` to ``folder``."""
     config = small_config(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {})))
     for name in ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"):
-        if getattr(config, name, None):
-            setattr(config, name, VOCABULARY)
+        if getattr(config.get_text_config(), name, None):
+            setattr(config.get_text_config(), name, VOCABULARY)
     for factor in (3, 1):  # larger than fresh matrices, where the model bears it
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.models import build, save
+from oomless.models import build, save, twin
 from oomless.models.spec import load_tokenizer, resolve
 
 IDS = torch.arange(1, 21)[None] * 17 % 512
@@ -184,3 +184,15 @@ class TestBadInput:
     def test_no_tokenizer(self, tmp_path):
         with pytest.raises(ModelError, match="no tokenizer"):
             load_tokenizer(str(tmp_path))
+
+
+def test_a_buffer_that_a_module_above_computes_is_computed(tmp_path):
+    """Falcon-H1's body fills buffers of its layers: left out, they are whatever lay in memory."""
+    config = AutoConfig.for_model("falcon_h1", ssm_multipliers=[0.5, 0.25, 0.5, 0.25, 0.5], vocab_size=512)
+    torch.manual_seed(1)
+    with twin.on_the_host():
+        model = twin.twin(config, "eager")
+    model.save_pretrained(tmp_path)
+    ours = built(tmp_path)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, ours.get_buffer(name)), name

@@ -184,7 +184,10 @@ def cost_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: A
     if packet in _SETTING_ASIDE or _only_looks(func):
         return None
     schema = func._schema
-    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+    given = {
+        argument.name: argument.default_value for argument in schema.arguments
+    }  # what is left out is as the schema says
+    given |= {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
     taken = [tensor for value in given.values() for tensor in _tensors([value])]
     if not taken and isinstance(result, Tensor):
         taken = [result]
