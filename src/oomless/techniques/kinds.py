@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 
@@ -18,8 +19,13 @@ def owner_using_weight(model: Any, name: str) -> str | None:
     """
     owner, _, own_name = name.rpartition(".")
     kind = type(model.get_submodule(owner))
+    return kind.__name__ if f"self.{own_name}.weight" in _source(kind) else None
+
+
+@cache
+def _source(kind: type) -> str:
+    """Return the source of a class, which takes longer to find than a layer takes to rehearse; of one without a file, nothing."""
     try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # a class without a source file
-        return None
-    return kind.__name__ if f"self.{own_name}.weight" in source else None
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
