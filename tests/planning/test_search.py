@@ -273,7 +273,7 @@ def test_refusals_are_not_kept(make_checkpoint, tmp_path, monkeypatch):
     folder = make_checkpoint("llama")
     spec, given = resolve(str(folder)), given_for(folder, quantization="nf4", trainable="lora", optimizer="adamw")
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise ConfigError("bitsandbytes is not there")
 
     with monkeypatch.context() as without:

@@ -1,6 +1,12 @@
 """Quantised frozen layers: what is quantised, how much memory loading takes, training, saving."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +183,36 @@ def test_missing_weight(make_checkpoint, tmp_path):
     device = VirtualGPU(1 << 30)
     with device.active(), pytest.raises(ModelError, match=r"model.layers.0.mlp.up_proj.weight"):
         assemble(resolve(str(tmp_path)), make_config(tmp_path, trainable="lora"), device, fill=True)
+
+
+WITHOUT = """
+import json, sys
+sys.modules["bitsandbytes"] = None  # as where it is not installed
+sys.path.insert(0, {root!r})
+from tests.techniques.test_quantization import rehearsed_dict
+print(json.dumps(rehearsed_dict({folder!r}, {kind!r})))
+"""
+
+
+def rehearsed_dict(folder, kind):
+    found = rehearse(resolve(folder), make_config(folder, quantization=kind, **PARTS["all"]), virtual_device())
+    return json.loads(json.dumps({"profile": found.profile.to_dict(), "work": asdict(found.work)}))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_plan_does_not_depend_on_what_is_installed(make_checkpoint, kind):
+    """Without bitsandbytes every request of memory and all work are as with it; training says what it needs."""
+    folder, root = str(make_checkpoint("llama")), str(Path(__file__).parents[2])
+    script = WITHOUT.format(root=root, folder=folder, kind=kind)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{root}/src"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == rehearsed_dict(folder, kind)
+
+
+def test_training_without_bitsandbytes_says_the_one_command(make_checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    folder, device = make_checkpoint("llama"), VirtualGPU(1 << 30)
+    with device.active(), pytest.raises(ConfigError, match="pip install 'bitsandbytes"):
+        assemble(resolve(str(folder)), make_config(folder, **PARTS["lora"]), device, fill=True)

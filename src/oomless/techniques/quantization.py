@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
+from oomless.ops import packing_shapes
 from oomless.ops.frozen_linear import PackedWeight, Quantization, new_code, pack, packed_shapes
 from oomless.techniques import frozen_layers
 from oomless.techniques.experts import FrozenExperts
@@ -49,21 +50,32 @@ class QuantizedLinear(FrozenLinear):
             buffer.copy_(getattr(made, name))
 
 
-def replace(model: Any, kind: Quantization, trained: list[nn.Module]) -> None:
+def missing() -> str | None:
+    """Return the command that installs what training with few bits needs and is not here; a plan does without."""
+    try:
+        import_unbooked("bitsandbytes")
+    except ImportError:
+        return "pip install 'bitsandbytes>=0.46'"
+    return None
+
+
+def replace(model: Any, kind: Quantization, trained: list[nn.Module], *, rehearsed: bool = False) -> None:
     """Put quantised layers, still empty and on the meta device, in the place of those linear ones that do not train.
 
     Args:
         model: on the meta device.
         kind: how they are stored.
         trained: the modules that train, each with everything inside it.
+        rehearsed: shapes are all that will be asked of the layers.
 
     Raises:
         ConfigError: bitsandbytes is missing, there is nothing to quantise, or most of the body would stay as it is.
     """
-    try:
-        import_unbooked("bitsandbytes")
-    except ImportError as error:
-        raise ConfigError("quantization needs bitsandbytes: install oomless[quantize], or leave it out") from error
+    command = missing()
+    if command is not None and rehearsed:
+        packing_shapes.define()
+    elif command is not None:
+        raise ConfigError(f"to train with quantization bitsandbytes is needed, and is not here: {command}")
     frozen_layers.replace(model, lambda layer: QuantizedLinear(layer, kind), trained, key="quantization", kind=kind)
 
 

@@ -112,7 +112,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         if config.experts_on_host:
             experts.move_to_host(model, config.quantization, device, trained)
         if config.quantization is not None:
-            quantization.replace(model, config.quantization, trained)
+            quantization.replace(model, config.quantization, trained, rehearsed=device.fake)
         if config.stream_frozen:
             stream_frozen.replace(model, device, trained)
 
