@@ -5,8 +5,9 @@ They compute nothing. Where bitsandbytes is there its own are taken (``frozen_li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def _scales(matrix: Tensor, block: int) -> Tensor:
     return matrix.new_empty(-(-matrix.numel() // block), dtype=torch.float32)
 
 
-_OPERATORS = {
+_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "quantize_4bit": (
         "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
         _quantize_4bit,

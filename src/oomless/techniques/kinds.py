@@ -18,12 +18,12 @@ def owner_using_weight(model: Any, name: str) -> str | None:
     What stands in the place of such a layer (an adapter, a weight in fewer bits) would not be asked.
     """
     owner, _, own_name = name.rpartition(".")
-    kind = type(model.get_submodule(owner))
+    kind: Any = type(model.get_submodule(owner))
     return kind.__name__ if f"self.{own_name}.weight" in _source(kind) else None
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     """Return the source of a class, which takes longer to find than a layer takes to rehearse; of one without a file, nothing."""
     try:
         return inspect.getsource(kind)
