@@ -69,6 +69,9 @@ _IN_PLACE_WITHOUT_A_MODE = frozenset(
 )
 """What autograd runs in place on a tensor of its own, but out of place while a dispatch mode is active."""
 
+_WITH_SCRATCH = frozenset({aten._softmax_backward_data.default})
+"""Operators that CUDA gives, until they end, room of the size of their first argument; after their result is there."""
+
 
 class Ledger(Protocol):
     """Where bytes are written down: a device's allocator, or a count of host memory."""
@@ -218,7 +221,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _IN_PLACE_WITHOUT_A_MODE and not kwargs and self._works_in_place(func, args):
             self._hand_over(args[0], result)
             return result
-        error = self._book(result, func, rule)
+        error = self._book(result, func, rule, args[0] if func in _WITH_SCRATCH else None)
         if error is None:
             return result
         # The traceback holds this frame, which must not hold what C++ would have dropped, nor the error.
@@ -228,14 +231,19 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             del error
 
-    def _book(self, result: Any, operation: object, rule: _Rule) -> torch.OutOfMemoryError | None:
-        """Book every storage in ``result`` that is new; return the error if one does not fit."""
+    def _book(
+        self, result: Any, operation: object, rule: _Rule, scratch: Tensor | None
+    ) -> torch.OutOfMemoryError | None:
+        """Book every storage in ``result`` that is new, and for a moment ``scratch``'s size; return the error if one does not fit."""
         try:
             if type(result) is Tensor and result.layout is torch.strided:
                 self._book_tensor(result, operation, rule)
             else:
                 for tensor in _tensors(result):
                     self._book_tensor(tensor, operation, rule)
+            if scratch is not None and (held := self._allocate(self.ledger, scratch.nbytes, operation)) is not None:
+                with self._lock:
+                    self._free(self.ledger, held)
         except torch.OutOfMemoryError as error:
             return error.with_traceback(None)
         return None

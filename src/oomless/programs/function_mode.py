@@ -77,6 +77,14 @@ class AsIfOnCuda(TorchFunctionMode):
             torch.rms_norm: self._rms_norm,
             F.dropout: self._dropout,
             torch.dropout: self._dropout,
+            **{
+                function: self._half_to_float(function, kernel)
+                for functions, kernel in (
+                    ((F.softmax, torch.softmax, Tensor.softmax), torch.ops.aten._softmax.default),
+                    ((F.log_softmax, torch.log_softmax, Tensor.log_softmax), torch.ops.aten._log_softmax.default),
+                )
+                for function in functions
+            },
         }
 
     def __torch_function__(
@@ -238,6 +246,18 @@ class AsIfOnCuda(TorchFunctionMode):
         if not self._is_cuda(x) or not training or not 0 < p < 1 or inplace:
             return torch.dropout_(x, p, training) if inplace else torch.dropout(x, p, training)
         return torch.ops.aten.native_dropout(x, p, True)[0]  # type: ignore[no-any-return]
+
+    def _half_to_float(self, function: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, a softmax, which CUDA computes of ``float16`` in ``float32`` without a copy of its input."""
+
+        def answer(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            dim = kwargs.get("dim", args[0] if args else None)
+            half_to_float = input.dtype is torch.float16 and torch.float32 in (*args, *kwargs.values())
+            if half_to_float and dim is not None and self._is_cuda(input):
+                return kernel(input, dim, True)
+            return function(input, *args, **kwargs)
+
+        return answer
 
     def _attention(
         self,
