@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import oomless
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -173,6 +173,20 @@ def test_kernels_are_those_of_cuda():
         z = F.rms_norm(x, (512,), weight)
         assert torch.cuda.memory_allocated() - before == 256 * 512 * (2 + 1) + 256 * 512 * 2 + 256 * 4
         (y + z).sum().backward()
+
+
+@pytest.mark.parametrize("softmax", [F.softmax, torch.softmax, Tensor.softmax])
+def test_a_softmax_of_half_in_float_copies_nothing_and_its_backward_makes_a_product(softmax):
+    elements = 256 * 512
+    with oomless.rehearsal("virtual:1GiB"):
+        x = torch.ones(256, 512, device="cuda", dtype=torch.float16, requires_grad=True)
+        gradient = torch.ones(256, 512, device="cuda")
+        before = torch.cuda.memory_allocated()
+        y = softmax(x, -1, dtype=torch.float32)
+        assert torch.cuda.max_memory_allocated() - before == torch.cuda.memory_allocated() - before == elements * 4
+        y.backward(gradient)
+        assert torch.cuda.memory_allocated() - before == elements * (4 + 2)
+        assert torch.cuda.max_memory_allocated() - before == elements * (4 + 2 + 4)
 
 
 ADAPTED = """
