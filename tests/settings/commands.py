@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from oomless import cli
 from oomless.cli import voice
+from oomless.training import loop
 
 
 @dataclass
@@ -53,3 +54,11 @@ def oomless(*arguments):
             for screen in (voice.out, voice.aside):
                 screen.cache_clear()
     return Said(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def devices():
+    """Collect the devices that runs open meanwhile."""
+    opened, open_device = [], loop.open_device
+    with patch.object(loop, "open_device", lambda name: opened.append(open_device(name)) or opened[-1]):
+        yield opened

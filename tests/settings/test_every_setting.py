@@ -8,7 +8,7 @@ import yaml
 
 from oomless.config import read
 from tests.settings import values
-from tests.settings.commands import flags, oomless
+from tests.settings.commands import devices, flags, oomless
 
 ROOMY = "virtual:64MiB"
 MESSAGE = (
@@ -68,15 +68,22 @@ def through_every_command(run, places, tmp_path):
         honoured(run, places, written)
         size = said.json["plan"]["needed_bytes"]
         # Exactly the planned size, and on from its checkpoint.
-        train = ("train", "--config", pick, "--output-dir", out, "--gpu", f"virtual:{size}", "--as-given")
         more = () if "save_steps" in run else ("--save-steps", 1)
-        first = oomless(*train, *more)
-        codes["train on a virtual GPU"] = first.code
-        assert first.code == 0, first.err + first.out[-2000:]
-        honoured(run, places, yaml.safe_load((out / "config.yaml").read_text()))
-        again = oomless(*train, *more, "--resume")
-        codes["resume"] = again.code
-        assert again.code == 0, again.err + again.out[-2000:]
+        train = ("--config", pick, "--output-dir", out, "--gpu", f"virtual:{size}", "--as-given", *more)
+        planned = oomless("plan", *train, "--json")
+        assert planned.code == 0, planned.err
+        assert planned.json["needed_bytes"] == size
+        with devices() as opened:
+            first = oomless("train", *train)
+            codes["train on a virtual GPU"] = first.code
+            assert first.code == 0, first.err + first.out[-2000:]
+            honoured(run, places, yaml.safe_load((out / "config.yaml").read_text()))
+            again = oomless("train", *train, "--resume")
+            codes["resume"] = again.code
+            assert again.code == 0, again.err + again.out[-2000:]
+        reached = opened[0].usage()
+        peak = planned.json["profile"]["peak_allocated_bytes"]
+        assert (reached.peak_allocated_bytes - peak, reached.peak_reserved_bytes - size) == (0, 0)
     elif said.code == 2:
         assert said.err.startswith("error: "), said.err
     # What is given and nothing else.

@@ -100,8 +100,10 @@ def _compute_buffers(model: Any) -> None:
     Raises:
         ModelError: nobody computes one.
     """
+    layers = frozen_layers.frozen_weights(model).values()
+    stored = {id(buffer) for layer in layers for buffer in layer.buffers()}  # which the files fill
     for recurse in (False, True):
-        asked = _unwritten(model) if recurse else {id(buffer) for buffer in model.buffers()}
+        asked = _unwritten(model) if recurse else {id(buffer) for buffer in model.buffers()} - stored
         for module in model.modules():
             module._is_hf_initialized = asked.isdisjoint(map(id, module.buffers(recurse)))
         model.initialize_weights()
