@@ -5,6 +5,7 @@
     │   ├── ConfigError        an unknown, malformed or contradictory option
     │   ├── HardwareError      a GPU that is not there, not known, or cannot do what is asked
     │   ├── ModelError         a model or tokenizer that cannot be read or does not fit together
+    │   │   └── UnplannableError   a model whose own code fails in a rehearsal, whatever the settings
     │   ├── DataError          text that cannot be found, read or decoded; a damaged token cache
     │   └── CheckpointError    a checkpoint or run folder that cannot be written, read or resumed
     └── TrainingError          the run itself went wrong; it is stopped rather than continued silently
@@ -46,6 +47,10 @@ class HardwareError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer that cannot be read or does not fit together."""
+
+
+class UnplannableError(ModelError):
+    """A model whose own code fails in a rehearsal, whatever the settings; training may still do."""
 
 
 class DataError(UserError):

@@ -78,6 +78,8 @@ def run() -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except (UserError, TrainingError) as error:
+        if _DEBUG in sys.argv and error.__cause__ is not None:
+            raise
         told = not speaks() if error.told is None else error.told
         return _failed(None if told else str(error), 2 if isinstance(error, UserError) else 1)
     except Interrupted:
@@ -97,7 +99,8 @@ def run() -> int:
 def _blamed(error: Exception) -> str | None:
     from oomless.models.blame import blamed
 
-    return blamed(error)
+    told = blamed(error)
+    return None if told is None else str(told)
 
 
 def _failed(message: str | None, code: int) -> int:

@@ -12,7 +12,7 @@ from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY
 from oomless.cli.options import given_settings, host_size
 from oomless.config import REQUIRED, TrainConfig, outrank, read, require
 from oomless.config.values import load_yaml
-from oomless.errors import ConfigError, TrainingError
+from oomless.errors import ConfigError, TrainingError, UnplannableError
 from oomless.planning.strategies import require_any
 
 OPTIONS = (CONFIG, AS_GIVEN, HOST_MEMORY)
@@ -47,7 +47,6 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
 
     from oomless.cli.searching import explain_nothing_fits
     from oomless.cli.voice import launcher, out, speaks
-    from oomless.planning.plan import predict
     from oomless.report.choice import print_choice
     from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
@@ -62,7 +61,7 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     choice = None if as_given or world_size() > 1 else _choice_to_train(screen, given, host_memory)
     if choice is None:
         resolved = TrainConfig.from_mapping(given)
-        predicted = predict(resolved) if speaks() else None
+        predicted = _predict(screen, resolved) if speaks() else None
     else:
         if choice.config is None:
             explain_nothing_fits(screen, choice)
@@ -87,6 +86,17 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
         print_prediction(screen, predicted, result.peak_memory_bytes)
     if result.interrupted:
         raise typer.Exit(130)
+
+
+def _predict(screen: Any, config: TrainConfig) -> Any:
+    """Return the plan of a run that is about to start; ``None`` where there is no limit or no plan can be made."""
+    from oomless.planning.plan import predict
+
+    try:
+        return predict(config)
+    except UnplannableError as error:
+        screen.print(f"no plan: {error}")
+        return None
 
 
 def _choice_to_train(screen: Any, given: dict[str, Any], host_memory: str | None) -> Any:

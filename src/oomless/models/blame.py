@@ -9,26 +9,28 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from oomless.errors import UnplannableError
+
 _UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def blamed(error: BaseException) -> str | None:
+def blamed(error: BaseException) -> UnplannableError | None:
     """Return what to tell of ``error`` if it was raised inside a module of a model, else ``None``."""
     modules = list(_modules(error.__traceback__))
     if not modules:
         return None
     root, inner = modules[0], modules[-1]
     name = next((name for name, module in root.named_modules() if module is inner and name), "the model itself")
-    where = f"{type(root).__name__} fails in {name} ({type(inner).__name__})"
+    where = f"{name} ({type(inner).__name__})"
     if isinstance(error, _UNKNOWN_VALUES):
-        return (
-            f"{where}: what it asks for depends on values ({error}), which a plan does not have. It can be trained without one: "
-            "train --as-given"
+        return UnplannableError(
+            f"{type(root).__name__} cannot be planned: what {where} asks for depends on values ({error}), which a plan does not have. "
+            "It can be trained without a plan: train --as-given"
         )
     said = " ".join(str(error).split())[:300]
-    return (
-        f"{where}: {type(error).__name__}: {said}. Update transformers, or train this model with other settings; --debug shows "
-        "the whole traceback"
+    return UnplannableError(
+        f"{type(root).__name__} fails in {where}: {type(error).__name__}: {said}. Update transformers, or train this model with other "
+        "settings; --debug shows the whole traceback"
     )
 
 

@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from oomless.config import TrainConfig
+from oomless.errors import OomlessError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.repeated_layers import CannotRepeat, repeated_layers
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models import save, verify
+from oomless.models.blame import blamed
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
@@ -116,7 +118,8 @@ def rehearse(
 
     Raises:
         CannotRepeat: without ``run_all_layers``, where these layers have to be run.
-        UserError: what is asked for does not fit together; the same as training would say.
+        UserError: what is asked for does not fit together; the same as training would say. Or the model's own code fails, or
+            wants to know values.
     """
     failure = None
     parts: Assembly | None = None
@@ -133,6 +136,11 @@ def rehearse(
                     play(parts, config, layout, steps, ranks, whole=whole)
         except torch.OutOfMemoryError as error:
             failure = str(error)
+        except Exception as error:
+            told = None if isinstance(error, (OomlessError, CannotRepeat)) else blamed(error)
+            if told is None:
+                raise
+            raise told from error
     model = parts.model if parts is not None else None
     return Rehearsal(
         profile=device.profile(),

@@ -26,7 +26,7 @@ from torch import nn
 
 from oomless import optim
 from oomless.config import TrainConfig
-from oomless.errors import UserError
+from oomless.errors import UnplannableError, UserError
 from oomless.kept import Kept, key_of, user_folder
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.work import Work
@@ -164,6 +164,8 @@ def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Tr
             gpus=target.gpus,
             layout=setting.layout,
         )
+    except UnplannableError:
+        raise  # no other settings help
     except UserError as error:
         return Trial(
             fits=False, needed_bytes=0, host_bytes=0, held_bytes={}, stopped_at=None, work=None, refused=str(error)
