@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from oomless import __version__
-from oomless.cli import explain, plan, rehearse, train
+from oomless.cli import explain, export, plan, rehearse, train
 from oomless.cli.command import Interrupted, add, interruptible
 from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
@@ -34,6 +34,7 @@ add(app, train.train, train.OPTIONS, train.FIRST, train.EXAMPLES)
 add(app, plan.plan, plan.OPTIONS, plan.FIRST, plan.EXAMPLES)
 add(app, explain.explain, explain.OPTIONS, explain.FIRST, explain.EXAMPLES)
 app.command()(interruptible(rehearse.rehearse))
+app.command()(interruptible(export.export))
 
 
 @app.command()

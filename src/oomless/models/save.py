@@ -59,12 +59,12 @@ def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 def write_safetensors(path: Path, tensors: Mapping[str, Savable], device: Device) -> None:
     """Write ``tensors``, which lie on ``device`` or the host, to the safetensors file ``path``."""
     with durable(path) as file:
-        file.write(_header(tensors)[0])
+        file.write(header(tensors)[0])
         for host in to_host(tensors, device):
-            file.write(_bytes_of(host))
+            file.write(bytes_of(host))
 
 
-def _header(tensors: Mapping[str, Savable]) -> tuple[bytes, dict[str, int], int]:
+def header(tensors: Mapping[str, Savable]) -> tuple[bytes, dict[str, int], int]:
     """Return what a file of ``tensors`` begins with, where in it each of them begins, and its size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
@@ -79,13 +79,14 @@ def _header(tensors: Mapping[str, Savable]) -> tuple[bytes, dict[str, int], int]
     return first, {name: len(first) + begin for name, begin in begins.items()}, len(first) + offset
 
 
-def _bytes_of(host: Tensor) -> Any:
+def bytes_of(host: Tensor) -> Any:
+    """Return the bytes of ``host``, which is contiguous, where they lie."""
     return host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else b""
 
 
 def begin_safetensors(path: Path, tensors: Mapping[str, Savable]) -> None:
     """Write the safetensors file ``path`` with room for ``tensors``, whose parts ``write_parts`` puts there."""
-    first, _, size = _header(tensors)
+    first, _, size = header(tensors)
     with durable(path) as file:
         file.write(first)
         file.truncate(size)
@@ -93,12 +94,12 @@ def begin_safetensors(path: Path, tensors: Mapping[str, Savable]) -> None:
 
 def write_parts(path: Path, tensors: Mapping[str, Savable], own: Mapping[str, Savable], device: Device) -> None:
     """Write into ``path``, which holds ``tensors``, those of them that are this process's ``own``: parts where they belong."""
-    _, begins, _ = _header(tensors)
+    _, begins, _ = header(tensors)
     with durable(path, "r+b") as file:
         for (name, tensor), host in zip(own.items(), to_host(own, device), strict=True):
             start = tensor.start if isinstance(tensor, Part) else 0
             file.seek(begins[name] + start * tensor.element_size())
-            file.write(_bytes_of(host))
+            file.write(bytes_of(host))
 
 
 def savable(parameter: Tensor, state: Tensor | None = None, name: str = "") -> Tensor | Part:

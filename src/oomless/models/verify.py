@@ -47,7 +47,7 @@ def check_saved(
     expected = plain_tensors(model, device, late)
     size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     whole = 2 * size < available_host_bytes()
-    with device.host(), _quiet():
+    with device.host(), quiet():
         config = type(model.config).from_pretrained(folder)
         loaded, report = type(model).from_pretrained(
             folder,
@@ -102,7 +102,7 @@ def _differs(folder: Path, how: str) -> ModelError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Load without transformers' bars and remarks: what matters of them is in its report."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

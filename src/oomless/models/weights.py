@@ -78,7 +78,7 @@ class Weights:
         self.folder = folder
         self._model, self._device = model, device
         with device.host():
-            self._places = {name: path for path in weight_files(folder) for name in _open(path).keys()}  # noqa: SIM118
+            self._places = {name: path for path in weight_files(folder) for name in open_file(path).keys()}  # noqa: SIM118
         self._opened: tuple[Path | None, Any] = (None, None)
         self._settings, kind = starting_point.stored_as(folder)
         self._plain = stored_forms.plain(self._places, kind)
@@ -181,7 +181,7 @@ class Weights:
         path = self._places[name]
         if path != self._opened[0]:
             with self._device.host():
-                self._opened = (path, _open(path))
+                self._opened = (path, open_file(path))
         return self._opened[1]
 
     def check_whole(self, tensors: Mapping[str, int]) -> None:
@@ -252,7 +252,12 @@ class _Slice:
         return _DTYPES.get(self._tensor.dtype, str(self._tensor.dtype))
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """Return the tensors of the weight file ``path``, each read when it is asked for.
+
+    Raises:
+        ModelError: it is damaged, or a pickle of more than tensors.
+    """
     if path.suffix == ".bin":
         return _Pickled(path)
     try:

@@ -1,0 +1,1 @@
+"""What was trained, out of the run folder: files that other programs load."""

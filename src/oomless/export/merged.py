@@ -1,0 +1,123 @@
+"""The whole model after training, each tensor made when it is written.
+
+Nothing is held but the tensor at hand: it is read from the model's files, changed in fp32, rounded once to the dtype of the export, and
+forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oomless.errors import ModelError
+from oomless.export.adapter import LowRankExperts, changes, file_of
+from oomless.export.changes import Change, Replaced, Rows
+from oomless.export.source import Source
+from oomless.memory.device import Device
+from oomless.models import layout
+from oomless.models.layout import LateTensor, Savable
+from oomless.models.make import left_out, make
+from oomless.models.weights import Weights, open_file
+from oomless.techniques import lora, trainable
+
+HOST = Device()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Merged:
+    """The model of ``source``, its numbers in ``dtype`` (default: those that it was trained in).
+
+    Attributes:
+        model: without memory; tells names, shapes and the config.
+        tensors: the parameters and buffers by name, tied ones once.
+        dtype: that of the numbers.
+
+    Raises:
+        ModelError: files are missing or damaged, or an adapter is of another model.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
+        spec = source.base
+        assert spec.folder is not None
+        self.source, self.dtype = source, dtype or _dtype(source)
+        with torch.device("meta"):
+            self.model = make(copy.deepcopy(spec.config), dtype=self.dtype, trust_remote_code=spec.trust_remote_code)
+        state = self.model.state_dict(keep_vars=True)
+        self._weights = Weights(spec.folder, self.model, list(state), HOST)
+        self._weights.check_whole({name: id(tensor) for name, tensor in state.items()})
+        setattr(self.model, layout.NAMES, self._weights.names_in_files)
+        self._changes: Mapping[str, Change] = {} if source.kind == "model" else changes(source, self.model)
+        in_files = {id(state[name]): name for name in reversed(self._weights.names)}
+        stored = {name: in_files.get(id(tensor), name) for name, tensor in state.items()}
+        own = stored
+        if trainable.is_tied(self.model) and _comes_untied(source, self.model, self._changes):
+            trainable.untie(self.model, HOST)
+            own = {name: name for name in state}
+        changed = {own[name]: change for name, change in self._changes.items()}
+        self.tensors = {
+            name: self._late(name, stored[name], changed.get(own[name]), tensor)
+            for name, tensor in lora.plain_tensors(self.model).items()
+        }
+
+    def in_files(self) -> dict[str, Savable]:
+        """Return the tensors as the files that the model came from hold them, with what was left out of it."""
+        found = layout.in_files(self.model, self.tensors, HOST)
+        if left_out(self.model):
+            found |= {name: self._weights.late(name) for name in self._weights.left}
+        return found
+
+    def _late(self, name: str, stored: str, change: Change | None, like: Tensor) -> LateTensor:
+        shape, dtype = tuple(like.shape), like.dtype
+
+        def read() -> Tensor:
+            return self._checked(name, self._weights.read(stored), shape)
+
+        def whole() -> Tensor:
+            made = read().to(dtype) if change is None else change.of(read, dtype)
+            return made.contiguous()
+
+        def expert(number: int) -> Tensor:
+            if isinstance(change, Replaced):
+                return change.new()[number].to(dtype).contiguous()
+            matrix = self._checked(name, self._weights.read_expert(stored, number), shape[1:])
+            if isinstance(change, LowRankExperts):
+                return change.of_expert(matrix, number, dtype).contiguous()
+            return matrix.to(dtype).contiguous()
+
+        return LateTensor(shape, dtype, whole, expert if len(shape) == 3 else None)
+
+    def _checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{name} is {tuple(tensor.shape)} in the files but {shape} by the config.json of {self.source.base.name}: the two do "
+                "not belong together"
+            )
+        return tensor
+
+
+def _dtype(source: Source) -> torch.dtype:
+    """Return what the model of ``source`` was trained in; of an adapter from elsewhere, what its model is stored in."""
+    if source.run is not None and source.kind != "model":
+        file = open_file(file_of(source))
+        trained: torch.dtype = next(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
+        return trained
+    said = str(source.base.config.dtype).removeprefix("torch.")
+    return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{said}"), torch.float32)
+
+
+def _comes_untied(source: Source, model: Any, changed: Mapping[str, Change]) -> bool:
+    """Return whether the head and the embedding, one matrix in the base, are two after training."""
+    if source.run is not None:
+        return source.run.tied_weights == "untied"
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = (
+        changed.get(f"{names[module]}.weight")
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if isinstance(embedding, Replaced) and isinstance(head, Replaced):
+        return not torch.equal(embedding.new(), head.new())
+    return head is not None or (embedding is not None and not isinstance(embedding, Rows))

@@ -1,0 +1,152 @@
+"""What is exported: which weights of which folder, and the model that they change.
+
+A run keeps one of three things in a checkpoint: the whole model, an adapter, or what trained of a model whose frozen layers were
+stored otherwise. The last two are nothing without the model that the run began with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from oomless.config import TrainConfig
+from oomless.config.values import load_yaml
+from oomless.errors import CheckpointError, ConfigError, ModelError
+from oomless.models.spec import ModelSpec, resolve
+from oomless.training import checkpoint
+from oomless.training.best import Best
+from oomless.training.checkpoint import Checkpoint
+from oomless.training.run_folder import Metrics
+
+Kind = Literal["model", "adapter", "trained"]
+ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What is exported."""
+
+    folder: Path
+    """Holds the weights."""
+
+    kind: Kind
+    base: ModelSpec
+    """The model that the weights are, or change."""
+
+    name: str
+    """What the folder is to a person."""
+
+    run: TrainConfig | None = None
+    """The run that made it, where one did."""
+
+    saved: Checkpoint | None = None
+    """The checkpoint of the run that it is."""
+
+    @property
+    def adapter(self) -> Mapping[str, Any]:
+        """What ``adapter_config.json`` says."""
+        found: dict[str, Any] = read_json(self.folder / "adapter_config.json")
+        return found
+
+
+def read_json(path: Path) -> Any:
+    """Return what the JSON file ``path`` holds.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def find(place: Path, step: int | None = None, base: str | None = None) -> Source:
+    """Return what ``place`` holds: a run, one of its checkpoints, an adapter, or a model.
+
+    Args:
+        place: a folder.
+        step: which checkpoint of a run; by default that of its final model, or the newest.
+        base: the model that an adapter changes, where it is not where it was.
+
+    Raises:
+        ConfigError: ``step`` or ``base`` is given for what has none.
+        CheckpointError: the run has no such checkpoint.
+        ModelError: there is nothing to export, or the model that it changes is not there.
+    """
+    if not place.is_dir():
+        raise ConfigError(f"export takes the folder of a run, a checkpoint, an adapter or a model; {place} is none")
+    if (place / "config.yaml").is_file() and not (place / "config.json").is_file():
+        return _of_run(place, step, base)
+    if step is not None:
+        raise ConfigError(f"--checkpoint is a step of a run; {place} is no run's folder: leave it out")
+    saved = next((one for one in checkpoint.list_checkpoints(place.parent) if one.folder.name == place.name), None)
+    return _of_folder(place, _run_of(saved) if saved else None, saved, base, place.name)
+
+
+def _of_run(run: Path, step: int | None, base: str | None) -> Source:
+    config = TrainConfig.from_mapping(load_yaml(run / "config.yaml"))
+    known = {one.step: one for one in checkpoint.list_checkpoints(run)}
+    if step is not None and step not in known:
+        there = ", ".join(map(str, known)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; there is {there}: name one of these")
+    final = (run / "model").is_dir()
+    if step is None and known:
+        step = _best(run, known) if final and config.load_best_model_at_end else max(known)
+    if step is not None:
+        unfinished = "" if final else " of a run that has not ended"
+        return _of_folder(known[step].folder, config, known[step], base, f"{known[step].folder.name}{unfinished}")
+    if not final:
+        raise CheckpointError(f"{run} has neither a checkpoint nor a model: there is nothing to export yet")
+    return _of_folder(run / "model", config, None, base, "model")
+
+
+def _best(run: Path, steps: Iterable[int]) -> int:
+    """Return which of ``steps`` had the best evaluation; the last where none had one."""
+    metrics, best = Metrics(run / "metrics.jsonl", lambda said: None), Best(step=max(steps))
+    for step in sorted(steps):
+        if losses := metrics.evaluated(step):
+            best.judge(step, losses)
+    assert best.step is not None
+    return best.step
+
+
+def _run_of(saved: Checkpoint) -> TrainConfig | None:
+    try:
+        return TrainConfig.from_mapping(checkpoint.read_state(saved)["config"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _of_folder(folder: Path, run: TrainConfig | None, saved: Checkpoint | None, base: str | None, name: str) -> Source:
+    kind: Kind | None = None
+    if (folder / "adapter_config.json").is_file():
+        kind = "adapter"
+    elif (folder / TRAINED).is_file():
+        kind = "trained"
+    elif (folder / "config.json").is_file():
+        kind = "model"
+    if kind is None:
+        raise ModelError(f"{folder} holds no model, no adapter and no checkpoint of a run")
+    if kind == "model" and base is not None:
+        raise ConfigError(f"--base is for an adapter; {folder} holds a whole model: leave it out")
+    trust = run is not None and run.trust_remote_code
+    if kind == "model":
+        spec = resolve(str(folder), trust_remote_code=trust)
+    else:
+        spec = resolve(base or _base_of(folder, kind, run), trust_remote_code=trust)
+    if spec.folder is None:
+        raise ModelError(f"{spec.name} is a config without weights: give the folder of the model with --base")
+    return Source(folder=folder, kind=kind, base=spec, name=name, run=run, saved=saved)
+
+
+def _base_of(folder: Path, kind: Kind, run: TrainConfig | None) -> str:
+    if run is not None:
+        return run.model
+    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if kind == "adapter" else None
+    if not named:
+        raise ConfigError(f"{folder} does not say which model it changes: give its folder or name with --base")
+    return str(named)
