@@ -1,147 +1,163 @@
-"""Whole steps measured on a Tesla T4 by others, beside the same program rehearsed: transformers, peft and bitsandbytes as installed.
+"""Memory measured by others on real GPUs, beside its rehearsal: operators, whole steps and whole runs.
 
-python bench/public_memory.py T4_QLORA.CSV
+python bench/public_memory.py FOLDER [--only operators peft t4]
 
-Each row of the file names a model, how its base is stored, LoRA's rank, batch, length and attention, and what was measured: the
-allocated bytes before the first step, the peaks allocated and reserved of the second, and of the third the peaks of its
-forward and of its optimizer step. The program is written anew here from the settings that its author states (scripts/measure.py
-of github.com/Anassbzdd/fitcheck): a 16-bit model is loaded to the host and moved, a 4-bit one is loaded on the GPU and prepared
-by peft; with SDPA key and value heads are repeated before the call.
+FOLDER holds points.json and t4_qlora.csv, figures with their sources. Rows are kept one by one in results/public_memory.json, so that it
+can be made in pieces; results/public_memory.md is drawn from all that is there.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gc
+import json
 import statistics
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import oomless
+import public_operators
+import public_peft
+import public_t4
 from oomless.errors import OomlessError
 from provenance import RESULTS, provenance
 
+KEPT = RESULTS / "public_memory.json"
 MIB = 1 << 20
-MEASURES = ("resident_mib", "peak_alloc_mib", "peak_reserved_mib", "peak_forward_mib", "peak_optimizer_mib")
+
+Figures = dict[str, int]
+Row = tuple[str, Figures, Callable[[], Figures]]
+"""Its name, what was measured, and what rehearses it."""
 
 
-def rehearse(row: dict[str, str]) -> dict[str, float]:
-    """Return what the rehearsal of ``row`` has for each of ``MEASURES``."""
-    import torch
-    import torch.nn.functional as F
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def operators(folder: Path) -> Iterator[Row]:
+    for point in _points(folder):
+        settings, measured = point["settings"], {"allocated": point["measured"]}
+        if point["kind"] != "op, allocated":
+            continue
+        if "kernel" in settings:
+            name = f"{settings['kernel']} {settings['mode']}, {settings['x_name']} {settings['x']}, {settings['gpu']}"
+            yield name, measured, lambda settings=settings: public_operators.rehearse(settings)
+        else:
+            name = f"loss of a head, backward alone, {settings['tokens']} x {settings['vocabulary']}, {settings['gpu']}"
+            yield name, measured, lambda settings=settings: public_operators.rehearse_loss(settings)
 
-    attend = F.scaled_dot_product_attention
 
-    def with_repeated_heads(query: Any, key: Any, value: Any, *args: Any, **how: Any) -> Any:
-        groups = query.size(-3) // key.size(-3)
-        if groups > 1:
-            key, value = (states.repeat_interleave(groups, dim=-3) for states in (key, value))
-            how.pop("enable_gqa", None)
-        return attend(query, key, value, *args, **how)
+def peft(folder: Path) -> Iterator[Row]:
+    methods: dict[str, Figures] = {}
+    for point in _points(folder):
+        if point["kind"].startswith("PEFT"):
+            measure = "reserved" if "reserved" in point["kind"] else "allocated"
+            methods.setdefault(point["settings"]["method"], {})[measure] = point["measured"]
+    for method, measured in methods.items():
+        yield method, measured, lambda method=method: public_peft.rehearse(method)
 
-    def allocated() -> float:
-        return torch.cuda.max_memory_allocated() / MIB
 
-    found: dict[str, float] = {}
-    rank = int(row["lora_r"])
-    with oomless.rehearsal("T4"):
-        if row["attn"] == "sdpa":
-            F.scaled_dot_product_attention = with_repeated_heads
-        try:
-            how: dict[str, Any] = {"dtype": torch.float16, "attn_implementation": row["attn"]}
-            if row["base"] == "nf4":
-                how["quantization_config"] = BitsAndBytesConfig(
-                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
-                )
-                how["device_map"] = {"": 0}
-            model = AutoModelForCausalLM.from_pretrained(row["model"], **how)
-            model = prepare_model_for_kbit_training(model) if row["base"] == "nf4" else model.cuda()
-            model.config.use_cache = False
-            targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-            model = get_peft_model(
-                model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", target_modules=targets)
-            )
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
-            model.train()
-            found["resident_mib"] = torch.cuda.memory_allocated() / MIB
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-            tokens = torch.randint(0, 1000, (int(row["batch"]), int(row["seq"])), device="cuda")
+def t4(folder: Path) -> Iterator[Row]:
+    with open(folder / "t4_qlora.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            name = f"{row['model']}, {row['base']}, rank {row['lora_r']}, {row['batch']} x {row['seq']}, {row['attn']}, {row['session']}"
+            columns = {"resident": "resident", "allocated": "peak_alloc", "reserved": "peak_reserved"}
+            columns |= {"forward": "peak_forward", "optimizer": "peak_optimizer"}
+            measured = {measure: round(float(row[f"{column}_mib"]) * MIB) for measure, column in columns.items()}
+            yield name, measured, lambda row=row: public_t4.rehearse(row)
 
-            def step(phases: bool) -> None:
-                optimizer.zero_grad(set_to_none=True)
-                torch.cuda.reset_peak_memory_stats()
-                out = model(input_ids=tokens, labels=tokens)
-                if phases:
-                    found["peak_forward_mib"] = allocated()
-                out.loss.backward()
-                if phases:
-                    torch.cuda.reset_peak_memory_stats()
-                optimizer.step()
-                if phases:
-                    found["peak_optimizer_mib"] = allocated()
 
-            step(phases=False)
-            step(phases=False)
-            found["peak_alloc_mib"] = allocated()
-            found["peak_reserved_mib"] = torch.cuda.max_memory_reserved() / MIB
-            step(phases=True)
-        finally:
-            F.scaled_dot_product_attention = attend
+SOURCES: dict[str, tuple[str, Callable[[Path], Iterator[Row]], str]] = {
+    "operators": (
+        "Operators and modules",
+        operators,
+        "Measured by the authors of github.com/linkedin/Liger-Kernel, benchmark/data/all_benchmark_data.csv at ead96b61: PyTorch's own "
+        "operators and transformers' modules on an A100, H100, B200 and RTX 4090, 2024 to 2026. The loss of a head: by the authors of "
+        "github.com/apple/ml-cross-entropy, README, with torch 2.4.1.",
+    ),
+    "peft": (
+        "PEFT's methods on an L40S",
+        peft,
+        "Measured by the authors of github.com/huggingface/peft, method_comparison/MetaMathQA at 5d602fdb, with torch 2.13, "
+        "transformers 5.13.1 and peft 0.19.2.dev0: allocated after a step, on average, and the most reserved in a whole run. The longest "
+        f"batch is not published: {public_peft.LONGEST} tokens, fitted once for all.",
+    ),
+    "t4": (
+        "Steps on a Tesla T4",
+        t4,
+        "Measured by the author of github.com/Anassbzdd/fitcheck, data/measurements, with torch 2.10 and 2.14, transformers 5.0 and 5.17, "
+        "peft 0.19 and 0.20.",
+    ),
+}
+
+
+def _points(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "points.json").read_text(encoding="utf-8"))
     return found
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    with open(sys.argv[1], encoding="utf-8") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    lines = [
-        f"| model | base | batch x length | attention | {' | '.join(name.removesuffix('_mib') for name in MEASURES)} |",
-        "|" + "---|" * (4 + len(MEASURES)),
-    ]
-    errors: dict[str, list[float]] = {name: [] for name in MEASURES}
-    for row in rows:
+def make(folder: Path, source: str, kept: dict[str, Any]) -> None:
+    """Rehearse the rows of ``source``, and keep each when it is there."""
+    here = kept[source] = {"made": provenance(), "rows": {}, "left_out": {}}
+    for name, measured, rehearse in SOURCES[source][1](folder):
         try:
-            found = rehearse(row)
+            found = rehearse()
         except OomlessError as error:
-            print(f"left out: {row['model']}: {error}", flush=True)
-            continue
-        cells = []
-        for name in MEASURES:
-            measured = float(row[name])
-            error = (found[name] - measured) / measured
-            errors[name].append(abs(error))
-            cells.append(f"{found[name]:,.3f} / {measured:,.3f} ({error:+.2%})")
-        about = f"| {row['model']} | {row['base']} | {row['batch']} x {row['seq']} | {row['attn']} |"
-        lines.append(f"{about} {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+            here["left_out"][name] = str(error)
+        else:
+            here["rows"][name] = {measure: [found[measure], value] for measure, value in measured.items()}
+        print(name, here["rows"].get(name) or here["left_out"][name], flush=True)
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         gc.collect()
-    summary = [
-        f"- {name.removesuffix('_mib')}: median {statistics.median(values):.3%}, worst {max(values):.3%}"
-        for name, values in errors.items()
-    ]
-    made = provenance()
-    text = "\n".join(
-        [
-            "# Steps on a Tesla T4, rehearsed and measured",
+
+
+def summary(rows: dict[str, dict[str, list[int]]]) -> dict[str, tuple[int, float, float]]:
+    """Return for each measure the number of rows, and the median and the worst error."""
+    errors: dict[str, list[float]] = {}
+    for row in rows.values():
+        for measure, (found, measured) in row.items():
+            errors.setdefault(measure, []).append(abs(found - measured) / measured)
+    return {name: (len(values), statistics.median(values), max(values)) for name, values in errors.items()}
+
+
+def drawn(kept: dict[str, Any]) -> str:
+    """Return the page: a summary of all, then each source."""
+    head = ["| source | measure | rows | median error | worst error |", "|---|---|---|---|---|"]
+    sections: list[str] = []
+    for source, (title, _, about) in SOURCES.items():
+        if source not in kept:
+            continue
+        rows, made = kept[source]["rows"], kept[source]["made"]
+        measures = summary(rows)
+        head += [f"| {title} | {m} | {n} | {median:.3%} | {worst:.3%} |" for m, (n, median, worst) in measures.items()]
+        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        sections += [
             "",
-            f"{len(errors['resident_mib'])} of {len(rows)} rows; MiB, rehearsed / measured. Made by `bench/public_memory.py` "
-            f"on {made['date']} at {made['commit']} with {', '.join(f'{k} {v}' for k, v in made['versions'].items())}.",
-            "Measured by the author of github.com/Anassbzdd/fitcheck (MIT), data/measurements, with torch 2.10 and 2.14,",
-            "transformers 5.0 and 5.17, peft 0.19 and 0.20.",
+            f"## {title}",
             "",
-            *summary,
-            "",
-            *lines,
+            about,
+            f"Rehearsed on {made['date']} at {made['commit']} with {versions}.",
             "",
         ]
-    )
-    Path(RESULTS, "public_memory.md").write_text(text, encoding="utf-8")
-    print("\n".join(summary))
+        sections += [f"- left out: {name}: {why}" for name, why in kept[source]["left_out"].items()]
+        sections += [f"| MiB, rehearsed / measured | {' | '.join(measures)} |", "|---|" + "---|" * len(measures)]
+        sections += [f"| {name} | {' | '.join(_cell(row, m) for m in measures)} |" for name, row in rows.items()]
+    return "\n".join(["# Memory measured by others, and rehearsed", "", *head, *sections, ""])
+
+
+def _cell(row: dict[str, list[int]], measure: str) -> str:
+    if measure not in row:
+        return ""
+    found, measured = row[measure]
+    return f"{found / MIB:,.3f} / {measured / MIB:,.3f} ({(found - measured) / measured:+.3%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[*SOURCES], default=[*SOURCES])
+    asked = parser.parse_args()
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}
+    for source in asked.only:
+        make(asked.folder, source, kept)
+        Path(RESULTS, "public_memory.md").write_text(drawn(kept), encoding="utf-8")
 
 
 if __name__ == "__main__":

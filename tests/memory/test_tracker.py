@@ -112,6 +112,21 @@ def test_whatever_makes_a_tensor_books_its_storage(tracked, make, size_bytes):
     assert tracked.allocated_bytes == 0
 
 
+def test_inference_mode_books_what_no_grad_books(tracked):
+    """There torch hands composite operators to modes whole: a cast looks like a view, and what a norm makes is not seen."""
+    events = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        tracked.events.clear()
+        with mode():
+            x = kibibyte().view(4, 64)
+            kept = [x.half(), x.t().reshape(-1), nn.functional.linear(x, x), nn.functional.rms_norm(x, (64,))]
+            kept.append(nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], x @ x.t()))
+            del kept, x
+        events.append(list(tracked.events))
+    assert events[0] == events[1]
+    assert len(events[0]) > 20
+
+
 def test_memory_from_elsewhere_is_not_booked():
     before = torch.ones(256)
     ledger = Ledger()

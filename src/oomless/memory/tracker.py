@@ -135,6 +135,15 @@ def _rule(func: Any) -> _Rule:
     return _Rule.NEW_STORAGES
 
 
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Say whether an operator is made of others alone, and asks for memory only through them."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
+        return False
+    name = func.name()  # type: ignore[no-untyped-call]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
 def _tensors(result: Any) -> Iterator[Tensor]:
     """Yield the dense tensors in what an operator returned; of a sparse tensor, its parts."""
     if isinstance(result, Tensor):
@@ -214,6 +223,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run ``func`` and book what is new in its result."""
         if types and not _PLAIN_TYPES.issuperset(types):
             return NotImplemented  # A wrapper runs first; the operators on its parts come here.
+        if torch.is_inference_mode_enabled() and _is_composite(func):
+            return self._apart(func, args, kwargs or {})
         result = func(*args, **kwargs) if kwargs else func(*args)
         rule = _rule(func)
         if rule is _Rule.NOTHING_NEW:
@@ -230,6 +241,11 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise error
         finally:
             del error
+
+    def _apart(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run a composite operator as the others that it is made of, which autograd does outside of inference mode."""
+        with self:
+            return func.decompose(*args, **kwargs)
 
     def _book(
         self, result: Any, operation: object, rule: _Rule, scratch: Tensor | None

@@ -290,7 +290,9 @@ class AsIfOnCuda(TorchFunctionMode):
             found = ops._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, False, scale=scale)[0]
             return found[..., :width]  # type: ignore[no-any-return]
         if attn_mask is not None and attn_mask.dtype is torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+            attn_mask = torch.where(attn_mask, 0.0, query.new_tensor(-torch.inf))
+        if attn_mask is not None and attn_mask.shape[-1] % 8:
+            attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 8))[..., : attn_mask.shape[-1]]
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -307,18 +309,23 @@ class AsIfOnCuda(TorchFunctionMode):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """What CUDA's one kernel asks for: the result and the reciprocal norms in fp32; backward the gradients alone."""
+    """What CUDA's one kernel asks for: the result and the reciprocal norms in fp32; backward the gradients alone.
+
+    It reads contiguous tensors: what is not (the gradient of a sum is one number) is copied first.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, dimensions: int) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
-        reciprocal = x.new_empty((*x.shape[:-dimensions], *([1] * dimensions)), dtype=exact)
+        held = x.contiguous()
+        reciprocal = held.new_empty((*x.shape[:-dimensions], *([1] * dimensions)), dtype=exact)
         ctx.save_for_backward(x, weight, reciprocal)
-        return torch.empty_like(x)
+        return torch.empty_like(held)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
+        gradient, x = gradient.contiguous(), x.contiguous()
         trained = weight is not None and ctx.needs_input_grad[1]
         return torch.empty_like(x), torch.empty_like(weight) if trained else None, None
 

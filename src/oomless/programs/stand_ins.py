@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from oomless.memory.tracker import Ledger, StorageTracker, _Rule
+from oomless.memory.tracker import Ledger, StorageTracker, _is_composite, _Rule
 from oomless.memory.virtual_gpu import VirtualGPU
 
 aten = torch.ops.aten
@@ -141,6 +141,8 @@ class StandIns(StorageTracker):
     ) -> Any:
         """Run ``func`` on stand-ins where one is among its operands, book the result, and follow its values."""
         with torch._C.DisableTorchFunction():
+            if torch.is_inference_mode_enabled() and _is_composite(func):
+                return self._apart(func, args, kwargs or {})
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
