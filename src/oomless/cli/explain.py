@@ -12,14 +12,19 @@ import typer
 from oomless.cli.command import CONFIG, own
 from oomless.cli.options import given_settings, require_writable
 from oomless.config import plain, read
-from oomless.errors import ConfigError, nearest
+from oomless.errors import ConfigError, UserError
 
 OPTIONS = (
     ("file", Annotated[str | None, typer.Argument(help="A log with the error; - for standard input.")], None),
     CONFIG,
     own("message", str, "The error itself."),
     own("snapshot", Path, "A file of torch.cuda.memory._dump_snapshot."),
-    own("tool", str, "What ran: trainer, trl, peft, unsloth, axolotl, accelerate, torch or oomless."),
+    own(
+        "tool",
+        str,
+        "What ran: trainer, trl, peft, unsloth, axolotl, llamafactory, ms-swift, torchtune, verl, deepspeed, torch ...",
+    ),
+    own("budget", float, "Seconds that rehearsals may take; 0 reads alone. [default: 60]"),
     own("mixed_precision", str, "fp16 or bf16: weights in fp32, arithmetic cast."),
     own("attention", str, "sdpa, or eager with its scores in full."),
     own("json", bool, "Print the diagnosis as JSON."),
@@ -45,6 +50,7 @@ def explain(
     message: str | None,
     snapshot: Path | None,
     tool: str | None,
+    budget: float | None,
     mixed_precision: str | None,
     attention: str | None,
     json: bool,
@@ -53,38 +59,84 @@ def explain(
 ) -> None:
     """Say what an out-of-memory error means. What asked, what held the rest, and which cures, rehearsed, fit.
 
-    FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings.
+    FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings. The
+    reading comes at once; rehearsals follow.
     """
     require_writable(html)
-
-    from oomless.cli.searching import searching
-    from oomless.cli.voice import aside, out, say_notes
-    from oomless.diagnosis.explain import explain as diagnose
-    from oomless.diagnosis.explain import read_text
-    from oomless.diagnosis.tools import TOOLS
-    from oomless.report.diagnosis import print_diagnosis, write_page
-
-    for name, value, known in (
-        ("tool", tool, TOOLS),
-        ("mixed-precision", mixed_precision, ("fp16", "bf16")),
-        ("attention", attention, ("sdpa", "eager")),
-    ):
-        if value is not None and value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}.{nearest(value, known)}")
+    if budget is not None and not budget >= 0:
+        raise ConfigError(f"--budget is a number of seconds, 0 or more; got {budget}")
     if file is not None and message is not None:
         raise ConfigError("an error is given as FILE or as --message, not as both")
     text = message or ""
     if file is not None:
-        text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else read_text(file)
-    given = plain(read(given_settings(config, settings)))
-    how = {"tool": tool, "mixed_precision": mixed_precision, "attention": attention}
+        text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else _read_text(file)
+
+    from oomless.cli.voice import out
+    from oomless.report.first_answer import print_first_answer
+
+    notes: list[str] = []
+    given = _usable(given_settings(config, settings), notes)
+    how: dict[str, str | None] = {"tool": tool}
+    for name, value, known in (
+        ("mixed_precision", mixed_precision, ("fp16", "bf16")),
+        ("attention", attention, ("sdpa", "eager")),
+    ):
+        how[name] = value if value in known else None
+        if value is not None and value not in known:
+            notes.append(f"--{name.replace('_', '-')} {value} is left out: it is one of {', '.join(known)}")
+    first = _first(text, given, snapshot, how, notes)
+    if not json:
+        print_first_answer(out(), first)
+        out().file.flush()
+    _rehearse(first, 60.0 if budget is None else budget, json, html)
+
+
+def _first(text: str, given: dict[str, Any], snapshot: Path | None, how: dict[str, Any], notes: list[str]) -> Any:
+    from oomless.diagnosis.first_answer import first_answer
+
+    try:
+        return first_answer(text, given, snapshot=snapshot, notes=tuple(notes), **how)
+    except UserError as error:
+        if not text:
+            raise
+        notes.append(f"the snapshot is left out: {error}")
+        return first_answer(text, given, notes=tuple(notes), **how)
+
+
+def _rehearse(first: Any, budget: float, json: bool, html: Path | None) -> None:
+    """Rehearse what can be, print it as it is found, and write what was asked for."""
+    from oomless.cli.searching import searching
+    from oomless.cli.voice import aside, out
+    from oomless.diagnosis.explain import Listener, rehearse_answer
+    from oomless.report.diagnosis import Printer, print_holders, write_page
+
+    screen = out()
+    if not json and first.snapshot is not None:
+        print_holders(screen, first)
     with searching(aside()) as say:
-        answer = diagnose(text, given, snapshot=snapshot, **how, progress=say)
-    if answer.run.spec is not None:
-        say_notes(answer.run.spec)
+        printer = Printer(screen, first, say)
+        answer = rehearse_answer(first, budget, Listener() if json else printer)
     if json:
-        out().out(dumps(answer.to_dict(), indent=2))
+        screen.out(dumps(answer.to_dict(), indent=2))
     else:
-        print_diagnosis(out(), answer)
+        printer.close(answer)
     if html is not None:
         write_page(answer, html)
+
+
+def _usable(settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Return those of ``settings`` that can be read; the others are said in ``notes``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        try:
+            found |= plain(read({name: value}))
+        except ConfigError as error:
+            notes.append(f"{name} {value} is left out: {error}")
+    return found
+
+
+def _read_text(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"the log {source} cannot be read: {error.strerror or error}") from error

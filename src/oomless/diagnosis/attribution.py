@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oomless import catalogue
 from oomless.diagnosis.frames import Place
@@ -20,8 +20,10 @@ from oomless.diagnosis.sizes import ByteRange
 from oomless.diagnosis.tensors import Dimensions, Tensor, of_activations, of_weights
 from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_settings import AllocatorSettings
-from oomless.memory.profile import Request
 from oomless.units import MiB
+
+if TYPE_CHECKING:
+    from oomless.memory.profile import Request
 
 SHOWN = 5
 LONGEST_TOKENS = 1 << 20

@@ -1,7 +1,8 @@
 """What would cure it: changes of the settings in the order of what they cost, each rehearsed on the GPU that ran out.
 
-A cure is said to fit only where the rehearsal of the whole run with it fits, and is left out where it saves nothing. Each
-is given as settings of oomless and, where the tool that failed has the same, as the change there.
+A cure is said to fit only where the rehearsal of the whole run with it fits, and is left out where it saves nothing. It is
+rehearsed as the tool that failed runs it, so that what it saves is the difference of two rehearsals that differ in it alone; and
+last comes the same run in oomless.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 from oomless import catalogue
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS, TrainConfig
+from oomless.diagnosis.changes import BUNDLES, CHANGES, EVALUATION, PARTS, PLAIN, SAME, SAME_SPEED, apply_all
+from oomless.diagnosis.clock import Clock
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun, oomless_values, rehearse_own, rehearse_run
 from oomless.diagnosis.tools import change_in
@@ -30,21 +33,6 @@ LEAST_SAVING = 0.005
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """One change of settings, and what it costs."""
-
-    name: str
-    title: str
-    quality: str
-    speed: str
-    reduces_fixed: bool
-    """Whether it makes weights, gradients or optimizer state smaller; what does not, cannot help where these exceed."""
-
-    apply: Callable[[dict[str, Any]], dict[str, Any] | None]
-    """Returns the changed settings, or ``None`` where it does not apply."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Cure:
     """A rehearsed change of the run."""
 
@@ -54,7 +42,7 @@ class Cure:
     """What it sets, under oomless' names."""
 
     config: TrainConfig | None
-    """The whole run with it, in oomless; ``None`` where it changes the surroundings of the run alone."""
+    """The whole run with it, where it was rehearsed in oomless; ``None`` for a run of another tool."""
 
     needed_bytes: int
     saved_bytes: int
@@ -100,6 +88,9 @@ class Cures:
     elsewhere: tuple[str, ...]
     """The smallest GPU or model change that fits, where no cure does."""
 
+    not_reached: tuple[str, ...] = ()
+    """What the time did not suffice for."""
+
     @property
     def fitting(self) -> tuple[Cure, ...]:
         """Those that fit."""
@@ -119,166 +110,8 @@ class Cures:
             "batch_cannot_help": self.batch_cannot_help,
             "tried": [cure.to_dict() for cure in self.tried],
             "elsewhere": list(self.elsewhere),
+            "not_reached": list(self.not_reached),
         }
-
-
-def _smaller_batch(values: dict[str, Any]) -> dict[str, Any] | None:
-    batch = values.get("per_device_train_batch_size", 1)
-    evaluation = {"per_device_eval_batch_size": 1} if values.get("per_device_eval_batch_size", 1) > 1 else {}
-    if batch <= 1:
-        return evaluation or None
-    accumulation = values.get("gradient_accumulation_steps", 1) * batch
-    return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, **evaluation}
-
-
-def _checkpointing(values: dict[str, Any]) -> dict[str, Any] | None:
-    return None if values.get("gradient_checkpointing") else {"gradient_checkpointing": True}
-
-
-def _in_backward(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("optimizer_in_backward") or "lora" in values.get("trainable", "full"):
-        return None
-    return {"optimizer_in_backward": True, "max_grad_norm": None}
-
-
-def _correction(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("dtype") == "fp32" or values.get("weight_precision") not in (None, "master"):
-        return None
-    return None if values.get("trainable") == "lora" else {"weight_precision": "correction"}
-
-
-def _half(values: dict[str, Any]) -> dict[str, Any] | None:
-    return {"dtype": "auto"} if values.get("dtype") == "fp32" else None
-
-
-def _optimizer(name: str) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
-    order = ("adamw", "adamw_8bit", "adafactor")
-
-    def change(values: dict[str, Any]) -> dict[str, Any] | None:
-        now = values.get("optimizer", "adamw")
-        if now not in order or order.index(now) >= order.index(name):
-            return None
-        dropped = {key: None for key in OPTIMIZER_DEFAULTS[now] if key not in OPTIMIZER_DEFAULTS[name]}
-        return {"optimizer": name, **dropped}
-
-    return change
-
-
-def _shorter(divisor: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
-    def change(values: dict[str, Any]) -> dict[str, Any] | None:
-        length = values["max_seq_length"] // divisor
-        return {"max_seq_length": length} if length >= 64 else None
-
-    return change
-
-
-def _lora(values: dict[str, Any]) -> dict[str, Any] | None:
-    if "lora" in values.get("trainable", "full"):
-        return None
-    return {"trainable": "lora", "tied_weights": None, "weight_precision": None, "optimizer_in_backward": None}
-
-
-def _quantized(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("quantization") or "full" in values.get("trainable", "full") or values.get("use_dora"):
-        return None
-    return {"quantization": "nf4"}
-
-
-def _head_alone(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("trainable", "full") == "lm_head":
-        return None
-    return {"trainable": "lm_head", **dict.fromkeys(LORA_DEFAULTS), "quantization": None}
-
-
-SAME, SAME_SPEED = "none: the same numbers", "none, or faster"
-CHANGES = {
-    change.name: change
-    for change in (
-        Change(name="batch", title="one block at a time, accumulated", quality=SAME, reduces_fixed=False,
-               speed="more, smaller passes", apply=_smaller_batch),
-        Change(name="checkpointing", title="gradient checkpointing", quality=SAME, reduces_fixed=False,
-               speed="each layer's forward is computed twice", apply=_checkpointing),
-        Change(name="in_backward", title="updates inside the backward pass", reduces_fixed=True,
-               quality="no clipping by the global norm", speed="none", apply=_in_backward),
-        Change(name="half", title="16-bit weights", reduces_fixed=True,
-               quality="16-bit arithmetic", speed="faster on tensor cores", apply=_half),
-        Change(name="correction", title="8 bits of correction instead of fp32 copies", reduces_fixed=True,
-               quality="weights exact to 2^-15 of themselves or better", speed="a slower update", apply=_correction),
-        Change(name="adamw_8bit", title="AdamW with 8-bit state", reduces_fixed=True,
-               quality="moments rounded to 8 bits in blocks", speed="a slower update", apply=_optimizer("adamw_8bit")),
-        Change(name="adafactor", title="Adafactor", reduces_fixed=True,
-               quality="another optimizer: second moments by rows and columns, no first", speed="a slower update",
-               apply=_optimizer("adafactor")),
-        Change(name="half_length", title="blocks of half the length", reduces_fixed=False,
-               quality="no token sees further back than that", speed="about the same for each token", apply=_shorter(2)),
-        Change(name="quarter_length", title="blocks of a quarter of the length", reduces_fixed=False,
-               quality="no token sees further back than that", speed="about the same for each token", apply=_shorter(4)),
-        Change(name="lora", title="LoRA instead of all weights", reduces_fixed=True,
-               quality="learns less new knowledge than full training", speed="faster", apply=_lora),
-        Change(name="nf4", title="frozen weights in 4 bits", reduces_fixed=True,
-               quality="frozen weights are rounded to 4 bits", speed="weights are unpacked in each pass", apply=_quantized),
-        Change(name="lm_head", title="lm_head alone", reduces_fixed=True,
-               quality="the body learns nothing", speed="much faster", apply=_head_alone),
-    )
-}  # fmt: skip
-_LEAN = ("batch", "checkpointing", "half", "correction")
-BUNDLES: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (
-        (),
-        ("batch",),
-        ("checkpointing",),
-        ("batch", "checkpointing"),
-        ("in_backward",),
-        ("batch", "checkpointing", "in_backward"),
-    ),
-    (
-        ("half",),
-        ("half", "correction"),
-        ("half", "adamw_8bit"),
-        ("half", "correction", "adamw_8bit"),
-        (*_LEAN, "adamw_8bit"),
-        (*_LEAN, "adamw_8bit", "in_backward"),
-    ),
-    (
-        ("half", "correction", "adafactor"),
-        (*_LEAN, "adafactor", "in_backward"),
-    ),
-    (
-        ("batch", "checkpointing", "half_length"),
-        (*_LEAN, "adafactor", "in_backward", "half_length"),
-        (*_LEAN, "adafactor", "in_backward", "quarter_length"),
-    ),
-)
-"""Changes taken together, that leave what trains as it is: by what they cost, and in each group the leanest last."""
-
-PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "nf4": (("batch", "checkpointing", "nf4"), (*_LEAN, "nf4", "adamw_8bit")),
-    "lora": (
-        ("half", "lora"),
-        ("batch", "checkpointing", "half", "lora"),
-        ("batch", "checkpointing", "half", "lora", "nf4"),
-        ("batch", "checkpointing", "half", "lora", "nf4", "half_length"),
-    ),
-    "lm_head": (
-        ("half", "lm_head", "correction", "adamw_8bit"),
-        ("half", "lm_head", "correction", "adafactor", "in_backward"),
-        ("half", "lm_head", "correction", "adafactor", "in_backward", "quarter_length"),
-    ),
-}
-"""The same for changes of what trains, or of what frozen weights are stored in."""
-
-
-def apply_all(names: tuple[str, ...], values: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return those changes of ``names`` that apply to ``values``, and what they set."""
-    applied: list[str] = []
-    changed, sets = dict(values), dict[str, Any]()
-    for name in names:
-        change = CHANGES[name].apply(changed)
-        if change is not None:
-            applied.append(name)
-            sets |= change
-            changed = {k: v for k, v in (changed | change).items() if v is not None}
-    return tuple(applied), sets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,42 +121,57 @@ class _Answer:
     needed_bytes: int
     fits: bool
     headroom_bytes: int
-    parameters: int
 
 
 class _Search:
     """Rehearses bundles, each different one once, and keeps what they came to."""
 
-    def __init__(self, run: FailedRun, before: Outcome, say: Callable[[str], None]) -> None:
-        self.run, self.before, self.say = run, before, say
-        self.base = oomless_values(run)
-        self.known: list[tuple[dict[str, Any], tuple[str, ...], _Answer | None]] = []
+    def __init__(
+        self, run: FailedRun, before: Outcome, clock: Clock, heard: Callable[[Cure], None], evaluates: bool
+    ) -> None:
+        self.run, self.before, self.clock, self.heard, self.evaluates = run, before, clock, heard, evaluates
+        self.base: dict[str, Any] = dict(run.values)
+        if run.tool == "oomless":
+            self.base = oomless_values(run)
+        else:
+            self.base |= {name: getattr(run, name, evaluates) for name in PLAIN}
+        self.known: list[tuple[dict[str, Any], _Answer | None]] = []
         self.cures: list[Cure] = []
+        self.not_reached: list[str] = []
 
     def plan(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any], _Answer | None]:
-        """Return the changes of ``names`` that apply, what they set, and the plan with them, if there can be one."""
+        """Return the changes of ``names`` that apply, what they set, and what they come to, if they can be rehearsed in time."""
         applied, sets = apply_all(names, self.base)
         settings = {k: v for k, v in (self.base | sets).items() if v is not None}
-        for known, _, answer in self.known:
+        for known, answer in self.known:
             if known == settings:
                 return applied, sets, answer
-        self.say(f"cure: {', '.join(CHANGES[name].title for name in applied) or 'the same run in oomless'}")
-        answer = _planned(self.run, sets)
-        self.known.append((settings, applied, answer))
+        title = ", ".join(CHANGES[name].title for name in applied) or "the run as it was"
+        if not self.clock.has_time():
+            self.not_reached.append(title)
+            return applied, sets, None
+        with self.clock.timing(f"cure: {title}"):
+            answer = _measured(changed(self.run, sets), self.evaluates)
+        self.known.append((settings, answer))
         return applied, sets, answer
 
-    def add(self, names: tuple[str, ...], *, always: bool = False) -> None:
+    def add(self, names: tuple[str, ...]) -> None:
         """Take the bundle into the list, if it applies and saves something that no smaller bundle saves."""
         applied, sets, answer = self.plan(names)
-        if answer is None or any(set(cure.changes) == set(applied or ("logits",)) for cure in self.cures):
+        if not applied or answer is None or any(set(cure.changes) == set(applied) for cure in self.cures):
             return
-        if self.run.tool == "oomless" and not applied:
-            return
-        smaller = [c.needed_bytes for c in self.cures if set(c.changes) - {"logits"} < set(applied)]
+        if any(c.fits and set(c.changes) < set(applied) for c in self.cures):
+            return  # what it adds is not needed
+        smaller = [c.needed_bytes for c in self.cures if set(c.changes) < set(applied)]
         least = min([self.before.needed_bytes, *smaller])
-        if answer.fits or always or answer.needed_bytes < least - LEAST_SAVING * self.before.needed_bytes:
-            saved = self.before.needed_bytes - answer.needed_bytes
-            self.cures.append(_cure(self.run, applied, sets, answer, saved))
+        saved = self.before.needed_bytes - answer.needed_bytes
+        if saved > 0 and (answer.fits or answer.needed_bytes < least - LEAST_SAVING * self.before.needed_bytes):
+            self.take(_cure(self.run, applied, sets, answer, saved))
+
+    def take(self, cure: Cure) -> None:
+        """Take ``cure`` into the list."""
+        self.cures.append(cure)
+        self.heard(cure)
 
     def found(self) -> int:
         """Return how many fit."""
@@ -344,87 +192,148 @@ class _Search:
 
 
 def find_cures(
-    run: FailedRun, before: Outcome, *, fragmented: bool, others_bytes: int, say: Callable[[str], None]
+    run: FailedRun,
+    before: Outcome,
+    *,
+    evaluates: bool,
+    fragmented: bool,
+    others_bytes: int,
+    clock: Clock,
+    heard: Callable[[Cure], None],
 ) -> Cures:
     """Return the cures of ``run``, which as it was needs what ``before`` says.
 
     Args:
         run: complete: model, GPU, length and dtype are known.
         before: of the run as it was, without a limit.
+        evaluates: whether it failed in its evaluation.
         fragmented: whether the message shows memory that is reserved but cannot be used.
         others_bytes: what other processes hold of the GPU.
-        say: is told what is rehearsed.
+        clock: says whether there is time for another rehearsal.
+        heard: is told each cure as it is found.
     """
     assert run.target is not None
-    search = _Search(run, before, say)
-    search.cures += _around_the_run(run, before, fragmented=fragmented, others_bytes=others_bytes)
-    search.add(())
-    leanest = search.plan(BUNDLES[-1][-1])[2]
-    if leanest is None or leanest.fits:
-        search.groups(BUNDLES, ENOUGH)
-    else:
-        search.add(BUNDLES[-1][-1])
-    for name, group in PARTS.items():
-        if CHANGES[name].apply(search.base) is not None and search.found() < 2:
-            search.groups((group,), ENOUGH)
+    search = _Search(run, before, clock, heard, evaluates)
+    for cure in _around_the_run(run, before, clock, evaluates, fragmented=fragmented, others_bytes=others_bytes):
+        search.take(cure)
+    if evaluates:
+        search.groups((EVALUATION,), 1)
+    if not search.found() or not evaluates:
+        leanest = search.plan(BUNDLES[-1][-1])[2]
+        if leanest is None or leanest.fits:
+            search.groups(BUNDLES, ENOUGH)
+        else:
+            search.add(BUNDLES[-1][-1])
+        for name, group in PARTS.items():
+            if CHANGES[name].apply(search.base) is not None and search.found() < 2:
+                search.groups((group,), ENOUGH)
+    if run.tool != "oomless" and not evaluates:
+        _in_oomless(run, before, search)
     return Cures(
         usable_bytes=run.target.usable_bytes,
         before_bytes=before.needed_bytes,
         fixed_bytes=before.fixed_bytes,
         tried=tuple(search.cures),
-        elsewhere=() if search.found() else tuple(_elsewhere(run)),
+        elsewhere=() if search.found() else tuple(_elsewhere(run, clock)),
+        not_reached=tuple(dict.fromkeys(search.not_reached)),
     )
 
 
-def _planned(run: FailedRun, sets: Mapping[str, Any], target: Target | None = None) -> _Answer | None:
-    """Return the plan of the run with ``sets``; ``None`` where the settings do not go together."""
+def _in_oomless(run: FailedRun, before: Outcome, search: _Search) -> None:
+    """Take the same run in oomless, as it was or as lean as it has to be to fit."""
+    own = dataclasses.replace(
+        run, tool="oomless", values=oomless_values(run), mixed_precision=None, attention="sdpa", fused_loss=False
+    )
+    for names in ((), *(group[-1] for group in BUNDLES)):
+        applied, sets = apply_all(names, own.values)
+        if not search.clock.has_time():
+            search.not_reached.append("the same run in oomless")
+            return
+        with search.clock.timing("cure: the same run in oomless"):
+            answer = _measured(changed(own, sets), False)
+        saved = 0 if answer is None else before.needed_bytes - answer.needed_bytes
+        if answer is not None and answer.fits and saved > 0:
+            cure = _cure(own, applied, sets, answer, saved)
+            more = f", with {cure.title}" if applied else ""
+            quality = (
+                cure.quality
+                if run.values.get("dtype") == "fp32" and run.mixed_precision is None
+                else f"updates are made to exact copies of 16-bit weights{'' if cure.quality == SAME else '; ' + cure.quality}"
+            )
+            search.take(
+                dataclasses.replace(
+                    cure,
+                    title=f"the same run in oomless{more}",
+                    changes=("oomless", *applied),
+                    quality=quality,
+                    tool=None,
+                )
+            )
+            return
+
+
+def changed(run: FailedRun, sets: Mapping[str, Any]) -> FailedRun:
+    """Return ``run`` with what a change ``sets``; ``None`` takes a setting away."""
+    plain = {name: sets[name] for name in PLAIN if name in sets and name != "evaluates"}
+    values = {k: v for k, v in {**run.values, **sets}.items() if v is not None and k not in PLAIN}
+    return dataclasses.replace(run, values=values, **plain)
+
+
+def _measured(run: FailedRun, evaluates: bool, target: Target | None = None) -> _Answer | None:
+    """Return what ``run`` comes to on ``target``; ``None`` where its settings do not go together."""
     target = target or run.target
-    assert run.spec is not None
     assert target is not None
     try:
-        config = run.config(**{**oomless_values(run), **sets})
-        free, found = rehearse_own(run.spec, config, target, limited=False)
-        fits = free.needed_bytes <= target.usable_bytes
-        if not fits and found.profile.peak_allocated_bytes <= target.usable_bytes:
+        free = _rehearsed(run, target, evaluates, limited=False)
+        needed = free.needed_bytes
+        fits = needed <= target.usable_bytes
+        if not fits and free.device.profile().peak_allocated_bytes <= target.usable_bytes:
             # The allocator gives cached memory back before it fails; only a rehearsal at the limit knows if that is enough.
-            limited, at_limit = rehearse_own(run.spec, config, target, limited=True)
-            fits = at_limit.out_of_memory is None
-            free = limited if fits else free
+            limited = _rehearsed(run, target, evaluates, limited=True)
+            fits = limited.out_of_memory is None
+            needed = limited.needed_bytes if fits else needed
     except UserError:
         return None
-    return _Answer(
-        needed_bytes=free.needed_bytes,
-        fits=fits,
-        headroom_bytes=target.usable_bytes - free.needed_bytes,
-        parameters=found.parameters,
-    )
+    return _Answer(needed_bytes=needed, fits=fits, headroom_bytes=target.usable_bytes - needed)
+
+
+def _rehearsed(run: FailedRun, target: Target, evaluates: bool, *, limited: bool) -> Outcome:
+    if run.tool == "oomless":
+        assert run.spec is not None
+        return rehearse_own(run.spec, run.config(), target, limited=limited)[0]
+    return rehearse_run(run, target, limited=limited, evaluates=evaluates)
 
 
 def _cure(run: FailedRun, names: tuple[str, ...], sets: Mapping[str, Any], answer: _Answer, saved: int) -> Cure:
     changes = [CHANGES[name] for name in names]
     qualities = [change.quality for change in changes if change.quality != SAME]
-    speeds = list(dict.fromkeys(change.speed for change in changes if change.speed != "none"))
+    speeds = list(dict.fromkeys(c.speed for c in changes if c.speed not in ("none", SAME_SPEED)))
+    after = changed(run, sets)
+    own = run.tool == "oomless"
     return Cure(
-        title=", ".join(change.title for change in changes) or "the same run in oomless, which never holds all logits",
-        changes=names or ("logits",),
+        title=", ".join(change.title for change in changes),
+        changes=names,
         settings={key: value for key, value in sets.items() if value is not None},
-        config=run.config(**{**oomless_values(run), **sets}),
+        config=after.config() if own else None,
         needed_bytes=answer.needed_bytes,
         saved_bytes=saved,
         fits=answer.fits,
         headroom_bytes=answer.headroom_bytes,
         quality="; ".join(qualities) or SAME,
         speed="; ".join(speeds) or SAME_SPEED,
-        tool=change_in(run.tool, names or ("logits",), {**oomless_values(run), **sets}),
+        tool=None if own else change_in(run.tool or "torch", names, after.values),
     )
 
 
-def _around_the_run(run: FailedRun, before: Outcome, *, fragmented: bool, others_bytes: int) -> Iterator[Cure]:
+def _around_the_run(
+    run: FailedRun, before: Outcome, clock: Clock, evaluates: bool, *, fragmented: bool, others_bytes: int
+) -> Iterator[Cure]:
     """Yield what needs no change of the run: the GPU for itself, an allocator that does not fragment."""
     assert run.target is not None
-    if others_bytes:
+    if others_bytes and clock.has_time():
         alone = dataclasses.replace(run.target, outside_bytes=max(0, run.target.outside_bytes - others_bytes))
-        outcome = rehearse_run(run, alone, limited=True)
+        with clock.timing("cure: the GPU for itself"):
+            outcome = rehearse_run(run, alone, limited=True, evaluates=evaluates)
         if outcome.stopped_at is None:
             yield Cure(
                 title="the GPU for itself: end the other processes on it",
@@ -439,16 +348,19 @@ def _around_the_run(run: FailedRun, before: Outcome, *, fragmented: bool, others
                 speed=SAME_SPEED,
                 tool="nvidia-smi shows them; a notebook that was not shut down is one",
             )
-    if fragmented:
-        outcome = rehearse_run(run, run.target, limited=True, settings=AllocatorSettings(expandable_segments=True))
-        if outcome.stopped_at is None:
+    if fragmented and clock.has_time():
+        with clock.timing("cure: an allocator that does not fragment"):
+            settings = AllocatorSettings(expandable_segments=True)
+            outcome = rehearse_run(run, run.target, limited=True, evaluates=evaluates, settings=settings)
+        saved = before.needed_bytes - outcome.needed_bytes
+        if outcome.stopped_at is None and saved > 0:
             yield Cure(
                 title="an allocator that does not fragment",
                 changes=("expandable",),
                 settings={},
                 config=None,
                 needed_bytes=outcome.needed_bytes,
-                saved_bytes=before.needed_bytes - outcome.needed_bytes,
+                saved_bytes=saved,
                 fits=True,
                 headroom_bytes=run.target.usable_bytes - outcome.needed_bytes,
                 quality=SAME,
@@ -457,28 +369,38 @@ def _around_the_run(run: FailedRun, before: Outcome, *, fragmented: bool, others
             )
 
 
-def _elsewhere(run: FailedRun) -> Iterator[str]:
+def _elsewhere(run: FailedRun, clock: Clock) -> Iterator[str]:
     """Yield the smallest GPU and the largest model of the family for which the leanest settings fit."""
     assert run.spec is not None
-    names, sets = apply_all(BUNDLES[-1][-1], oomless_values(run))
+    base = (
+        run.values if run.tool == "oomless" else {**run.values, **{name: getattr(run, name, False) for name in PLAIN}}
+    )
+    names, sets = apply_all(BUNDLES[-1][-1], base)
     how = ", ".join(CHANGES[name].title for name in names) or "the same settings"
-    needed = _planned(run, sets)
+    lean = changed(run, sets)
+    needed = _measured(lean, False) if clock.has_time() else None
     if needed is None:
         return
     for gpu in sorted(catalogue.gpus(), key=lambda gpu: gpu.usable_bytes):
         target = target_for(gpu.name)
-        if target.usable_bytes >= needed.needed_bytes:
-            answer = _planned(run, sets, target)
+        if target.usable_bytes >= needed.needed_bytes and clock.has_time():
+            answer = _measured(lean, False, target)
             if answer is not None and answer.fits:
                 yield f"GPU: {gpu.name} is the smallest of the catalogue on which this fits with {how}"
                 break
     family = catalogue.models_of(str(run.spec.config.model_type))
+    try:
+        parameters = catalogue.parameters(run.spec.name)
+    except UserError:
+        return
 
     def fits(name: str) -> _Answer | None:
-        answer = _planned(dataclasses.replace(run, model=name, spec=resolve_for_plan(name)), sets)
+        if not clock.has_time():
+            return None
+        answer = _measured(dataclasses.replace(lean, model=name, spec=resolve_for_plan(name)), False)
         return answer if answer is not None and answer.fits else None
 
-    largest = first_with([name for name in family if catalogue.parameters(name) < needed.parameters], fits)
+    largest = first_with([name for name in family if catalogue.parameters(name) < parameters], fits)
     if largest is not None:
         yield f"model: {largest[0]} is the largest of its architecture that fits here with {how}"
 

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 
 from oomless.config import TrainConfig
-from oomless.diagnosis.attribution import SHOWN, Suspect, suspects, suspects_in_the_catalogue
-from oomless.diagnosis.cures import Cures, find_cures
-from oomless.diagnosis.findings import Finding, find, others_bytes
-from oomless.diagnosis.logs import Occurrence, Reading, read
+from oomless.diagnosis.attribution import SHOWN, Suspect, suspects
+from oomless.diagnosis.clock import Clock
+from oomless.diagnosis.cures import Cure, Cures, find_cures
+from oomless.diagnosis.findings import others_bytes
+from oomless.diagnosis.first_answer import FirstAnswer, answer_of, first_answer
+from oomless.diagnosis.logs import read
 from oomless.diagnosis.plain_step import Outcome
-from oomless.diagnosis.run import FailedRun, Source, assemble_run, choose_unknowns, rehearse_run
+from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run, why_not_rehearsed
 from oomless.diagnosis.settings import LogSettings
-from oomless.diagnosis.snapshots import SnapshotReading, read_snapshot
+from oomless.diagnosis.situation import Situation, Source, read_situation
 from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
-from oomless.errors import ConfigError, DataError
+from oomless.errors import DataError, UserError
 
 TRAINER_EVAL_BATCH = 8
 """What the ``Trainer`` evaluates at once where it is not told."""
@@ -30,24 +32,41 @@ def _silent(_: str) -> None:
     """Tell nobody."""
 
 
+class Listener:
+    """Is told what is found, as it is found."""
+
+    def __init__(self, progress: Callable[[str], None] = _silent) -> None:
+        """Pass on to ``progress`` what is rehearsed."""
+        self.progress = progress
+
+    def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome, suspects: list[Suspect]) -> None:
+        """Hear what the run as it was came to."""
+
+    def cured(self, cure: Cure) -> None:
+        """Hear of a cure."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
     """Everything that was found."""
 
-    reading: Reading
-    snapshot: SnapshotReading | None
-    run: FailedRun
-    findings: tuple[Finding, ...]
+    first: FirstAnswer
+    run: FailedRun | None
+    """The run as it was rehearsed; ``None`` where it could not be."""
+
     suspects: tuple[Suspect, ...]
     """What may have asked, the likeliest first; empty where the message names no size."""
 
     at_failure: Outcome | None
-    """The run as it was, rehearsed within the GPU's limit; ``None`` where model or GPU are not known."""
+    """The run as it was, rehearsed within the GPU's limit."""
 
     without_limit: Outcome | None
     cures: Cures | None
     missing: tuple[str, ...]
     """What would make the answer better if it were given."""
+
+    not_rehearsed: str | None
+    """Why nothing was rehearsed."""
 
     @property
     def stops(self) -> bool:
@@ -56,46 +75,52 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        run, first = self.run, self.reading.first
-        rehearsal = None
-        if self.at_failure is not None and self.without_limit is not None:
-            stopped = self.at_failure.stopped_at
-            rehearsal = {
-                "stops": self.stops,
-                "needed_bytes": self.without_limit.needed_bytes,
-                "fixed_bytes": self.without_limit.fixed_bytes,
-                "held_bytes": dict(self.at_failure.held_bytes),
-                "reserved_bytes": self.at_failure.reserved_bytes,
-                "stopped_at": None
-                if stopped is None
-                else {
-                    "phase": stopped.phase,
-                    "module": stopped.module,
-                    "operation": stopped.operation,
-                    "bytes": stopped.size_bytes,
-                },
-            }
+        situation, run = self.first.situation, self.run
+        reading = situation.reading
+        first = reading.first
         return {
             "error": None if first is None else first.message.to_dict(),
             "place": None if first is None else first.place.to_dict(),
             "errors": [
-                {"words": o.message.words, "count": o.count, "ranks": list(o.ranks)} for o in self.reading.occurrences
+                {"words": o.message.words, "count": o.count, "ranks": list(o.ranks)} for o in reading.occurrences
             ],
-            "log": self.reading.settings.to_dict(),
-            "snapshot": None if self.snapshot is None else self.snapshot.to_dict(),
+            "log": reading.settings.to_dict(),
+            "snapshot": None if self.first.snapshot is None else self.first.snapshot.to_dict(),
             "run": {
-                "tool": run.tool,
-                "model": run.model,
-                "gpu": None if run.target is None else run.target.name,
-                "mixed_precision": run.mixed_precision,
-                "settings": dict(run.values),
-                "sources": dict(run.sources),
+                "tool": situation.tool,
+                "model": situation.model,
+                "gpu": situation.gpu if run is None or run.target is None else run.target.name,
+                "mixed_precision": situation.mixed_precision if run is None else run.mixed_precision,
+                "settings": dict(situation.values if run is None else run.values),
+                "sources": dict(situation.sources if run is None else run.sources),
             },
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [finding.to_dict() for finding in self.first.findings],
             "asked": [suspect.to_dict() for suspect in self.suspects[:SHOWN]],
-            "rehearsal": rehearsal,
+            "to_try": [remedy.to_dict() for remedy in self.first.remedies],
+            "rehearsal": self._rehearsal(),
+            "not_rehearsed": self.not_rehearsed,
             "cures": None if self.cures is None else self.cures.to_dict(),
             "missing": list(self.missing),
+            "notes": list(situation.notes),
+        }
+
+    def _rehearsal(self) -> dict[str, Any] | None:
+        if self.at_failure is None or self.without_limit is None:
+            return None
+        stopped = self.at_failure.stopped_at
+        return {
+            "stops": self.stops,
+            "needed_bytes": self.without_limit.needed_bytes,
+            "fixed_bytes": self.without_limit.fixed_bytes,
+            "held_bytes": dict(self.at_failure.held_bytes),
+            "reserved_bytes": self.at_failure.reserved_bytes,
+            "stopped_at": stopped
+            and {
+                "phase": stopped.phase,
+                "module": stopped.module,
+                "operation": stopped.operation,
+                "bytes": stopped.size_bytes,
+            },
         }
 
 
@@ -107,7 +132,8 @@ def explain(
     tool: str | None = None,
     mixed_precision: str | None = None,
     attention: str | None = None,
-    progress: Callable[[str], None] = _silent,
+    budget_s: float | None = None,
+    listener: Listener | None = None,
 ) -> Diagnosis:
     """Return the diagnosis of an out-of-memory error.
 
@@ -115,26 +141,66 @@ def explain(
         text: a message, a log or a notebook's output; may be empty where model and GPU are given.
         given: settings under the names of ``TrainConfig``, which outrank those of the text.
         snapshot: a file of ``torch.cuda.memory._dump_snapshot``.
-        tool: what ran: trainer, trl, peft, unsloth, axolotl, accelerate, torch or oomless.
+        tool: what ran; one of ``tools.TOOLS``.
         mixed_precision: fp16 or bf16: weights in fp32, arithmetic cast to this.
         attention: sdpa or eager.
-        progress: is told what is rehearsed.
+        budget_s: how long rehearsals may take; by default as long as they take.
+        listener: is told what is found, as it is found.
 
     Raises:
-        UserError: there is nothing to explain, or a setting, the model, the GPU or the snapshot is not usable.
+        UserError: the snapshot cannot be read.
     """
-    reading = read(text)
-    recorded = None if snapshot is None else read_snapshot(snapshot)
-    if recorded is not None and recorded.out_of_memory is not None and reading.first is None:
-        occurrence = Occurrence(message=recorded.out_of_memory, place=recorded.place)
-        reading = replace(reading, occurrences=(occurrence, *reading.occurrences))
-    run = assemble_run(reading, given or {}, mixed_precision=mixed_precision, attention=attention, tool=tool)
-    if reading.first is None and recorded is None and not run.known:
-        raise DataError(
-            "there is no out-of-memory error in this text, and model and GPU are not both named: paste the whole error, or give "
-            "--model and --gpu"
-        )
-    return _diagnose(reading, recorded, run, progress)
+    how: dict[str, Any] = {"tool": tool, "mixed_precision": mixed_precision, "attention": attention}
+    return rehearse_answer(first_answer(text, given, snapshot=snapshot, **how), budget_s, listener)
+
+
+def rehearse_answer(
+    first: FirstAnswer, budget_s: float | None = None, listener: Listener | None = None, run: FailedRun | None = None
+) -> Diagnosis:
+    """Return the whole diagnosis after its ``first`` answer: the run rehearsed, as it was and with cures.
+
+    ``run`` is the run, where it is known better than ``first`` tells. What cannot be rehearsed is said and never an error.
+    """
+    heard, situation = listener or Listener(), first.situation
+    clock = Clock(budget_s, heard.progress)
+    why, notes = why_not_rehearsed(situation), list[str]()
+    found: dict[str, Any] = {"run": None, "at_failure": None, "without_limit": None, "cures": None}
+    named = list(first.suspects)
+    if why is None:
+        try:
+            found["run"] = run = run or assemble_run(situation, notes)
+            with clock.timing("the run as it was"):
+                run, at_failure = choose_unknowns(
+                    _with_evaluation(run, situation), situation.reading, [s for s in named if s.solved], clock.has_time
+                )
+            assert run.target is not None
+            evaluates = _evaluates(situation)
+            with clock.timing("the run as it was, without a limit"):
+                without_limit = rehearse_run(run, run.target, limited=False, evaluates=evaluates)
+            named = _suspects(situation, run, at_failure) or named
+            found |= {"run": run, "at_failure": at_failure, "without_limit": without_limit}
+            heard.rehearsed(run, at_failure, without_limit, named)
+            if at_failure.stopped_at is not None or situation.reading.first is None:
+                message = situation.reading.first.message if situation.reading.first is not None else None
+                found["cures"] = find_cures(
+                    run,
+                    without_limit,
+                    evaluates=evaluates
+                    and at_failure.stopped_at is not None
+                    and at_failure.stopped_at.phase == "evaluation",
+                    fragmented=any(finding.topic == "fragmentation" for finding in first.findings)
+                    and not situation.others.get("expandable"),
+                    others_bytes=others_bytes(message) if message is not None else 0,
+                    clock=clock,
+                    heard=heard.cured,
+                )
+        except UserError as error:
+            why = str(error)
+        except Exception as error:  # a model's own code may fail in any way; the reading stands without a rehearsal
+            why = f"the rehearsal failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    first = replace(first, situation=replace(situation, notes=(*situation.notes, *notes)))
+    missing = _missing(situation, found["run"])
+    return Diagnosis(first=first, suspects=tuple(named), not_rehearsed=why, missing=missing, **found)
 
 
 OF_THE_RUN = ("data", "eval_data", "output_dir", "gpu", "max_steps", "max_tokens", "num_train_epochs")
@@ -149,9 +215,7 @@ def explain_error(
     Raises:
         UserError: the run cannot be rehearsed.
     """
-    text = "".join(traceback.format_exception(error))
-    reading = read(text)
-    plain = replace(reading, settings=LogSettings(tool="oomless"))
+    reading = replace(read("".join(traceback.format_exception(error))), settings=LogSettings(tool="oomless"))
     given = {**{name: getattr(config, name) for name in config.to_dict()}, "resume": None}
     if config.optimizer_in_backward:
         given["max_grad_norm"] = None
@@ -161,110 +225,69 @@ def explain_error(
     own = {name: value for name in OF_THE_RUN if (value := config.to_dict().get(name)) is not None}
     for name in own.keys() - {"gpu"}:
         kept.pop(name, None)
-    run = assemble_run(plain, kept, mixed_precision=None, attention=None, tool="oomless")
+    situation = read_situation(reading, kept, tool="oomless")
+    notes: list[str] = []
+    why = why_not_rehearsed(situation)
+    if why is not None:
+        raise DataError(why)
+    run = assemble_run(situation, notes)
     usual = TrainConfig.from_mapping({name: own[name] for name in ("data", "output_dir")} | {"model": config.model})
     defaults: dict[str, Source] = {n: "default" for n, value in run.values.items() if getattr(usual, n) == value}
-    return _diagnose(plain, None, replace(run, own=own, sources={**run.sources, **defaults}), progress)
+    run = replace(run, own=own, sources={**run.sources, **defaults})
+    return rehearse_answer(answer_of(situation), None, Listener(progress), run)
 
 
-def _diagnose(
-    reading: Reading, recorded: SnapshotReading | None, run: FailedRun, say: Callable[[str], None]
-) -> Diagnosis:
-    first = reading.first
-    findings = find(reading, recorded, run.outside_bytes)
-    on_gpu = first is None or first.message.kind in ("allocator", "driver", "library")
-    if first is not None and first.place.phase == "evaluation":
-        run = _with_evaluation(run)
-    solved = _suspects(reading, run, None)
-    at_failure = without_limit = None
-    cures = None
-    if on_gpu and run.known:
-        say("the run as it was")
-        run, at_failure = choose_unknowns(run, reading, [s for s in solved if s.solved])
-        assert run.target is not None
-        evaluates = first is not None and first.place.phase == "evaluation"
-        without_limit = rehearse_run(run, run.target, limited=False, evaluates=evaluates)
-        solved = _suspects(reading, run, at_failure)
-        message = first.message if first is not None else None
-        held_by_others = others_bytes(message, run.outside_bytes) if message is not None else 0
-        cures = find_cures(
-            run,
-            without_limit,
-            fragmented=any(finding.topic == "fragmentation" for finding in findings),
-            others_bytes=held_by_others,
-            say=say,
-        )
-    return Diagnosis(
-        reading=reading,
-        snapshot=recorded,
-        run=run,
-        findings=tuple(findings),
-        suspects=tuple(solved),
-        at_failure=at_failure,
-        without_limit=without_limit,
-        cures=cures,
-        missing=_missing(run, on_gpu),
-    )
+def _evaluates(situation: Situation) -> bool:
+    first = situation.reading.first
+    return first is not None and first.place.phase == "evaluation"
 
 
-def _with_evaluation(run: FailedRun) -> FailedRun:
-    if "per_device_eval_batch_size" in run.values or run.tool == "oomless":
+def _with_evaluation(run: FailedRun, situation: Situation) -> FailedRun:
+    if not _evaluates(situation) or "per_device_eval_batch_size" in run.values or run.tool == "oomless":
         return run
     values = {**run.values, "per_device_eval_batch_size": TRAINER_EVAL_BATCH}
     return replace(run, values=values, sources={**run.sources, "per_device_eval_batch_size": "assumed"})
 
 
-def _suspects(reading: Reading, run: FailedRun, rehearsed: Outcome | None) -> list[Suspect]:
-    first = reading.first
-    if first is None or first.message.kind != "allocator":
-        return []
-    unsloth = run.tool == "unsloth"
-    if run.spec is None:
-        return suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth)
+def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[Suspect]:
+    first = situation.reading.first
+    assert run.spec is not None
     dimensions = Dimensions.of_config(run.spec.config)
+    if first is None or first.message.kind != "allocator" or dimensions is None:
+        return []
     evaluates = first.place.phase == "evaluation"
     name = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
-    blocks = int(run.values.get(name, 1))
-    trained = run.trained_parameters if set(reading.settings.beside) & {"deepspeed", "fsdp"} else None
-    tensors: list[Tensor] = [
-        *of_weights(matrices(run.spec), trained),
-        *of_activations(dimensions, blocks, run.item_bytes),
-    ]
+    blocks = int(run.values.get(name, 1)) * run.sequences_each
+    tensors: list[Tensor] = [*of_weights(matrices(run.spec)), *of_activations(dimensions, blocks, run.item_bytes)]
     return suspects(
         first.message,
         first.place,
         tensors,
         tokens=None if run.sources.get("max_seq_length") == "message" else run.values.get("max_seq_length"),
         positions=dimensions.positions,
-        unsloth=unsloth,
-        stopped_at=None if rehearsed is None else rehearsed.stopped_at,
+        unsloth=run.tool == "unsloth",
+        stopped_at=rehearsed.stopped_at,
     )
 
 
-def _missing(run: FailedRun, on_gpu: bool) -> tuple[str, ...]:
-    if not on_gpu:
-        return ()
+def _missing(situation: Situation, run: FailedRun | None) -> tuple[str, ...]:
+    first = situation.reading.first
     missing = []
-    if run.spec is None:
-        missing.append("--model: without it nothing can be rehearsed")
-    if run.target is None:
-        missing.append("--gpu: without it nothing can be rehearsed")
-    if run.known:
-        for name in ("max_seq_length", "dtype", "per_device_train_batch_size"):
-            if run.sources.get(name, "assumed") == "assumed" and name in (*run.values, "per_device_train_batch_size"):
-                missing.append(f"--{name.replace('_', '-')}: it was assumed to be {run.values.get(name, 1)}")
-        if run.tool is None:
-            missing.append("--tool: trainer, trl, unsloth, axolotl ... for the same change there")
+    if first is not None and first.message.kind in ("host", "killed", "kernel", "engine", "placement"):
+        return ()
+    if first is not None and not first.message.sizes() and first.message.kind == "allocator":
+        missing.append("the whole message, with its numbers, and the traceback above it")
+    elif first is not None and first.place.phase is None:
+        missing.append("the traceback above the message: it says the phase and the place")
+    if situation.model is None:
+        missing.append("--model: which model it is")
+    if situation.gpu is None and situation.capacity_bytes is None:
+        missing.append("--gpu: which GPU it is")
+    values, sources = (situation.values, situation.sources) if run is None else (run.values, run.sources)
+    for name in ("max_seq_length", "dtype", "per_device_train_batch_size"):
+        if sources.get(name, "assumed") == "assumed":
+            assumed = f": it was assumed to be {values.get(name, 1)}" if run is not None else ""
+            missing.append(f"--{name.replace('_', '-')}{assumed}")
+    if situation.tool is None:
+        missing.append("--tool: what ran (trainer, trl, unsloth, llamafactory ...), for changes in its words")
     return tuple(missing)
-
-
-def read_text(source: str) -> str:
-    """Return the text of a file, whatever its encoding.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return Path(source).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"the log {source} cannot be read: {error.strerror or error}") from error

@@ -1,135 +1,121 @@
-"""What a message says by itself, before any rehearsal: other processes, fragmentation, limits, leaks, other memories."""
+"""What a text says by itself, before any rehearsal, and what to do about each: other processes, limits, leaks, other memories."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from oomless.diagnosis.logs import Reading
+from oomless.diagnosis.arithmetic import fixed
+from oomless.diagnosis.elsewhere import elsewhere
 from oomless.diagnosis.messages import OutOfMemory
-from oomless.diagnosis.run import LARGEST_CONTEXT_BYTES
-from oomless.diagnosis.snapshots import SnapshotReading
+from oomless.diagnosis.several import WORDS
+from oomless.diagnosis.situation import Situation
+from oomless.diagnosis.sizes import ByteRange
 from oomless.units import GiB, MiB, counted, format_bytes
+
+if TYPE_CHECKING:
+    from oomless.diagnosis.snapshots import SnapshotReading
 
 Topic = Literal[
     "other processes",
+    "unexplained",
     "fragmentation",
     "larger than the device",
+    "more than the device",
     "limit",
     "leak",
     "late",
     "small request",
     "library",
+    "driver",
     "not GPU memory",
+    "engine",
     "private pools",
     "free memory",
-    "sharded",
+    "several GPUs",
+    "method",
+    "too large for this GPU",
+    "several errors",
 ]
 LATE_STEPS = 20
 CONTEXT_BYTES = GiB // 2
 """A usual CUDA context with its libraries."""
 
+LARGEST_CONTEXT_BYTES = 2 * GiB
+"""More outside of PyTorch's allocator than this is not one process's CUDA context and libraries."""
+
+MUCH = 0.02
+"""Cached memory that no tensor uses is worth a word from this share of the GPU on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Something that the message or the log shows."""
+    """Something that the message or the log shows, and what to do about it."""
 
     topic: Topic
     text: str
+    remedy: str = ""
     size_bytes: int = 0
 
     def to_dict(self) -> dict[str, str | int]:
         """Return plain values for JSON."""
-        return {"topic": self.topic, "text": self.text, "bytes": self.size_bytes}
+        return {"topic": self.topic, "text": self.text, "remedy": self.remedy, "bytes": self.size_bytes}
 
 
-def find(reading: Reading, snapshot: SnapshotReading | None, outside_bytes: int | None) -> list[Finding]:
-    """Return what ``reading`` shows; ``outside_bytes`` is what lies outside of this process's allocator."""
-    found: list[Finding] = []
+def find(situation: Situation, snapshot: SnapshotReading | None = None) -> list[Finding]:
+    """Return what ``situation`` shows."""
+    reading, found = situation.reading, list[Finding]()
     if reading.first is not None:
         message = reading.first.message
-        for finding in (
-            _other_memory(message),
-            _too_large(message),
-            _others(message, outside_bytes),
-            _fragmented(message),
-            _limited(message),
-            _pools(message),
-            _free(message),
-            _small(message),
-        ):
-            if finding is not None:
-                found.append(finding)
-    leak = _leak(reading, snapshot)
-    if leak is not None:
-        found.append(leak)
-    elif reading.first is not None and (reading.steps_done or 0) >= LATE_STEPS:
-        found.append(
-            Finding(
-                topic="late",
-                text=f"It ran for {counted(reading.steps_done or 0, 'step')} before. A run whose steps are all alike fails in its first "
-                "two, so either a batch was longer than any before, something else began (an evaluation, a save, another "
-                "process), or memory grows from step to step.",
-            )
-        )
-    sharded = [name for name in reading.settings.beside if name in ("deepspeed", "fsdp")]
-    if sharded:
-        found.append(
-            Finding(
-                topic="sharded",
-                text=f"The log names {' and '.join(sharded)}. What is said below of weights, gradients and optimizer state "
-                "is for one GPU that holds all of them.",
-            )
-        )
+        place = reading.first.place
+        topic, text, remedy = elsewhere(message, place, situation)
+        if text:
+            found.append(Finding(topic=topic, text=text, remedy=remedy))  # type: ignore[arg-type]
+        found += [
+            *_too_large(message),
+            *_others(message, situation),
+            *_more_than_there_is(message),
+            *_fragmented(message, situation),
+            *_limited(message),
+            *_pools(message),
+            *_free(message),
+            *_small(message),
+        ]
+    found += [*_several(situation), *_method(situation), *_fixed(situation), *_leak(situation, snapshot)]
     return found
 
 
-def _other_memory(message: OutOfMemory) -> Finding | None:
-    if message.kind == "kernel":
-        return Finding(
-            topic="not GPU memory",
-            text=f"This is no shortage of GPU memory. A Triton kernel wants {_said(message.requested)} of a "
-            f"multiprocessor's shared memory, and this GPU has {_said(message.capacity)}. Smaller blocks or fewer stages "
-            "of that kernel, or another kernel, help; a smaller batch does not.",
+def _too_large(message: OutOfMemory) -> Iterator[Finding]:
+    if (
+        message.requested is not None
+        and message.capacity is not None
+        and message.requested.low > message.capacity.high
+        and message.kind == "allocator"
+    ):
+        yield Finding(
+            topic="larger than the device",
+            text=f"One tensor of {message.requested.text} is more than the whole GPU has ({message.capacity.text}). Freeing "
+            "memory cannot help.",
+            remedy="this tensor must become smaller, or never be made: fewer tokens or sequences at once, or an attention or a "
+            "loss that does not hold it whole",
+            size_bytes=message.requested.low,
         )
-    if message.kind == "host":
-        return Finding(
-            topic="not GPU memory",
-            text=f"The host's memory (RAM) ran out, not the GPU's: {message.source} asked for {_said(message.requested)}. "
-            "Loading a model first on the CPU in fp32, a dataset held as a list, and data-loader workers that each copy "
-            "it are the usual reasons. oomless loads tensor by tensor and streams text.",
-        )
-    if message.kind == "killed":
-        return Finding(
-            topic="not GPU memory",
-            text=f"The process was killed ({message.source}), which is how a host that runs out of its own memory (RAM) ends "
-            "one: no GPU error has this form. Look at the host's memory while the model loads and while data is read.",
-        )
-    if message.kind == "library" or (message.kind == "driver" and message.source == "Triton"):
-        return Finding(
-            topic="library",
-            text=f"{message.source} takes memory beside PyTorch's allocator and found none left: PyTorch had cached or filled "
-            "the GPU. The cures are those of any other shortage.",
-        )
-    return None
 
 
-def _said(size: object) -> str:
-    return getattr(size, "text", None) or "more than there is"
-
-
-def _too_large(message: OutOfMemory) -> Finding | None:
-    if message.requested is None or message.capacity is None or message.requested.low <= message.capacity.high:
+def outside_bytes(message: OutOfMemory) -> int | None:
+    """Return what lies on the GPU outside of this process's allocator, as far as the message's numbers say it."""
+    reserved, capacity = message.reserved_bytes, message.capacity
+    if message.kind != "allocator" or capacity is None:
         return None
-    return Finding(
-        topic="larger than the device",
-        text=f"One tensor of {message.requested.text} is more than the whole GPU has ({message.capacity.text}). Freeing "
-        "memory cannot help: this tensor must become smaller, or never be made.",
-        size_bytes=message.requested.low,
-    )
+    if message.allowed is not None and message.allowed.middle < capacity.middle:
+        return capacity.middle - message.allowed.middle
+    if message.free is None or reserved is None:
+        return None
+    return max(0, capacity.middle - message.free.middle - reserved.middle)
 
 
-def others_bytes(message: OutOfMemory, outside_bytes: int | None) -> int:
+def others_bytes(message: OutOfMemory) -> int:
     """Return what processes other than the one that failed hold of the GPU, as far as the message says it."""
     sizes = [size.middle for _, size in message.processes]
     if message.in_use is not None:
@@ -138,109 +124,289 @@ def others_bytes(message: OutOfMemory, outside_bytes: int | None) -> int:
     if len(sizes) > 1 and reserved is not None:
         own = min((s for s in sizes if s >= reserved.low), key=lambda s: s - reserved.low, default=max(sizes))
         return sum(sizes) - own
-    if outside_bytes is not None and message.allowed is None and outside_bytes > LARGEST_CONTEXT_BYTES:
-        return outside_bytes - CONTEXT_BYTES
+    if len(sizes) == 1 and reserved is not None and sizes[0] - reserved.high > LARGEST_CONTEXT_BYTES:
+        return 0
     return 0
 
 
-def _others(message: OutOfMemory, outside_bytes: int | None) -> Finding | None:
-    held = others_bytes(message, outside_bytes)
-    if held < 64 * MiB:
-        return None
-    numbers = ", ".join(str(number) for number, _ in message.processes)
-    return Finding(
-        topic="other processes",
-        text=f"Other processes hold {format_bytes(held)} of this GPU"
-        + (f" (numbers in the message: {numbers})." if numbers else ", as what the message leaves unexplained shows."),
-        size_bytes=held,
-    )
+def _others(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
+    held, count = others_bytes(message), len(message.processes) - (message.in_use is None)
+    if held >= 64 * MiB:
+        each = held // max(1, count)
+        text = f"Other processes hold {format_bytes(held)} of this GPU ({counted(count, 'process').replace('processs', 'processes')})."
+        if situation.several.many and each < 1.5 * GiB and count > 1:
+            yield Finding(
+                topic="other processes",
+                text=f"{text} About {format_bytes(each)} each is what a CUDA context takes: it seems that the other ranks opened "
+                "this GPU too.",
+                remedy='each process takes its own GPU first: torch.cuda.set_device(int(os.environ["LOCAL_RANK"])), '
+                'device_map={"": local_rank}, and torch.load(..., map_location="cpu")',
+                size_bytes=held,
+            )
+        else:
+            numbers = ", ".join(str(number) for number, _ in message.processes[:6])
+            engine = "; the text names vLLM, whose engine may be one of them" if situation.others.get("vllm") else ""
+            yield Finding(
+                topic="other processes",
+                text=f"{text[:-1]}; numbers in the message: {numbers}{engine}.",
+                remedy="nvidia-smi shows what they are; end those that are yours (a notebook that was not shut down, a run that "
+                "was killed), or take another GPU with CUDA_VISIBLE_DEVICES",
+                size_bytes=held,
+            )
+        return
+    outside = outside_bytes(message)
+    if message.allowed is None and outside is not None and outside > LARGEST_CONTEXT_BYTES:
+        guess = (
+            "vLLM beside the training is the likely reason, as the text names it (a guess)"
+            if situation.others.get("vllm")
+            else "another process, or libraries beside PyTorch (NCCL, vLLM, bitsandbytes' paged memory), may hold it (a guess)"
+        )
+        yield Finding(
+            topic="unexplained",
+            text=f"{format_bytes(outside)} are in use on this GPU and not PyTorch's in this process; the message does not say whose. {guess[0].upper()}{guess[1:]}.",
+            remedy="look at nvidia-smi while it runs"
+            + ("; give vLLM less: vllm_gpu_memory_utilization" if situation.others.get("vllm") else ""),
+            size_bytes=outside,
+        )
 
 
-def _fragmented(message: OutOfMemory) -> Finding | None:
+def _more_than_there_is(message: OutOfMemory) -> Iterator[Finding]:
+    held, capacity = message.reserved_bytes or message.allocated, message.capacity
+    if (
+        message.kind == "allocator"
+        and message.source != "MPS"
+        and held is not None
+        and capacity is not None
+        and held.low > capacity.high
+    ):
+        yield Finding(
+            topic="more than the device",
+            text=f"PyTorch holds {format_bytes(held.middle)}, which is more than the GPU has ({capacity.text}): the driver has put a "
+            "part into the machine's own memory, as Windows and WSL do. That is very slow, long before it fails.",
+            remedy='NVIDIA control panel, "CUDA - Sysmem Fallback Policy": prefer no fallback; then make the run fit',
+            size_bytes=held.middle,
+        )
+
+
+def _fragmented(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
     reserved, allocated, requested = message.reserved_bytes, message.allocated, message.requested
     if message.unallocated is not None:
         cached = message.unallocated.low
     elif reserved is not None and allocated is not None:
         cached = reserved.low - allocated.high
     else:
-        return None
+        return
+    capacity = message.capacity
     if requested is None or cached < requested.high or cached < 32 * MiB:
-        return None
-    return Finding(
+        return
+    if capacity is not None and (
+        cached < MUCH * capacity.middle or (reserved is not None and reserved.low > capacity.high)
+    ):
+        return
+    on = situation.others.get("expandable")
+    yield Finding(
         topic="fragmentation",
         text=f"PyTorch holds {format_bytes(cached)} that no tensor uses, more than the {requested.text} that were asked for, "
         "but in pieces none of which is large enough.",
+        remedy="expandable_segments is on already; batches of one padded length leave fewer holes"
+        if on
+        else "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before Python starts; it changes no number of the training "
+        "(not on Windows)",
         size_bytes=cached,
     )
 
 
-def _limited(message: OutOfMemory) -> Finding | None:
+def _limited(message: OutOfMemory) -> Iterator[Finding]:
     if message.allowed is None or (message.capacity is not None and message.allowed.high >= message.capacity.low):
-        return None
-    return Finding(
+        return
+    if message.source == "MPS":
+        yield Finding(
+            topic="limit",
+            text=f"Metal lets PyTorch take {message.allowed.text} of the Mac's memory, which the rest of the system shares.",
+            remedy="a smaller or quantised model, shorter blocks, a batch of 1; close other programs. "
+            "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 takes the limit away, but the Mac may then swap or freeze",
+            size_bytes=message.allowed.middle,
+        )
+        return
+    yield Finding(
         topic="limit",
-        text=f"The process may take {message.allowed.text} only: a limit that was set for it "
-        "(torch.cuda.set_per_process_memory_fraction), not the size of the GPU.",
+        text=f"The process may take {message.allowed.text} only: a limit that was set for it, not the size of the GPU.",
+        remedy="torch.cuda.set_per_process_memory_fraction (or the tool's setting that calls it) sets it: raise it",
         size_bytes=message.allowed.middle,
     )
 
 
-def _pools(message: OutOfMemory) -> Finding | None:
+def _pools(message: OutOfMemory) -> Iterator[Finding]:
     pools = message.private_pools
-    if pools is None or message.allocated is None or pools.middle < message.allocated.middle // 10:
-        return None
-    return Finding(
-        topic="private pools",
-        text=f"{pools.text} lie in private pools, which CUDA graphs keep to themselves (torch.compile with "
-        "mode='reduce-overhead').",
-        size_bytes=pools.middle,
-    )
+    if pools is not None and message.allocated is not None and pools.middle >= message.allocated.middle // 10:
+        yield Finding(
+            topic="private pools",
+            text=f"{pools.text} lie in private pools, which CUDA graphs keep to themselves.",
+            remedy="torch.compile without mode='reduce-overhead'; with vLLM, enforce_eager=True",
+            size_bytes=pools.middle,
+        )
 
 
-def _free(message: OutOfMemory) -> Finding | None:
+def _free(message: OutOfMemory) -> Iterator[Finding]:
     free, requested = message.free, message.requested
     if free is None or requested is None or free.low <= requested.high or message.allowed is not None:
-        return None
-    return Finding(
+        return
+    yield Finding(
         topic="free memory",
         text=f"The GPU had {free.text} free when {requested.text} were refused. Memory was given back in between, or by "
-        "another process; what ran out may not be what is shown.",
+        "another process, or a limit is set; what ran out may not be what is shown.",
+        remedy="look at nvidia-smi for others that come and go; in a container or with MIG, for the limit that it sets",
         size_bytes=free.middle,
     )
 
 
-def _small(message: OutOfMemory) -> Finding | None:
+def _small(message: OutOfMemory) -> Iterator[Finding]:
     if message.requested is None or message.exact or message.requested.high > 20.005 * MiB:
-        return None
-    return Finding(
+        return
+    yield Finding(
         topic="small request",
         text=f"{message.requested.text} is the size in which PyTorch takes memory for small tensors. What asked was the last "
         "drop; what matters is what held the rest.",
     )
 
 
-def _leak(reading: Reading, snapshot: SnapshotReading | None) -> Finding | None:
+def _several(situation: Situation) -> Iterator[Finding]:
+    several, reading = situation.several, situation.reading
+    gpus = reading.failed_gpus
+    ranks = sorted({rank for o in reading.occurrences for rank in o.ranks})
+    if not several.many and len(gpus) < 2:
+        return
+    count = "" if several.gpus is None else f"{'at least ' if several.at_least else ''}{several.gpus} GPUs"
+    how = WORDS[several.sharing] if several.sharing is not None else "how they share the work, the text does not say"
+    failed = ""
+    if ranks:
+        failed = f" Rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))} failed."
+    elif gpus:
+        failed = f" GPU{'s' if len(gpus) > 1 else ''} {', '.join(map(str, gpus[:8]))} failed."
+    yield Finding(
+        topic="several GPUs", text=f"{count}{', ' if count else ''}{how}.{failed}", remedy=_of_sharing(situation)
+    )
+
+
+def _of_sharing(situation: Situation) -> str:
+    sharing = situation.several.sharing
+    full = situation.trains_all
+    if sharing in (None, "ddp"):
+        return (
+            "more GPUs make no room in DDP: ZeRO-3 or FSDP share weights, gradients and optimizer state out"
+            if full
+            else "more GPUs make no room in DDP; ZeRO-3 or FSDP share the frozen weights out"
+        )
+    if sharing == "dp":
+        return "torchrun with DistributedDataParallel, FSDP or ZeRO: GPU 0 then holds no more than the others"
+    if sharing == "layers":
+        return 'GPUs work one after the other so, and the first and last hold embeddings and logits: max_memory={0: "10GiB", ...} evens it out; FSDP or ZeRO-3 share it equally'
+    if sharing in ("zero1", "zero2"):
+        return "ZeRO-3 shares the weights out too; offload_optimizer puts the optimizer's state into the host's memory"
+    if sharing in ("zero3", "fsdp"):
+        return "what remains on each GPU are activations, the layer that is gathered, and logits: those grow with the batch and the length of each GPU"
+    return ""
+
+
+def _method(situation: Situation) -> Iterator[Finding]:
+    method, reference = (
+        situation.method,
+        "a copy of the weights as reference (none where LoRA trains: the base is the reference)",
+    )
+    texts = {
+        "dpo": f"DPO runs the chosen and the rejected answer together, so a batch of 1 is two sequences, and keeps {reference}.",
+        "kto": f"KTO keeps {reference}, and runs each batch twice, for the KL term.",
+        "orpo": "ORPO and SimPO run the chosen and the rejected answer together, so a batch of 1 is two sequences; there is no reference model.",
+        "grpo": "GRPO generates several answers to each prompt and then computes the log-probabilities of all their tokens: logits of "
+        f"batch x length x vocabulary. Beside the training lie {reference}, and vLLM's share of the GPU where it is used.",
+        "ppo": f"PPO holds the policy, a value model, {reference} and often a reward model, and generates in between.",
+        "reward model": "A reward model runs the chosen and the rejected answer together, so a batch of 1 is two sequences; there are no logits over the vocabulary.",
+        "distillation": "Distillation holds a teacher beside the student, and logits over the whole vocabulary of both.",
+    }
+    if method in texts:
+        yield Finding(topic="method", text=texts[method])
+
+
+def _fixed(situation: Situation) -> Iterator[Finding]:
+    held, capacity = fixed(situation), situation.capacity_bytes
+    first = situation.reading.first
+    if (
+        held is None
+        or capacity is None
+        or (first is not None and first.message.kind not in ("allocator", "driver", "library"))
+    ):
+        return
+    if held.total_bytes <= 0.9 * capacity or situation.others.get("fitted"):
+        return
+    over = held.total_bytes > capacity
+    parts = [
+        f"{format_bytes(size)} of {name}"
+        for name, size in (
+            ("weights", held.weights_bytes),
+            ("gradients", held.gradients_bytes),
+            ("optimizer state", held.state_bytes),
+        )
+        if size
+    ]
+    least = "at least " if held.at_least else ""
+    text = f"By arithmetic each GPU holds {least}{', '.join(parts)}: {format_bytes(held.total_bytes)} of {format_bytes(capacity)}, before any activation."
+    yield Finding(
+        topic="too large for this GPU",
+        text=text + (" No batch size and no length can help." if over else ""),
+        size_bytes=held.total_bytes,
+    )
+
+
+def _leak(situation: Situation, snapshot: SnapshotReading | None) -> Iterator[Finding]:
+    reading = situation.reading
+    remedy = "look for tensors that are kept from step to step: losses without .item(), outputs with their graph; no setting cures it"
     if snapshot is not None and snapshot.growing:
         first = snapshot.growing[0]
-        return Finding(
+        yield Finding(
             topic="leak",
             text=f"Memory grows: {first.where} left {first.blocks} blocks, {format_bytes(first.size_bytes)}, behind, some in "
-            "every part of the history. Tensors kept in a list (losses without .item(), outputs with their graph) do this.",
+            "every part of the history.",
+            remedy=remedy,
             size_bytes=first.size_bytes,
         )
-    sizes = [size for _, size in reading.held]
+        return
+    grown = _grown([size for _, size in reading.held])
+    if grown:
+        sizes = [size for _, size in reading.held]
+        steps = reading.held[-1][0] - reading.held[0][0]
+        yield Finding(
+            topic="leak",
+            text=f"Memory grows from step to step: from {format_bytes(sizes[0])} to {format_bytes(sizes[-1])}, "
+            f"{format_bytes(grown // max(1, steps))} each.",
+            remedy=remedy,
+            size_bytes=grown,
+        )
+    elif (
+        reading.first is not None
+        and (reading.steps_done or 0) >= LATE_STEPS
+        and reading.first.place.phase not in ("evaluation", "save")
+    ):
+        yield Finding(
+            topic="late",
+            text=f"It ran for {counted(reading.steps_done or 0, 'step')} before. A run whose steps are all alike fails in its first "
+            "two, so either a batch was longer than any before, something else began (an evaluation, a save, another "
+            "process), or memory grows from step to step.",
+            remedy="set the longest length that a batch may have, so that the first steps show what the run needs; watch "
+            "torch.cuda.memory_allocated() over some steps",
+        )
+
+
+def _grown(sizes: list[int]) -> int:
+    """Return by how much the sizes grow, if they grow from beginning to end; else 0."""
     if len(sizes) < 5:
-        return None
+        return 0
     rises = sum(later > earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
-    half = len(sizes) // 2
-    grown = sizes[-1] - sizes[0]
+    half, grown = len(sizes) // 2, sizes[-1] - sizes[0]
     if rises < 0.8 * (len(sizes) - 1) or grown < max(16 * MiB, sizes[0] // 50) or sizes[-1] - sizes[half] < grown // 5:
-        return None
-    steps = reading.held[-1][0] - reading.held[0][0]
-    return Finding(
-        topic="leak",
-        text=f"Memory grows from step to step: from {format_bytes(sizes[0])} to {format_bytes(sizes[-1])}, "
-        f"{format_bytes(grown // max(1, steps))} each. Tensors kept in a list (losses without .item(), outputs with "
-        "their graph) do this; no setting cures it.",
-        size_bytes=grown,
-    )
+        return 0
+    return grown
+
+
+def said(size: ByteRange | None) -> str:
+    """Return the printed size, or words for one that is not said."""
+    return size.text if size is not None else "more than there is"

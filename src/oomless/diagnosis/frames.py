@@ -7,12 +7,14 @@ what a backward pass computes again (checkpointing) stays backward, and what an 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from oomless.memory.device import Phase
+if TYPE_CHECKING:
+    from oomless.memory.device import Phase
 
 _PLAIN = re.compile(r'^[ \t]*File "(?P<path>[^"\n]+)", line (?P<line>\d+), in (?P<name>[^\n]+)$', re.MULTILINE)
 _NOTEBOOK = re.compile(
@@ -20,26 +22,40 @@ _NOTEBOOK = re.compile(
     r"(?::(?P<line>\d+))?,? in (?P<name>[\w.<>]+)[^\n]*$",
     re.MULTILINE,
 )
+_NUMBERED = re.compile(r"^\s*(?:-+>)?\s*\d+\s")
+_CODE = re.compile(r"^(?:return |with |for |\w[\w.]*(?:, \w+)* = |\w+(?:\.\w+)+\()(?=.*[(\[])|\.(?:backward|step)\(")
 _ARROW = re.compile(r"^-+>\s*\d+ (?P<code>.*)$", re.MULTILINE)
 _OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tuple(
     (phase, re.compile(where), re.compile(code) if code else None)  # type: ignore[misc]
     for phase, where, code in (
         (
             "evaluation",
-            r"\b(evaluation_loop|prediction_loop|prediction_step|evaluate|_evaluate|validate|nested_concat)$",
+            r"\b(evaluation_loop|prediction_loop|prediction_step|evaluate|_evaluate|validate|validation_step|nested_concat|"
+            r"pad_and_concatenate|torch_pad_and_concatenate|gather_for_metrics|preprocess_logits_for_metrics|compute_metrics)$",
             None,
         ),
         (
             "save",
-            r"\b(save_pretrained|save_model|_save_checkpoint|save_checkpoint|save_state|merge_and_unload|_save)$",
+            r"\b(save_pretrained|save_pretrained_merged|save_model|_save_checkpoint|save_checkpoint|save_state|merge_and_unload|_merge_lora|"
+            r"merge_lora|merge_adapter|export_model|_save|get_state_dict|_get_full_state_dict|get_full_model_state_dict|"
+            r"_full_post_state_dict_hook|_zero3_consolidated_16bit_state_dict|unsloth_save_model)$",
             None,
         ),
         (
             "load",
             r"\b(from_pretrained|_load_pretrained_model|load_state_dict|dispatch_model|_load_state_dict_into_\w+|"
-            r"_materialize_copy|prepare_model|create_quantized_param|set_module_tensor_to_device|load_model)$",
+            r"_materialize_copy|prepare_model|create_quantized_param|set_module_tensor_to_device|load_model|load_checkpoint\w*|"
+            r"load_checkpoint_and_dispatch|_configure_distributed_model|_broadcast_model|resize_token_embeddings|_init_weights|"
+            r"initialize_missing_keys|_load_optimizer_and_scheduler|_load_from_checkpoint|init_flat_param|_init_param_handle_from_\w+|"
+            r"_convert_to_fp32|prepare_model_for_kbit_training|cast_mixed_precision_params)$",
             None,
         ),
+        (
+            "load",
+            r"torch/serialization\.py:|torch/nn/parallel/distributed\.py:__init__$|safetensors/torch\.py:load_file$",
+            None,
+        ),
+        ("load", r".", r"^(?:\w+\s*=\s*)?(?:self\.)?\w*model\w*\.(?:to|cuda|half|float)\(|\.from_pretrained\("),
         ("load", r"torch/nn/modules/module\.py:(?:_apply|to|cuda|convert|half|float|<lambda>)$", None),
         ("backward", r"torch/(?:_tensor|autograd/__init__|autograd/graph)\.py:|:(?:_engine_run_backward)$", None),
         ("backward", r":backward$", None),
@@ -51,7 +67,7 @@ _OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tupl
             None,
         ),
         ("optimizer", r"clip_grad", None),
-        ("optimizer", r".", r"\b(?:optimizer|optim|opt|scaler)\.step\("),
+        ("optimizer", r".", r"\b(?:optimizer|optim|opt|scaler)\.step\(|\bexp_avg|\bdenom\b|torch\._foreach_"),
     )
 )
 _LOSS = re.compile(
@@ -93,19 +109,50 @@ _FILES_OF_MODULES = (
     ("lora", re.compile(r"peft/tuners/lora")),
     ("quantisation", re.compile(r"bitsandbytes/(?:functional|autograd|nn)")),
 )
+_STRIDED = re.compile(r"empty_strided_\w+\(\(([\d, ]{1,80})\), \([\d, ]*\), torch\.(\w+)\)")
+_ITEM_BYTES = {"float32": 4, "int64": 8, "float64": 8, "int32": 4, "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1}
 LIBRARIES = (
+    (
+        "llamafactory",
+        re.compile(
+            r"llama[-_]?factory|\bllmtuner\b|src[/\\]train_(?:bash|web)\.py|finetuning_type\b|\bcutoff_len\b",
+            re.IGNORECASE,
+        ),
+    ),
+    (
+        "ms-swift",
+        re.compile(
+            r"\bswift[/\\](?:llm|trainers|cli|megatron|pipelines)\b|\bms[-_]swift\b|(?<![\w-])swift (?:sft|rlhf|pt|export)\b"
+        ),
+    ),
+    ("verl", re.compile(r"(?<![A-Za-z])verl(?:[/\\.]|\b)|actor_rollout_ref\b")),
+    ("torchtune", re.compile(r"\btorchtune\b|\btune run\b")),
+    (
+        "nemo",
+        re.compile(r"\bnemo[/\\]|\bNeMo\b|megatron_gpt_finetuning|\bnemo_run\b|\bmegatron[/\\]core\b|\bMegatron\b"),
+    ),
+    ("litgpt", re.compile(r"\blit[-_]?gpt\b", re.IGNORECASE)),
     ("unsloth", re.compile(r"\bunsloth(?:_zoo)?[/\\.]|\bUnsloth\b")),
     ("axolotl", re.compile(r"\baxolotl\b")),
-    ("trl", re.compile(r"\btrl[/\\]|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO)(?:Trainer|Config)\b")),
+    (
+        "trl",
+        re.compile(
+            r"\btrl[/\\]|\btrl (?:sft|dpo|grpo)\b|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO|GKD|Reward)(?:Trainer|Config)\b"
+        ),
+    ),
     ("oomless", re.compile(r"\boomless[/\\](?:training|cli|demo)|\boomless train\b")),
     ("trainer", re.compile(r"transformers[/\\]trainer\.py|\bTrainer\(|TrainingArguments|\*\*\*\*\* Running training")),
-    ("accelerate", re.compile(r"\baccelerate[/\\]|\bAccelerator\(|accelerator\.backward")),
+    ("accelerate", re.compile(r"\baccelerate[/\\]|\bAccelerator\(|accelerator\.backward|\baccelerate launch\b")),
     ("peft", re.compile(r"\bpeft[/\\]|\bget_peft_model\b|\bLoraConfig\b")),
 )
 """Tools by what they leave in a log, the one closest to the user first."""
 
+_LAST = ("deepspeed", re.compile(r"deepspeed", re.IGNORECASE))
+"""A tool only where no other is there."""
+
 EXTRAS = (
-    ("deepspeed", re.compile(r"\bdeepspeed\b", re.IGNORECASE)),
+    ("deepspeed", re.compile(r"(?<![A-Za-z])deepspeed(?![A-Za-z])", re.IGNORECASE)),
+    ("vllm", re.compile(r"(?<![A-Za-z])vllm(?![A-Za-z])", re.IGNORECASE)),
     ("fsdp", re.compile(r"fully_shard|FullyShardedDataParallel|\bfsdp\b", re.IGNORECASE)),
     ("bitsandbytes", re.compile(r"\bbitsandbytes\b")),
     ("flash_attn", re.compile(r"\bflash_attn\b")),
@@ -134,6 +181,12 @@ class Place:
     """The innermost line of code that says what was computed."""
 
     frames: tuple[Frame, ...] = ()
+
+    generating: bool = False
+    """Whether text was being generated."""
+
+    asked_bytes: int | None = None
+    """What the code itself asks for, where it says the shape and the dtype: compiled code does."""
 
     recomputing: bool = False
     """Whether a backward pass was computing a checkpointed forward again."""
@@ -168,7 +221,24 @@ def place_of_frames(frames: tuple[Frame, ...]) -> Place:
             inner = "forward"
     module, code = _module(frames)
     recomputing = phase == "backward" and inner is not None and any("checkpoint" in f.path for f in frames)
-    return Place(phase=phase or inner, module=module, code=code, frames=frames, recomputing=recomputing)
+    return Place(
+        phase=phase or inner,
+        module=module,
+        code=code,
+        frames=frames,
+        recomputing=recomputing,
+        generating=any(f.name in ("generate", "_sample", "_generate", "_prefill") for f in frames),
+        asked_bytes=_strided_bytes(frames[-1].code),
+    )
+
+
+def _strided_bytes(code: str) -> int | None:
+    """Return the size of ``empty_strided_cuda((54080, 4096), (4096, 1), torch.bfloat16)``."""
+    match = _STRIDED.search(code)
+    if match is None:
+        return None
+    sizes = [int(part) for part in match[1].split(",") if part.strip()]
+    return math.prod(sizes) * _ITEM_BYTES.get(match[2], 2) if sizes else None
 
 
 def _frames_before(text: str, position: int) -> tuple[Frame, ...]:
@@ -183,7 +253,17 @@ def _frames_before(text: str, position: int) -> tuple[Frame, ...]:
         lines = [line.strip() for line in below.split("\n") if line.strip() and not set(line.strip()) <= set("^~")]
         code = arrow["code"].strip() if arrow is not None else lines[0] if lines and match.re is _PLAIN else ""
         frames.append(Frame(path=match["path"], name=match["name"].strip().rpartition(".")[2], code=code[:300]))
-    return tuple(frames)
+    return tuple(frames) or _code_alone(text[max(0, position - 2000) : position])
+
+
+def _code_alone(text: str) -> tuple[Frame, ...]:
+    """Return the lines of code that stand right above an error whose frames were left out."""
+    found: list[Frame] = []
+    for line in reversed(text.split("\n")[-12:]):
+        code = _NUMBERED.sub("", line).strip(" `>")
+        if _CODE.search(code):
+            found.insert(0, Frame(path="", name="", code=code[:300]))
+    return tuple(found)
 
 
 def _module(frames: tuple[Frame, ...]) -> tuple[str | None, str]:
@@ -202,5 +282,5 @@ def _module(frames: tuple[Frame, ...]) -> tuple[str | None, str]:
 
 def libraries(text: str) -> tuple[str | None, tuple[str, ...]]:
     """Return the tool that the log came from, and what else it names."""
-    tool = next((name for name, pattern in LIBRARIES if pattern.search(text)), None)
+    tool = next((name for name, pattern in (*LIBRARIES, _LAST) if pattern.search(text)), None)
     return tool, tuple(name for name, pattern in EXTRAS if pattern.search(text))

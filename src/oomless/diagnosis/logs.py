@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from oomless.diagnosis.frames import Place, place_of
-from oomless.diagnosis.messages import OutOfMemory, find_messages
+from oomless.diagnosis.messages import ON_GPU, OutOfMemory, find_messages
 from oomless.diagnosis.settings import LogSettings, read_settings
 from oomless.diagnosis.sizes import printed_size
 
@@ -29,15 +29,16 @@ _ESCAPES = re.compile(
 _TAGS = re.compile(r"</?(?:span|pre|div|code|b|i|p|font|a|samp|html|body)\b[^<>]*>", re.IGNORECASE)
 _ENTITIES = re.compile(r"&(?:lt|gt|amp|quot|#39|#x27|nbsp|apos);")
 _RANK = [
-    re.compile(r"\[rank(\d+)\]: ?"),
+    re.compile(r"\[?rank ?(\d+)\]?: ?", re.IGNORECASE),
     re.compile(r"\[default(\d+)\]: ?"),
     re.compile(r"\[\d+,(\d+)\]<std(?:err|out)>:? ?"),
     re.compile(r"\(\w+ (?:rank=(\d+)[, ]+)?pid=\d+[^)]*\) ?"),
-    re.compile(r"Rank (\d+): "),
 ]
 _SRUN = re.compile(r"(\d+): ")
 _STEP = re.compile(r"\b(?:step|iteration|iter|global_step)['\"]?\s*[:=#]?\s*(\d+)", re.IGNORECASE)
-_BAR = re.compile(r"(?:\d+%\|[^|\n]*\|\s*)(\d+)/(\d+)\s*\[")
+_BAR = re.compile(r"^(?P<what>[^|\n]*?)\d+%\|[^|\n]*\|\s*(\d+)/(\d+)\s*\[", re.MULTILINE)
+_TRAINS = re.compile(r"^\W*$|epoch|train(?!.*split)|step|^\W*\{.*loss", re.IGNORECASE)
+_LINK = re.compile(r"\[([^\[\]\n]+)\]\(https?://[^()\s]*\)(?= in )")
 _HELD = re.compile(
     r"(?:memory[ _/](?:allocated|used|active)|allocated[ _]memory|max_mem(?:ory)?_?active|\bMA\b|gpu[ _]mem(?:ory)?|\bmemory)"
     r"(?:\s*\((GiB|MiB|GB|MB)\))?['\"]?\s*[:=]?\s*(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)?",
@@ -74,9 +75,24 @@ class Reading:
 
     @property
     def first(self) -> Occurrence | None:
-        """The first error of the GPU, or else the first of any kind."""
-        on_gpu = [o for o in self.occurrences if o.message.kind in ("allocator", "driver", "library")]
-        return next(iter([*on_gpu, *self.occurrences]), None)
+        """The first error of the GPU that has numbers, or else the first of any kind."""
+        on_gpu = [o for o in self.occurrences if o.message.kind in ON_GPU]
+        with_numbers = [o for o in on_gpu if o.message.sizes()]
+        engines = [o for o in self.occurrences if o.message.kind == "engine"]
+        return next(iter([*with_numbers, *engines, *on_gpu, *self.occurrences]), None)
+
+    @property
+    def failed_gpus(self) -> tuple[int, ...]:
+        """The GPUs that errors name."""
+        return tuple(sorted({o.message.gpu for o in self.occurrences if o.message.gpu is not None}))
+
+    @property
+    def others(self) -> tuple[Occurrence, ...]:
+        """Other errors than the first, those aside that only repeat its words."""
+        first = self.first
+        return tuple(
+            o for o in self.occurrences if o is not first and (o.message.sizes() or o.message.kind not in ON_GPU)
+        )
 
 
 def read(text: str) -> Reading:
@@ -119,6 +135,7 @@ def clean(text: str) -> str:
         text = html.unescape(_TAGS.sub("", re.sub(r"<br\s*/?>", "\n", text)))
     if "\n" not in text.strip() and "\\n" in text:  # the inside of a JSON string
         text = text.replace("\\r\\n", "\n").replace("\\n", "\n").replace('\\"', '"').replace("\\u001b", "\x1b")
+    text = _LINK.sub(r"\1", text)
     text = _ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ").replace("\x00", "")
     return text
 
@@ -158,7 +175,11 @@ def streams(text: str) -> Iterator[tuple[int | None, str]]:
 
 
 def _steps_done(text: str) -> int | None:
-    bars = [int(match[1]) for match in _BAR.finditer(text) if len(match[1]) < 10 and len(match[2]) < 10]
+    bars = [
+        int(match[2])
+        for match in _BAR.finditer(text)
+        if len(match[2]) < 10 and len(match[3]) < 10 and _TRAINS.search(match["what"])
+    ]
     counted = [int(match[1]) for match in _STEP.finditer(text) if len(match[1]) < 10]
     return max(bars[-1:] + counted[-1:], default=None)
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from oomless.diagnosis.deaths import OTHERS
 from oomless.diagnosis.sizes import ByteRange, printed_size
 
-Kind = Literal["allocator", "driver", "library", "kernel", "host", "killed"]
-"""Who failed: PyTorch's allocator, the GPU's driver, a library on the GPU, a kernel that wants more than a
-multiprocessor has, an allocation on the host, or the whole process, killed by its host."""
+Kind = Literal["allocator", "driver", "library", "kernel", "host", "killed", "engine", "placement"]
+"""Who failed: PyTorch's allocator, the GPU's driver, a library on the GPU, a kernel that wants more than a multiprocessor
+has, an allocation on the host, the whole process, killed by its host; an inference engine that finds no room for its cache;
+or a loader that found no room for all layers on the GPU."""
 
-_SIZE = r"(\d+(?:\.\d\d)?) (bytes|KiB|MiB|GiB|TiB)"
+ON_GPU: tuple[Kind, ...] = ("allocator", "driver", "library")
+
+_SIZE = r"(\d+(?:\.\d{1,2})?) (bytes|KiB|MiB|GiB|TiB|KB|MB|GB)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +99,7 @@ def _spaced(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern.replace(" ", r"\s+"), re.IGNORECASE)
 
 
-_HEAD = _spaced(r"\b(CUDA|HIP|XPU|MUSA|NPU) out of memory\.")
+_HEAD = _spaced(r"(?<![A-Za-z])(CUDA|HIP|XPU|MUSA|NPU) out of memory(?![A-Za-z])\.?")
 _TRIED = _spaced(rf"\s*Tried to allocate {_SIZE}")
 _TOO_MUCH = _spaced(r"\s*Tried to allocate more than 1EB memory")
 _REFUSED = _spaced(
@@ -104,18 +108,19 @@ _REFUSED = _spaced(
 )
 # Up to 2.0, in brackets: each clause may be the last that was not cut off.
 _OLD = [
-    ("gpu", _spaced(r"\.?\s*\(GPU (\d+);")),
+    ("gpu", _spaced(r"\.?\s*\((?:[GNX]PU|MUSA) ?(\d*);")),
     ("capacity", _spaced(rf"\s*{_SIZE} total capacity;?")),
     ("allocated", _spaced(rf"\s*{_SIZE} already allocated;?")),
+    ("active", _spaced(rf"\s*{_SIZE} (?:current )?active;?")),
     ("free", _spaced(rf"\s*{_SIZE} free;?")),
     ("allowed", _spaced(rf"\s*{_SIZE} allowed;?")),
     ("reserved", _spaced(rf"\s*{_SIZE} (?:reserved in total by PyTorch|cached)\)?")),
 ]
 # From 2.1 on, in sentences.
 _NEW = [
-    ("gpu", _spaced(r"\.\s*GPU (\d+)(?: \([^)]*\))? has a total")),
-    ("capacity", _spaced(rf"\s*capac?i?ty of {_SIZE}")),
-    ("free", _spaced(rf"\s*of which {_SIZE} is free\.?")),
+    ("gpu", _spaced(r"\.?\s*[GNX]PU\s*(\d*)(?: \([^)]*\))? has(?: a total)?")),
+    ("capacity", _spaced(rf"\s*(?:capac?i?ty of {_SIZE}|{_SIZE} total(?: capacity)?,?)")),
+    ("free", _spaced(rf"\s*(?:of which )?{_SIZE} (?:is )?free\.?")),
     ("process", _spaced(rf"\.?\s*Process (\d+) has {_SIZE} memory in use\.?")),
     ("in_use", _spaced(rf"\s*Including non-PyTorch memory, this process has {_SIZE} memory in use\.?")),
     ("allowed", _spaced(rf"\s*{_SIZE} allowed;?")),
@@ -123,7 +128,10 @@ _NEW = [
     ("private_pools", _spaced(rf"\s*with {_SIZE} allocated in private pools \(e\.g\.,? CUDA Graphs\),?\.?")),
     ("unallocated", _spaced(rf"\s*and {_SIZE} is reserved by PyTorch but unallocated\.?")),
 ]
-_ASYNC = _spaced(r"Allocation on device(?: (\d+))? would exceed allowed memory\.(?: \(out of memory\))?")
+_ASYNC = _spaced(
+    r"Allocation on device(?: (\d+))? would exceed allowed memory\.(?: \(out of memory\))?"
+    r"|OutOfMemoryError:\s*Allocation on device\b(?: (\d+))?"
+)
 _ASYNC_CLAUSES = [
     ("allocated", _spaced(rf"\s*Currently allocated\s*:\s*{_SIZE}")),
     ("requested", _spaced(rf"\s*Requested\s*:\s*{_SIZE}")),
@@ -135,42 +143,6 @@ _MPS = _spaced(
     r"\bMPS backend out of memory \(MPS allocated: (\S+) (bytes|[KMG]i?B), other allocations: (\S+) (bytes|[KMG]i?B), "
     r"max allowed: (\S+) (bytes|[KMG]i?B)\)\.(?: Tried to allocate (\S+) (bytes|[KMG]i?B))?"
 )
-# The rest: who says it, its kind, and groups "number unit" or "bytes" where it names a size.
-_OTHERS: list[tuple[Kind, str, re.Pattern[str]]] = [
-    (
-        "kernel",
-        "Triton",
-        _spaced(r"out of resource: (?P<what>[\w ]+?), Required: (?P<bytes>\d+),? Hardware limit: (?P<limit>\d+)"),
-    ),
-    ("driver", "Triton", _spaced(r"Triton Error \[(?:CUDA|HIP)\]: out of memory")),
-    ("library", "cuBLAS", _spaced(r"CUBLAS_STATUS_ALLOC_FAILED")),
-    ("library", "cuBLAS", _spaced(r"HIPBLAS_STATUS_ALLOC_FAILED")),
-    ("library", "cuDNN", _spaced(r"CUDNN_STATUS_ALLOC_FAILED")),
-    ("library", "cuSOLVER", _spaced(r"CUSOLVER_STATUS_ALLOC_FAILED")),
-    ("library", "NCCL", _spaced(r"Failed to CUDA (?:host )?(?:calloc|malloc)(?: async)? (?P<bytes>\d+) bytes")),
-    ("library", "NCCL", _spaced(r"Cuda failure (?:\d+ )?'out of memory'")),
-    ("library", "bitsandbytes", _spaced(r"\bError,? out of memory at line \d+ in file \S+")),
-    ("driver", "CUDA", _spaced(r"memory mapping failed with OOM on device")),
-    ("driver", "CUDA", _spaced(r"\bCUDA (?:driver )?error: out of memory")),
-    ("driver", "HIP", _spaced(r"\bHIP error: out of memory")),
-    ("driver", "CUDA", _spaced(r"\bcudaErrorMemoryAllocation\b|\bCUDA_ERROR_OUT_OF_MEMORY\b")),
-    (
-        "host",
-        "PyTorch on the host",
-        _spaced(
-            r"DefaultCPUAllocator: (?:not enough memory|can't allocate memory)"
-            r"(?::? you tried to allocate (?P<bytes>\d+) bytes)?"
-        ),
-    ),
-    ("host", "NumPy", _spaced(r"Unable to allocate (?P<number>\d+(?:\.\d+)?) (?P<unit>bytes|[KMGT]i?B) for an array")),
-    ("host", "pinned memory", _spaced(r"cudaHostAlloc[^\n]{0,40}?(?:failed|out of memory)")),
-    ("killed", "the kernel", _spaced(r"Out of memory: Killed process \d+")),
-    ("killed", "the container", _spaced(r"\bOOMKilled\b|\bexit(?:ed with)?(?: code| status)?[ :=]+137\b")),
-    ("killed", "the launcher", _spaced(r"exits with return code = -9\b|\bexitcode\s*:\s*-9\b|\bSignal 9 \(SIGKILL\)")),
-    ("killed", "Colab", _spaced(r"session crashed after using all available RAM")),
-    ("killed", "the shell", re.compile(r"^(?:\S+: line \d+:\s+\d+ )?Killed(?:\s{2,}.*)?[ \t]*$", re.MULTILINE)),
-    ("host", "Python", re.compile(r"^(?:\w+\.)*MemoryError\b", re.MULTILINE)),
-]
 
 
 def find_messages(text: str) -> list[OutOfMemory]:
@@ -188,7 +160,7 @@ def _allocator_messages(text: str) -> Iterator[OutOfMemory]:
         yield max(_variants(text, head), key=lambda message: len(message.sizes()))
     for head in _ASYNC.finditer(text):
         values, end = _clauses(text, head.end(), _ASYNC_CLAUSES)
-        gpu = int(head[1]) if head[1] else None
+        gpu = int(head[1] or head[2]) if head[1] or head[2] else None
         yield _message(text, head.start(), end, source="CUDA", exact=True, **{**values, "gpu": gpu})
     for match in _MPS.finditer(text):
         sizes = [_size(*match.group(i, i + 1), always_binary=True) for i in (1, 3, 5, 7)]
@@ -207,7 +179,7 @@ def _variants(text: str, head: re.Match[str]) -> Iterator[OutOfMemory]:
         joined, rest = lines[0], iter(lines[1:])
         for line in rest:
             joined += line
-            if len(line) != width:
+            if len(line) < width:
                 break
         again = _HEAD.search(joined, head.start() - start)
         if again is not None and again.start() == head.start() - start:
@@ -239,7 +211,7 @@ def _clauses(text: str, position: int, form: list[tuple[str, re.Pattern[str]]]) 
     for name, pattern in form:
         match = pattern.match(text, position)
         if name == "gpu":
-            if match is not None:
+            if match is not None and match[1]:
                 values[name] = int(match[1])
         elif name == "process":
             while match is not None:
@@ -247,17 +219,19 @@ def _clauses(text: str, position: int, form: list[tuple[str, re.Pattern[str]]]) 
                 values["processes"] = (*values.get("processes", ()), *([] if size is None else [(int(match[1]), size)]))
                 position = match.end()
                 match = pattern.match(text, position)
-        elif match is not None:
-            values[name] = _size(match[1], match[2])
+        elif match is not None and name != "active":
+            number, unit = [group for group in match.groups() if group is not None]
+            values[name] = _size(number, unit)
         position = position if match is None else match.end()
     return values, position
 
 
 def _other_messages(text: str) -> Iterator[OutOfMemory]:
-    for kind, source, pattern in _OTHERS:
+    for kind, source, pattern in OTHERS:
         for match in pattern.finditer(text):
             groups = match.groupdict()
             requested = capacity = None
+            source = groups.get("who") or source
             if groups.get("bytes"):
                 requested = _size(groups["bytes"], "bytes")
             elif groups.get("number"):
@@ -265,7 +239,7 @@ def _other_messages(text: str) -> Iterator[OutOfMemory]:
             if groups.get("limit"):
                 capacity = _size(groups["limit"], "bytes")
             yield OutOfMemory(
-                kind=kind,
+                kind=cast(Kind, kind),
                 source=source,
                 words=match[0].strip(),
                 requested=requested,

@@ -7,7 +7,8 @@ updated as they are, and automatic casting keeps fp32 weights and makes 16-bit c
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,18 +20,21 @@ from oomless.config import TrainConfig
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device
 from oomless.memory.profile import Request
+from oomless.memory.repeated_layers import CannotRepeat
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import build
 from oomless.models.make import attend
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.planning.plan import Target
-from oomless.planning.rehearse import UNLIMITED_BYTES
+from oomless.planning.rehearse import UNLIMITED_BYTES, layers_repeated
 from oomless.techniques import checkpointing, frozen_layers, quantization, trainable
 from oomless.training.assemble import check_length
 from oomless.training.precision import choose_dtype
 
 STEPS = 2
+REFERENCE = "reference_of_the_training"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,14 @@ class PlainRun:
     """Whether AdamW works on all tensors at once, with temporaries for each, instead of fused."""
 
     evaluates: bool = False
+    fused_loss: bool = False
+    """Whether the loss never holds all logits, as Liger's and Cut Cross-Entropy do; rehearsed in oomless' form of it."""
+
+    sequences_each: int = 1
+    """Sequences that the model sees for each of a batch: two where chosen and rejected answers run together."""
+
+    reference: bool = False
+    """Whether a frozen copy of the weights computes log-probabilities beside the training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,13 +90,33 @@ class Outcome:
 
 
 def rehearse_plain(
-    run: PlainRun, target: Target, *, limited: bool, settings: AllocatorSettings | None = None
+    run: PlainRun,
+    target: Target,
+    *,
+    limited: bool,
+    settings: AllocatorSettings | None = None,
+    names_modules: bool = False,
 ) -> Outcome:
     """Run two steps of ``run`` on ``target``, or without an end of memory where not ``limited``.
+
+    It takes more time where the outcome ``names_modules`` inside of layers.
 
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
+    if not names_modules:
+        with suppress(CannotRepeat):
+            return _rehearsed(run, target, limited, settings, layers_repeated)
+    return _rehearsed(run, target, limited, settings, lambda model, device: nullcontext())
+
+
+def _rehearsed(
+    run: PlainRun,
+    target: Target,
+    limited: bool,
+    settings: AllocatorSettings | None,
+    repeated: Callable[[Any, VirtualGPU], AbstractContextManager[None]],
+) -> Outcome:
     device = target.simulated(target.capacity_bytes if limited else UNLIMITED_BYTES, settings=settings)
     message = None
     with device.active():
@@ -96,10 +128,11 @@ def rehearse_plain(
             with attention_kernel(kernel):
                 model, optimizer = build_plain(run, device)
                 device.book_workspaces(target.workspace_bytes)
-                for _ in range(STEPS):
-                    train_step(run, model, optimizer, device)
-                if run.evaluates:
-                    evaluation_step(run, model, device)
+                with repeated(model, device):
+                    for _ in range(STEPS):
+                        train_step(run, model, optimizer, device)
+                    if run.evaluates:
+                        evaluation_step(run, model, device)
         except torch.OutOfMemoryError as error:
             message = str(error)
     return outcome(device, message)
@@ -144,6 +177,12 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
             attend(model, "eager")
         if config.gradient_checkpointing:
             checkpointing.apply(model)
+    if run.reference:
+        frozen = build.build(run.spec, device=device, dtype=dtype)
+        with device.phase("load"):
+            frozen_layers.rehearse_filling(frozen, device)
+            frozen.requires_grad_(False)
+        model.register_module(REFERENCE, frozen)
     optimizer = _optimizer(run, model)
     device.watch(model, optimizer)
     return model, optimizer
@@ -151,7 +190,7 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
 
 def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
     config = run.config
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(REFERENCE)]
     if config.optimizer == "adamw":
         kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
         return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
@@ -194,16 +233,34 @@ def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
 
 
 def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
+    batch *= run.sequences_each
     with device.host():
         host = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
     with _casting(run):
         with device.phase("forward"):
             tokens = device.put(host)
-            output = model(input_ids=tokens)
-        with device.phase("loss"):
-            logits = output.logits.float() if run.mixed_precision else output.logits
-            loss: Tensor = model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+            if run.reference:
+                with torch.no_grad():
+                    model.get_submodule(REFERENCE)(input_ids=tokens).logits.float().logsumexp(-1)
+        if run.fused_loss:
+            loss = _fused_loss(model, tokens, device)
+        else:
+            with device.phase("forward"):
+                output = model(input_ids=tokens)
+            with device.phase("loss"):
+                logits = output.logits.float() if run.mixed_precision else output.logits
+                loss = model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
     return loss / run.config.gradient_accumulation_steps
+
+
+def _fused_loss(model: Any, tokens: Tensor, device: Device) -> Tensor:
+    with device.phase("forward"):
+        hidden = model.get_decoder()(input_ids=tokens).last_hidden_state
+    with device.phase("loss"):
+        weight = model.get_output_embeddings().weight
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        total: Tensor = linear_cross_entropy(rows.to(weight.dtype), weight, tokens.reshape(-1))
+        return total
 
 
 def _casting(run: PlainRun) -> AbstractContextManager[Any]:

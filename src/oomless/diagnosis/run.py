@@ -7,15 +7,18 @@ the message names sizes, the choice whose rehearsal stops nearest to them is tak
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from oomless import catalogue
 from oomless.config import TrainConfig
 from oomless.diagnosis.attribution import Suspect
+from oomless.diagnosis.findings import outside_bytes
 from oomless.diagnosis.logs import Reading
+from oomless.diagnosis.messages import ON_GPU
 from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_plain
+from oomless.diagnosis.situation import SAME_GPU, Situation, Source
 from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -23,17 +26,12 @@ from oomless.models.make import ties
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
-from oomless.units import GiB, format_bytes
+from oomless.units import KiB, format_bytes
 
-Source = Literal["given", "default", "log", "message", "assumed"]
 USUAL_TOKENS = 2048
-LARGEST_CONTEXT_BYTES = 2 * GiB
-"""More outside of PyTorch's allocator than this is not one process's CUDA context and libraries."""
-
 MIXED = "mixed"
 """fp32 weights, arithmetic cast to 16 bits."""
 
-_SAME_GPU = 0.02
 _SOLVED_LENGTHS = 8
 LONGEST_USUAL_TOKENS = 32768
 """Longer blocks are believed only where a size has no other explanation."""
@@ -54,6 +52,15 @@ class FailedRun:
     mixed_precision: Literal["fp16", "bf16"] | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
     foreach: bool = False
+    fused_loss: bool = False
+    """Whether the loss never holds all logits."""
+
+    sequences_each: int = 1
+    """Sequences that the model sees for each of a batch."""
+
+    reference: bool = False
+    """Whether a frozen copy of the weights is held beside."""
+
     outside_bytes: int | None = None
     """What the message leaves for everything outside of this process's allocator."""
 
@@ -87,82 +94,123 @@ class FailedRun:
             attention=self.attention,
             foreach=self.foreach,
             evaluates=evaluates,
+            fused_loss=self.fused_loss,
+            sequences_each=self.sequences_each,
+            reference=self.reference,
         )
 
 
-def assemble_run(
-    reading: Reading, given: Mapping[str, Any], *, mixed_precision: str | None, attention: str | None, tool: str | None
-) -> FailedRun:
-    """Return the run of which ``reading`` tells and for which ``given`` settings outrank what it says.
+NOT_REHEARSED = {
+    "grpo": "GRPO generates between its steps, which is not rehearsed",
+    "ppo": "PPO holds several models and generates between its steps, which is not rehearsed",
+    "kto": "KTO's two passes are not rehearsed",
+    "distillation": "a teacher beside the student is not rehearsed",
+    "reward model": "a reward model's head is not rehearsed",
+}
+
+
+def why_not_rehearsed(situation: Situation) -> str | None:
+    """Return why the run cannot be rehearsed as it was; ``None`` where it can be."""
+    first, several = situation.reading.first, situation.several
+    if first is not None and first.message.kind not in ON_GPU:
+        return "it was not the training's GPU memory that ran out"
+    if first is not None and first.message.source not in (
+        "CUDA",
+        "HIP",
+        "cuBLAS",
+        "cuDNN",
+        "bitsandbytes",
+        "Triton",
+        "NCCL",
+        "cuSOLVER",
+    ):
+        return f"rehearsals simulate CUDA's allocator, not that of {first.message.source}"
+    if first is not None and (first.place.generating or first.place.phase == "save"):
+        return "it failed while it generated text" if first.place.generating else "it failed while it saved"
+    if situation.method in NOT_REHEARSED:
+        return NOT_REHEARSED[situation.method]
+    if several.shares:
+        return "training that is shared out among GPUs is not rehearsed as its tool runs it"
+    if situation.model is None and situation.reading.settings.named is None:
+        return "the text names no model: --model NAME"
+    if situation.model is None:
+        return "the model is not known here: --model NAME, or --model path/to/config.json"
+    if situation.gpu is None and situation.capacity_bytes is None:
+        return "the GPU is not known: --gpu NAME, or a size such as --gpu 24GiB"
+    return None
+
+
+def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
+    """Return the run of ``situation``, ready to be rehearsed; what cannot be used of it is left out, and said in ``notes``.
 
     Raises:
-        UserError: a setting, the model or the GPU is not known or not allowed.
+        UserError: the model or the GPU is of no use.
     """
-    log, first = reading.settings, reading.first
-    values: dict[str, Any] = {k: v for k, v in given.items() if k not in ("model", "gpu", "data", "output_dir")}
-    sources: dict[str, Source] = dict.fromkeys(values, "given")
-    for name, value in log.values.items():
-        if name not in values and not (name == "lora_r" and "lora" not in str(values.get("trainable", "lora"))):
-            values[name] = value
-            sources[name] = "log"
-    if "lora" not in str(values.get("trainable", "full")):
-        for name in [n for n in ("lora_r", "quantization") if sources.get(n) == "log"]:
-            del values[name], sources[name]
-    model = given.get("model") or log.model
-    spec = resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code"))) if model else None
-    if spec is not None and model is not None:
-        sources["model"] = "given" if given.get("model") else "log"
-    target, outside = _target(reading, given.get("gpu"), sources)
-    mixed = mixed_precision or log.mixed_precision
-    if "dtype" in values:
-        mixed = mixed_precision
-        if values["dtype"] == "auto":
-            del values["dtype"], sources["dtype"]
-    eager = (attention or log.attention) == "eager"
+    assert situation.model is not None
+    first = situation.reading.first
+    spec = resolve_for_plan(situation.model, trust_remote_code=bool(situation.values.get("trust_remote_code")))
+    notes += spec.notes
+    target, outside = _target(situation)
     frames = " ".join(f"{f.path} {f.name} {f.code}" for f in first.place.frames) if first is not None else ""
+    eager = situation.attention == "eager" or (situation.attention is None and "eager_attention_forward" in frames)
+    pairs = situation.method in ("dpo", "orpo")
     run = FailedRun(
-        tool=tool or log.tool,
-        model=model,
+        tool=situation.tool,
+        model=situation.model,
         spec=spec,
         target=target,
-        values=values,
-        sources=sources,
-        mixed_precision=mixed,  # type: ignore[arg-type]
-        attention="eager" if eager or "eager_attention_forward" in frames else "sdpa",
+        values=dict(situation.values),
+        sources=dict(situation.sources),
+        mixed_precision=situation.mixed_precision,  # type: ignore[arg-type]
+        attention="eager" if eager else "sdpa",
         foreach="_multi_tensor" in frames or "_foreach" in frames,
+        fused_loss=bool(situation.others.get("liger")) and situation.tool != "oomless",
+        sequences_each=2 if pairs else 1,
+        reference=situation.method == "dpo" and situation.trains_all,
         outside_bytes=outside,
-        trained_parameters=log.trainable_parameters,
+        trained_parameters=situation.reading.settings.trainable_parameters,
     )
-    return _consistent(run)
+    return _usable(_consistent(run), notes)
 
 
-def _target(reading: Reading, named: str | None, sources: dict[str, Source]) -> tuple[Target | None, int | None]:
-    """Return the GPU: as named, as the log says, or by the size in the message; and what lies outside the allocator."""
-    message = reading.first.message if reading.first is not None else None
+def _usable(run: FailedRun, notes: list[str]) -> FailedRun:
+    """Return ``run`` without the settings that do not go together, those of the text first, each of which is noted."""
+    values, sources = dict(run.values), dict(run.sources)
+    if run.spec is not None:
+        positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None)
+        if positions and values.get("max_seq_length", 0) > positions:
+            notes.append(
+                f"rehearsed with {positions:,} tokens, the most that the model takes, instead of {values['max_seq_length']:,}"
+            )
+            values["max_seq_length"] = positions
+    while True:
+        current = dataclasses.replace(run, values=values, sources=sources)
+        try:
+            current.config()
+        except ConfigError as error:
+            about = [name for name in error.settings if name in values] or list(values)[-1:]
+            if not about:
+                raise
+            about.sort(key=lambda name: sources.get(name) == "given")
+            notes.append(f"{about[0].replace('_', ' ')} {values[about[0]]} is left out: {error}")
+            del values[about[0]]
+        else:
+            return current
+
+
+def _target(situation: Situation) -> tuple[Target, int | None]:
+    """Return the GPU: by its name, else by the size in the message; and what lies outside the allocator."""
+    first, capacity_bytes = situation.reading.first, situation.capacity_bytes
+    message = first.message if first is not None else None
     capacity = message.capacity if message is not None and message.kind == "allocator" else None
-    name = named or reading.settings.gpu
-    if name is not None:
-        sources["gpu"] = "given" if named else "log"
-        target = target_for(name)
-    elif capacity is not None:
-        sources["gpu"] = "message"
-        target = _target_of_size(capacity.middle)
+    if situation.gpu is not None:
+        target = target_for(situation.gpu)
     else:
-        return None, None
+        assert capacity_bytes is not None
+        target = _target_of_size(capacity_bytes)
     if message is None or capacity is None:
         return target, None
-    # The size that the message prints is that of the very GPU; a name given on top must agree with it.
-    if abs(target.capacity_bytes - capacity.middle) > 0.1 * capacity.middle:
-        raise ConfigError(
-            f"the message comes from a GPU of {capacity.text}, but {target.name} has "
-            f"{format_bytes(target.capacity_bytes)}: leave out gpu, or name the one that it ran on"
-        )
-    outside = None
-    reserved = message.reserved_bytes
-    if message.free is not None and reserved is not None:
-        outside = max(0, capacity.middle - message.free.middle - reserved.middle)
-    if message.allowed is not None and message.allowed.middle < capacity.middle:
-        outside = capacity.middle - message.allowed.middle
+    outside = outside_bytes(message)
     total = target.capacity_bytes if target.capacity_bytes in capacity else capacity.low
     changes: dict[str, Any] = {"capacity_bytes": total}
     if outside is not None:
@@ -172,46 +220,45 @@ def _target(reading: Reading, named: str | None, sources: dict[str, Source]) -> 
 
 def _target_of_size(capacity_bytes: int) -> Target:
     """Return the catalogue's GPU of about this size, where one alone has it or all have one capability."""
-    near = [g for g in catalogue.gpus() if abs(g.usable_bytes - capacity_bytes) <= _SAME_GPU * capacity_bytes]
+    near = [g for g in catalogue.gpus() if abs(g.usable_bytes - capacity_bytes) <= SAME_GPU * capacity_bytes]
     if near:
         nearest = min(near, key=lambda g: abs(g.usable_bytes - capacity_bytes))
         if (
             len({gpu.capability for gpu in near}) == 1
             or abs(nearest.usable_bytes - capacity_bytes) < 0.003 * capacity_bytes
         ):
-            return target_for(nearest.name)
-    size = target_for(f"{capacity_bytes}B")
+            return dataclasses.replace(target_for(nearest.name), name=f"GPU of {format_bytes(capacity_bytes)}")
+    size = target_for(f"{capacity_bytes // KiB}KiB")
     return dataclasses.replace(size, name=f"GPU of {format_bytes(capacity_bytes)}")
 
 
 def _consistent(run: FailedRun) -> FailedRun:
-    """Drop what a log says but the other settings rule out, and choose what a tied model needs."""
+    """Choose what a tied model needs, and what the GPU can compute in."""
     values, sources = dict(run.values), dict(run.sources)
     if run.spec is not None:
         tied = ties(run.spec.config)
         parts = str(values.get("trainable", "full")).split("+")
         if tied and ("lm_head" in parts) != ("embed_tokens" in parts) and "tied_weights" not in values:
             values["tied_weights"], sources["tied_weights"] = "shared", "assumed"
-        positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None)
-        if positions and sources.get("max_seq_length") == "log" and values["max_seq_length"] > positions:
-            del values["max_seq_length"], sources["max_seq_length"]
     capability = run.target.compute_capability if run.target is not None else (8, 0)
     mixed = run.mixed_precision
-    if capability < (8, 0) and values.get("dtype") == "bf16" and sources["dtype"] == "log":
+    if capability < (8, 0) and values.get("dtype") == "bf16" and sources["dtype"] in ("log", "tool"):
         values["dtype"] = "fp16"  # the tool emulates bf16 there; the bytes are the same
     if capability < (8, 0) and mixed == "bf16":
         mixed = "fp16"
     return dataclasses.replace(run, values=values, sources=sources, mixed_precision=mixed)
 
 
-def choose_unknowns(run: FailedRun, reading: Reading, solved: list[Suspect]) -> tuple[FailedRun, Outcome | None]:
+def choose_unknowns(
+    run: FailedRun, reading: Reading, solved: list[Suspect], has_time: Callable[[], bool]
+) -> tuple[FailedRun, Outcome]:
     """Return the run with precision and length chosen, and its rehearsal within the GPU's limit.
+
+    Choices are compared as long as ``has_time`` says that there is time for another.
 
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
-    if not run.known:
-        return run, None
     assert run.spec is not None
     assert run.target is not None
     message = reading.first.message if reading.first is not None else None
@@ -228,15 +275,17 @@ def choose_unknowns(run: FailedRun, reading: Reading, solved: list[Suspect]) -> 
     best: tuple[float, FailedRun, Outcome] | None = None
     for dtype in dtypes:
         for length in lengths:
+            if best is not None and not has_time():
+                break
             choice = _with(run, dtype, length, from_message=bool(solved))
-            rehearsal = rehearse_run(choice, run.target, limited=True, evaluates=evaluates)
+            rehearsal = rehearse_run(choice, run.target, limited=True, evaluates=evaluates, names_modules=True)
             distance = _distance(rehearsal, message, reading)
             if best is None or distance < best[0]:
                 best = (distance, choice, rehearsal)
-            if message is None:
-                break
+            if message is None or message.requested is None:
+                break  # nothing to compare with: the first choice is the usual one
         if message is None or message.requested is None:
-            break  # nothing to compare with: the first choice is the usual one
+            break
     assert best is not None
     return best[1], best[2]
 
@@ -248,16 +297,21 @@ def rehearse_run(
     limited: bool,
     evaluates: bool = False,
     settings: AllocatorSettings | None = None,
+    names_modules: bool = False,
 ) -> Outcome:
     """Rehearse ``run`` as its tool runs it: oomless by its own step, any other by the plain one.
+
+    It takes more time where the outcome ``names_modules`` inside of layers.
 
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
     if run.tool != "oomless":
-        return rehearse_plain(run.plain(evaluates=evaluates), target, limited=limited, settings=settings)
+        plain = run.plain(evaluates=evaluates)
+        return rehearse_plain(plain, target, limited=limited, settings=settings, names_modules=names_modules)
     assert run.spec is not None
-    return rehearse_own(run.spec, run.config(), target, limited=limited, settings=settings, names_modules=True)[0]
+    how: dict[str, Any] = {"limited": limited, "settings": settings, "names_modules": names_modules}
+    return rehearse_own(run.spec, run.config(), target, **how)[0]
 
 
 def rehearse_own(

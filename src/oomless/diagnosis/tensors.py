@@ -9,15 +9,13 @@ N tokens of a micro-batch (B blocks of T), V vocabulary, H hidden size, I width 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from oomless.memory.device import Phase
-from oomless.models.make import make, ties
-from oomless.models.spec import ModelSpec
+if TYPE_CHECKING:
+    from oomless.memory.device import Phase
+    from oomless.models.spec import ModelSpec
 
 _DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
 
@@ -72,25 +70,66 @@ class Dimensions:
     head_width: int
     positions: int | None
 
+    layers: int = 0
+    tied: bool = False
+    experts: int | None = None
+
     @classmethod
-    def of_config(cls, config: Any) -> Dimensions:
-        """Read them from a transformers config."""
-        text = config.get_text_config()
-        heads = int(text.num_attention_heads)
-        mlp = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    def of_config(cls, config: Any) -> Dimensions | None:
+        """Read them from a transformers config; ``None`` where it has no such numbers."""
+        return cls.of_mapping({**config.to_dict(), "text_config": config.get_text_config().to_dict()})
+
+    @classmethod
+    def of_mapping(cls, config: Mapping[str, Any]) -> Dimensions | None:
+        """Read them from a ``config.json``; ``None`` where it has no such numbers."""
+        text = config.get("text_config") or config.get("llm_config") or config
+
+        def number(*names: str) -> int | None:
+            for name in names:
+                value = text.get(name)
+                value = next(iter(value), None) if isinstance(value, list | tuple) else value
+                if isinstance(value, int) and value > 0:
+                    return value
+            return None
+
+        hidden, vocabulary = number("hidden_size", "n_embd", "d_model"), number("vocab_size")
+        heads = number("num_attention_heads", "n_head", "n_heads")
+        if not hidden or not vocabulary or not heads:
+            return None
         return cls(
-            vocabulary=int(text.vocab_size),
-            hidden=int(text.hidden_size),
-            mlp=int(mlp[0] if isinstance(mlp, list | tuple) else mlp),
+            vocabulary=vocabulary,
+            hidden=hidden,
+            mlp=number("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
             heads=heads,
-            key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            head_width=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-            positions=getattr(text, "max_position_embeddings", None),
+            key_heads=number("num_key_value_heads") or heads,
+            head_width=number("head_dim") or hidden // heads,
+            positions=number("max_position_embeddings", "n_positions"),
+            layers=number("num_hidden_layers", "n_layer") or 0,
+            tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            experts=number("num_local_experts", "num_experts", "n_routed_experts"),
         )
+
+    def matrices(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the weights that any model of these numbers has, the largest first."""
+        heads, keys = self.heads * self.head_width, self.key_heads * self.head_width
+        found = {
+            ("embed_tokens (also lm_head)" if self.tied else "embed_tokens or lm_head"): (self.vocabulary, self.hidden),
+            "mlp.gate_proj or up_proj": (self.mlp, self.hidden),
+            "mlp.gate and up together": (2 * self.mlp, self.hidden),
+            "self_attn.q_proj or o_proj": (heads, self.hidden),
+            "self_attn.k_proj or v_proj": (keys, self.hidden),
+        }
+        if self.experts:
+            found = {name: shape for name, shape in found.items() if "mlp" not in name}
+        return sorted(found.items(), key=lambda item: -item[1][0] * item[1][1])
 
 
 def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
     """Return the distinct kinds of weights of a model and their shapes, layers taken together, the largest first."""
+    import torch
+
+    from oomless.models.make import make, ties
+
     config = copy.deepcopy(spec.config)
     with torch.device("meta"):
         model = make(config, trust_remote_code=spec.trust_remote_code)

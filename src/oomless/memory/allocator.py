@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-
-import torch
+from typing import TYPE_CHECKING
 
 from oomless.memory.allocator_growth import SMALL_REQUEST, DeviceMemory, TraceEvent, round_up
 from oomless.memory.allocator_settings import INTERVALS, AllocatorSettings
@@ -28,6 +27,9 @@ from oomless.memory.allocator_state import (
     cuda_size,
     out_of_memory_message,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 SMALLEST_BLOCK = 512
 LARGEST_REQUEST = 1 << 60
@@ -84,7 +86,7 @@ class CachingAllocator(DeviceMemory):
             block.allocated = True
             return block
         if size_bytes >= LARGEST_REQUEST:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than 1EB memory.")
+            raise _error("CUDA out of memory. Tried to allocate more than 1EB memory.")
         size = self.round_size(size_bytes)
         pool = self._pool(stream, size <= SMALL_REQUEST)
         found = self._best_fit(pool, size) or self._grow(pool, size, size_bytes, note)
@@ -353,9 +355,15 @@ class CachingAllocator(DeviceMemory):
             books.num_ooms += 1
             self._record("oom", facts.free_bytes, size, pool.stream, note)
             message = out_of_memory_message(facts, self.allowed_bytes)
-        error = torch.OutOfMemoryError(message)
+        error = _error(message)
         error.oom_facts = facts  # type: ignore[attr-defined]
         return error
+
+
+def _error(message: str) -> torch.OutOfMemoryError:
+    import torch  # here, as the rules of sizes are asked where nothing else needs torch
+
+    return torch.OutOfMemoryError(message)
 
 
 def oom_facts(error: torch.OutOfMemoryError) -> OomFacts | None:

@@ -1,44 +1,91 @@
-"""A diagnosis on the terminal, and the same as a page."""
+"""A diagnosis on the terminal, as it is found, and the same as a page."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
 from rich.padding import Padding
-from rich.text import Text
 
+from oomless.diagnosis.attribution import Suspect
 from oomless.diagnosis.cures import Cure, Cures, own_settings
-from oomless.diagnosis.explain import Diagnosis
+from oomless.diagnosis.explain import Diagnosis, Listener
+from oomless.diagnosis.first_answer import FirstAnswer
 from oomless.diagnosis.plain_step import Outcome
+from oomless.diagnosis.run import FailedRun
 from oomless.memory.profile import CATEGORIES
+from oomless.report.first_answer import print_first_answer, print_remedies, print_suspects, title
 from oomless.report.screen import Screen
 from oomless.report.tables import bars
 from oomless.units import counted, format_bytes
 
-SUSPECTS = 3
 PAGE_WIDTH = 110
+
+
+class Printer(Listener):
+    """Prints a diagnosis as it is found, after its first answer."""
+
+    def __init__(self, screen: Screen, first: FirstAnswer, say: Callable[[str], None] = lambda _: None) -> None:
+        """Print on ``screen`` what follows ``first``; ``say`` is told what is rehearsed."""
+        super().__init__(say)
+        self.screen, self.first, self._fitting = screen, first, 0
+
+    def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome, suspects: list[Suspect]) -> None:
+        """Print what the run as it was came to."""
+        if [(s.tensor.kind, s.tokens) for s in suspects[:1]] != [
+            (s.tensor.kind, s.tokens) for s in self.first.suspects[:1]
+        ]:
+            print_suspects(self.screen, self.first, tuple(suspects))
+        elif suspects and len(suspects[0].support) > len(self.first.suspects[0].support):
+            self.screen.say(f"{suspects[0].support[-1]}: {suspects[0].tensor.kind}", indent=2)
+        _print_run(self.screen, run)
+        _print_held(self.screen, self.first, run, at_failure, without_limit)
+
+    def cured(self, cure: Cure) -> None:
+        """Print a cure."""
+        if not cure.fits:
+            self.screen.say(
+                f"not enough: {cure.title}; saves {format_bytes(cure.saved_bytes)}, needs {format_bytes(cure.needed_bytes)}",
+                indent=2,
+                style="dim",
+            )
+            return
+        if not self._fitting:
+            title(self.screen, "What cures it, in the order of what it costs (each rehearsed)")
+        self._fitting += 1
+        _print_cure(self.screen, self._fitting, cure, self.first.situation.tool)
+
+    def close(self, diagnosis: Diagnosis) -> None:
+        """Print what comes last."""
+        screen, cures = self.screen, diagnosis.cures
+        if diagnosis.not_rehearsed is not None and diagnosis.first.situation.reading.first is not None:
+            screen.say((f"\nNothing is rehearsed: {diagnosis.not_rehearsed}.", "dim"))
+        for note in diagnosis.first.situation.notes[len(self.first.situation.notes) :]:
+            screen.say(note, style="dim")
+        if cures is not None:
+            _print_end_of_cures(screen, cures)
+        if cures is None or not cures.fitting:
+            print_remedies(screen, diagnosis.first)
+        if diagnosis.missing:
+            title(screen, "What would make this more certain")
+            for missing in diagnosis.missing:
+                screen.say(missing, indent=2)
 
 
 def print_diagnosis(screen: Screen, diagnosis: Diagnosis) -> None:
     """Print what failed, what asked, what held the rest, and what would cure it."""
-    _print_error(screen, diagnosis)
-    for finding in diagnosis.findings:
-        screen.say((f"{finding.topic}:", "bold yellow"), f" {finding.text}")
-    _print_suspects(screen, diagnosis)
-    if diagnosis.snapshot is not None:
-        _print_holders(screen, diagnosis)
-    if diagnosis.at_failure is not None and diagnosis.without_limit is not None:
-        _print_run(screen, diagnosis)
-        _print_held(screen, diagnosis, diagnosis.at_failure, diagnosis.without_limit)
-    if diagnosis.cures is not None:
-        _print_cures(screen, diagnosis, diagnosis.cures)
-    if diagnosis.missing:
-        _title(screen, "What would make this more certain")
-        for missing in diagnosis.missing:
-            screen.say(missing, indent=2)
+    first, run = diagnosis.first, diagnosis.run
+    print_first_answer(screen, first)
+    if first.snapshot is not None:
+        print_holders(screen, first)
+    printer = Printer(screen, first)
+    if run is not None and diagnosis.at_failure is not None and diagnosis.without_limit is not None:
+        printer.rehearsed(run, diagnosis.at_failure, diagnosis.without_limit, list(diagnosis.suspects))
+    for cure in diagnosis.cures.tried if diagnosis.cures is not None else ():
+        printer.cured(cure)
+    printer.close(diagnosis)
 
 
 def write_page(diagnosis: Diagnosis, path: Path) -> None:
@@ -53,71 +100,16 @@ def write_page(diagnosis: Diagnosis, path: Path) -> None:
     path.write_text(page.replace("<head>", "<head>\n<title>out of memory</title>", 1), encoding="utf-8")
 
 
-def _title(screen: Screen, text: str) -> None:
-    screen.print(Text(f"\n{text}", "bold"))
-
-
-def _print_error(screen: Screen, diagnosis: Diagnosis) -> None:
-    first = diagnosis.reading.first
-    if first is None:
-        _title(screen, "No error is in the text: the run that it describes, rehearsed")
-        return
-    message, place = first.message, first.place
-    _title(screen, f"{message.source}: {_said(message.kind)}")
-    screen.say(" ".join(message.words.split()), style="dim")
-    if first.count > 1:
-        ranks = f", on ranks {', '.join(map(str, first.ranks))}" if first.ranks else ""
-        screen.say(f"it stands {first.count} times in the text{ranks}")
-    if len(diagnosis.reading.occurrences) > 1:
-        screen.say(f"other errors follow: {len(diagnosis.reading.occurrences) - 1}; the first on the GPU is explained")
-    if place.phase is not None:
-        where = f", in {place.module}" if place.module else ""
-        again = " (computing a checkpointed forward again)" if place.recomputing else ""
-        screen.say(
-            f"phase: {place.phase}{where}{again}",
-            *((", at ", (place.code, "cyan")) if place.code else ()),
-        )
-
-
-def _said(kind: str) -> str:
-    return {
-        "allocator": "the GPU is full",
-        "driver": "the GPU is full",
-        "library": "the GPU is full",
-        "kernel": "a kernel wants more than a multiprocessor has",
-        "host": "the host is full",
-        "killed": "the process was killed",
-    }[kind]
-
-
-def _print_suspects(screen: Screen, diagnosis: Diagnosis) -> None:
-    if not diagnosis.suspects:
-        return
-    first = diagnosis.reading.first
-    asked = first.message.requested.text if first is not None and first.message.requested is not None else ""
-    _title(screen, f"What asked for {asked}")
-    for number, suspect in enumerate(diagnosis.suspects[:SUSPECTS]):
-        solved = f", if a block has {suspect.tokens:,} tokens" if suspect.solved else ""
-        model = f", of {suspect.model} and models alike" if suspect.model else ""
-        screen.say(
-            (suspect.tensor.kind, "bold" if number == 0 else ""),
-            f": {suspect.tensor.describe(suspect.tokens)} = {suspect.size_bytes:,} bytes ({suspect.tensor.of}{model})",
-            f"{solved}{suspect.rounding}",
-            indent=2,
-        )
-        for support in suspect.support:
-            screen.say(support, indent=6, style="dim")
-
-
-def _print_holders(screen: Screen, diagnosis: Diagnosis) -> None:
-    recorded = diagnosis.snapshot
+def print_holders(screen: Screen, answer: FirstAnswer) -> None:
+    """Print what held the memory by the snapshot."""
+    recorded = answer.snapshot
     assert recorded is not None
     when = {
         "out of memory": "when it ran out",
         "peak": "at the peak of what was recorded",
         "end": "when it was written, as no history was recorded",
     }[recorded.moment]
-    _title(screen, f"What held the memory of GPU {recorded.gpu}, by the snapshot, {when}")
+    title(screen, f"What held the memory of GPU {recorded.gpu}, by the snapshot, {when}")
     screen.say(
         f"{format_bytes(recorded.allocated_bytes)} allocated of {format_bytes(recorded.reserved_bytes)} reserved; the largest "
         f"free piece is {format_bytes(recorded.largest_cached_bytes)}",
@@ -128,10 +120,9 @@ def _print_holders(screen: Screen, diagnosis: Diagnosis) -> None:
         screen.say(f"{format_bytes(holder.size_bytes)} in {counted(holder.blocks, 'block')}: {where}", indent=2)
 
 
-def _print_run(screen: Screen, diagnosis: Diagnosis) -> None:
-    run = diagnosis.run
+def _print_run(screen: Screen, run: FailedRun) -> None:
     assert run.target is not None
-    words = {"log": "from the text", "message": "from the message"}
+    words = {"log": "from the text", "message": "from the message", "tool": "the tool's default"}
     settings = [("model", run.model), ("gpu", run.target.name), *run.values.items()]
     known = [(name, value, run.sources.get(name, "assumed")) for name, value in settings]
     parts = [f"{name} {value} ({words.get(how, how)})" for name, value, how in known if how != "default"]
@@ -139,25 +130,35 @@ def _print_run(screen: Screen, diagnosis: Diagnosis) -> None:
         parts.append("the rest as by default")
     if run.mixed_precision is not None:
         parts.append(f"cast to {run.mixed_precision}")
-    _title(screen, "The run")
+    if run.sequences_each > 1:
+        parts.append("chosen and rejected together")
+    if run.reference:
+        parts.append("a frozen copy as reference")
+    title(screen, "The run that is rehearsed")
     screen.say(", ".join(parts), indent=2)
 
 
-def _print_held(screen: Screen, diagnosis: Diagnosis, held: Outcome, free: Outcome) -> None:
-    run, first = diagnosis.run, diagnosis.reading.first
+def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcome, free: Outcome) -> None:
     assert run.target is not None
+    occurrence = first.situation.reading.first
     name = "oomless" if run.tool == "oomless" else "the plain step (transformers' loss, torch's optimizers)"
     if held.stopped_at is None:
-        _title(screen, "What holds the memory at the peak")
+        title(screen, "What holds the memory at the peak")
+        assumed = [
+            n
+            for n in ("max_seq_length", "dtype", "per_device_train_batch_size")
+            if run.sources.get(n, "assumed") == "assumed"
+        ]
+        reason = f" {', '.join(assumed)} {'are' if len(assumed) > 1 else 'is'} assumed here." if assumed else ""
         screen.say(
             f"Rehearsed, {name} needs {format_bytes(held.needed_bytes)} and fits into {format_bytes(run.target.usable_bytes)} "
-            "with these settings. So something else took the memory: longer blocks, a larger batch, other settings, "
-            "another process, or tensors that are kept from step to step.",
+            f"with these settings.{reason} So if it failed, something else took the memory: longer sequences, a larger batch, other "
+            "settings, another process, or tensors that are kept from step to step.",
             indent=2,
         )
     else:
         where = f" in {held.stopped_at.module}" if held.stopped_at.module else ""
-        _title(screen, "What held the rest")
+        title(screen, "What held the rest")
         screen.say(
             f"Rehearsed, {name} stops in the {held.stopped_at.phase} phase{where}, where {held.stopped_at.operation} asks for "
             f"{format_bytes(held.stopped_at.size_bytes)}. The whole run needs {format_bytes(free.needed_bytes)} of "
@@ -171,13 +172,13 @@ def _print_held(screen: Screen, diagnosis: Diagnosis, held: Outcome, free: Outco
     ]
     full_bytes = sum(size for _, size in sizes)
     screen.print(Padding.indent(bars(screen, sizes, full_bytes), 2))
-    if first is not None and first.message.allocated is not None:
+    if occurrence is not None and occurrence.message.allocated is not None:
         screen.say(
-            f"allocated at that moment: {format_bytes(held.allocated_bytes)} rehearsed, {first.message.allocated.text} in the "
+            f"allocated at that moment: {format_bytes(held.allocated_bytes)} rehearsed, {occurrence.message.allocated.text} in the "
             "message",
             indent=2,
         )
-    if diagnosis.cures is not None and diagnosis.cures.batch_cannot_help:
+    if free.fixed_bytes > run.target.usable_bytes:
         screen.say(
             ("No batch size and no sequence length can help:", "bold"),
             f" weights, gradients and optimizer state alone are {format_bytes(free.fixed_bytes)}.",
@@ -185,19 +186,16 @@ def _print_held(screen: Screen, diagnosis: Diagnosis, held: Outcome, free: Outco
         )
 
 
-def _print_cures(screen: Screen, diagnosis: Diagnosis, cures: Cures) -> None:
-    _title(screen, "What cures it, in the order of what it costs")
-    for cure in [c for c in cures.tried if not c.fits]:
+def _print_end_of_cures(screen: Screen, cures: Cures) -> None:
+    if cures.not_reached:
         screen.say(
-            f"not enough: {cure.title}; saves {format_bytes(cure.saved_bytes)}, needs {format_bytes(cure.needed_bytes)} "
-            f"of {format_bytes(cures.usable_bytes)}",
-            indent=2,
+            f"\nThe time did not suffice for {len(cures.not_reached)} more: --budget gives it more seconds.",
             style="dim",
         )
-    for number, cure in enumerate(cures.fitting, 1):
-        _print_cure(screen, number, cure, diagnosis.run.tool)
-    if not cures.fitting:
-        screen.say(("No setting makes this run fit.", "bold red"), " What would:", indent=2)
+    if cures.fitting:
+        return
+    if cures.elsewhere or not cures.not_reached:
+        screen.say(("\nNo setting that was rehearsed makes this run fit.", "bold red"), " What would:")
         for elsewhere in cures.elsewhere or ("nothing in the catalogue",):
             screen.say(elsewhere, indent=4)
 
@@ -211,13 +209,12 @@ def _print_cure(screen: Screen, number: int, cure: Cure, tool: str | None) -> No
         indent=2,
     )
     screen.say(f"quality: {cure.quality}. Speed: {cure.speed}.", indent=5)
+    if cure.tool is not None:
+        screen.say(f"{f'in {tool}' if tool else 'do'}: ", (cure.tool, "cyan"), indent=5)
     if cure.config is not None:
         screen.say("oomless train --config with this YAML:", indent=5)
         for line in _yaml_lines(cure):
             screen.say(line, indent=7, style="cyan")
-    if cure.tool is not None:
-        where = "do" if cure.config is None else f"the same in {tool}"
-        screen.say(f"{where}: ", (cure.tool, "cyan"), indent=5)
 
 
 def _yaml_lines(cure: Cure) -> Iterable[str]:

@@ -1,0 +1,113 @@
+"""The first answer, which needs no rehearsal and no torch: what a text says, what follows from its numbers, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oomless.diagnosis.attribution import Suspect, suspects, suspects_in_the_catalogue
+from oomless.diagnosis.findings import Finding, find
+from oomless.diagnosis.logs import Occurrence, read
+from oomless.diagnosis.remedies import Remedy, advise
+from oomless.diagnosis.situation import Situation, read_situation
+from oomless.diagnosis.tensors import Tensor, of_activations, of_weights
+
+if TYPE_CHECKING:
+    from oomless.diagnosis.snapshots import SnapshotReading
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstAnswer:
+    """What can be said at once."""
+
+    situation: Situation
+    snapshot: SnapshotReading | None
+    findings: tuple[Finding, ...]
+    suspects: tuple[Suspect, ...]
+    remedies: tuple[Remedy, ...]
+
+
+def first_answer(
+    text: str = "",
+    given: Mapping[str, Any] | None = None,
+    *,
+    snapshot: Path | None = None,
+    tool: str | None = None,
+    mixed_precision: str | None = None,
+    attention: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> FirstAnswer:
+    """Return what ``text`` and the ``given`` settings say by themselves.
+
+    Args:
+        text: a message, a log or a notebook's output; may be empty.
+        given: settings under the names of ``TrainConfig``, which outrank those of the text.
+        snapshot: a file of ``torch.cuda.memory._dump_snapshot``.
+        tool: what ran; one of ``tools.TOOLS``, or a word that is taken for one.
+        mixed_precision: fp16 or bf16: weights in fp32, arithmetic cast to this.
+        attention: sdpa or eager.
+        notes: what is known to be of no use in what was given.
+
+    Raises:
+        UserError: the snapshot cannot be read.
+    """
+    reading, recorded = read(text), None
+    if snapshot is not None:
+        from oomless.diagnosis.snapshots import read_snapshot
+
+        recorded = read_snapshot(snapshot)
+        if recorded.out_of_memory is not None and reading.first is None:
+            occurrence = Occurrence(message=recorded.out_of_memory, place=recorded.place)
+            reading = replace(reading, occurrences=(occurrence, *reading.occurrences))
+    situation = read_situation(reading, given or {}, tool=tool, mixed_precision=mixed_precision, attention=attention)
+    return answer_of(replace(situation, notes=(*notes, *situation.notes)), recorded)
+
+
+def answer_of(situation: Situation, recorded: SnapshotReading | None = None) -> FirstAnswer:
+    """Return what ``situation`` says by itself."""
+    found, named = find(situation, recorded), _suspects(situation)
+    return FirstAnswer(
+        situation=situation,
+        snapshot=recorded,
+        findings=tuple(found),
+        suspects=tuple(named),
+        remedies=advise(situation, found, named),
+    )
+
+
+def item_bytes(situation: Situation) -> int:
+    """Return the bytes of a number in activations."""
+    return 4 if situation.values.get("dtype") == "fp32" and situation.mixed_precision is None else 2
+
+
+def blocks_at_once(situation: Situation) -> int:
+    """Return how many sequences go through the model together, where the error arose."""
+    first = situation.reading.first
+    evaluates = first is not None and first.place.phase == "evaluation"
+    name = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
+    pairs = 2 if situation.method in ("dpo", "orpo", "reward model") else 1
+    return int(situation.values.get(name, 1)) * pairs
+
+
+def _suspects(situation: Situation) -> list[Suspect]:
+    first = situation.reading.first
+    if first is None or first.message.kind != "allocator":
+        return []
+    unsloth, dimensions = situation.tool == "unsloth", situation.dimensions
+    if dimensions is None:
+        named = situation.model is not None or situation.reading.settings.named is not None
+        return [] if named else suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth)
+    tensors: list[Tensor] = [
+        *of_weights(dimensions.matrices()),
+        *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
+    ]
+    return suspects(
+        first.message,
+        first.place,
+        tensors,
+        tokens=situation.values.get("max_seq_length"),
+        positions=dimensions.positions,
+        unsloth=unsloth,
+    )

@@ -1,0 +1,197 @@
+"""What is known of a run before anything is rehearsed: what was given, what the text says, and what the catalogue knows.
+
+Nothing here needs torch, so that a reader has the first answer at once. What was given and cannot be used becomes a note.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from oomless import catalogue
+from oomless.diagnosis.logs import Reading
+from oomless.diagnosis.model_names import NamedModel
+from oomless.diagnosis.several import Several
+from oomless.diagnosis.tensors import Dimensions
+from oomless.diagnosis.tools import TOOLS, recognise
+from oomless.errors import HardwareError, ModelError
+from oomless.models.names import by_shape
+from oomless.units import format_bytes
+
+Source = Literal["given", "default", "log", "tool", "message", "assumed"]
+SAME_GPU = 0.02
+"""Two sizes of a GPU that differ by less are one GPU's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """What is known of the run that failed."""
+
+    reading: Reading
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Settings under the names of ``TrainConfig``, model and GPU aside."""
+
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+    tool: str | None = None
+    method: str | None = None
+    several: Several = field(default_factory=Several)
+    mixed_precision: str | None = None
+    attention: str | None = None
+    model: str | None = None
+    """As it was given, or by the catalogue's name."""
+
+    parameters: int | None = None
+    dimensions: Dimensions | None = None
+    gpu: str | None = None
+    """As it was given, or by the catalogue's name."""
+
+    capacity_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    """What was given and cannot be used, and what was taken for what."""
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights train, as far as is known."""
+        return bool(self.values.get("trainable", "full") == "full")
+
+    @property
+    def shown_values(self) -> dict[str, Any]:
+        """The settings with those of generation beside them."""
+        return {**self.others, **self.values}
+
+
+def read_situation(
+    reading: Reading,
+    given: Mapping[str, Any],
+    *,
+    tool: str | None = None,
+    mixed_precision: str | None = None,
+    attention: str | None = None,
+) -> Situation:
+    """Return what is known of the run of which ``reading`` tells; what is ``given`` outranks what it says."""
+    log, notes = reading.settings, list[str]()
+    values = {k: v for k, v in given.items() if k not in ("model", "gpu", "data", "output_dir")}
+    sources: dict[str, Source] = dict.fromkeys(values, "given")
+    for name, value in log.values.items():
+        if name not in values and not (name == "lora_r" and "lora" not in str(values.get("trainable", "lora"))):
+            values[name] = value
+            sources[name] = "tool" if name in log.by_default else "log"
+    if "lora" not in str(values.get("trainable", "full")):
+        for name in [n for n in ("lora_r", "quantization") if sources.get(n) == "log"]:
+            del values[name], sources[name]
+    mixed = mixed_precision or log.mixed_precision
+    if "dtype" in values:
+        mixed = mixed_precision or (log.mixed_precision if values["dtype"] == "fp32" else None)
+        if values["dtype"] == "auto":
+            del values["dtype"], sources["dtype"]
+    model, parameters, dimensions = _model(given.get("model"), log.named, notes)
+    if model is not None:
+        sources["model"] = "given" if given.get("model") else "log"
+    gpu, capacity = _gpu(reading, given.get("gpu"), notes)
+    if gpu is not None:
+        sources["gpu"] = "given" if given.get("gpu") else "log"
+    positions = dimensions.positions if dimensions is not None else None
+    if positions and values.get("max_seq_length", 0) > positions:
+        notes.append(
+            f"a length of {values['max_seq_length']:,} is more than the {positions:,} that the model's config allows"
+        )
+    return Situation(
+        reading=reading,
+        values=values,
+        sources=sources,
+        others=log.others,
+        tool=_tool(tool, log.tool, notes),
+        method=log.method,
+        several=log.several,
+        mixed_precision=mixed,
+        attention=attention or log.attention,
+        model=model,
+        parameters=parameters,
+        dimensions=dimensions,
+        gpu=gpu,
+        capacity_bytes=capacity,
+        notes=tuple(notes),
+    )
+
+
+def _tool(given: str | None, log: str | None, notes: list[str]) -> str | None:
+    if given is None or given in TOOLS:
+        return given or log
+    meant = recognise(given)
+    said = f"taken as {meant}" if meant else f"not known here; known are {', '.join(TOOLS)}"
+    notes.append(f"--tool {given}: {said}")
+    return meant or log
+
+
+def _model(
+    given: str | None, named: NamedModel | None, notes: list[str]
+) -> tuple[str | None, int | None, Dimensions | None]:
+    if given is None:
+        if named is not None and named.known is None:
+            notes.append(
+                f"{named.text} is not a model that is known here: --model NAME, or --model path/to/config.json, makes the answer better"
+            )
+        known = catalogue.model(named.known) if named is not None and named.known else None
+        name = known.name if known is not None else None
+    else:
+        path = Path(given).expanduser()
+        if path.exists():
+            return given, None, _of_file(path)
+        known, name = _known(given), given
+    if known is None:
+        return name, None, None
+    return name, known.parameters, Dimensions.of_mapping(known.config)
+
+
+def _known(name: str) -> catalogue.Model | None:
+    try:
+        return catalogue.model(name)
+    except ModelError:
+        return by_shape(name)
+
+
+def _of_file(path: Path) -> Dimensions | None:
+    try:
+        return Dimensions.of_mapping(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _gpu(reading: Reading, given: str | None, notes: list[str]) -> tuple[str | None, int | None]:
+    """Return the GPU's name and size; the size that a message prints is that of the very GPU."""
+    message = reading.first.message if reading.first is not None else None
+    capacity = message.capacity if message is not None and message.kind == "allocator" else None
+    named = list(reading.settings.gpus)
+    if given is not None:
+        try:
+            named = (
+                [given] if given.startswith(("virtual:", "auto")) or "x" in given[:4] else [catalogue.gpu(given).name]
+            )
+        except HardwareError as error:
+            notes.append(str(error))
+    sizes = {name: _size(name) for name in named}
+    if capacity is not None:
+        near = {n: s for n, s in sizes.items() if s is None or abs(s - capacity.middle) <= 0.12 * capacity.middle}
+        if given is not None and sizes and not near:
+            name, size = next(iter(sizes.items()))
+            notes.append(
+                f"the message comes from a GPU of {capacity.text}, and {name} has {format_bytes(size or 0)}: the message's size is used"
+            )
+        best = min(near, key=lambda n: abs((near[n] or 0) - capacity.middle), default=None)
+        return best, capacity.middle
+    if len(sizes) == 1:
+        return next(iter(sizes.items()))
+    if len(sizes) > 1:
+        notes.append(f"the GPU may be {' or '.join(sizes)}: --gpu says which")
+    return None, None
+
+
+def _size(name: str) -> int | None:
+    try:
+        return catalogue.gpu(name).usable_bytes
+    except HardwareError:
+        return None
