@@ -4,7 +4,9 @@ import pytest
 
 from oomless.diagnosis.frames import libraries
 from oomless.diagnosis.logs import clean, read
-from oomless.diagnosis.settings import known_gpu, known_model, read_settings
+from oomless.diagnosis.hardware_names import named_gpus
+from oomless.diagnosis.model_names import named_model
+from oomless.diagnosis.settings import read_settings
 
 ERROR = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1002.00 MiB."
 PACKAGES = "/usr/local/lib/python3.11/dist-packages"
@@ -101,7 +103,8 @@ BANNERS = {
         "==((====))==  Unsloth 2024.11: Fast Llama patching.\n   \\\\   /|    GPU: Tesla T4. Max memory: 14.748 GB.\n"
         "O^O/ \\_/ \\    Batch size per device = 2 | Gradient Accumulation steps = 4\n"
         ' "-____-"     Number of trainable parameters = 24,313,856\nunsloth/Llama-3.2-1B-bnb-4bit\n',
-        dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, quantization="nf4", trainable="lora"),
+        dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, quantization="nf4", trainable="lora",
+             gradient_checkpointing=True),
         24_313_856,
     ),
     "peft": (
@@ -136,7 +139,7 @@ def test_settings(name):
     if name == "arguments":
         assert (found.mixed_precision, found.attention) == ("fp16", "eager")
     if name == "unsloth":
-        assert (found.tool, found.gpu, found.model) == ("unsloth", "T4", "meta-llama/Llama-3.2-1B")
+        assert (found.tool, found.gpus[0], found.model) == ("unsloth", "T4", "meta-llama/Llama-3.2-1B")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_settings(name):
     ],
 )
 def test_models_by_name(text, model):
-    assert known_model(text) == model
+    assert (named_model(text) and named_model(text).known) == model
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,8 @@ def test_models_by_name(text, model):
     ],
 )
 def test_gpus_by_name(text, gpu):
-    assert known_gpu(text) == gpu
+    found = named_gpus(text)
+    assert (found[0] if len(found) == 1 else None) == gpu
 
 
 def test_steps_and_what_was_held():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,7 @@ def explain(
     FILE is a log, a notebook or a pasted message; - reads what is piped in. What it does not say can be given as settings. The
     reading comes at once; rehearsals follow.
     """
+    began = time.monotonic()
     require_writable(html)
     if budget is not None and not budget >= 0:
         raise ConfigError(f"--budget is a number of seconds, 0 or more; got {budget}")
@@ -88,7 +90,7 @@ def explain(
     if not json:
         print_first_answer(out(), first)
         out().file.flush()
-    _rehearse(first, 60.0 if budget is None else budget, json, html)
+    _rehearse(first, (60.0 if budget is None else budget) - (time.monotonic() - began), json, html)
 
 
 def _first(text: str, given: dict[str, Any], snapshot: Path | None, how: dict[str, Any], notes: list[str]) -> Any:
@@ -105,6 +107,7 @@ def _first(text: str, given: dict[str, Any], snapshot: Path | None, how: dict[st
 
 def _rehearse(first: Any, budget: float, json: bool, html: Path | None) -> None:
     """Rehearse what can be, print it as it is found, and write what was asked for."""
+    began = time.monotonic()
     from oomless.cli.searching import searching
     from oomless.cli.voice import aside, out
     from oomless.diagnosis.explain import Listener, rehearse_answer
@@ -115,7 +118,7 @@ def _rehearse(first: Any, budget: float, json: bool, html: Path | None) -> None:
         print_holders(screen, first)
     with searching(aside()) as say:
         printer = Printer(screen, first, say)
-        answer = rehearse_answer(first, budget, Listener() if json else printer)
+        answer = rehearse_answer(first, budget - (time.monotonic() - began), Listener() if json else printer)
     if json:
         screen.out(dumps(answer.to_dict(), indent=2))
     else:

@@ -17,7 +17,7 @@ from oomless import catalogue
 from oomless.diagnosis.frames import Place
 from oomless.diagnosis.messages import OutOfMemory
 from oomless.diagnosis.sizes import ByteRange
-from oomless.diagnosis.tensors import Dimensions, Tensor, of_activations, of_weights
+from oomless.diagnosis.tensors import Dimensions, Tensor, of_activations
 from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.units import MiB
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from oomless.memory.profile import Request
 
 SHOWN = 5
+LONGEST_ODD = 8192
+"""A length that is solved for is believed above this only where it is a power of two."""
+
 LONGEST_TOKENS = 1 << 20
 _UNSLOTH = "roundup_power2_divisions:[32:256,64:128,256:64,>:32]"
 _ROUNDINGS = (("", AllocatorSettings()), (f", rounded up by {_UNSLOTH}", AllocatorSettings.parse(_UNSLOTH)))
@@ -124,6 +127,11 @@ def roundness(tokens: int) -> float:
     return 1.0 if trailing >= 256 else 0.5 if trailing >= 64 else -0.5
 
 
+def is_believable(tokens: int) -> bool:
+    """Whether a number of tokens that was solved for may be one that somebody chose."""
+    return roundness(tokens) >= 2 or tokens <= LONGEST_ODD
+
+
 def suspects(
     message: OutOfMemory,
     place: Place,
@@ -155,7 +163,7 @@ def suspects(
             if sizes.says_little:
                 continue
             length = sizes.tokens(tensor, min(positions or LONGEST_TOKENS, LONGEST_TOKENS))
-            if length is None:
+            if length is None or not is_believable(length):
                 continue
         size_bytes = tensor.size_bytes(length or 0)
         rounding = sizes.match(size_bytes)
@@ -232,9 +240,14 @@ def _distinct(found: list[Suspect]) -> list[Suspect]:
     return list(kept.values())
 
 
-def suspects_in_the_catalogue(message: OutOfMemory, place: Place, *, unsloth: bool) -> list[Suspect]:
-    """Return suspects for a model that nobody named: known vocabularies with round numbers of tokens, known embeddings."""
-    if message.requested is None:
+def suspects_in_the_catalogue(
+    message: OutOfMemory, place: Place, *, unsloth: bool, tokens: int | None = None
+) -> list[Suspect]:
+    """Return suspects for a model that nobody named: logits over known vocabularies with ``tokens``, or a round number of them.
+
+    Where several vocabularies would do, or the phase is not known, none is named.
+    """
+    if message.requested is None or place.phase is None:
         return []
     best: list[Suspect] = []
     for name, vocabulary, hidden in _vocabularies():
@@ -242,11 +255,12 @@ def suspects_in_the_catalogue(message: OutOfMemory, place: Place, *, unsloth: bo
             vocabulary=vocabulary, hidden=hidden, mlp=0, heads=0, key_heads=0, head_width=0, positions=None
         )
         logits = [t for t in of_activations(shape, 1, 2) if t.of == "lm_head" and "shifted" not in t.kind]
-        weights = of_weights([("embed_tokens or lm_head", (vocabulary, hidden))])
-        for suspect in suspects(message, place, [*logits, *weights], tokens=None, unsloth=unsloth):
-            if suspect.tokens is None or roundness(suspect.tokens) >= 2:
+        for suspect in suspects(message, place, logits, tokens=None, unsloth=unsloth):
+            length = suspect.tokens or 0
+            if suspect.score > 0 and (length == tokens or (tokens is None and roundness(length) >= 2)):
                 best.append(_with_model(suspect, name))
-    return _distinct(sorted(best, key=lambda suspect: -suspect.score))
+    vocabularies = {suspect.tensor.shape.split(" x ")[1] for suspect in best}
+    return _distinct(sorted(best, key=lambda suspect: -suspect.score)) if len(vocabularies) < 3 else []
 
 
 def _with_model(suspect: Suspect, name: str) -> Suspect:
@@ -254,9 +268,12 @@ def _with_model(suspect: Suspect, name: str) -> Suspect:
     return Suspect(**{**values, "model": name})
 
 
+_WELL_KNOWN = ("meta-llama/", "Qwen/", "mistralai/", "google/", "microsoft/")
+
+
 def _vocabularies() -> Iterator[tuple[str, int, int]]:
     seen = set()
-    for name in catalogue.models():
+    for name in sorted(reversed(catalogue.models()), key=lambda name: not name.startswith(_WELL_KNOWN)):
         config = catalogue.model_config(name)
         text = config.get("text_config", config)
         vocabulary, hidden = text.get("vocab_size"), text.get("hidden_size") or text.get("n_embd")

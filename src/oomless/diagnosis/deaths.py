@@ -45,7 +45,7 @@ killed | the container's limit | Memory cgroup out of memory: Kill(?:ed)? proces
 killed | the kernel | Out of memory: Kill(?:ed)? process \d+|\boom-kill:constraint=\w+|invoked oom-killer
 killed | the container | \bOOMKilled\b|\bexit(?:ed with|ing with)?(?: code| status)?[ :=]+137\b
 killed | a data-loader worker | DataLoader worker \(pid\(?s?\)? [\d, ]+\) (?:is killed by signal: Killed|exited unexpectedly)
-killed | the launcher | exits with return code = -9\b|\bexitcode ?: -9\b|\bSignal 9 \(SIGKILL\)|died with <Signals\.SIGKILL: 9>|SIGKILL(?:: 9| \(9\))|terminated by signal (?:9|SIGKILL)
+killed | the launcher | exits with return code = -9\b|\bexitcode\s*:\s*-9\b|\bSignal 9 \(SIGKILL\)|died with <Signals\.SIGKILL: 9>|SIGKILL(?:: 9| \(9\))|terminated by signal (?:9|SIGKILL)
 killed | Colab | session crashed after using all available RAM
 killed | Kaggle | notebook tried to allocate more memory than is available
 killed | the notebook's server | kernel appears to have died|Kernel died|Kernel (?:crashed while executing|Restarting)|Canceled future for execute_request

@@ -15,7 +15,7 @@ from oomless.diagnosis.attribution import SHOWN, Suspect, suspects
 from oomless.diagnosis.clock import Clock
 from oomless.diagnosis.cures import Cure, Cures, find_cures
 from oomless.diagnosis.findings import others_bytes
-from oomless.diagnosis.first_answer import FirstAnswer, answer_of, first_answer
+from oomless.diagnosis.first_answer import FirstAnswer, answer_of, first_answer, missing_of
 from oomless.diagnosis.logs import read
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run, why_not_rehearsed
@@ -199,7 +199,8 @@ def rehearse_answer(
         except Exception as error:  # a model's own code may fail in any way; the reading stands without a rehearsal
             why = f"the rehearsal failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     first = replace(first, situation=replace(situation, notes=(*situation.notes, *notes)))
-    missing = _missing(situation, found["run"])
+    run = found["run"]
+    missing = missing_of(situation, None if run is None else (run.values, run.sources))
     return Diagnosis(first=first, suspects=tuple(named), not_rehearsed=why, missing=missing, **found)
 
 
@@ -268,26 +269,3 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
         unsloth=run.tool == "unsloth",
         stopped_at=rehearsed.stopped_at,
     )
-
-
-def _missing(situation: Situation, run: FailedRun | None) -> tuple[str, ...]:
-    first = situation.reading.first
-    missing = []
-    if first is not None and first.message.kind in ("host", "killed", "kernel", "engine", "placement"):
-        return ()
-    if first is not None and not first.message.sizes() and first.message.kind == "allocator":
-        missing.append("the whole message, with its numbers, and the traceback above it")
-    elif first is not None and first.place.phase is None:
-        missing.append("the traceback above the message: it says the phase and the place")
-    if situation.model is None:
-        missing.append("--model: which model it is")
-    if situation.gpu is None and situation.capacity_bytes is None:
-        missing.append("--gpu: which GPU it is")
-    values, sources = (situation.values, situation.sources) if run is None else (run.values, run.sources)
-    for name in ("max_seq_length", "dtype", "per_device_train_batch_size"):
-        if sources.get(name, "assumed") == "assumed":
-            assumed = f": it was assumed to be {values.get(name, 1)}" if run is not None else ""
-            missing.append(f"--{name.replace('_', '-')}{assumed}")
-    if situation.tool is None:
-        missing.append("--tool: what ran (trainer, trl, unsloth, llamafactory ...), for changes in its words")
-    return tuple(missing)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from oomless.diagnosis.arithmetic import fixed
 from oomless.diagnosis.elsewhere import elsewhere
-from oomless.diagnosis.messages import OutOfMemory
+from oomless.diagnosis.messages import ON_GPU, OutOfMemory
 from oomless.diagnosis.several import WORDS
 from oomless.diagnosis.situation import Situation
 from oomless.diagnosis.sizes import ByteRange
@@ -82,7 +82,8 @@ def find(situation: Situation, snapshot: SnapshotReading | None = None) -> list[
             *_free(message),
             *_small(message),
         ]
-    found += [*_several(situation), *_method(situation), *_fixed(situation), *_leak(situation, snapshot)]
+    if reading.first is None or reading.first.message.kind in ON_GPU:
+        found += [*_several(situation), *_method(situation), *_fixed(situation), *_leak(situation, snapshot)]
     return found
 
 
@@ -124,8 +125,6 @@ def others_bytes(message: OutOfMemory) -> int:
     if len(sizes) > 1 and reserved is not None:
         own = min((s for s in sizes if s >= reserved.low), key=lambda s: s - reserved.low, default=max(sizes))
         return sum(sizes) - own
-    if len(sizes) == 1 and reserved is not None and sizes[0] - reserved.high > LARGEST_CONTEXT_BYTES:
-        return 0
     return 0
 
 
@@ -134,7 +133,7 @@ def _others(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
     if held >= 64 * MiB:
         each = held // max(1, count)
         text = f"Other processes hold {format_bytes(held)} of this GPU ({counted(count, 'process').replace('processs', 'processes')})."
-        if situation.several.many and each < 1.5 * GiB and count > 1:
+        if situation.several.many and each < 1.5 * GiB:
             yield Finding(
                 topic="other processes",
                 text=f"{text} About {format_bytes(each)} each is what a CUDA context takes: it seems that the other ranks opened "
@@ -154,19 +153,42 @@ def _others(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
                 size_bytes=held,
             )
         return
-    outside = outside_bytes(message)
-    if message.allowed is None and outside is not None and outside > LARGEST_CONTEXT_BYTES:
+    yield from _unexplained(message, situation)
+
+
+def _unexplained(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
+    outside, reserved = outside_bytes(message), message.reserved_bytes
+    if outside is None or reserved is None or message.allowed is not None or message.source not in ("CUDA", "HIP"):
+        return
+    own = message.in_use or (message.processes[0][1] if len(message.processes) == 1 else None)
+    beside = max(0, own.middle - reserved.middle) if own is not None and own.middle >= reserved.low else None
+    rest = outside if beside is None else outside - beside
+    engine = situation.others.get("vllm")
+    if beside is not None and beside > (2 if situation.several.many else 1) * LARGEST_CONTEXT_BYTES:
         guess = (
-            "vLLM beside the training is the likely reason, as the text names it (a guess)"
-            if situation.others.get("vllm")
-            else "another process, or libraries beside PyTorch (NCCL, vLLM, bitsandbytes' paged memory), may hold it (a guess)"
+            "vLLM's engine, which the text names"
+            if engine
+            else "libraries with memory of their own (NCCL, vLLM, bitsandbytes)"
         )
         yield Finding(
             topic="unexplained",
-            text=f"{format_bytes(outside)} are in use on this GPU and not PyTorch's in this process; the message does not say whose. {guess[0].upper()}{guess[1:]}.",
-            remedy="look at nvidia-smi while it runs"
-            + ("; give vLLM less: vllm_gpu_memory_utilization" if situation.others.get("vllm") else ""),
-            size_bytes=outside,
+            text=f"This process holds {format_bytes(beside)} of this GPU beside PyTorch's allocator; a CUDA context takes about half a GiB. "
+            f"Likely {guess}; this is a guess, the message does not say.",
+            remedy="give vLLM less of the GPU (gpu_memory_utilization)" if engine else "",
+            size_bytes=beside,
+        )
+    if rest > LARGEST_CONTEXT_BYTES:
+        guess = (
+            "vLLM beside the training is likely, as the text names it (a guess)"
+            if engine
+            else "it may be another process that the driver does not name, as in containers and WSL (a guess)"
+        )
+        yield Finding(
+            topic="unexplained",
+            text=f"{format_bytes(rest)} are in use on this GPU and not PyTorch's in this process; the message does not say whose: {guess}.",
+            remedy="nvidia-smi on the machine itself shows it"
+            + ("; give vLLM less: gpu_memory_utilization" if engine else ""),
+            size_bytes=rest,
         )
 
 
@@ -329,14 +351,9 @@ def _method(situation: Situation) -> Iterator[Finding]:
 
 def _fixed(situation: Situation) -> Iterator[Finding]:
     held, capacity = fixed(situation), situation.capacity_bytes
-    first = situation.reading.first
-    if (
-        held is None
-        or capacity is None
-        or (first is not None and first.message.kind not in ("allocator", "driver", "library"))
-    ):
+    if held is None or capacity is None:
         return
-    if held.total_bytes <= 0.9 * capacity or situation.others.get("fitted"):
+    if held.total_bytes <= 0.9 * capacity:
         return
     over = held.total_bytes > capacity
     parts = [

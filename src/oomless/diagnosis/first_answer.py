@@ -27,6 +27,8 @@ class FirstAnswer:
     findings: tuple[Finding, ...]
     suspects: tuple[Suspect, ...]
     remedies: tuple[Remedy, ...]
+    missing: tuple[str, ...]
+    """What would make the answer better if it were given."""
 
 
 def first_answer(
@@ -73,7 +75,8 @@ def answer_of(situation: Situation, recorded: SnapshotReading | None = None) -> 
         snapshot=recorded,
         findings=tuple(found),
         suspects=tuple(named),
-        remedies=advise(situation, found, named),
+        remedies=tuple(advise(situation, found, named)),
+        missing=missing_of(situation),
     )
 
 
@@ -96,18 +99,46 @@ def _suspects(situation: Situation) -> list[Suspect]:
     if first is None or first.message.kind != "allocator":
         return []
     unsloth, dimensions = situation.tool == "unsloth", situation.dimensions
+    batch, length = situation.values.get("per_device_train_batch_size"), situation.values.get("max_seq_length")
     if dimensions is None:
         named = situation.model is not None or situation.reading.settings.named is not None
-        return [] if named else suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth)
+        tokens = batch * length if batch and length else None
+        return [] if named else suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth, tokens=tokens)
     tensors: list[Tensor] = [
-        *of_weights(dimensions.matrices()),
+        *(
+            t
+            for t in of_weights(dimensions.matrices())
+            if situation.trains_all or t.kind.startswith(("weights", "copy"))
+        ),
         *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
     ]
-    return suspects(
-        first.message,
-        first.place,
-        tensors,
-        tokens=situation.values.get("max_seq_length"),
-        positions=dimensions.positions,
-        unsloth=unsloth,
+    found = suspects(
+        first.message, first.place, tensors, tokens=length, positions=dimensions.positions, unsloth=unsloth
     )
+    return [suspect for suspect in found if suspect.score > 0]
+
+
+def missing_of(
+    situation: Situation, rehearsed: tuple[Mapping[str, Any], Mapping[str, str]] | None = None
+) -> tuple[str, ...]:
+    """Return what would make the answer better; ``rehearsed`` are the settings of a rehearsal and their sources."""
+    first = situation.reading.first
+    missing = []
+    if first is not None and first.message.kind in ("host", "killed", "kernel", "engine", "placement"):
+        return ()
+    if first is not None and not first.message.sizes() and first.message.kind == "allocator":
+        missing.append("the whole message, with its numbers, and the traceback above it")
+    elif first is not None and first.place.phase is None:
+        missing.append("the traceback above the message: it says the phase and the place")
+    if situation.model is None:
+        missing.append("--model: which model it is")
+    if situation.gpu is None and situation.capacity_bytes is None:
+        missing.append("--gpu: which GPU it is")
+    values, sources = rehearsed or (situation.values, situation.sources)
+    for name in ("max_seq_length", "dtype", "per_device_train_batch_size"):
+        if sources.get(name, "assumed") == "assumed":
+            assumed = f": it was assumed to be {values.get(name, 1)}" if rehearsed is not None else ""
+            missing.append(f"--{name.replace('_', '-')}{assumed}")
+    if situation.tool is None:
+        missing.append("--tool: what ran (trainer, trl, unsloth, llamafactory ...), for changes in its words")
+    return tuple(missing)

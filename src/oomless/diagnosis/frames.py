@@ -22,6 +22,7 @@ _NOTEBOOK = re.compile(
     r"(?::(?P<line>\d+))?,? in (?P<name>[\w.<>]+)[^\n]*$",
     re.MULTILINE,
 )
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception)\b")
 _NUMBERED = re.compile(r"^\s*(?:-+>)?\s*\d+\s")
 _CODE = re.compile(r"^(?:return |with |for |\w[\w.]*(?:, \w+)* = |\w+(?:\.\w+)+\()(?=.*[(\[])|\.(?:backward|step)\(")
 _ARROW = re.compile(r"^-+>\s*\d+ (?P<code>.*)$", re.MULTILINE)
@@ -59,7 +60,7 @@ _OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tupl
         ("load", r"torch/nn/modules/module\.py:(?:_apply|to|cuda|convert|half|float|<lambda>)$", None),
         ("backward", r"torch/(?:_tensor|autograd/__init__|autograd/graph)\.py:|:(?:_engine_run_backward)$", None),
         ("backward", r":backward$", None),
-        ("backward", r".", r"\b(?:loss|accelerator|scaler\.scale\(\w+\)|self)\.backward\("),
+        ("backward", r".", r"[\w)]\.backward\("),
         (
             "optimizer",
             r"torch/optim/|bitsandbytes/optim/|/optim(?:izer)?s?/[^:]*:.*(?:step|init_state|_init_group)|"
@@ -217,7 +218,9 @@ def place_of_frames(frames: tuple[Frame, ...]) -> Place:
                 break
         if _LOSS.search(f"{where} {frame.code}"):
             inner = "loss"
-        elif _FORWARD.search(where) and "loss" not in where:
+        elif (_FORWARD.search(where) and "loss" not in where) or (
+            not frame.path and re.search(r"\bself\.\w+\(", frame.code)
+        ):
             inner = "forward"
     module, code = _module(frames)
     recomputing = phase == "backward" and inner is not None and any("checkpoint" in f.path for f in frames)
@@ -251,6 +254,7 @@ def _frames_before(text: str, position: int) -> tuple[Frame, ...]:
         below = window[match.end() : following.start() if following else match.end() + 2000]
         arrow = _ARROW.search(below)
         lines = [line.strip() for line in below.split("\n") if line.strip() and not set(line.strip()) <= set("^~")]
+        lines = [line for line in lines if not _ERROR.match(line)]
         code = arrow["code"].strip() if arrow is not None else lines[0] if lines and match.re is _PLAIN else ""
         frames.append(Frame(path=match["path"], name=match["name"].strip().rpartition(".")[2], code=code[:300]))
     return tuple(frames) or _code_alone(text[max(0, position - 2000) : position])

@@ -189,7 +189,7 @@ def _held(text: str) -> tuple[tuple[int, int], ...]:
     for number, line in enumerate(text.split("\n")):
         match = _HELD.search(line)
         unit = (match[1] or match[3]) if match is not None else None
-        if match is None or unit is None:
+        if match is None or unit is None or "out of memory" in line or "by PyTorch" in line:
             continue
         step = _STEP.search(line)
         size = printed_size(match[2], unit, always_binary=True)

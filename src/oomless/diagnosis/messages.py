@@ -129,7 +129,7 @@ _NEW = [
     ("unallocated", _spaced(rf"\s*and {_SIZE} is reserved by PyTorch but unallocated\.?")),
 ]
 _ASYNC = _spaced(
-    r"Allocation on device(?: (\d+))? would exceed allowed memory\.(?: \(out of memory\))?"
+    r"(?:OutOfMemoryError:\s*)?Allocation on device(?: (\d+))? would exceed allowed memory\.(?: \(out of memory\))?"
     r"|OutOfMemoryError:\s*Allocation on device\b(?: (\d+))?"
 )
 _ASYNC_CLAUSES = [
@@ -145,14 +145,25 @@ _MPS = _spaced(
 )
 
 
+SHORTEST_WRAPPED = 40
+"""A line with fewer characters was not wrapped by a terminal."""
+
+
 def find_messages(text: str) -> list[OutOfMemory]:
     """Return every out-of-memory message in ``text``, which is clean (``logs.clean``), in order."""
-    found = sorted([*_allocator_messages(text), *_other_messages(text)], key=lambda message: message.position)
+    found = sorted([*_allocator_messages(text), *_other_messages(text)], key=lambda m: (m.position, -len(m.words)))
     kept: list[OutOfMemory] = []
     for message in found:  # "CUDA error: out of memory" inside a longer message is that message
-        if not kept or message.position >= kept[-1].position + len(kept[-1].words):
+        if not kept or not _belongs_to(text, message, kept[-1]):
             kept.append(message)
     return kept
+
+
+def _belongs_to(text: str, message: OutOfMemory, before: OutOfMemory) -> bool:
+    """Whether ``message`` is a part of the one ``before``: inside its words, or the same said again in its line."""
+    end = before.position + len(before.words)
+    same = message.kind == before.kind and message.kind not in ON_GPU
+    return message.position < end or (same and "\n" not in text[end : message.position])
 
 
 def _allocator_messages(text: str) -> Iterator[OutOfMemory]:
@@ -174,12 +185,11 @@ def _variants(text: str, head: re.Match[str]) -> Iterator[OutOfMemory]:
     yield _cuda_message(text, head)
     start = text.rfind("\n", 0, head.start()) + 1
     lines = text[start : start + 4000].split("\n")
-    width = len(lines[0])
-    if width >= 40 and len(lines) > 1:
+    if len(lines[0]) >= SHORTEST_WRAPPED and len(lines) > 1:
         joined, rest = lines[0], iter(lines[1:])
         for line in rest:
             joined += line
-            if len(line) < width:
+            if len(line) < SHORTEST_WRAPPED:
                 break
         again = _HEAD.search(joined, head.start() - start)
         if again is not None and again.start() == head.start() - start:

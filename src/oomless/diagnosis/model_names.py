@@ -77,8 +77,17 @@ _CANDIDATE = re.compile(
 )
 
 
+_RECIPE = re.compile(r"\b((?:llama|qwen|gemma|mistral|phi)\d*(?:_\d)?)/(\d+(?:\.\d+)?B)", re.IGNORECASE)
+"""As torchtune names its recipes: llama3_1/8B_full."""
+
+
 def _variant(text: str) -> str | None:
     """Return the known model that the first name of a model's form in ``text`` is a variant of."""
+    recipe = _RECIPE.search(text)
+    if recipe is not None:
+        known = _known(f"{recipe[1].replace('_', '.')}-{recipe[2]}")
+        if known is not None:
+            return known.name
     for match in list(_CANDIDATE.finditer(text))[:40]:
         if not _NOT_A_MODEL.search(match[1]):
             known = _known(match[1])

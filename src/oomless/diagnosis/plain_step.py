@@ -228,7 +228,7 @@ def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
         batch = run.config.per_device_eval_batch_size or 1
         tokens = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
         with _casting(run):
-            logits = model(input_ids=tokens).logits
+            logits = model(input_ids=tokens, use_cache=False).logits
             model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
 
 
@@ -241,12 +241,12 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
             tokens = device.put(host)
             if run.reference:
                 with torch.no_grad():
-                    model.get_submodule(REFERENCE)(input_ids=tokens).logits.float().logsumexp(-1)
+                    model.get_submodule(REFERENCE)(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
         if run.fused_loss:
             loss = _fused_loss(model, tokens, device)
         else:
             with device.phase("forward"):
-                output = model(input_ids=tokens)
+                output = model(input_ids=tokens, use_cache=False)
             with device.phase("loss"):
                 logits = output.logits.float() if run.mixed_precision else output.logits
                 loss = model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
@@ -255,7 +255,7 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
 
 def _fused_loss(model: Any, tokens: Tensor, device: Device) -> Tensor:
     with device.phase("forward"):
-        hidden = model.get_decoder()(input_ids=tokens).last_hidden_state
+        hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     with device.phase("loss"):
         weight = model.get_output_embeddings().weight
         rows = hidden.reshape(-1, hidden.shape[-1])

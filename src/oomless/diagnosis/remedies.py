@@ -54,9 +54,9 @@ class Remedy:
 
     change: str
     title: str
-    how: str | None
+    how: str
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, str]:
         """Return plain values for JSON."""
         return {"change": self.change, "title": self.title, "how": self.how}
 
@@ -69,12 +69,13 @@ def advise(situation: Situation, findings: Sequence[Finding], suspects: Sequence
     topics: set[str] = {finding.topic for finding in findings}
     if topics & {"limit"} and first is not None and first.message.source != "MPS":
         return ()
-    names = list(dict.fromkeys(name for name in _names(situation, topics, suspects) if not _is_on(situation, name)))
     numbers = _numbers(situation)
-    return tuple(
-        Remedy(change=name, title=_title(situation, name), how=word(situation.tool, name, numbers))
-        for name in names[:MOST]
-    )
+    found = [
+        Remedy(change=name, title=_title(situation, name), how=how)
+        for name in dict.fromkeys(_names(situation, topics, suspects))
+        if not _is_on(situation, name) and (how := word(situation.tool, name, numbers)) is not None
+    ]
+    return tuple(found[:MOST])
 
 
 def _title(situation: Situation, name: str) -> str:
@@ -94,7 +95,7 @@ def _numbers(situation: Situation) -> dict[str, object]:
         length = values.get("max_completion_length", length)
     return {
         **values,
-        "gradient_accumulation_steps": accumulation * batch,
+        "gradient_accumulation_steps": accumulation * batch if "per_device_train_batch_size" in values else "N",
         "max_seq_length": max(64, length // 2) if length else "N",
     }
 
@@ -123,6 +124,9 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
         yield from ("eval_batch", "eval_accumulation", "eval_loss_only", "shorter")
         return
     large = "too large for this GPU" in topics
+    scores = bool(suspects) and "scores" in suspects[0].tensor.kind
+    if scores or (place is not None and "attn_weights" in place.code) or situation.attention == "eager":
+        yield "attention"
     if phase == "optimizer" or large:
         yield from _of_state(situation, shares)
         if large and phase != "optimizer":
@@ -133,13 +137,12 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
     elif situation.method is not None:
         yield from ("batch", "reference", "checkpointing", "logits", "shorter")
     kind = suspects[0].tensor.kind if suspects else ""
-    scores = "scores" in kind or (place is not None and "attn_weights" in place.code) or situation.attention == "eager"
     if scores:
-        yield from ("attention", "batch", "shorter", "checkpointing")
+        yield from ("batch", "shorter", "checkpointing")
     elif "logits" in kind or "log-prob" in kind or phase == "loss" or (place is not None and place.module == "lm_head"):
         yield from ("logits", "batch", "shorter", "checkpointing")
     else:
-        yield from ("batch", "checkpointing", "attention", "logits", "shorter")
+        yield from ("batch", "checkpointing", "logits", "shorter")
     yield from _of_state(situation, shares)
 
 
@@ -197,7 +200,7 @@ def _is_on(situation: Situation, name: str) -> bool:
         "eval_loss_only": others.get("prediction_loss_only"),
         "vllm_share": not (others.get("vllm") or others.get("use_vllm")),
         "reference": not situation.trains_all or situation.method == "orpo" or situation.method == "reward model",
-        "shorter": (values.get("max_seq_length") or 1 << 20) <= 128,
+        "shorter": (values.get("max_seq_length") or 1 << 20) <= 128 or situation.method in ("grpo", "ppo"),
         "expandable": others.get("expandable"),
     }
     return bool(on.get(name))

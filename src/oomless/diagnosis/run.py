@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from oomless import catalogue
 from oomless.config import TrainConfig
-from oomless.diagnosis.attribution import Suspect
+from oomless.diagnosis.attribution import Suspect, roundness
 from oomless.diagnosis.findings import outside_bytes
 from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.messages import ON_GPU
@@ -268,16 +268,17 @@ def choose_unknowns(
     if "dtype" not in run.values and run.tool != "oomless":
         dtypes = ["fp32"] if run.mixed_precision else [half] if "quantization" in run.values else ["fp32", half, MIXED]
     lengths: list[int | None] = [None]
+    found: list[int] = []
     if "max_seq_length" not in run.values:
         positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None) or USUAL_TOKENS
-        found = list(dict.fromkeys(s.tokens for s in solved[:_SOLVED_LENGTHS] if s.tokens))
-        lengths = [n for n in found if n <= LONGEST_USUAL_TOKENS] or [*found] or [min(USUAL_TOKENS, positions)]
+        found = list(dict.fromkeys(s.tokens for s in solved[:_SOLVED_LENGTHS] if s.tokens and roundness(s.tokens) >= 1))
+        lengths = [n for n in found if n <= LONGEST_USUAL_TOKENS] or [min(USUAL_TOKENS, positions)]
     best: tuple[float, FailedRun, Outcome] | None = None
     for dtype in dtypes:
         for length in lengths:
             if best is not None and not has_time():
                 break
-            choice = _with(run, dtype, length, from_message=bool(solved))
+            choice = _with(run, dtype, length, from_message=length in found)
             rehearsal = rehearse_run(choice, run.target, limited=True, evaluates=evaluates, names_modules=True)
             distance = _distance(rehearsal, message, reading)
             if best is None or distance < best[0]:

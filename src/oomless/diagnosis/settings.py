@@ -196,9 +196,17 @@ class LogSettings:
         }
 
 
+_OTHERS_CODE = re.compile(
+    r"^([ \t]*File \"[^\"\n]*(?:site-packages|dist-packages|lib/python)[^\"\n]*\", line \d+, in [^\n]+)\n[^\n]*",
+    re.MULTILINE,
+)
+"""A frame in a library, whose code is nobody's setting."""
+
+
 def read_settings(text: str) -> LogSettings:
     """Return the settings that ``text``, which is clean, prints."""
     tool, beside = libraries(text)
+    text = _OTHERS_CODE.sub(r"\1", text)
     values: dict[str, Any] = {}
     for name, spellings in _INTEGERS.items():
         number = _integer(spellings, text, at_least=2 if name == "max_seq_length" else 1)
@@ -234,7 +242,7 @@ def read_settings(text: str) -> LogSettings:
         tool=tool,
         beside=beside,
         method=_method(text),
-        several=read_several(text),
+        several=read_several(text, "fsdp" if tool == "verl" else None),
         mixed_precision=mixed,
         attention=kind if kind in (None, "eager", "sdpa") else "flash",
         trainable_parameters=trainable,
@@ -268,9 +276,9 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
     yield "expandable", bool(_EXPANDABLE.search(text))
     for match in [*_OFFLOAD.finditer(text), *_OFFLOAD_FLAG.finditer(text)]:
         yield f"offload_{match[1] or 'optimizer'}", True
-    vllm = re.findall(r"(?:vllm_)?gpu_memory_utilization['\"]?\s*(?:[:=]|\s)\s*['\"]?(0?\.\d+|1\.0)", text)
-    yield "gpu_memory_utilization", float(vllm[-1]) if vllm else None
-    yield "vllm", bool(re.search(r"\bvllm\b", text, re.IGNORECASE))
+    share = re.findall(r"(?:vllm_)?gpu_memory_utilization['\"]?\s*(?:[:=]|\s)\s*['\"]?(0?\.\d+|1\.0)", text)
+    yield "gpu_memory_utilization", float(share[-1]) if share else None
+    yield "vllm", bool(share) or bool(re.search(r"\bvllm\b", text, re.IGNORECASE))
 
 
 def _read_part(
@@ -307,7 +315,7 @@ def _read_precision(text: str, values: dict[str, Any], tool: str | None) -> str 
     if mixed and "dtype" not in values and tool in _PRECISION_IS_WEIGHTS and not casts_alone:
         values["dtype"] = mixed
         return None
-    return None if values.get("dtype") in ("bf16", "fp16") else mixed
+    return mixed
 
 
 def _method(text: str) -> str | None:

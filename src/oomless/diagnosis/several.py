@@ -42,7 +42,7 @@ _ZERO = [
     re.compile(r"zero[-_ ]?(?:stage[-_ ]?)?([123])\b|zero[-_]?([123])[_.-]|\bds_z([123])_|\bz([123])_(?:config|offload)", re.IGNORECASE),
     re.compile(r"zero_optimization['\"]?\s*:\s*\{[^{}]{0,400}?['\"]?stage['\"]?\s*:\s*([0-3])"),
     re.compile(rf"zero_stage{_SEP}([0-3])\b"),
-    re.compile(r"runtime[/\\]zero[/\\](?:stage_?)?([123])(?:\.py|_and_)"),
+    re.compile(r"runtime[/\\]zero[/\\](?:stage_?)?([123])\.py"),
 ]  # fmt: skip
 _ZERO_3 = re.compile(r"partition_parameters\.py|partitioned_param_coordinator|zero[/\\]stage3\.py|zero\.Init\(")
 _ZERO_12 = re.compile(r"zero[/\\]stage_1_and_2\.py")
@@ -87,10 +87,10 @@ class Several:
         return {"gpus": self.gpus, "sharing": self.sharing, "at_least": self.at_least}
 
 
-def read_several(text: str) -> Several:
-    """Return what ``text`` says of several GPUs."""
+def read_several(text: str, by_default: Sharing | None = None) -> Several:
+    """Return what ``text`` says of several GPUs, which share ``by_default`` where it does not say how."""
     gpus, at_least = _count(text)
-    return Several(gpus=gpus, sharing=_sharing(text, gpus), at_least=at_least)
+    return Several(gpus=gpus, sharing=_sharing(text, gpus) or by_default, at_least=at_least)
 
 
 def _count(text: str) -> tuple[int | None, bool]:

@@ -16,7 +16,7 @@ from oomless.diagnosis.first_answer import FirstAnswer
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun
 from oomless.memory.profile import CATEGORIES
-from oomless.report.first_answer import print_first_answer, print_remedies, print_suspects, title
+from oomless.report.first_answer import print_first_answer, print_missing, print_remedies, print_suspects, title
 from oomless.report.screen import Screen
 from oomless.report.tables import bars
 from oomless.units import counted, format_bytes
@@ -68,10 +68,7 @@ class Printer(Listener):
             _print_end_of_cures(screen, cures)
         if cures is None or not cures.fitting:
             print_remedies(screen, diagnosis.first)
-        if diagnosis.missing:
-            title(screen, "What would make this more certain")
-            for missing in diagnosis.missing:
-                screen.say(missing, indent=2)
+        print_missing(screen, diagnosis.missing)
 
 
 def print_diagnosis(screen: Screen, diagnosis: Diagnosis) -> None:
@@ -181,7 +178,12 @@ def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcom
     if free.fixed_bytes > run.target.usable_bytes:
         screen.say(
             ("No batch size and no sequence length can help:", "bold"),
-            f" weights, gradients and optimizer state alone are {format_bytes(free.fixed_bytes)}.",
+            f" weights, gradients and optimizer state alone are {format_bytes(free.fixed_bytes)}"
+            + (
+                f", with the dtype that is assumed ({run.values['dtype']})."
+                if run.sources.get("dtype") == "assumed"
+                else "."
+            ),
             indent=2,
         )
 

@@ -42,8 +42,15 @@ def print_remedies(screen: Screen, answer: FirstAnswer) -> None:
     title(screen, "What to try, in this order (from the reading alone, not rehearsed)")
     for number, remedy in enumerate(answer.remedies, 1):
         screen.say((f"{number}. ", "bold"), (remedy.title, "bold"), indent=2)
-        if remedy.how is not None:
-            screen.say((remedy.how, "cyan"), indent=5)
+        screen.say((remedy.how, "cyan"), indent=5)
+
+
+def print_missing(screen: Screen, missing: tuple[str, ...]) -> None:
+    """Print what would make the answer better."""
+    if missing:
+        title(screen, "What would make this more certain")
+        for line in missing:
+            screen.say(line, indent=2)
 
 
 def title(screen: Screen, text: str) -> None:
@@ -70,7 +77,9 @@ def _print_error(screen: Screen, answer: FirstAnswer) -> None:
         screen.say(f"it stands {first.count} times in the text{ranks}")
     for other in reading.others[:3]:
         screen.say(f"also in the text: {' '.join(other.message.words.split())[:150]}", style="dim")
-    if place.phase is not None:
+    if place.phase is None and place.code:
+        screen.say("at ", (place.code, "cyan"))
+    elif place.phase is not None:
         where = f", in {place.module}" if place.module else ""
         again = " (computing a checkpointed forward again)" if place.recomputing else ""
         screen.say(
@@ -144,14 +153,23 @@ def print_suspects(screen: Screen, answer: FirstAnswer, suspects: tuple[Suspect,
     message = first.message
     asked = message.requested.text if message.requested is not None else ""
     title(screen, f"What asked for {asked}: what has this size")
-    for number, suspect in enumerate(suspects[:SUSPECTS]):
+    alike: dict[tuple[str, int | None, tuple[str, ...]], list[str]] = {}
+    for suspect in suspects:
+        alike.setdefault(_same(suspect), []).append(suspect.tensor.kind)
+    shown = list({_same(suspect): suspect for suspect in reversed(suspects)}.values())[::-1]
+    for number, suspect in enumerate(shown[:SUSPECTS]):
         solved = f", if a sequence has {suspect.tokens:,} tokens" if suspect.solved else ""
         model = f", of {suspect.model} and models alike (a guess from the size alone)" if suspect.model else ""
         screen.say(
-            (suspect.tensor.kind, "bold" if number == 0 else ""),
+            (" or ".join(dict.fromkeys(alike[_same(suspect)])), "bold" if number == 0 else ""),
             f": {suspect.tensor.describe(suspect.tokens)} = {suspect.size_bytes:,} bytes ({suspect.tensor.of}{model})",
             f"{solved}{suspect.rounding}",
             indent=2,
         )
         for support in suspect.support:
             screen.say(support, indent=6, style="dim")
+
+
+def _same(suspect: Suspect) -> tuple[str, int | None, tuple[str, ...]]:
+    """Return what makes two suspects one line."""
+    return suspect.tensor.describe(suspect.tokens), suspect.tokens, suspect.support
