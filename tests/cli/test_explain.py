@@ -60,19 +60,36 @@ class Hostile:
 def test_what_cannot_be_read_is_one_error(tmp_path):
     snapshot, marker = tmp_path / "hostile.pickle", tmp_path / "it-ran"
     snapshot.write_bytes(pickle.dumps(Hostile(marker)))
-    (tmp_path / "calm.log").write_text("step 1: loss 2.0\n")
-    for arguments in (
-        ["--snapshot", snapshot],
-        [tmp_path / "calm.log"],
-        [tmp_path / "missing.log"],
-        ["--message", MESSAGE, "--tool", "trainr"],
-        ["--message", MESSAGE, "--gpu", "T5"],
-    ):
+    for arguments in (["--snapshot", snapshot], [tmp_path / "missing.log"], ["--message", MESSAGE, "--budget", "-1"]):
         result = oomless("explain", *arguments)
         assert result.returncode == 2, (arguments, result.stdout)
         assert result.stderr.count("error:") == 1
         assert "Traceback" not in result.stderr
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--tool", "trainr"), "--tool trainr: taken as trainer"),
+        (("--gpu", "T5"), "'T5'"),
+        (("--model", "somebody/Strange-3B"), "somebody/Strange-3B"),
+        (("--max-seq-length", "long"), "max_seq_length long is left out"),
+        (("--attention", "fast"), "--attention fast is left out"),
+    ],
+)
+def test_what_cannot_be_used_is_a_line_and_not_an_end(arguments, line):
+    result = oomless("explain", "--message", MESSAGE, "--budget", "0", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert line in words(result)
+    assert "What to try" in words(result)
+
+
+def test_a_text_without_an_error_is_answered(tmp_path):
+    (tmp_path / "calm.log").write_text("step 1: loss 2.0\n")
+    result = oomless("explain", tmp_path / "calm.log")
+    assert result.returncode == 0, result.stderr
+    assert "No out-of-memory error is in the text" in words(result)
 
 
 def test_a_training_that_runs_out_is_explained(make_checkpoint, corpus, tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 
 from oomless.diagnosis.frames import libraries
-from oomless.diagnosis.logs import clean, read
 from oomless.diagnosis.hardware_names import named_gpus
+from oomless.diagnosis.logs import clean, read
 from oomless.diagnosis.model_names import named_model
 from oomless.diagnosis.settings import read_settings
 

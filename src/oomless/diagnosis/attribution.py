@@ -175,6 +175,8 @@ def suspects(
             score += math.log2(1 + size_bytes / (20 * MiB))
         if solved and length is not None:
             score += roundness(length)
+        elif place.phase is None and tensor.of_tokens is None and tokens is None:
+            score += 2.0  # a size that a matrix of the model has needs no length to be solved for
         if rounding:
             score -= 0.0 if unsloth else 1.0
         found.append(
@@ -273,7 +275,8 @@ _WELL_KNOWN = ("meta-llama/", "Qwen/", "mistralai/", "google/", "microsoft/")
 
 def _vocabularies() -> Iterator[tuple[str, int, int]]:
     seen = set()
-    for name in sorted(reversed(catalogue.models()), key=lambda name: not name.startswith(_WELL_KNOWN)):
+    latest_first = catalogue.models()[::-1]
+    for name in sorted(latest_first, key=lambda name: not name.startswith(_WELL_KNOWN)):
         config = catalogue.model_config(name)
         text = config.get("text_config", config)
         vocabulary, hidden = text.get("vocab_size"), text.get("hidden_size") or text.get("n_embd")

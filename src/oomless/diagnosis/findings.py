@@ -177,7 +177,7 @@ def _unexplained(message: OutOfMemory, situation: Situation) -> Iterator[Finding
             remedy="give vLLM less of the GPU (gpu_memory_utilization)" if engine else "",
             size_bytes=beside,
         )
-    if rest > LARGEST_CONTEXT_BYTES:
+    if rest > (2 if situation.several.many else 1) * LARGEST_CONTEXT_BYTES:
         guess = (
             "vLLM beside the training is likely, as the text names it (a guess)"
             if engine
@@ -353,24 +353,27 @@ def _fixed(situation: Situation) -> Iterator[Finding]:
     held, capacity = fixed(situation), situation.capacity_bytes
     if held is None or capacity is None:
         return
-    if held.total_bytes <= 0.9 * capacity:
+    first = situation.reading.first
+    loading = first is not None and first.place.phase == "load"
+    parts = [("weights", held.weights_bytes)]
+    if not loading:
+        parts += [("gradients", held.gradients_bytes), ("optimizer state", held.state_bytes)]
+    total = sum(size for _, size in parts)
+    if total <= 0.9 * capacity:
         return
-    over = held.total_bytes > capacity
-    parts = [
-        f"{format_bytes(size)} of {name}"
-        for name, size in (
-            ("weights", held.weights_bytes),
-            ("gradients", held.gradients_bytes),
-            ("optimizer state", held.state_bytes),
-        )
-        if size
-    ]
+    said = ", ".join(f"{format_bytes(size)} of {name}" for name, size in parts if size)
     least = "at least " if held.at_least else ""
-    text = f"By arithmetic each GPU holds {least}{', '.join(parts)}: {format_bytes(held.total_bytes)} of {format_bytes(capacity)}, before any activation."
+    all_train = situation.trains_all and "trainable" not in situation.values and not loading
+    optimizer = str(situation.values.get("optimizer", "adamw")).replace("adamw", "AdamW").replace("_8bit", " in 8 bits")
+    start = (
+        f"If all weights train, with {optimizer} (the text does not say), each" if all_train else "By arithmetic each"
+    )
+    end = " Then no batch size and no length can help." if all_train else " No batch size and no length can help."
     yield Finding(
         topic="too large for this GPU",
-        text=text + (" No batch size and no length can help." if over else ""),
-        size_bytes=held.total_bytes,
+        text=f"{start} GPU holds {least}{said}: {format_bytes(total)} of {format_bytes(capacity)}, before any activation."
+        + (end if total > capacity else ""),
+        size_bytes=total,
     )
 
 

@@ -142,7 +142,12 @@ LIBRARIES = (
         ),
     ),
     ("oomless", re.compile(r"\boomless[/\\](?:training|cli|demo)|\boomless train\b")),
-    ("trainer", re.compile(r"transformers[/\\]trainer\.py|\bTrainer\(|TrainingArguments|\*\*\*\*\* Running training")),
+    (
+        "trainer",
+        re.compile(
+            r"transformers[/\\]trainer\.py|\bTrainer\(|TrainingArguments|\bper_device_train_batch_size\b|\*\*\*\*\* Running training"
+        ),
+    ),
     ("accelerate", re.compile(r"\baccelerate[/\\]|\bAccelerator\(|accelerator\.backward|\baccelerate launch\b")),
     ("peft", re.compile(r"\bpeft[/\\]|\bget_peft_model\b|\bLoraConfig\b")),
 )

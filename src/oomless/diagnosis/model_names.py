@@ -37,7 +37,7 @@ def named_model(text: str) -> NamedModel | None:
     unknown = None
     for match in _NAMED.finditer(plain):
         name = (match[1] or match[2]).rstrip("./\\")
-        last = re.split(r"[/\\]", name)[-1]
+        last = re.split(r"[/\\]", name)[-1].replace("___", ".")
         if not last or _NOT_A_MODEL.search(last):
             continue
         known = _known(last)

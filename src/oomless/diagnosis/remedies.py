@@ -157,8 +157,6 @@ def _loading(situation: Situation, topics: set[str]) -> Iterator[str]:
     yield from ("load_half", "nf4")
     if situation.several.many:
         yield from ("zero3", "offload_param")
-    elif situation.trains_all:
-        yield "lora"
 
 
 def _of_state(situation: Situation, several: bool) -> Iterator[str]:
@@ -177,7 +175,8 @@ def _is_on(situation: Situation, name: str) -> bool:
     sharing = several.sharing
     batch = values.get("per_device_train_batch_size")
     optimizer = values.get("optimizer")
-    half = values.get("dtype") in ("bf16", "fp16") or values.get("quantization")
+    zero = sharing in ("zero1", "zero2", "zero3")
+    half = values.get("dtype") in ("bf16", "fp16") or values.get("quantization") or (zero and situation.mixed_precision)
     on: dict[str, object] = {
         "batch": batch == 1,
         "checkpointing": values.get("gradient_checkpointing"),
@@ -189,7 +188,7 @@ def _is_on(situation: Situation, name: str) -> bool:
         or sharing == "zero3"
         or (situation.trains_all and bool(situation.values) and "trainable" in values),
         "lora": not situation.trains_all,
-        "adamw_8bit": optimizer not in (None, "adamw") or sharing in ("zero1", "zero2", "zero3"),
+        "adamw_8bit": optimizer not in (None, "adamw") or zero,
         "paged": optimizer not in (None, "adamw", "adamw_8bit") or bool(others.get("paged")) or several.shares,
         "adafactor": optimizer == "adafactor" or several.shares,
         "zero3": sharing in ("zero3", "fsdp"),

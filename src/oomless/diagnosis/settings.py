@@ -278,7 +278,7 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
         yield f"offload_{match[1] or 'optimizer'}", True
     share = re.findall(r"(?:vllm_)?gpu_memory_utilization['\"]?\s*(?:[:=]|\s)\s*['\"]?(0?\.\d+|1\.0)", text)
     yield "gpu_memory_utilization", float(share[-1]) if share else None
-    yield "vllm", bool(share) or bool(re.search(r"\bvllm\b", text, re.IGNORECASE))
+    yield "vllm", bool(share) or bool(re.search(r"(?<![a-z])vllm(?![a-z])", text, re.IGNORECASE))
 
 
 def _read_part(
@@ -291,6 +291,8 @@ def _read_part(
     ):
         values["quantization"] = bits
     full = _FULL.search(text)
+    if full:
+        values["trainable"] = "full"
     if not full and ("lora_r" in values or _LORA.search(text) or values.get("quantization")):
         values["trainable"] = "lora"
     if trainable and everything and trainable < everything // 2 and tool != "oomless":

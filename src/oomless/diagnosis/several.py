@@ -28,7 +28,7 @@ _COUNTS = [
 ]  # fmt: skip
 _NODES = re.compile(rf"(?<![\w-])(?:--)?(?:nnodes|num[-_]nodes|num[-_]machines){_SEP}(\d{{1,3}})\b", re.IGNORECASE)
 _VISIBLE = re.compile(r"\b(?:CUDA|HIP|ROCR|ASCEND_RT)_VISIBLE_DEVICES['\"\]]*\s*=\s*['\"]?(\d+(?:,\d+)*)")
-_GPU_WORD = r"(?:NVIDIA\s+)?(?:GPUs?\b|cards?\b|[AHBLVTP]\d{2,4}\w*|RTX|GTX|Tesla|MI\d{3}|\d{4}(?:Ti)?s?\b|Ascend|910B)"
+_GPU_WORD = r"(?:NVIDIA\s+)?(?:GPUs?\b|cards?\b|[AHBLVTP]\d{1,4}\w*|RTX|GTX|Tesla|MI\d{3}|\d{4}(?:Ti)?s?\b|Ascend|910B)"
 _PROSE = [
     re.compile(rf"(?<![\w.])(\d{{1,3}})\s*(?:x|×|\*)\s*(?:\d+\s*GB?\s+)?{_GPU_WORD}", re.IGNORECASE),
     re.compile(
