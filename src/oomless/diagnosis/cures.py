@@ -219,11 +219,10 @@ def find_cures(
     if evaluates:
         search.groups((EVALUATION,), 1)
     if not search.found() or not evaluates:
-        leanest = search.plan(BUNDLES[-1][-1])[2]
-        if leanest is None or leanest.fits:
-            search.groups(BUNDLES, ENOUGH)
-        else:
-            search.add(BUNDLES[-1][-1])
+        search.groups(BUNDLES[:1], ENOUGH)
+        if not search.found():
+            leanest = search.plan(BUNDLES[-1][-1])[2]
+            search.groups(BUNDLES[1:] if leanest is None or leanest.fits else (BUNDLES[-1][-1:],), ENOUGH)
         for name, group in PARTS.items():
             if CHANGES[name].apply(search.base) is not None and search.found() < 2:
                 search.groups((group,), ENOUGH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -167,8 +168,9 @@ def rehearse_answer(
     found: dict[str, Any] = {"run": None, "at_failure": None, "without_limit": None, "cures": None}
     named = list(first.suspects)
     if why is None:
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it says is said below
         try:
-            found["run"] = run = run or assemble_run(situation, notes)
+            run = run or assemble_run(situation, notes)
             with clock.timing("the run as it was"):
                 run, at_failure = choose_unknowns(
                     _with_evaluation(run, situation), situation.reading, [s for s in named if s.solved], clock.has_time

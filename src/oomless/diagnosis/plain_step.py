@@ -17,12 +17,13 @@ from torch import Tensor
 
 from oomless import optim
 from oomless.config import TrainConfig
+from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device
 from oomless.memory.profile import Request
 from oomless.memory.repeated_layers import CannotRepeat
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.models import build
+from oomless.models import build, form
 from oomless.models.make import attend
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
@@ -168,6 +169,7 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
         run.spec,
         device=device,
         dtype=dtype,
+        form=_form(run),
         prepare=kind and (lambda made: quantization.replace(made, kind, trainable.trained_modules(made, config))),
     )
     with device.phase("load"):
@@ -186,6 +188,14 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
     optimizer = _optimizer(run, model)
     device.watch(model, optimizer)
     return model, optimizer
+
+
+def _form(run: PlainRun) -> form.Form:
+    """Return the form whose attention this architecture has; one that oomless would not train gets the usual one."""
+    try:
+        return form.choose(run.spec, run.config.packing)
+    except ModelError:
+        return form.Form()
 
 
 def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ the message names sizes, the choice whose rehearsal stops nearest to them is tak
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -273,20 +274,17 @@ def choose_unknowns(
         positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None) or USUAL_TOKENS
         found = list(dict.fromkeys(s.tokens for s in solved[:_SOLVED_LENGTHS] if s.tokens and roundness(s.tokens) >= 1))
         lengths = [n for n in found if n <= LONGEST_USUAL_TOKENS] or [min(USUAL_TOKENS, positions)]
+    # Recent TRL checkpoints where it is not told, older TRL does not.
+    checkpointing = (True, False) if run.tool == "trl" and "gradient_checkpointing" not in run.values else (None,)
     best: tuple[float, FailedRun, Outcome] | None = None
-    for dtype in dtypes:
-        for length in lengths:
-            if best is not None and not has_time():
-                break
-            choice = _with(run, dtype, length, from_message=length in found)
-            rehearsal = rehearse_run(choice, run.target, limited=True, evaluates=evaluates, names_modules=True)
-            distance = _distance(rehearsal, message, reading)
-            if best is None or distance < best[0]:
-                best = (distance, choice, rehearsal)
-            if message is None or message.requested is None:
-                break  # nothing to compare with: the first choice is the usual one
-        if message is None or message.requested is None:
-            break
+    for dtype, length, recomputes in itertools.product(dtypes, lengths, checkpointing):
+        if best is not None and (message is None or message.requested is None or not has_time()):
+            break  # with nothing to compare the first choice, which is the usual one, stands
+        choice = _with(run, dtype, length, recomputes, from_message=length in found)
+        rehearsal = rehearse_run(choice, run.target, limited=True, evaluates=evaluates, names_modules=True)
+        distance = _distance(rehearsal, message, reading)
+        if best is None or distance < best[0]:
+            best = (distance, choice, rehearsal)
     assert best is not None
     return best[1], best[2]
 
@@ -343,7 +341,9 @@ def rehearse_own(
     return outcome(found.device, found.out_of_memory), found
 
 
-def _with(run: FailedRun, dtype: str | None, length: int | None, *, from_message: bool) -> FailedRun:
+def _with(
+    run: FailedRun, dtype: str | None, length: int | None, recomputes: bool | None, *, from_message: bool
+) -> FailedRun:
     values, sources = dict(run.values), dict(run.sources)
     mixed = run.mixed_precision
     if dtype == MIXED:
@@ -352,6 +352,8 @@ def _with(run: FailedRun, dtype: str | None, length: int | None, *, from_message
         dtype = "fp32"
     if dtype is not None:
         values["dtype"], sources["dtype"] = dtype, "assumed"
+    if recomputes is not None:
+        values["gradient_checkpointing"], sources["gradient_checkpointing"] = recomputes, "assumed"
     if length is not None:
         values["max_seq_length"], sources["max_seq_length"] = length, "message" if from_message else "assumed"
     return dataclasses.replace(run, values=values, sources=sources, mixed_precision=mixed)

@@ -94,6 +94,8 @@ def read_situation(
     gpu, capacity = _gpu(reading, given.get("gpu"), notes)
     if gpu is not None:
         sources["gpu"] = "given" if given.get("gpu") else "log"
+    elif capacity is not None:
+        sources["gpu"] = "message"
     positions = dimensions.positions if dimensions is not None else None
     if positions and values.get("max_seq_length", 0) > positions:
         notes.append(

@@ -162,6 +162,11 @@ def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcom
             f"{format_bytes(run.target.usable_bytes)}.",
             indent=2,
         )
+        said = occurrence.place.phase if occurrence is not None else None
+        if said is not None and said != held.stopped_at.phase and {said, held.stopped_at.phase} != {"forward", "loss"}:
+            screen.say(
+                f"The traceback says {said}, so the run differs in something that the text does not show.", indent=2
+            )
     sizes: list[tuple[str, int]] = [(category, held.held_bytes.get(category, 0)) for category in CATEGORIES]
     sizes += [
         ("cached but unused", held.reserved_bytes - held.allocated_bytes),
