@@ -117,7 +117,7 @@ def _rehearse(first: Any, budget: float, json: bool, html: Path | None) -> None:
     if not json and first.snapshot is not None:
         print_holders(screen, first)
     with searching(aside()) as say:
-        printer = Printer(screen, first, say)
+        printer = Printer(screen, first, say, say.hide)
         answer = rehearse_answer(first, budget - (time.monotonic() - began), Listener() if json else printer)
     if json:
         screen.out(dumps(answer.to_dict(), indent=2))

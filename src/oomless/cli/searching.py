@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -16,27 +16,33 @@ from oomless.report.screen import LiveLine, Screen, bar
 BAR_WIDTH = 20
 
 
-class Say(Protocol):
+class Saying:
     """Is told what is being tried, and what share of all is done, where that is known."""
 
-    def __call__(self, text: str, share: float | None = None) -> None: ...  # noqa: D102
+    def __init__(self, screen: Screen) -> None:
+        """Show it on ``screen``."""
+        self._screen, self._began, self._live = screen, time.monotonic(), LiveLine(screen)
+
+    def __call__(self, text: str, share: float | None = None) -> None:
+        """Renew the line."""
+        seconds = f"{time.monotonic() - self._began:.0f} s"
+        drawn = "" if share is None else bar(share, min(BAR_WIDTH, self._screen.width // 4))
+        done = "" if share is None else f", {share:.0%}"
+        self._live.show(Text.assemble(drawn, f" {seconds:>5}  {text}"), f"searching, {seconds}{done}: {text}")
+
+    def hide(self) -> None:
+        """Take the line away until there is something to say again."""
+        self._live.close()
 
 
 @contextmanager
-def searching(screen: Screen) -> Iterator[Say]:
+def searching(screen: Screen) -> Iterator[Saying]:
     """Show how far a search is and what it tries, in one line that goes away."""
-    began, live = time.monotonic(), LiveLine(screen)
-
-    def say(text: str, share: float | None = None) -> None:
-        seconds = f"{time.monotonic() - began:.0f} s"
-        drawn = "" if share is None else bar(share, min(BAR_WIDTH, screen.width // 4))
-        done = "" if share is None else f", {share:.0%}"
-        live.show(Text.assemble(drawn, f" {seconds:>5}  {text}"), f"searching, {seconds}{done}: {text}")
-
+    saying = Saying(screen)
     try:
-        yield say
+        yield saying
     finally:
-        live.close()
+        saying.hide()
 
 
 def explain_nothing_fits(screen: Screen, choice: Any) -> NoReturn:

@@ -27,13 +27,20 @@ PAGE_WIDTH = 110
 class Printer(Listener):
     """Prints a diagnosis as it is found, after its first answer."""
 
-    def __init__(self, screen: Screen, first: FirstAnswer, say: Callable[[str], None] = lambda _: None) -> None:
-        """Print on ``screen`` what follows ``first``; ``say`` is told what is rehearsed."""
+    def __init__(
+        self,
+        screen: Screen,
+        first: FirstAnswer,
+        say: Callable[[str], None] = lambda _: None,
+        hide: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Print on ``screen`` what follows ``first``; ``say`` is told what is rehearsed, and ``hide`` is called before each print."""
         super().__init__(say)
-        self.screen, self.first, self._fitting = screen, first, 0
+        self.screen, self.first, self.hide, self._fitting = screen, first, hide, 0
 
     def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome, suspects: list[Suspect]) -> None:
         """Print what the run as it was came to."""
+        self.hide()
         if [(s.tensor.kind, s.tokens) for s in suspects[:1]] != [
             (s.tensor.kind, s.tokens) for s in self.first.suspects[:1]
         ]:
@@ -45,6 +52,7 @@ class Printer(Listener):
 
     def cured(self, cure: Cure) -> None:
         """Print a cure."""
+        self.hide()
         if not cure.fits:
             self.screen.say(
                 f"not enough: {cure.title}; saves {format_bytes(cure.saved_bytes)}, needs {format_bytes(cure.needed_bytes)}",
