@@ -64,6 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    # What is compressed 128 tokens at a time gets no gradient from texts of 64.
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}},
     "falcon_h1": {"lm_head_multiplier": 0.5},
     "cohere_compass_text": {
         "rope_parameters": {

@@ -103,6 +103,7 @@ CASES = {
     "in backward": ("llama", dict(hidden_size=256), dict(optimizer_in_backward=True, gradient_accumulation_steps=2)),
     "dropout": ("gpt2", dict(n_embd=64), dict(dtype="fp16", per_device_train_batch_size=2)),
     "mla": ("deepseek_v2", dict(), dict(dtype="bf16", optimizer="adamw_8bit")),
+    "a body that ends in fp32": ("mamba", dict(), dict(dtype="bf16", packing="concatenate", max_seq_length=16)),
     "lora": ("qwen3", dict(), dict(trainable="lora", lora_r=4, lora_dropout=0.2, gradient_checkpointing=True)),
 }
 

@@ -154,3 +154,18 @@ def test_a_wrong_value_is_one_clear_error(places, tmp_path, name):
             assert said.code == 2, (command, text, said.out[-500:])
             assert said.err.startswith("error: "), said.err
             assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_longest_sequence_is_found_and_trained(places, tmp_path):
+    run = tmp_path / "run"
+    given = ("train", "--model", places["untied"], "--data", places["corpus"], "--output-dir", run)
+    given += ("--max-seq-length", "max", "--max-steps", 1, "--eval-fraction", 0)
+    for gpu, more in (("cpu", ()), ("virtual:12MiB", ("--as-given",))):
+        refused = oomless(*given, "--gpu", gpu, *more)
+        assert refused.code == 2
+        assert "max is found by a search" in refused.err
+    first = oomless(*given, "--gpu", "virtual:12MiB")
+    assert first.code == 0, first.err
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_seq_length"] == 512
+    again = oomless(*given, "--gpu", "virtual:12MiB", "--resume", "--max-steps", 2)
+    assert again.code == 0, again.err

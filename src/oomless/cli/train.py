@@ -13,7 +13,7 @@ from oomless.cli.options import given_settings, host_size
 from oomless.config import REQUIRED, TrainConfig, outrank, read, require
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UnplannableError
-from oomless.planning.strategies import require_any
+from oomless.planning.given import LONGEST, read_given, require_length
 
 OPTIONS = (CONFIG, AS_GIVEN, HOST_MEMORY)
 FIRST = (
@@ -36,12 +36,15 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
     """
     # What is missing or contradictory is said before anything that takes long is imported.
-    given = read(given_settings(config, settings))
-    require(given, *REQUIRED)
+    given = given_settings(config, settings)
     if as_given or given.get("gpu") == "cpu":
+        require_length(given)
+        given = read(given)
+        require(given, *REQUIRED)
         TrainConfig.from_mapping(given)
     else:
-        require_any(given)
+        given = read_given(given)
+        require(given, *REQUIRED)
 
     from torch import OutOfMemoryError
 
@@ -57,9 +60,12 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
     screen = out()
     began = Path(given["output_dir"]) / "config.yaml"
     if given.get("resume") and not as_given and began.is_file():
+        if given.get("max_seq_length") == LONGEST:
+            del given["max_seq_length"]  # it was found when the run began
         given, as_given = outrank(load_yaml(began), given)[0], True
     choice = None if as_given or world_size() > 1 else _choice_to_train(screen, given, host_memory)
     if choice is None:
+        require_length(given)
         resolved = TrainConfig.from_mapping(given)
         predicted = _predict(screen, resolved) if speaks() else None
     else:

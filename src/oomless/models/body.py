@@ -20,7 +20,7 @@ def run(model: Any, **inputs: Any) -> Tensor:
     """
     if not getattr(model, WHOLE, False):
         hidden: Tensor = model.base_model(use_cache=False, **inputs).last_hidden_state
-        return hidden
+        return hidden.to(model.get_output_embeddings().weight.dtype)  # some bodies (Mamba) sum and end in fp32
     handle = model.get_output_embeddings().register_forward_pre_hook(_stop)
     try:
         model(use_cache=False, **inputs)

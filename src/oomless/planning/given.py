@@ -33,6 +33,17 @@ def as_config(given: Settings) -> TrainConfig:
     Raises:
         ConfigError: it contradicts itself, or asks for the longest sequence, which only a search finds.
     """
-    if given.get("max_seq_length") == LONGEST:
-        raise ConfigError("max_seq_length: max is found by a search: leave out --as-given, or give a length")
+    require_length(given)
     return TrainConfig.from_mapping({**UNPLANNED, **given})
+
+
+def require_length(given: Settings) -> None:
+    """Check that ``given``, for which nothing is searched, has a length.
+
+    Raises:
+        ConfigError: it asks for the longest.
+    """
+    if given.get("max_seq_length") == LONGEST:
+        raise ConfigError(
+            "max_seq_length: max is found by a search in the memory of one GPU: leave out --as-given, or give a length"
+        )
