@@ -40,6 +40,7 @@ from oomless.config import TrainConfig
 from oomless.errors import OomlessError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import build, form
+from oomless.models.make import ties
 from oomless.models.spec import resolve
 from oomless.models.twin import small_config
 from oomless.planning.plan import plan_training
@@ -174,7 +175,7 @@ def row(model_type: str, place: Path, cells: tuple[str, ...] = CELLS) -> dict[st
 
     def trained(name: str) -> str:
         output = place / f"{model_type}-{name.replace(' ', '')}"
-        tied = resolve(str(folder)).config.get_text_config().tie_word_embeddings
+        tied = ties(resolve(str(folder)).config)
         choice = {"tied_weights": "untied"} if name == "rows" and tied else {}
         result = train(config(output_dir=str(output), gpu="cpu", **TRAINABLE[name], **choice))
         check_result(Path(result.model_dir or ""), folder)

@@ -75,6 +75,16 @@ def test_only_they_move_and_they_are_saved(make_checkpoint, corpus, tmp_path, ar
     assert plain.config.tie_word_embeddings == tied
 
 
+def test_they_are_saved_under_the_name_that_the_files_have(make_checkpoint, corpus, tmp_path):
+    """GPT-NeoX's head is ``lm_head`` in the model and ``embed_out`` in its files, of which transformers would load the old one."""
+    folder = make_checkpoint("gpt_neox")
+    result = loop.train(configure(folder, corpus, tmp_path, trainable="lm_head", max_steps=3, eval_fraction=0.0))
+    assert moved_rows(folder, result.model_dir) == {"embed_out.weight": IDS}
+    trained = load_file(result.model_dir / "model.safetensors")["embed_out.weight"]
+    plain = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    assert torch.equal(plain.get_output_embeddings().weight, trained)
+
+
 def moved_rows(before, after):
     """Return for each tensor that changed the rows of it that did, of those that were asked for; no others may."""
     before, after = (load_file(folder / "model.safetensors") for folder in (before, after))

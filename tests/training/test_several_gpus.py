@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError, HardwareError
@@ -228,6 +230,23 @@ def test_a_checkpoint_is_bit_for_bit_what_one_process_would_write(make_checkpoin
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert damage(Checkpoint(folder=two / "checkpoint-4", step=4)) is None
+
+
+def test_an_adapter_alone_and_merged_of_two_processes_are_one_model(make_checkpoint, corpus, tmp_path, processes):
+    model = make_checkpoint("gemma", tied=True)
+    common = dict(
+        trainable="lora", lora_r=4, dtype="fp32", max_steps=3, save_steps=None, learning_rate=1e-2, eval_fraction=0.0
+    )
+    for merge in (False, True):
+        config = make_config(model, corpus, tmp_path / str(merge), merge_lora=merge, **common)
+        assert together(processes, tmp_path / "out", train, config) == [3, 3]
+    ids = torch.arange(1, 33)[None]
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "False" / "model").eval()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True" / "model").eval()(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged, plain, atol=1e-2)
 
 
 def load_and_save(config):

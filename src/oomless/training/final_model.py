@@ -76,7 +76,10 @@ def _write_merged_parts(target: Path, model: Any, tokenizer: Any, source: Path, 
         save.write_index(files, folder)
         checkpoint.save_tokenizer(tokenizer, folder)
 
-    checkpoint.write_model_folder(target, describe, files, lambda _: None, device, ranks)
+    def check(folder: Path) -> None:
+        check_saved(folder, model, device, {}, alone=False)
+
+    checkpoint.write_model_folder(target, describe, files, check, device, ranks)
 
 
 def _take_over(last: checkpoint.Checkpoint, folder: Path) -> None:
