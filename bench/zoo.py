@@ -130,8 +130,8 @@ def cell(function: Callable[[], str]) -> str:
         return function()
     except TrainingError as error:
         return f"WRONG: stopped while training: {_line(error)}"
-    except OomlessError as error:
-        return f"refused: {_line(error)}"
+    except OomlessError as error:  # what is found wrong when it is saved comes after the training
+        return f"{'WRONG' if 'not the one that was trained' in str(error) else 'refused'}: {_line(error)}"
     except AssertionError as error:
         return f"WRONG: {_line(error)}"
     except Exception as error:  # what the zoo is for

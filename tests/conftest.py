@@ -91,6 +91,7 @@ ARCHITECTURES = {
         **dict(v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1),
         **dict(first_k_dense_replace=1, n_group=1, topk_group=1),
     ),
+    "bert": dict(model_type="bert", is_decoder=True),
     "gpt_neox": dict(model_type="gpt_neox"),
     "jetmoe": dict(model_type="jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=16),
     "mamba": dict(model_type="mamba", state_size=8, time_step_rank=4, expand=2),

@@ -85,6 +85,15 @@ def test_they_are_saved_under_the_name_that_the_files_have(make_checkpoint, corp
     assert torch.equal(plain.get_output_embeddings().weight, trained)
 
 
+def test_what_an_untied_head_still_shares_is_saved_under_each_name(make_checkpoint, corpus, tmp_path):
+    """BERT's head has its bias under two names, which transformers ties only where it ties the matrices."""
+    folder = make_checkpoint("bert", tied=True)
+    settings = {"trainable": "lm_head", "tied_weights": "untied", "max_steps": 3, "eval_fraction": 0.0}
+    result = loop.train(configure(folder, corpus, tmp_path, packing="concatenate", **settings))
+    _, report = AutoModelForCausalLM.from_pretrained(result.model_dir, output_loading_info=True)
+    assert not report["missing_keys"]
+
+
 def moved_rows(before, after):
     """Return for each tensor that changed the rows of it that did, of those that were asked for; no others may."""
     before, after = (load_file(folder / "model.safetensors") for folder in (before, after))

@@ -269,12 +269,14 @@ def delta(layer: nn.Module, device: Device) -> Tensor | None:
 def plain_tensors(model: Any, without: Collection[int] = ()) -> dict[str, Tensor]:
     """Return the tensors of a model, merged if it had adapters, under the names of the plain model, tied ones once.
 
+    What an untied model still shares (BERT's bias of the head) is there under each of its names, as it is loaded one by one.
     ``without`` are ids of tensors that are left out.
     """
     tensors = {}
     seen = set(without)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_adapter(name) and not trained_rows.is_rows(name) and id(tensor) not in seen:
-            seen.add(id(tensor))
+            if model.all_tied_weights_keys:
+                seen.add(id(tensor))
             tensors[name.replace(".base_layer.", ".")] = tensor.detach()
     return tensors
