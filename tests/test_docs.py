@@ -34,7 +34,7 @@ def test_options_exist(page):
         "config",
         "all",
     }
-    known |= {"as-given", "host-memory"}
+    known |= {"as-given", "host-memory", "prefer"}
     commands = re.findall(r"oomless train[^\n`]*(?:\\\n[^\n`]*)*", page.read_text(encoding="utf-8"))
     for option in re.findall(r"--([a-z-]+)", " ".join(commands)):
         assert option in known, option

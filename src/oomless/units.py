@@ -9,6 +9,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 
 _UNITS = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -23,6 +24,26 @@ def format_bytes(size_bytes: int) -> str:
 def counted(number: int, noun: str) -> str:
     """Return ``"1 step"`` or ``"2,000 steps"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def short(number: float) -> str:
+    """Return ``"100M"`` for 100,000,000: at most three digits and their unit."""
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= 0.9995 * unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def parse_count(text: str) -> int:
+    """Return the whole number that ``"100M"``, ``"1.5B"`` or ``"32768"`` stands for.
+
+    Raises:
+        ValueError: ``text`` is no number followed by one of k, M, B (or G), T.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _COUNTS:
+        raise ValueError(f"a number of tokens is a number and one of k, M, B, T, such as 100M; got {text!r}")
+    return round(float(match[1]) * _COUNTS[match[2].lower()])
 
 
 def parse_bytes(text: str) -> int:

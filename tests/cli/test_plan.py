@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from oomless.planning.choice import SCHEMA
 from tests.cli.test_cli import ENVIRONMENT, ROOT, oomless, plain
 
 EIGHT_GIGABYTES = ("--gpu", "8GiB", "--max-seq-length", "128", "--as-given")
@@ -59,6 +60,32 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def test_the_answer_is_ten_lines_and_why_is_more(make_checkpoint):
+    """At 80 columns, the most that a preference can name apart."""
+    arguments = (
+        "plan",
+        "--model",
+        make_checkpoint("llama"),
+        "--gpu",
+        "T4",
+        "--max-seq-length",
+        64,
+        "--tokens",
+        "10k",
+        "--hours",
+        1,
+    )
+    short, long = oomless(*arguments), oomless(*arguments, "--why")
+    assert short.returncode == long.returncode == 0, short.stderr
+    lines = plain(short.stdout).splitlines()
+    assert len(lines) <= 20
+    assert "10k tokens take" in lines[0] + lines[1]
+    assert "► best quality" in plain(short.stdout)
+    assert "peak:" not in plain(short.stdout)
+    for part in ("peak:", "are predicted, not measured", "10,000 tokens of text: given"):
+        assert part in " ".join(plain(long.stdout).split()), part
+
+
 def test_what_is_left_open_is_chosen_and_trains_unchanged(make_checkpoint, corpus, tmp_path):
     """The pick is written as YAML, trains as it is on the GPU that it is for, and is as large as was said."""
     folder, picked = make_checkpoint("llama", tied=True), tmp_path / "pick.yaml"
@@ -86,12 +113,16 @@ def test_the_same_search_again_rehearses_nothing(make_checkpoint, tmp_path):
         "virtual:24MiB",
         "--max-seq-length",
         64,
-        "--json",
+        *("--tokens", "10k", "--json"),
     )
     first, second = (json.loads(oomless(*arguments).stdout) for _ in range(2))
     assert first.pop("trials") > 0
     assert second.pop("trials") == 0
     assert first["strategies"] == second["strategies"]
+    assert first["schema"] == SCHEMA
+    fitting = [row for row in first["strategies"] if row["fits"]]
+    assert {name for row in fitting for name in row["named"]} == {"quality", "balanced", "fast"}
+    assert all(0 < row["share"] <= 1 for row in fitting)
     assert first["plan"]["profile"] == second["plan"]["profile"]
 
 
@@ -106,6 +137,7 @@ def test_nothing_fits_and_what_would(make_checkpoint):
             512,
         ),
         *("--gpu", "virtual:10MiB", "--trainable", "full", "--optimizer", "adamw", "--weight-precision", "master"),
+        *("--tokens", "10k"),
     )
     assert result.returncode == 1
     text = " ".join(plain(result.stdout).split())
@@ -116,10 +148,11 @@ def test_nothing_fits_and_what_would(make_checkpoint):
 
 @pytest.mark.slow
 def test_gpus_and_models_compared(make_checkpoint):
+    tokens = ("--tokens", "10k")
     models = f"{make_checkpoint('llama')},{make_checkpoint('qwen2')}"
     result = oomless(
         *("plan", "--model", models, "--what-if", "gpu=virtual:24MiB,T4", "--max-seq-length", 64, "--json"),
-        *("--optimizer", "adafactor"),
+        *("--optimizer", "adafactor", *tokens),
     )
     assert result.returncode == 0, result.stderr
     answers = json.loads(result.stdout)
@@ -162,6 +195,11 @@ def test_the_longest_sequence(make_checkpoint):
         (["--model", "gemma-7b", "--gpu", "T4", "--as-given", "--write", "x.yaml"], "have no effect with --as-given"),
         (["--model", "gemma-7b", "--gpu", "T4", "--host-memory", "much"], "--host-memory"),
         (["--model", "gemma-7b", "--gpu", "T4", "--tokens-per-step", "1000"], "multiple of"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--tokens", "many"], "--tokens: a number of tokens"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--tokens", "1M", "--max-tokens", "5"], "keep one"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--hours", "-1"], "--hours is a number of hours"),
+        (["--model", "gemma-7b", "--gpu", "24GiB", "--hours", "1"], "hours need a GPU whose speed is known"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--prefer", "fats"], "Did you mean 'fast'"),
         (["--gpu", "T4"], "model must be given"),
         (["--model", "meta-llama/Lama-3.2-1B", "--gpu", "T4"], "Did you mean"),
         (["--model", "gemma-7b", "--gpu", "RTX4009"], "Did you mean"),

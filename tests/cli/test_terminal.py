@@ -30,12 +30,14 @@ BOTH = [80, pytest.param(40, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("columns", BOTH)
 def test_plan(make_checkpoint, columns):
     arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:24MiB", "--max-seq-length", 64)
+    arguments += ("--tokens", "10k", "--why")
     with Terminal("plan", *arguments, columns=columns) as terminal:
         assert terminal.run() == 0
         drawn = live(terminal, r"━.* \d+ s  \S")
         assert len(set(drawn)) > 3
         assert all(line.startswith("━" * min(20, columns // 4) + " ") for line in drawn)
-        assert "► full, AdamW" in terminal.text()
+        assert "virtual:24MiB: full, AdamW" in terminal.text()
+        assert "► best quality" in terminal.text()
         assert any(line.startswith("cached but unused ") for line in terminal.lines())
 
 

@@ -15,6 +15,7 @@ from oomless.planning.plan import Target
 from oomless.planning.rehearse import play
 from oomless.planning.search import _Search, is_tied, search
 from oomless.planning.strategies import (
+    PREFERENCES,
     any_run,
     micro_batches,
     parts_in_order,
@@ -24,6 +25,7 @@ from oomless.planning.strategies import (
     rungs,
 )
 from oomless.planning.trial import Laboratory, Setting
+from oomless.planning.wish import Wish
 from oomless.training.assemble import assemble
 
 MiB = 1 << 20
@@ -123,7 +125,7 @@ def test_the_pick_is_the_best_of_all(make_checkpoint, architecture, tied, pins, 
     folder = make_checkpoint(architecture, tied=tied, **SHAPE)
     spec, target = resolve(str(folder)), target_of(capacity_bytes)
     given = given_for(folder, **pins)
-    found = search(spec, given, target, processes=1, alternatives=0)
+    found = search(spec, given, target, processes=1)
     best = best_of_all(Setting(spec=spec, target=target, base=given))
     if best is None:
         assert found.picked is None
@@ -146,14 +148,54 @@ def test_progress_is_told_in_order(make_checkpoint):
         progress=lambda *now: told.append(now),
     )
     names, shares = zip(*told, strict=True)
-    tried, shown = [name for name in names if not name.startswith("building")], [str(row.quality) for row in found.rows]
-    # Behind the pick stands only what fits as well.
-    assert [name for name in tried if name in shown] == shown
-    before = shown.index(str(found.picked.quality)) + 1
-    assert tried[:before] == shown[:before]
+    tried = [name for name in names if not name.startswith(("building", "proving"))]
+    assert tried == [str(row.quality) for row in found.rows]
     assert shares[0] == 0
     assert list(shares) == sorted(shares)
-    assert 0.5 <= shares[-1] < 1
+    assert 0 <= shares[-2] < 1 == shares[-1]
+
+
+def test_what_is_preferred_is_the_best_of_what_is_compared(make_checkpoint):
+    """Each preference's answer is the best row there is, and what commonly is run is among them."""
+    folder = make_checkpoint("llama", tied=True, **SHAPE)
+    spec, given, target = resolve(str(folder)), given_for(folder, tokens_per_step=128), target_of(14 * MiB)
+    picks = {}
+    for prefer in PREFERENCES:
+        found = search(spec, given, target, processes=1, wish=Wish(prefer=prefer))
+        fitting = [row for row in found.rows if row.fits]
+        picks[prefer] = found.picked.quality
+        assert found.picked.quality == found.wish.choices(fitting)[prefer].quality
+        assert found.named[prefer].picked
+        assert {("full", None), ("lora", None), ("lora", "nf4")} <= {
+            (row.quality.trainable, row.quality.quantization) for row in found.rows
+        }
+    assert (
+        picks["quality"] == search(spec, given, target, processes=1).picked.quality
+    )  # the first that fits gives up least
+    assert len({row.quality for row in found.rows}) == len(found.rows)
+
+
+def test_ctrl_c_takes_the_best_so_far(make_checkpoint):
+    folder = make_checkpoint("llama", tied=True, **SHAPE)
+    told = []
+
+    def interrupt(text, share):
+        told.append(text)
+        if "so far" in text:
+            raise KeyboardInterrupt
+
+    how = {"processes": 1, "wish": Wish(), "progress": interrupt}
+    found = search(resolve(str(folder)), given_for(folder), target_of(1 << 30), **how)
+    assert found.stopped
+    assert any("so far lora, 4-bit" in text for text in told)
+    assert (found.picked.quality.trainable, found.picked.quality.quantization) == ("lora", "nf4")
+    assert found.plan.fits
+
+    def at_once(text, share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(resolve(str(folder)), given_for(folder), target_of(1 << 30), processes=1, wish=Wish(), progress=at_once)
 
 
 def train_for_real(setting, settings, capacity_bytes):
@@ -182,7 +224,7 @@ def test_the_pick_trains_and_the_next_better_runs_out(make_checkpoint, architect
     folder = make_checkpoint(architecture, tied=tied, **SHAPE)
     spec, target = resolve(str(folder)), target_of(capacity_bytes)
     setting = Setting(spec=spec, target=target, base=given_for(folder, **pins))
-    found = search(spec, setting.base, target, processes=1, alternatives=0)
+    found = search(spec, setting.base, target, processes=1)
     if found.picked is not None:
         usage = train_for_real(setting, found.picked.settings, capacity_bytes)
         assert usage.peak_reserved_bytes <= capacity_bytes
@@ -207,7 +249,7 @@ def test_pins_are_kept_and_contradictions_named(make_checkpoint):
     folder = make_checkpoint("llama", tied=True)
     spec, target = resolve(str(folder)), target_of(1 << 30)
     pins = {"trainable": "lm_head", "tied_weights": "untied", "optimizer": "sgd", "per_device_train_batch_size": 2}
-    found = search(spec, given_for(folder, **pins), target, processes=1, alternatives=0)
+    found = search(spec, given_for(folder, **pins), target, processes=1)
     assert found.config is not None
     assert {name: getattr(found.config, name) for name in pins} == pins
     for wrong, message in (
@@ -239,7 +281,7 @@ NARROWED = [
 @pytest.mark.parametrize(("pins", "picked"), NARROWED, ids=lambda value: "-".join(value))
 def test_a_setting_of_one_choice_narrows_the_search_to_it(make_checkpoint, pins, picked):
     folder = make_checkpoint("llama", num_hidden_layers=3)
-    found = search(resolve(str(folder)), given_for(folder, **pins), target_of(1 << 30), processes=1, alternatives=0)
+    found = search(resolve(str(folder)), given_for(folder, **pins), target_of(1 << 30), processes=1)
     assert {name: getattr(found.config, name) for name in picked} == picked
     given = picked_settings(found)
     assert set(given) - set(found.picked.settings) == {"model", "max_seq_length", "packing", *pins} - set(
@@ -286,7 +328,7 @@ def test_refusals_are_not_kept(make_checkpoint, tmp_path, monkeypatch):
 def test_trials_in_processes_are_those_in_this_one(make_checkpoint):
     folder = make_checkpoint("qwen2", tied=True, **SHAPE)
     spec, target = resolve(str(folder)), target_of(14 * MiB)
-    alone, together = (search(spec, given_for(folder), target, processes=count) for count in (1, 2))
+    alone, together = (search(spec, given_for(folder), target, processes=count, wish=Wish()) for count in (1, 2))
     assert alone.picked == together.picked
     assert [row.quality for row in alone.rows] == [row.quality for row in together.rows]
 
@@ -297,8 +339,7 @@ def test_offloading_stays_within_the_host(make_checkpoint):
     spec = resolve(str(folder))
     pins = {"trainable": "full", "weight_precision": "master"}
     poor, rich = (
-        search(spec, given_for(folder, **pins), target_of(16 * MiB, host), processes=1, alternatives=0)
-        for host in (MiB, 1 << 30)
+        search(spec, given_for(folder, **pins), target_of(16 * MiB, host), processes=1) for host in (MiB, 1 << 30)
     )
     assert rich.picked is not None
     assert rich.picked.settings.get("offload_optimizer")

@@ -145,7 +145,7 @@ def test_a_pick_trains_in_the_size_that_it_was_picked_for(make_checkpoint, corpu
     """Also where the text was not known when it was picked."""
     folder = make_checkpoint("llama", tied=True, hidden_size=256, vocab_size=4096)
     given = dict(model=str(folder), gpu="virtual:34MiB", max_seq_length=256)
-    picked = choose_training(given, host_bytes=8 << 30, keep_trials=False)
+    picked = choose_training(given, tokens=100_000, host_bytes=8 << 30, keep_trials=False)
     assert picked.plan is not None
     size = picked.plan.needed_bytes
     assert size <= 34 << 20

@@ -503,7 +503,7 @@ def test_the_pick_for_two_trains_in_two_and_is_better_than_that_for_one(make_che
     )
     two = replace(one, gpus=2)
     spec = resolve(str(folder))
-    picks = [search(spec, given, target, processes=1, alternatives=0) for target in (one, two)]
+    picks = [search(spec, given, target, processes=1) for target in (one, two)]
     assert str(picks[1].picked.quality) == "full, AdamW, fp32 masters"
     assert str(picks[0].picked.quality) != "full, AdamW, fp32 masters"
     assert picks[1].config.tokens_per_step is None

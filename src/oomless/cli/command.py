@@ -33,6 +33,9 @@ def own(name: str, kind: type, text: str) -> Own:
 
 CONFIG = own("config", Path, "YAML with any of the settings; options outrank it.")
 AS_GIVEN = own("as_given", bool, "Choose nothing: take the settings given, and the defaults for the rest.")
+PREFER = own(
+    "prefer", str, "What counts among what fits: quality, balanced (quality for its time) or fast. [default: balanced]"
+)
 HOST_MEMORY = own(
     "host_memory", str, "Memory of the machine, such as 32GiB, for what may be offloaded. [default: what is free here]"
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import typing
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,9 +15,11 @@ import typer
 
 from oomless.cli.voice import aside
 from oomless.config import SECTIONS, TrainConfig, outrank
+from oomless.config.batch import LENGTHS
 from oomless.config.values import field_help, kinds, load_yaml, plain_kind
-from oomless.errors import ConfigError
-from oomless.units import parse_bytes
+from oomless.errors import ConfigError, nearest
+from oomless.planning.strategies import CHOSEN, PREFERENCES
+from oomless.units import parse_bytes, parse_count
 
 _WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d+)?)")
 _SETTING = re.compile(r"(.+),(\w+)=([^,]*)")
@@ -36,7 +39,7 @@ def _option(section: type, name: str) -> inspect.Parameter:
     if typing.get_origin(kind) is typing.Literal:
         text += f" One of {', '.join(typing.get_args(kind))}."
     if isinstance(default, int | float | str) and kind is not bool:
-        text += f" [default: {default}]"
+        text += f" [default: {f'chosen; with --as-given {default}' if name in CHOSEN else default}]"
     annotation: Any = bool | None if kind is bool else list[str] | None if name in ("data", "eval_data") else str | None
     option = typer.Option(flag, help=text, rich_help_panel=str(section.__doc__).rstrip("."), show_default=False)
     return inspect.Parameter(
@@ -109,6 +112,37 @@ def host_size(text: str | None) -> int | None:
         return parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--host-memory: {error}") from error
+
+
+def wish_of(
+    prefer: str | None, tokens: str | None = None, hours: str | None = None, given: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return what ``--prefer``, ``--tokens`` and ``--hours`` say, as ``choose_training`` takes it; ``given`` are the settings beside them."""
+    wish: dict[str, Any] = {}
+    if prefer is not None:
+        if prefer not in PREFERENCES:
+            raise ConfigError(
+                f"--prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}.{nearest(prefer, PREFERENCES)}"
+            )
+        wish["prefer"] = prefer
+    if tokens is not None:
+        length = next((name for name in LENGTHS if given.get(name) is not None), None)
+        if length is not None:
+            raise ConfigError(f"--tokens and --{length.replace('_', '-')} both say how long the run is: keep one")
+        try:
+            wish["tokens"] = parse_count(tokens)
+        except ValueError as error:
+            raise ConfigError(f"--tokens: {error}") from error
+        if not wish["tokens"]:
+            raise ConfigError("--tokens must be at least 1; got 0")
+    if hours is not None:
+        try:
+            wish["hours"] = float(hours)
+        except ValueError:
+            wish["hours"] = -1.0
+        if not 0 < wish["hours"] < float("inf"):
+            raise ConfigError(f"--hours is a number of hours, more than 0, such as 24; got {hours!r}")
+    return wish
 
 
 def require_writable(path: Path | None) -> None:

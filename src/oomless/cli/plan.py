@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, own
+from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, PREFER, own
 from oomless.cli.options import (
     given_settings,
     gpus_to_compare,
@@ -18,19 +18,24 @@ from oomless.cli.options import (
     models_to_compare,
     require_form_of_timeline,
     require_writable,
+    wish_of,
 )
 from oomless.errors import ConfigError
 from oomless.planning.given import as_config, read_given
 
 if TYPE_CHECKING:
     from oomless.config import TrainConfig
+    from oomless.planning.choice import Choice
     from oomless.planning.plan import Plan
-    from oomless.planning.search import Choice
     from oomless.report.screen import Screen
 
 OPTIONS = (
     CONFIG,
     AS_GIVEN,
+    own("tokens", str, "How much text the run reads, such as 100M. [default: what the files of --data hold]"),
+    own("hours", str, "How many hours there are for the run, such as 24."),
+    PREFER,
+    own("why", bool, "Show what was compared, what does not fit and why, and what the figures rest on."),
     own("what_if", str, "GPUs to compare: gpu=RTX4090,L4."),
     HOST_MEMORY,
     own("write", Path, "Write the pick as YAML for oomless train --config."),
@@ -43,8 +48,8 @@ FIRST = (
     *("optimizer", "weight_precision", "dtype"),
 )
 EXAMPLES = """
-# will it fit?
-oomless plan --model meta-llama/Llama-3.2-1B --gpu T4 --max-seq-length 2048
+# what should I train on it, with so much text, this weekend?
+oomless plan --model meta-llama/Llama-3.2-1B --gpu T4 --tokens 50M --hours 48
 # which GPU?
 oomless plan --model gemma-7b --what-if gpu=RTX4090,L4,A100-40G
 # how long may a sequence be?
@@ -55,6 +60,10 @@ oomless plan --model gemma-7b --gpu L4 --max-seq-length max
 def plan(
     config: Path | None,
     as_given: bool,
+    tokens: str | None,
+    hours: str | None,
+    prefer: str | None,
+    why: bool,
     what_if: str | None,
     host_memory: str | None,
     write: Path | None,
@@ -63,10 +72,10 @@ def plan(
     snapshot: Path | None,
     **settings: Any,
 ) -> None:
-    """Choose the best training that fits a GPU. It is asked before a run and needs none; every strategy is rehearsed.
+    """Choose a training that fits a GPU: for so much text, in so many hours. It needs no GPU; every strategy is rehearsed.
 
     What is given is kept, the rest is chosen. --model a,b and --what-if gpu=T4,L4 compare; --max-seq-length max finds the
-    longest sequence.
+    longest sequence. Ctrl-C takes the best that was found so far.
     """
     for file in (write, timeline, snapshot):
         require_writable(file)
@@ -74,16 +83,21 @@ def plan(
         require_form_of_timeline(timeline)
     given = given_settings(config, settings)
     models, gpus = models_to_compare(given.get("model")), gpus_to_compare(what_if)
-    host_bytes = host_size(host_memory)
+    host_bytes, wish = host_size(host_memory), wish_of(prefer, tokens, hours, given)
     compares = len(models) > 1 or bool(gpus)
     if compares and (as_given or write or timeline or snapshot):
         raise ConfigError(
             "a comparison goes without --as-given, --write, --timeline and --snapshot: plan one of them for these"
         )
-    if as_given and (write is not None or host_memory is not None):
+    if compares and why:
+        raise ConfigError("--why is about one plan: leave it out, or plan one model on one GPU")
+    if as_given and any(value is not None for value in (write, host_memory, prefer, tokens, hours)):
         raise ConfigError(
-            "--write and --host-memory have no effect with --as-given, where nothing is chosen; remove them"
+            "--write, --host-memory, --prefer, --tokens and --hours have no effect with --as-given, where nothing is chosen; "
+            "remove them"
         )
+    if as_given and why:
+        raise ConfigError("--why has no effect with --as-given, which shows everything; remove it")
     given = as_config(given).to_dict() if as_given else read_given(given)
 
     from oomless.cli.voice import say_notes
@@ -92,12 +106,12 @@ def plan(
     for model in filter(None, models):
         say_notes(resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code"))))
     if compares:
-        _compare(given, models, gpus or [given.get("gpu", "auto")], host_bytes, json)
+        _compare(given, models, gpus or [given.get("gpu", "auto")], wish, host_bytes, json)
         return
     if as_given:
         answer = _as_given(as_config(given), json, recorded=snapshot is not None)
     else:
-        answer = _choose(given, host_bytes, json, write, recorded=snapshot is not None)
+        answer = _choose(given, wish, host_bytes, json, write, why=why, recorded=snapshot is not None)
     if timeline is not None:
         from oomless.report.plan import write_timeline
 
@@ -112,7 +126,12 @@ def plan(
 
 
 def _compare(
-    given: dict[str, Any], models: Sequence[str], gpus: Sequence[str], host_bytes: int | None, json: bool
+    given: dict[str, Any],
+    models: Sequence[str],
+    gpus: Sequence[str],
+    wish: dict[str, Any],
+    host_bytes: int | None,
+    json: bool,
 ) -> None:
     """Print what is picked for each of ``models`` on each of ``gpus``."""
     from oomless.cli.searching import searching
@@ -121,7 +140,7 @@ def _compare(
     from oomless.report.choice import compared_to_dict, print_comparison
 
     with searching(aside()) as say:
-        compared = compare(given, models, gpus, host_bytes=host_bytes, progress=say)
+        compared = compare(given, models, gpus, **wish, host_bytes=host_bytes, progress=say)
     if json:
         out().out(dumps(compared_to_dict(compared), indent=2))
     else:
@@ -147,8 +166,17 @@ def _as_given(config: TrainConfig, json: bool, *, recorded: bool) -> Plan:
     return answer
 
 
-def _choose(given: dict[str, Any], host_bytes: int | None, json: bool, write: Path | None, *, recorded: bool) -> Plan:
-    """Print what is picked, ``write`` it, and return its plan; ``recorded`` for a snapshot.
+def _choose(
+    given: dict[str, Any],
+    wish: dict[str, Any],
+    host_bytes: int | None,
+    json: bool,
+    write: Path | None,
+    *,
+    why: bool,
+    recorded: bool,
+) -> Plan:
+    """Print what is picked, and ``why``, ``write`` it, and return its plan; ``recorded`` for a snapshot.
 
     Raises:
         typer.Exit: nothing fits.
@@ -157,11 +185,11 @@ def _choose(given: dict[str, Any], host_bytes: int | None, json: bool, write: Pa
     from oomless.cli.voice import aside, out
     from oomless.planning.choose import choose_training
     from oomless.planning.plan import plan_training
-    from oomless.report.choice import print_choice
+    from oomless.report.choice import print_choice, print_why
     from oomless.report.plan import print_plan
 
     with searching(aside()) as say:
-        picked = choose_training(given, host_bytes=host_bytes, progress=say)
+        picked = choose_training(given, **wish, host_bytes=host_bytes, progress=say)
     if json:
         out().out(dumps(picked.to_dict(), indent=2))
     else:
@@ -170,8 +198,13 @@ def _choose(given: dict[str, Any], host_bytes: int | None, json: bool, write: Pa
         if json:
             raise typer.Exit(1)
         explain_nothing_fits(out(), picked)
-    if not json:
+    if why and not json:
+        print_why(out(), picked)
         print_plan(out(), picked.plan)
+    elif not json:
+        out().print("--why says what does not fit, and what the figures rest on.", style="dim")
+    if write is None and not json:
+        out().print("To train it, add --write run.yaml here; then: oomless train --config run.yaml", style="dim")
     if write is not None:
         _write_pick(aside() if json else out(), write, picked)
     return plan_training(picked.config, snapshot=True) if recorded else picked.plan

@@ -8,14 +8,14 @@ from typing import Any
 
 import typer
 
-from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY
-from oomless.cli.options import given_settings, host_size
+from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, PREFER
+from oomless.cli.options import given_settings, host_size, wish_of
 from oomless.config import REQUIRED, TrainConfig, outrank, read, require
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UnplannableError
 from oomless.planning.given import LONGEST, read_given, require_length
 
-OPTIONS = (CONFIG, AS_GIVEN, HOST_MEMORY)
+OPTIONS = (CONFIG, AS_GIVEN, PREFER, HOST_MEMORY)
 FIRST = (
     *("model", "data", "output_dir", "max_seq_length", "trainable", "learning_rate", "num_train_epochs"),
     *("tokens_per_step", "gpu", "resume"),
@@ -30,13 +30,16 @@ oomless train --config runs/first/config.yaml --resume
 """
 
 
-def train(config: Path | None, as_given: bool, host_memory: str | None, **settings: Any) -> None:
+def train(config: Path | None, as_given: bool, prefer: str | None, host_memory: str | None, **settings: Any) -> None:
     """Continue pretraining a model on your text. Settings come from the YAML, and options outrank it.
 
     On a GPU the settings of precision and memory that are not given are chosen: the best that fits, as oomless plan says.
     """
     # What is missing or contradictory is said before anything that takes long is imported.
     given = given_settings(config, settings)
+    wish = wish_of(prefer)
+    if wish and (as_given or given.get("gpu") == "cpu"):
+        raise ConfigError("--prefer has no effect with --as-given or on a CPU, where nothing is chosen; remove it")
     if as_given or given.get("gpu") == "cpu":
         require_length(given)
         given = read(given)
@@ -63,7 +66,7 @@ def train(config: Path | None, as_given: bool, host_memory: str | None, **settin
         if given.get("max_seq_length") == LONGEST:
             del given["max_seq_length"]  # it was found when the run began
         given, as_given = outrank(load_yaml(began), given)[0], True
-    choice = None if as_given or world_size() > 1 else _choice_to_train(screen, given, host_memory)
+    choice = None if as_given or world_size() > 1 else _choice_to_train(screen, given, wish, host_memory)
     if choice is None:
         require_length(given)
         resolved = TrainConfig.from_mapping(given)
@@ -105,7 +108,7 @@ def _predict(screen: Any, config: TrainConfig) -> Any:
         return None
 
 
-def _choice_to_train(screen: Any, given: dict[str, Any], host_memory: str | None) -> Any:
+def _choice_to_train(screen: Any, given: dict[str, Any], wish: dict[str, Any], host_memory: str | None) -> Any:
     """Return what the planner chooses for a training here; ``None`` where there is no limit."""
     from oomless.cli.searching import searching
     from oomless.planning.choose import choose_training
@@ -117,7 +120,7 @@ def _choice_to_train(screen: Any, given: dict[str, Any], host_memory: str | None
             raise ConfigError("--host-memory has no effect on a CPU, where nothing is offloaded; remove it")
         return None
     with searching(screen) as say:
-        return choose_training(given, host_bytes=host_size(host_memory), progress=say)
+        return choose_training(given, **wish, host_bytes=host_size(host_memory), progress=say)
 
 
 def _print_out_of_memory(screen: Any, error: Any, config: TrainConfig) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from oomless.config import plain
+from oomless.catalogue import learning
+from oomless.config import TrainConfig, plain
 from oomless.errors import ConfigError
 from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.planning.choice import Choice
+from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
 from oomless.planning.plan import Target, target_for
-from oomless.planning.search import ALTERNATIVES, Choice, Progress, search
-from oomless.planning.strategies import UNPLANNED, Quality, Settings
+from oomless.planning.search import Progress, search
+from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
 from oomless.planning.trial import results_folder
+from oomless.planning.wish import Wish
 
 LENGTH_STEP = 256
 """The longest sequence is found to within so many tokens."""
@@ -32,16 +36,24 @@ class Compared:
 def choose_training(
     given: Settings,
     *,
+    prefer: Prefer = "balanced",
+    tokens: int | None = None,
+    hours: float | None = None,
     host_bytes: int | None = None,
     keep_trials: bool = True,
     progress: Progress | None = None,
 ) -> Choice:
     """Return the best training that agrees with ``given`` (as in YAML: model, gpu and what is pinned) and fits the GPU.
 
+    Where nothing is said of a step's blocks, their number follows from how much text there is.
+
     ``max_seq_length`` may be ``"max"``: the longest for which nothing of quality is given up against a short one.
 
     Args:
         given: settings as ``TrainConfig.from_mapping`` takes them; what they leave open is chosen.
+        prefer: what counts among strategies that fit: what a token teaches, that for its time, or time alone.
+        tokens: how much text the run reads; by default as its settings or its files say.
+        hours: how many there are for it.
         host_bytes: memory of the machine, for offloading; by default what is free here, or an assumption (``target_for``).
         keep_trials: keep what was rehearsed in the user's cache folder, and use what is there.
         progress: is told what is being tried, and what share of a search is done, from 0 to 1.
@@ -50,7 +62,8 @@ def choose_training(
         UserError: model, GPU or settings do not fit together.
     """
     target = target_for(str(given.get("gpu", "auto")), host_bytes)
-    return _choose(given, target, results_folder() if keep_trials else None, ALTERNATIVES, progress)
+    wish = Wish(prefer=prefer, tokens=tokens, hours=hours)
+    return _choose(given, target, results_folder() if keep_trials else None, wish, progress)
 
 
 def compare(
@@ -58,6 +71,9 @@ def compare(
     models: Sequence[str],
     gpus: Sequence[str],
     *,
+    prefer: Prefer = "balanced",
+    tokens: int | None = None,
+    hours: float | None = None,
     host_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Compared]:
@@ -73,22 +89,32 @@ def compare(
             say = (
                 (lambda text, share, name=f"{model} on {gpu}": progress(f"{name}: {text}", share)) if progress else None
             )
-            choice = _choose({**given, "model": model}, target, results_folder(), 0, say)
+            choice = _choose(
+                {**given, "model": model},
+                target,
+                results_folder(),
+                Wish(prefer=prefer, tokens=tokens, hours=hours),
+                say,
+            )
             found.append(Compared(model=model, gpu=gpu, choice=choice))
     return found
 
 
-def _choose(given: Settings, target: Target, results: Path | None, alternatives: int, progress: Any) -> Choice:
+def _choose(given: Settings, target: Target, results: Path | None, wish: Wish, progress: Any) -> Choice:
+    if wish.hours is not None and (target.gpu is None or target.gpu.bandwidth_bytes_per_s is None):
+        raise ConfigError(
+            f"hours need a GPU whose speed is known; got {target.name}: name one of the catalogue, or leave them out"
+        )
     pins = read_given(given)
     spec = resolve_for_plan(pins["model"], trust_remote_code=pins.get("trust_remote_code", False))
     if pins.get("max_seq_length") != LONGEST:
-        return search(
-            spec, {**UNPLANNED, **pins}, target, results=results, alternatives=alternatives, progress=progress
-        )
+        settings, wish = with_batch({**UNPLANNED, **pins}, wish, target.gpus)
+        return search(spec, settings, target, wish=wish, results=results, progress=progress)
 
     def at(length: int, held: Quality | None) -> Choice:
         settings = {**UNPLANNED, **pins, "max_seq_length": length}
-        return search(spec, settings, target, held=held, results=results, alternatives=0, progress=progress)
+        wanted = wish if held is None else None
+        return search(spec, settings, target, held=held, wish=wanted, results=results, progress=progress)
 
     lengths = _lengths(spec, pins, target.gpus)
     best = at(lengths[0], None)
@@ -102,6 +128,25 @@ def _choose(given: Settings, target: Target, results: Path | None, alternatives:
         best, low, high = (choice, middle, high) if choice.picked is not None else (best, low, middle)
         stride *= 2
     return best
+
+
+def with_batch(settings: Settings, wish: Wish, gpus: int) -> tuple[Settings, Wish]:
+    """Return ``settings`` with the tokens of a step where they do not say, and ``wish`` with those of the run where they are known.
+
+    A step has as many blocks as leave a thousand steps in the text, between one and what published recipes have.
+    """
+    said = settings.keys() & {"tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    reading = tokens_to_read(TrainConfig.from_mapping(settings), gpus) if wish.tokens is None else None
+    if reading is not None:
+        wish = replace(wish, tokens=(reading.tokens_low + reading.tokens_high) // 2, basis=reading.basis)
+    # Who counts steps has a step in mind: the smallest.
+    if said or settings.get("max_steps") is not None:
+        return settings, wish
+    steps, most = learning.batch()
+    length = settings.get("max_seq_length", TrainConfig.max_seq_length)
+    blocks = min(most, wish.text_tokens // steps) // (length * gpus)
+    whole = gpus << max(0, blocks.bit_length() - 1)
+    return {**settings, "tokens_per_step": whole * length}, wish
 
 
 def _lengths(spec: ModelSpec, pins: Settings, gpus: int) -> Sequence[int]:

@@ -16,8 +16,10 @@ from oomless.config import TrainConfig
 from oomless.errors import UserError
 from oomless.models.build import parameter_count
 from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.planning.choice import Choice
 from oomless.planning.plan import HOST_SHARE, Target, target_for, usable_host_bytes
-from oomless.planning.search import Choice, Row, search
+from oomless.planning.row import Row
+from oomless.planning.search import search
 from oomless.planning.strategies import Settings
 from oomless.units import GiB, format_bytes
 
@@ -38,7 +40,7 @@ def smallest_changes(spec: ModelSpec, choice: Choice, results: Path | None) -> I
 
     def found(changed: Settings, on: Target = target, model: ModelSpec = spec) -> Row | None:
         try:
-            return search(model, changed, on, results=results, alternatives=0).picked
+            return search(model, changed, on, results=results).picked
         except UserError:
             return None
 

@@ -15,9 +15,8 @@ more is tried for the frontier, so that its gain in memory and speed can be weig
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,17 @@ from oomless.errors import ConfigError
 from oomless.memory.work import Work
 from oomless.models.make import ties
 from oomless.models.spec import ModelSpec
+from oomless.planning.choice import Choice
 from oomless.planning.layout import OF_THE_TEXT, read_layout
-from oomless.planning.plan import Plan, Target
+from oomless.planning.plan import Target
+from oomless.planning.row import Row
 from oomless.planning.strategies import (
     CHEAP,
-    LEANER_RUNGS,
+    COMMON,
+    COMPARED,
+    FROZEN_BITS,
     OPTIMIZER_NAMES,
+    QLORA,
     Quality,
     Settings,
     any_run,
@@ -42,82 +46,13 @@ from oomless.planning.strategies import (
     rungs,
 )
 from oomless.planning.throughput import Throughput, relative_seconds, throughput
-from oomless.planning.trial import Laboratory, Parts, Proof, Setting, Trial, host_bytes_of_state, state_bytes
+from oomless.planning.trial import Laboratory, Parts, Setting, Trial, host_bytes_of_state, state_bytes
+from oomless.planning.wish import Wish
 from oomless.units import format_bytes
 
 Progress = Callable[[str, float], None]
-ALTERNATIVES = 3
-"""So many strategies that give up more than the pick are shown beside it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One strategy of the frontier."""
-
-    quality: Quality
-    settings: Settings
-    """All that the planner chose."""
-
-    fits: bool
-    picked: bool = False
-    needed_bytes: int
-    """The most that is reserved; for one that does not fit, at least this."""
-
-    speed: Throughput | None = None
-    reason: str = ""
-    """Why it does not fit."""
-
-    host_bytes: int = 0
-    """The host memory that it would need, where that is what it lacks."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {
-            "strategy": str(self.quality),
-            "settings": self.settings,
-            "fits": self.fits,
-            "picked": self.picked,
-            "needed_bytes": self.needed_bytes,
-            "speed": None if self.speed is None else self.speed.to_dict(),
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """What a search found."""
-
-    target: Target
-    given: Settings
-    """What the search was told to keep."""
-
-    rows: tuple[Row, ...]
-    """Best quality first: what was rejected, the pick, and what gives up more."""
-
-    config: TrainConfig | None
-    """The run as it was picked; ``None`` where nothing fits."""
-
-    plan: Plan | None
-    trials: int
-    """Rehearsals that were made, not read from earlier searches."""
-
-    @property
-    def picked(self) -> Row | None:
-        """The row of the pick."""
-        return next((row for row in self.rows if row.picked), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {
-            "gpu": self.target.name,
-            "usable_bytes": self.target.usable_bytes,
-            "margin_bytes": self.target.margin_bytes,
-            "host_bytes": self.target.host_bytes,
-            "strategies": [row.to_dict() for row in self.rows],
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "config": None if self.config is None else self.config.to_dict(),
-            "trials": self.trials,
-        }
+BUSY_PASS_TOKENS = 1 << 9
+"""So many tokens keep a GPU busy: what a larger pass gains is less than what it costs to compute more again for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +74,7 @@ def search(
     held: Quality | None = None,
     processes: int | None = None,
     results: Path | None = None,
-    alternatives: int = ALTERNATIVES,
+    wish: Wish | None = None,
     progress: Progress | None = None,
 ) -> Choice:
     """Return the best training of ``spec`` that agrees with ``given`` and fits ``target``.
@@ -151,7 +86,7 @@ def search(
         held: look at nothing of another quality.
         processes: trials at a time; by default as many as there are cores, four at most.
         results: a folder that keeps trials for later searches.
-        alternatives: how many strategies that give up more are tried as well.
+        wish: what is wanted of what fits, for which strategies that give up more are compared; by default the first that fits is taken.
         progress: is told what is being tried, and what share of the search is done, from 0 to 1.
 
     Raises:
@@ -161,7 +96,7 @@ def search(
     setting = Setting(spec=spec, target=target, base=dict(given), layout=read_layout(text))
     laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
     try:
-        return _Search(setting, laboratory, progress or (lambda *_: None), held).run(alternatives)
+        return _Search(setting, laboratory, progress or (lambda *_: None), held, wish).run()
     finally:
         laboratory.close()
 
@@ -179,97 +114,169 @@ class _Failure:
 
 class _Search:
     def __init__(
-        self, setting: Setting, laboratory: Laboratory, progress: Progress, held: Quality | None = None
+        self,
+        setting: Setting,
+        laboratory: Laboratory,
+        progress: Progress,
+        held: Quality | None = None,
+        wish: Wish | None = None,
     ) -> None:
-        self.setting, self.laboratory, self.progress, self.held = setting, laboratory, progress, held
+        self.setting, self.laboratory, self.progress, self.held, self.wish = setting, laboratory, progress, held, wish
         self.pins, self.target = setting.base, setting.target
         self.usable_bytes = self.target.usable_bytes - self.target.margin_bytes
         self.passes = micro_batches(self.pins, self.target.gpus)
+        self.busy = self.pins.get("max_seq_length", TrainConfig.max_seq_length) >= BUSY_PASS_TOKENS
+        self.slower: set[tuple[str, str | None]] = set()
+        """Parts that no memory would make better than what fits."""
+
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 
-    def run(self, alternatives: int) -> Choice:
-        """Go through the qualities, best first, and on from the pick to some that give up more."""
-        rows: list[Row] = []
-        proof: Callable[[], Proof] | None = None
-        shown: set[tuple[str, ...]] = set()
-        left, order = alternatives, parts_in_order(self.pins, tied=is_tied(self.setting.spec))
-        for place, parts in enumerate(order):
-            trainable = parts["trainable"]
-            if self.held is not None and not self.held.has(parts):
-                continue
-            if proof is not None and (not left or (trainable,) in shown):
-                continue
-            self.progress(f"building {trainable}", _share(place / len(order), left, alternatives, proof is not None))
-            built = self.laboratory.parts(any_run(self.pins, parts))
-            if built.refused is not None:
-                self.refused = self.refused or built.refused
-                continue
-            kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit)
-            for number, quality in enumerate(kinds):
-                if self.held not in (None, quality):
-                    continue
-                if proof is not None and (not left or (trainable, quality.optimizer) in shown):
-                    continue
-                tried = (place + number / len(kinds)) / len(order)
-                self.progress(str(quality), _share(tried, left, alternatives, proof is not None))
-                row = self._best(quality, built, quick=proof is not None)
-                if row.fits:
-                    shown |= {(trainable,), (trainable, quality.optimizer)}
-                    if proof is None:
-                        proof = self.laboratory.proof(row.settings)
-                        row = replace(row, picked=True)
-                    else:
-                        left -= 1
-                if row.fits or proof is None:
-                    rows.append(row)
-                if row.fits and not row.picked and trainable != _picked(rows).quality.trainable:
-                    break
+    def run(self) -> Choice:
+        """Find rows, prove the one that is preferred, and return them."""
+        found: dict[tuple[int, int], Row] = {}
+        stopped = False
+        try:
+            for place, row in self._rows(found):
+                found[place] = row
+        except KeyboardInterrupt:
+            if not any(row.fits for row in found.values()):
+                raise
+            stopped = True
+        rows = [row for _, row in sorted(found.items())]
         if not rows:
             raise ConfigError(self.refused or "no strategy agrees with what was given")
-        if proof is None:
-            return Choice(
-                target=self.target,
-                given=self.pins,
-                rows=tuple(rows),
-                config=None,
-                plan=None,
-                trials=self.laboratory.made,
-            )
-        return self._proved(rows, proof(), alternatives)
-
-    def _proved(self, rows: list[Row], proof: Proof, alternatives: int) -> Choice:
-        """Return the choice; or, where the whole run does not fit, though a step of it did, what is best without it."""
-        picked = _picked(rows)
-        if not proof.fits:
+        fitting = [row for row in rows if row.fits]
+        best = {} if self.wish is None or not fitting else self.wish.choices(fitting)
+        picked = best[self.wish.prefer] if self.wish is not None and best else next(iter(fitting), None)
+        known: dict[str, Any] = {
+            "model": self.setting.spec.name,
+            "target": self.target,
+            "given": self.pins,
+            "wish": self.wish,
+            "stopped": stopped,
+        }
+        if picked is None:
+            return Choice(**known, rows=tuple(rows), config=None, plan=None, trials=self.laboratory.made)
+        self.progress(f"proving {picked.quality}", 1.0)
+        proof = self.laboratory.proof(picked.settings)()
+        if not proof.fits:  # though a step of it did
             self.disproved.append(picked.settings)
-            return self.run(alternatives)
+            return self.run()
         whole = proof.as_plan(self.setting)
+        named = {id(row): tuple(name for name, one in best.items() if one is row) for row in fitting}
+        rows = [replace(row, named=named.get(id(row), ()), picked=row is picked) for row in rows]
         return Choice(
-            target=self.target,
-            given=self.pins,
+            **known,
             rows=tuple(replace(row, needed_bytes=whole.needed_bytes) if row.picked else row for row in rows),
             config=self.setting.config(picked.settings),
             plan=whole,
             trials=self.laboratory.made,
         )
 
-    def _best(self, quality: Quality, built: Parts, *, quick: bool) -> Row:
+    def _rows(self, found: Mapping[tuple[int, int], Row]) -> Iterator[tuple[tuple[int, int], Row]]:
+        """Yield each row with its place in the order of quality: up to the first that fits and, for a wish, what is compared with it.
+
+        ``found`` has those that were yielded. What most people run comes first then, so that there soon is an answer.
+        """
+        order = parts_in_order(self.pins, tied=is_tied(self.setting.spec))
+        common = [place for place, parts in enumerate(order) if (parts["trainable"], parts["quantization"]) == QLORA]
+        if self.wish is not None and self.held is None:
+            for place in common:
+                yield from self._rows_of(place, order, found, first_alone=True, share=0.0)
+        for place, parts in enumerate(order):
+            fits = any(row.fits for (of_parts, _), row in found.items() if of_parts < place)
+            if not fits or (self.wish is not None and self._compared(parts, found)):
+                yield from self._rows_of(place, order, found, first_alone=fits)
+            if self.wish is None and any(row.fits for row in found.values()):
+                return
+
+    def _compared(self, parts: Settings, found: Mapping[tuple[int, int], Row]) -> bool:
+        """Whether ``parts``, which give up more than what fits already, may be better by some preference."""
+        trainable, bits = parts["trainable"], parts["quantization"]
+        if (trainable, bits) == QLORA:
+            return True
+        not_asked = "trainable" not in self.pins and trainable not in COMPARED
+        if not_asked or (trainable, parts["tied_weights"]) in self.slower:
+            return False
+        # Fewer bits have to be unpacked, so that they are faster only where more of them have to spend time.
+        return all(
+            row.saves_by_time
+            for row in found.values()
+            if row.fits
+            and (row.quality.trainable, row.quality.tied_weights) == (trainable, parts["tied_weights"])
+            and FROZEN_BITS[row.quality.quantization] > FROZEN_BITS[bits]
+        )
+
+    def _rows_of(
+        self,
+        place: int,
+        order: list[Settings],
+        found: Mapping[tuple[int, int], Row],
+        *,
+        first_alone: bool,
+        share: float | None = None,
+    ) -> Iterator[tuple[tuple[int, int], Row]]:
+        """Yield the rows of the parts at ``place``: up to the first that fits or, for a wish, on to leaner optimizers while they may be faster."""
+        parts = order[place]
+        if self.held is not None and not self.held.has(parts):
+            return
+        begun = place / len(order) if share is None else share
+        self._say(f"building {parts['trainable']}", begun, found)
+        built = self.laboratory.parts(any_run(self.pins, parts))
+        if built.refused is not None:
+            self.refused = self.refused or built.refused
+            return
+        kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit)
+        first: Quality | None = None
+        for number, quality in enumerate(kinds):
+            leaner = first is not None and quality == replace(first, optimizer=quality.optimizer)
+            if self.held not in (None, quality) or not (first is None or leaner):
+                continue
+            self._say(str(quality), begun + (number / len(kinds) / len(order) if share is None else 0.0), found)
+            if (leaner or number == 0) and not self._may_be_preferred(quality, found):
+                if leaner:
+                    continue
+                self.slower.add((quality.trainable, quality.tied_weights))
+                return  # what gives up more here is no faster
+            row = self._best(quality, built)
+            yield (place, number), row
+            if row.fits and (first_alone or self.wish is None or not row.saves_by_time):
+                return
+            first = quality if row.fits and first is None else first
+
+    def _may_be_preferred(self, quality: Quality, found: Mapping[tuple[int, int], Row]) -> bool:
+        """Whether ``quality`` would be the best of what is ``found`` by some preference if it had all the memory that it wants."""
+        fitting = [row for row in found.values() if row.fits]
+        always = self.held is not None or (quality.trainable, quality.quantization) in COMMON
+        if self.wish is None or not fitting or always:
+            return True
+        for at_best in self._at_best(quality.settings() | placements(quality, self.pins)[0]):
+            for one in at_best:
+                row = Row(quality=quality, settings=one.settings, fits=True, needed_bytes=0, seconds=one.seconds)
+                if any(best is row for best in self.wish.choices([*fitting, row]).values()):
+                    return True
+        return False
+
+    def _say(self, text: str, share: float, found: Mapping[tuple[int, int], Row]) -> None:
+        fitting = [row for row in found.values() if row.fits]
+        if self.wish is not None and fitting:
+            text += f"; so far {self.wish.choices(fitting)[self.wish.prefer].quality} (Ctrl-C takes it)"
+        self.progress(text, share)
+
+    def _best(self, quality: Quality, built: Parts) -> Row:
         """Return the fastest way to train with ``quality`` that fits, or why none does."""
         found: _Found | None = None
         failures: list[_Failure] = []
         ladder = rungs(self.pins, built.layers)
-        usual = ladder[: max(1, len(ladder) - LEANER_RUNGS)]
-        # Where any way will do, the leanest, which takes the longest to try, comes last.
-        ladders = [usual[:1] + usual[1:][-1:], ladder[-1:]] if quick else [ladder]
-        for part, placement in product(ladders, placements(quality, self.pins, experts=built.expert_bytes > 0)):
+        for placement in placements(quality, self.pins, experts=built.expert_bytes > 0):
             bound = self._bound(quality, placement, built)
             if bound is not None:
                 failures.append(bound)
                 continue
-            if found is not None and (quick or not self._could_be_faster(quality, placement, found)):
+            if found is not None and not self._could_be_faster(quality, placement, found):
                 continue
-            candidate, failed = self._fastest(quality.settings() | placement, part, quick)
+            candidate, failed = self._fastest(quality.settings() | placement, ladder)
             failures += [failed] if failed is not None else []
             if candidate is not None and (found is None or candidate.seconds < found.seconds):
                 found = candidate
@@ -279,18 +286,18 @@ class _Search:
                 settings=found.settings,
                 fits=True,
                 speed=found.speed,
+                seconds=1 / found.speed.tokens_per_second if found.speed is not None else found.seconds,
                 needed_bytes=found.trial.needed_bytes,
             )
-        hosts = [failure for failure in failures if failure.host_bytes]
-        reason = "; ".join(dict.fromkeys(failure.reason for failure in [failures[0], *hosts[:1]]))
-        lacking = min((failure.host_bytes for failure in hosts), default=0)
+        # What is nearest to it: the host's memory where that is all that lacks, else the least that is needed here.
+        nearest = min(failures, key=lambda failure: (not failure.host_bytes, failure.host_bytes, failure.needed_bytes))
         return Row(
             quality=quality,
             settings={},
             fits=False,
-            needed_bytes=failures[0].needed_bytes,
-            reason=reason,
-            host_bytes=lacking,
+            needed_bytes=nearest.needed_bytes,
+            reason=nearest.reason,
+            host_bytes=nearest.host_bytes,
         )
 
     def _bound(self, quality: Quality, placement: Settings, built: Parts) -> _Failure | None:
@@ -324,41 +331,59 @@ class _Search:
         """Whether ``placement`` could be faster than ``found`` by computing less again."""
         if not set(found.settings) & {"gradient_checkpointing", "cheap_recompute", "mlp_tiles"}:
             return False
-        sizes = self.passes[:1] + self.passes[1:][-1:]
-        least = [quality.settings() | placement | size | rung for size, rung in product(sizes, ({}, CHEAP))]
-        trials = zip(least, self.laboratory.trials(least, limited=False), strict=True)
-        faster = [
-            settings
-            for settings, trial in trials
-            if trial.work is not None and self._found({}, trial).seconds < found.seconds
-        ]
-        if any("cheap_recompute" in settings for settings in faster):
-            return True  # and so may be others that compute more again
-        return any(self._fits(trial) for trial in self.laboratory.trials(faster))
+        for at_best in self._at_best(quality.settings() | placement):
+            faster = [candidate.settings for candidate in at_best if candidate.seconds < found.seconds]
+            if any("cheap_recompute" in settings for settings in faster):
+                return True  # and so may be others that compute more again
+            if any(self._fits(trial) for trial in self.laboratory.trials(faster)):
+                return True
+        return False
 
-    def _fastest(
-        self, settings: Settings, ladder: list[Settings], quick: bool
-    ) -> tuple[_Found | None, _Failure | None]:
+    def _at_best(self, settings: Settings) -> Iterator[list[_Found]]:
+        """Yield what ``settings`` are with all the memory that they want: with the smallest micro-batch, then with the largest."""
+        for size in self.passes[:1] if self.busy else self.passes[:1] + self.passes[1:][-1:]:
+            ways = [settings | size | rung for rung in ({}, CHEAP)]
+            trials = self.laboratory.trials(ways, limited=False)
+            yield [self._found(way, trial) for way, trial in zip(ways, trials, strict=True) if trial.work is not None]
+
+    def _fastest(self, settings: Settings, ladder: list[Settings]) -> tuple[_Found | None, _Failure | None]:
         """Return the fastest micro-batch and rung of ``settings`` that fit; larger micro-batches are tried while they pay."""
         best: _Found | None = None
         failure: _Failure | None = None
-        for size in self.passes[:1] if quick else self.passes:
-            candidate, failed = self._first_fitting(settings | size, ladder, quick)
+        first = 0
+        for size in self.passes:
+            if best is not None and not self._larger_may_pay(settings | size, ladder, first, best):
+                break
+            candidate, failed, first = self._first_fitting(settings | size, ladder, first)
             failure = failure or failed
             if candidate is None or (best is not None and candidate.seconds >= best.seconds):
                 break
             best = candidate
         return best, failure
 
+    def _larger_may_pay(self, settings: Settings, ladder: list[Settings], first: int, best: _Found) -> bool:
+        """Whether ``settings``, with a larger micro-batch, fit on the rung of the smaller, or are faster than ``best`` below it."""
+        (trial,) = self.laboratory.trials([settings | ladder[first]])
+        below = ladder[first + 1 : first + 2]
+        if self._fits(trial) or self.busy or not below:
+            return self._fits(trial)
+        way = settings | below[0]
+        (trial,) = self.laboratory.trials([way], limited=False)
+        return trial.work is None or self._found(way, trial).seconds < best.seconds
+
     def _first_fitting(
-        self, settings: Settings, ladder: list[Settings], quick: bool
-    ) -> tuple[_Found | None, _Failure | None]:
-        """Return ``settings`` with the first rung of ``ladder`` that fits, and why the leanest that was tried does not."""
+        self, settings: Settings, ladder: list[Settings], first: int
+    ) -> tuple[_Found | None, _Failure | None, int]:
+        """Return ``settings`` with the first rung of ``ladder`` that fits, why the leanest that was tried does not, and the rung's number.
+
+        No rung before ``first`` fits.
+        """
+        given = ladder
         failure: tuple[int, _Failure] | None = None
         trials: dict[int, Trial] = {}
-        low, high = -1, len(ladder)
-        while high - low > 1 and not (quick and high < len(ladder)):
-            probes = [*range(len(ladder))] if quick else _probes(low, high, len(ladder), self.laboratory.processes)
+        low, high = first - 1, len(ladder)
+        while high - low > 1:
+            probes = [first] if first and low < first else _probes(low, high, len(ladder), self.laboratory.processes)
             made = self.laboratory.trials([settings | ladder[index] for index in probes])
             refused = [
                 index for index, trial in zip(probes, made, strict=True) if self._cannot_apply(trial, ladder[index])
@@ -366,11 +391,11 @@ class _Search:
             if refused:
                 self.refused = self.refused or made[probes.index(refused[0])].refused
                 ladder = [rung for index, rung in enumerate(ladder) if index not in refused]
-                low, high = -1, len(ladder)
+                low, high, first = -1, len(ladder), 0
                 continue
             for index, trial in zip(probes, made, strict=True):
                 if trial.fits and not self._fits(trial):
-                    return None, self._failure(trial)  # a lean rung asks no less of the host
+                    return None, self._failure(trial), first  # a lean rung asks no less of the host
                 trials[index] = trial
                 if self._fits(trial) and settings | ladder[index] not in self.disproved:
                     high = min(high, index)
@@ -379,17 +404,17 @@ class _Search:
                     if failure is None or index >= failure[0]:
                         failure = (index, self._failure(trial))
         if not ladder:
-            return None, _Failure(needed_bytes=0, reason=self.refused or "")
+            return None, _Failure(needed_bytes=0, reason=self.refused or ""), first
         if high == len(ladder):
-            return None, failure[1] if failure else None
+            return None, failure[1] if failure else None, first
         found = self._found(settings | ladder[high], trials[high])
-        if high == 0 and ladder[1:2] == [CHEAP] and not quick:
+        if high == 0 and ladder[1:2] == [CHEAP]:
             # Of frozen norms its backward moves less than autograd's, so that it may be the faster one.
             cheap = settings | CHEAP
             (trial,) = self.laboratory.trials([cheap])
             if self._fits(trial) and cheap not in self.disproved:
                 found = min(found, self._found(cheap, trial), key=lambda candidate: candidate.seconds)
-        return found, None
+        return found, None, given.index(ladder[high])
 
     def _fits(self, trial: Trial) -> bool:
         host = self.target.host_bytes
@@ -427,17 +452,6 @@ class _Search:
             speed=throughput(work, self.target, config),
             seconds=relative_seconds(work, self.target, config),
         )
-
-
-def _share(tried: float, left: int, alternatives: int, picked: bool) -> float:
-    """Return how much of a search is done: the pick is the first half, what is shown beside it the second."""
-    if not picked:
-        return tried / 2
-    return 1 - left / (2 * alternatives) if alternatives else 1.0
-
-
-def _picked(rows: Sequence[Row]) -> Row:
-    return next(row for row in rows if row.picked)
 
 
 def is_tied(spec: ModelSpec) -> bool:

@@ -17,13 +17,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.units import counted
 
-PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lm_head")
+CHOSEN = {"trainable", "optimizer", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_bytes"}
+"""Settings with a default that a plan does not take: it chooses them where they are not given."""
+
+Prefer = Literal["quality", "balanced", "fast"]
+"""What counts among the strategies that fit."""
+
+PREFERENCES: tuple[Prefer, ...] = get_args(Prefer)
+
+PARTS = ("full", "lora+embed_tokens+lm_head", "lora+lm_head", "lora", "lm_head")
+COMPARED = ("full", "lora+embed_tokens+lm_head", "lora")
+"""What is compared with what gives up less."""
+
+QLORA = ("lora", "nf4")
+"""What most people run on a small card, which is always compared: what trains, and how the rest is stored."""
+
+COMMON = (("full", None), ("lora", None), QLORA)
+"""What people run, which is compared whatever comes of it."""
+
 FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4}
 OPTIMIZERS = ("adamw", "adamw_8bit", "apollo", "adafactor")
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw_8bit": "8-bit AdamW", "apollo": "APOLLO", "adafactor": "Adafactor"}
@@ -38,6 +55,7 @@ GIVEN_UP = {
     "full": "",
     "lora+embed_tokens+lm_head": "the body learns through LoRA alone",
     "lora+lm_head": "the body learns through LoRA alone, embed_tokens nothing",
+    "lora": "the body learns through LoRA alone, embed_tokens and lm_head nothing",
     "lm_head": "the body learns nothing",
     "int8": "frozen weights rounded to 8 bits",
     "nf4": "frozen weights rounded to 4 bits",
@@ -51,8 +69,8 @@ GIVEN_UP = {
 RUNGS_OF_LAYERS = 8
 """Checkpointing is tried in so many steps from no layer to all."""
 
-LEANER_RUNGS = 3
-"""So many rungs follow when all layers are checkpointed."""
+LARGEST_PASS_TOKENS = 1 << 11
+"""Larger micro-batches are not tried: so many tokens keep any GPU busy."""
 
 TILES = 8
 SMALL_LOSS_CHUNK_BYTES = 16 << 20
@@ -273,7 +291,8 @@ def micro_batches(pins: Mapping[str, Any], gpus: int = 1) -> list[Settings]:
     if "tokens_per_step" in pins:
         blocks = max(1, pins["tokens_per_step"] // pins.get("max_seq_length", TrainConfig.max_seq_length))
         if size is None:
-            whole = [1 << power for power in range(8) if blocks % (gpus << power) == 0]
+            most = max(1, LARGEST_PASS_TOKENS // pins.get("max_seq_length", TrainConfig.max_seq_length))
+            whole = [1 << power for power in range(8) if blocks % (gpus << power) == 0 and 1 << power <= most]
             sizes = [blocks // steps] if steps else whole or [1]
     return [
         {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, blocks // size)}

@@ -310,9 +310,13 @@ class Laboratory:
         return found
 
     def trials(self, candidates: Sequence[Settings], *, limited: bool = True) -> list[Trial]:
-        """Return what each candidate came to, in their order; without an end of memory where not ``limited``."""
+        """Return what each candidate came to, in their order; without an end of memory, for its work, where not ``limited``."""
         function = partial(try_out, limited=limited)
-        keys = [self._key("trial" if limited else "unlimited trial", settings) for settings in candidates]
+        keys = [self._key("trial", settings) for settings in candidates]
+        if not limited:  # the work of what fits is known
+            fitting = [key in self._results and self._results[key].fits for key in keys]
+            unlimited = [self._key("unlimited trial", settings) for settings in candidates]
+            keys = [key if fits else other for key, other, fits in zip(keys, unlimited, fitting, strict=True)]
         running: dict[str, Future[Trial]] = {}
         for key, settings in zip(keys, candidates, strict=True):
             if key in self._results or key in running or self._read(key, Trial):

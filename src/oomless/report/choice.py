@@ -8,42 +8,126 @@ from typing import Any
 from rich.text import Text
 
 from oomless.config import TrainConfig
+from oomless.planning.choice import Choice
 from oomless.planning.choose import Compared
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.plan import Plan
-from oomless.planning.search import Choice, Row
-from oomless.planning.strategies import in_words
+from oomless.planning.row import Row
+from oomless.planning.strategies import Prefer, in_words
 from oomless.planning.throughput import Throughput
 from oomless.report.screen import Screen
 from oomless.report.tables import Grid
+from oomless.techniques.quantization import missing
 from oomless.techniques.sharding import shared
-from oomless.units import counted, format_bytes
+from oomless.units import counted, format_bytes, short
 
-NUMBERS = ("needs", "headroom", "tokens/s")
+NUMBERS = ("memory", "tokens/s")
+NAMES: dict[Prefer, str] = {"quality": "best quality", "balanced": "balanced", "fast": "fastest"}
 
 
 def print_choice(screen: Screen, choice: Choice) -> None:
-    """Print the frontier: what was rejected and why, the pick, and what gives up more."""
-    grid = Grid(columns=("strategy", *NUMBERS), numbers=frozenset(NUMBERS))
-    for row in _shown(choice.rows):
-        mark = ("► ", "bold green") if row.picked else ("✓ ", "green") if row.fits else ("✗ ", "red")
-        if row.fits:
-            below = f"{in_words(row.settings)}; given up: {row.quality.given_up()}"
-        else:
-            below = row.reason
-        grid.add(
-            Text.assemble(mark, (str(row.quality), "bold" if row.picked else "")),
-            ("" if row.fits else "> ") + format_bytes(row.needed_bytes),
-            format_bytes(choice.target.usable_bytes - row.needed_bytes) if row.fits else "",
-            speed_in_words(row),
-            below=Text(below, "dim"),
-        )
+    """Print the answer: what to train, in one sentence; the choices there are; how a step is made."""
+    picked, wish = choice.picked, choice.wish
+    if picked is None or choice.config is None or wish is None:
+        _print_rejected(screen, choice)
+        return
+    text = f"{short(wish.text_tokens)} tokens"
+    took = wish.hours_of(picked)
+    sentence = (
+        "."
+        if took is None
+        else f". {text} {'' if wish.tokens else '(assumed) '}take {hours_in_words(took)}, predicted."
+    )
+    screen.say((f"{choice.model} on {choice.target.name}: {picked.quality}", "bold"), sentence)
+    grid = Grid(columns=("choice", *NUMBERS, text, "learns"), numbers=frozenset((*NUMBERS, text, "learns")))
+    for row in dict.fromkeys(map(id, (picked, *choice.named.values()))):
+        _add_choice(grid, choice, next(one for one in choice.rows if id(one) == row))
     grid.print(screen)
-    picked = choice.picked
-    if choice.config is not None:
-        screen.print(f"► trains blocks of {counted(choice.config.max_seq_length, 'token')} (max_seq_length)")
-    if picked is not None and picked.speed is not None and choice.config is not None:
+    config, gpus = choice.config, choice.target.gpus
+    passes = f", in passes of {config.per_device_train_batch_size}" if config.blocks_per_step > 1 else ""
+    screen.print(
+        f"A step has {counted(config.blocks_per_step * gpus, 'block')} of {counted(config.max_seq_length, 'token')}{passes}. "
+        "Speeds are predicted, not measured. learns: what a token teaches beside full training with AdamW, a rough figure."
+    )
+    if choice.stopped:
+        screen.print("The search was stopped: this is the best that it had found.", style="bold")
+    if picked.quality.quantization is not None and (command := missing()) is not None:
+        screen.print(f"To train it here bitsandbytes is needed: {command}", style="bold")
+
+
+def _add_choice(grid: Grid, choice: Choice, row: Row) -> None:
+    assert choice.wish is not None
+    names = ", ".join(NAMES[name] for name in row.named)
+    below = [] if row.picked else [str(row.quality)]
+    below += [in_words(row.settings), f"given up: {row.quality.given_up()}"]
+    grid.add(
+        Text.assemble(
+            ("► " if row.picked else "  ", "bold green"), (names or "compared", "bold" if row.picked else "")
+        ),
+        format_bytes(row.needed_bytes),
+        speed_in_words(row),
+        _hours_of(choice, row),
+        f"{choice.wish.share(row):.0%}",
+        below=Text("\n".join(below), "dim"),
+    )
+
+
+def print_why(screen: Screen, choice: Choice) -> None:
+    """Print what was compared, what does not fit, the nearest miss first, and what the figures rest on."""
+    picked, wish = choice.picked, choice.wish
+    assert picked is not None
+    assert choice.config is not None
+    assert wish is not None
+    others = [row for row in choice.rows if row.fits and not row.named and not row.picked]
+    if others:
+        grid = Grid(
+            columns=("also fits", *NUMBERS, "hours", "learns"), numbers=frozenset((*NUMBERS, "hours", "learns"))
+        )
+        for row in others:
+            grid.add(
+                str(row.quality),
+                format_bytes(row.needed_bytes),
+                speed_in_words(row),
+                _hours_of(choice, row),
+                f"{wish.share(row):.0%}",
+                below=Text(in_words(row.settings), "dim"),
+            )
+        grid.print(screen)
+    _print_rejected(screen, choice)
+    if picked.speed is not None:
         print_speed(screen, picked.speed, choice.config, choice.target.gpus)
+    screen.print(
+        f"{wish.text_tokens:,} tokens of text: {wish.basis if wish.tokens else 'assumed, as nothing says how many'}",
+        style="dim",
+    )
+    for name, share in {
+        one.name: one for row in (picked, *choice.named.values()) for one in wish.given_up(row)
+    }.items():
+        screen.print(
+            f"{name.replace('_', ' ')} learns {share.share:.0%} ({share.evidence}): {share.source}", style="dim"
+        )
+
+
+MOST_REJECTED = 6
+
+
+def _print_rejected(screen: Screen, choice: Choice) -> None:
+    """Print what does not fit, the nearest miss first."""
+    usable = choice.target.usable_bytes - choice.target.margin_bytes
+    rejected = sorted((row for row in choice.rows if not row.fits), key=lambda row: row.needed_bytes)
+    grid = Grid(columns=("does not fit", "needs", "short by"), numbers=frozenset(("needs", "short by")))
+    for row in rejected[:MOST_REJECTED]:
+        lacking = row.needed_bytes - usable
+        grid.add(
+            str(row.quality),
+            f"> {format_bytes(row.needed_bytes)}",
+            f"> {format_bytes(lacking)}" if lacking > 0 else "host memory",
+            below=Text(row.reason, "dim"),
+        )
+    if rejected:
+        grid.print(screen)
+    if len(rejected) > MOST_REJECTED:
+        screen.print(f"and {len(rejected) - MOST_REJECTED} more, which need more", style="dim")
 
 
 def print_speed(screen: Screen, speed: Throughput, config: TrainConfig, gpus: int = 1) -> None:
@@ -66,13 +150,13 @@ def _hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{max(1, round(hours * 60))} min"
 
 
-def _shown(rows: Sequence[Row]) -> Iterable[Row]:
-    """Yield the rows, but of those that were rejected for what trains alone only the first and the last."""
-    rejected = [row for row in rows if not row.fits]
-    few = {id(row) for row in [*rejected[:3], *rejected[-3:]]}
-    for row in rows:
-        if row.fits or id(row) in few:
-            yield row
+def hours_in_words(hours: tuple[float, float]) -> str:
+    """Return ``"41-92 h"``, or minutes or days where these suit it."""
+    fewest, most = hours
+    for unit, name in ((24, "days"), (1, "h")):
+        if most >= 3 * unit:
+            return f"{fewest / unit:.{0 if fewest >= 10 * unit else 1}f}-{most / unit:.{0 if fewest >= 10 * unit else 1}f} {name}"
+    return f"{max(1, round(fewest * 60))}-{max(1, round(most * 60))} min"
 
 
 def speed_in_words(row: Row) -> str:
@@ -84,7 +168,7 @@ def speed_in_words(row: Row) -> str:
 
 def print_comparison(screen: Screen, compared: Sequence[Compared]) -> None:
     """Print the pick for each model and GPU."""
-    grid = Grid(columns=("model", "GPU", "strategy", *NUMBERS, "how"), numbers=frozenset(NUMBERS))
+    grid = Grid(columns=("model", "GPU", "strategy", *NUMBERS, "hours", "how"), numbers=frozenset((*NUMBERS, "hours")))
     for item in compared:
         row = item.choice.picked
         if row is None:
@@ -95,11 +179,16 @@ def print_comparison(screen: Screen, compared: Sequence[Compared]) -> None:
             item.gpu,
             str(row.quality),
             format_bytes(row.needed_bytes),
-            format_bytes(item.choice.target.usable_bytes - row.needed_bytes),
             speed_in_words(row),
+            _hours_of(item.choice, row),
             in_words(row.settings),
         )
     grid.print(screen)
+
+
+def _hours_of(choice: Choice, row: Row) -> str:
+    took = None if choice.wish is None else choice.wish.hours_of(row)
+    return "" if took is None else hours_in_words(took)
 
 
 def print_nothing_fits(screen: Screen, choice: Choice, changes: Iterable[str]) -> None:

@@ -1,0 +1,100 @@
+"""What is wanted of a training, beside that it fits: how much text there is, how many hours, and what counts more.
+
+Every strategy that fits has a *share*: what a token teaches beside what it teaches when nothing is given up
+(``catalogue/learning.yaml``), and a speed. Of those that fit, the answer names three: the one with the largest share, the one with
+the largest share for its time (balanced), and the fastest. The share counts more than once there, as the file says: what is given up
+is lost for good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oomless.catalogue import learning
+from oomless.catalogue.learning import Share
+from oomless.planning.row import Row
+from oomless.planning.strategies import Prefer, Quality
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What is wanted."""
+
+    prefer: Prefer = "balanced"
+    tokens: int | None = None
+    """Of the whole run; ``None`` where they are not known."""
+
+    basis: str = "given"
+    """How they are known."""
+
+    hours: float | None = None
+    """That there are for it."""
+
+    @property
+    def text_tokens(self) -> int:
+        """The tokens of the run, or what is assumed of them."""
+        return self.tokens or int(learning.constant("assumed_tokens"))
+
+    def tokens_read(self, row: Row) -> float:
+        """Return how many tokens a run of ``row`` reads: all there are, or as many as there is time for."""
+        there_are = self.tokens if self.tokens is not None else math.inf
+        in_time = self.hours * 3600 / row.seconds if self.hours is not None else math.inf
+        read = min(there_are, in_time)
+        return read if read < math.inf else self.text_tokens
+
+    def given_up(self, row: Row) -> list[Share]:
+        """Return what ``row`` gives up, with its share."""
+        return learning.shares(_given_up(row.quality), self.tokens_read(row))
+
+    def share(self, row: Row) -> float:
+        """Return what a token teaches with ``row``."""
+        return math.prod(one.share for one in self.given_up(row))
+
+    def choices(self, rows: Sequence[Row]) -> dict[Prefer, Row]:
+        """Return the best of ``rows``, which fit, by each preference; of equal ones the first."""
+        weight, least = learning.constant("weight_of_what_is_given_up"), learning.constant("least_part_for_fastest")
+        shares = [self.share(row) for row in rows]
+        enough = self.tokens / (self.hours * 3600) if self.tokens and self.hours else math.inf
+        """More tokens a second than the hours ask for are worth nothing."""
+
+        def best(score: Callable[[float, float], float]) -> Row:
+            scores = [
+                (score(share, min(1 / row.seconds, enough)), 1 / row.seconds)
+                for share, row in zip(shares, rows, strict=True)
+            ]
+            return rows[max(range(len(rows)), key=lambda place: (*scores[place], -place))]
+
+        return {
+            "quality": best(lambda share, speed: share * (speed if self.hours else 1)),
+            "balanced": best(lambda share, speed: share**weight * speed),
+            "fast": best(lambda share, _: share >= least * max(shares)),
+        }
+
+    def hours_of(self, row: Row) -> tuple[float, float] | None:
+        """Return the fewest and the most hours in which ``row`` reads the text; ``None`` where the GPU's rates are not known."""
+        return None if row.speed is None else row.speed.hours(self.text_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    def says_of(self, row: Row) -> dict[str, Any]:
+        """Return what it says of a row that fits, as plain values for JSON."""
+        return {
+            "share": self.share(row),
+            "given_up": [asdict(one) for one in self.given_up(row)],
+            "hours": self.hours_of(row),
+        }
+
+
+def _given_up(quality: Quality) -> dict[str, str | None]:
+    return {
+        "trainable": quality.trainable,
+        "quantization": quality.quantization,
+        "optimizer": quality.optimizer,
+        "weight_precision": quality.weight_precision,
+        "no_clipping": None if quality.clips else "no_clipping",
+    }

@@ -1,0 +1,182 @@
+"""What is preferred among strategies that fit: by what a token teaches, by time, and within the hours that there are."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oomless.catalogue import learning
+from oomless.catalogue._data import read_yaml
+from oomless.config import TrainConfig
+from oomless.planning.choose import with_batch
+from oomless.planning.row import Row
+from oomless.planning.strategies import (
+    FROZEN_BITS,
+    OPTIMIZERS,
+    PARTS,
+    UNPLANNED,
+    WEIGHT_PRECISIONS,
+    Quality,
+    in_words,
+)
+from oomless.planning.wish import Wish
+
+MILLION = 10**6
+
+
+def quality(trainable="full", quantization=None, optimizer="adamw", weight_precision="master", clips=True):
+    return Quality(
+        trainable=trainable,
+        tied_weights=None,
+        quantization=quantization,
+        optimizer=optimizer,
+        weight_precision=weight_precision,
+        clips=clips,
+    )
+
+
+def row(tokens_per_second, **given_up):
+    return Row(quality=quality(**given_up), settings={}, fits=True, needed_bytes=1, seconds=1 / tokens_per_second)
+
+
+FULL, LORA, HEAD = row(200), row(400, trainable="lora+embed_tokens+lm_head"), row(900, trainable="lm_head")
+QLORA = row(450, trainable="lora", quantization="nf4")
+ROWS = [FULL, LORA, QLORA, HEAD]
+
+
+def named(rows=ROWS, **wish):
+    return Wish(**wish).choices(rows)
+
+
+def test_each_preference_has_its_own_answer():
+    found = named(tokens=100 * MILLION)
+    assert found == {
+        "quality": FULL,
+        "balanced": LORA,
+        "fast": QLORA,
+    }  # the head alone learns too little to be an answer
+
+
+def test_full_training_is_balanced_where_it_is_almost_as_fast():
+    assert named([row(350), LORA], tokens=100 * MILLION)["balanced"].quality == FULL.quality
+
+
+def test_of_a_long_text_lora_takes_up_less():
+    assert named([row(250), LORA], tokens=100 * MILLION)["balanced"] is LORA
+    assert named([row(250), LORA], tokens=10_000 * MILLION)["balanced"].quality == FULL.quality
+
+
+def test_within_the_hours_the_whole_text_through_lora_is_worth_more_than_half_of_it_in_full():
+    text = 100 * MILLION
+    assert named(tokens=text, hours=text / 200 / 3600)["quality"] is FULL  # there is time for it
+    assert named(tokens=text, hours=text / 400 / 3600)["quality"] is LORA
+    # With time enough for all of them nothing is worth giving anything up.
+    assert named(tokens=text, hours=1000)["balanced"] is FULL
+
+
+@st.composite
+def rows(draw):
+    parts = st.sampled_from([(name, None) for name in PARTS] + [("lora", "nf4"), ("lora", "int8")])
+    found = []
+    for trainable, bits in draw(st.lists(parts, min_size=1, max_size=8)):
+        given_up = {
+            "optimizer": draw(st.sampled_from(OPTIMIZERS)),
+            "weight_precision": draw(st.sampled_from(WEIGHT_PRECISIONS)),
+        }
+        found.append(
+            row(draw(st.floats(1, 1e5)), trainable=trainable, quantization=bits, clips=draw(st.booleans()), **given_up)
+        )
+    return found
+
+
+def scores(wish, found):
+    """Return how good each preference's answer is: what it teaches in all; that for its time; its speed."""
+    answers = wish.choices(found)
+    worth = {name: wish.share(one) for name, one in answers.items()}
+    read = {name: wish.tokens_read(one) if wish.hours else 1 for name, one in answers.items()}
+    weight = learning.constant("weight_of_what_is_given_up")
+    enough = wish.tokens / wish.hours / 3600 if wish.tokens and wish.hours else math.inf
+    speed = min(1 / answers["balanced"].seconds, enough)
+    return {"quality": worth["quality"] * read["quality"], "balanced": worth["balanced"] ** weight * speed}
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows(), rows(), st.none() | st.integers(1, 10**10), st.none() | st.floats(0.1, 1e4), st.floats(1, 100))
+def test_more_that_fits_and_more_hours_never_give_a_worse_answer(some, more, tokens, hours, times):
+    """A larger GPU, more host memory and a shorter sequence let more fit, and nothing slower."""
+    wish = Wish(tokens=tokens, hours=hours)
+    before, after = scores(wish, some), scores(wish, some + more)
+    for name, score in before.items():
+        assert after[name] >= score * (1 - 1e-9), name
+    faster = [replace(one, seconds=one.seconds / times) for one in some]
+    if tokens is not None:  # else a text without an end grows with the speed
+        assert scores(wish, faster)["balanced"] >= before["balanced"] * (1 - 1e-9)
+        if hours is not None:
+            longer = replace(wish, hours=hours * times)
+            assert scores(longer, some)["quality"] >= before["quality"] * (1 - 1e-9)
+
+
+def test_every_strategy_has_a_share_with_its_source():
+    data = read_yaml("learning.yaml")
+    for kind, names in (
+        ("trainable", PARTS),
+        ("quantization", [name for name in FROZEN_BITS if name]),
+        ("optimizer", OPTIMIZERS),
+        ("weight_precision", WEIGHT_PRECISIONS),
+    ):
+        assert set(names) <= set(data[kind])
+    for one in Wish(tokens=1).given_up(row(1, trainable="lora", quantization="nf4", optimizer="apollo", clips=False)):
+        assert one.evidence in {"measured", "published", "thin", "assumed"}
+        assert one.source
+
+
+def test_a_share_lies_between_those_of_the_lengths_beside_it():
+    at = [Wish(tokens=tokens).share(LORA) for tokens in (1, 10 * MILLION, 30 * MILLION, 100 * MILLION, 10**12)]
+    assert at[0] == at[1]
+    assert at == sorted(at, reverse=True)
+    assert at[1] > at[2] > at[3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "gpus", "blocks"),
+    [
+        (100 * MILLION, 2048, 1, 32),
+        (10**10, 2048, 1, 32),
+        (1000, 2048, 1, 1),
+        (50 * MILLION, 2048, 2, 16),
+        (None, 65536, 1, 1),
+        (None, 2048, 3, 24),
+    ],
+)
+def test_a_step_has_as_many_blocks_as_leave_a_thousand_steps(tokens, length, gpus, blocks):
+    found, wish = with_batch({**UNPLANNED, "model": "-", "max_seq_length": length}, Wish(tokens=tokens), gpus)
+    assert found["tokens_per_step"] == blocks * length
+    assert wish.tokens == tokens
+    assert TrainConfig.from_mapping(found).blocks_per_step == blocks
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tokens_per_step": 4096},
+        {"gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 2},
+        {"max_steps": 3},
+    ],
+)
+def test_what_is_said_of_a_step_is_kept(said):
+    given_settings = {**UNPLANNED, "model": "-", "max_seq_length": 2048, **said}
+    assert with_batch(given_settings, Wish(tokens=100 * MILLION), 1)[0] == given_settings
+
+
+def test_the_text_is_counted_from_what_the_run_says(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 60 * 10**6)
+    base = {**UNPLANNED, "model": "-", "max_seq_length": 2048}
+    found, wish = with_batch({**base, "data": [{"path": str(tmp_path)}]}, Wish(), 1)
+    assert wish.tokens == 16 * MILLION
+    assert "3 to 5 bytes a token, assumed" in wish.basis
+    assert found["tokens_per_step"] == 4 * 2048
+    assert with_batch({**base, "max_tokens": 4 * 2048}, Wish(), 1)[1].tokens == 4 * 2048
+    assert in_words(found) == "1 block"
