@@ -152,11 +152,12 @@ def _hours(hours: float) -> str:
 
 def hours_in_words(hours: tuple[float, float]) -> str:
     """Return ``"41-92 h"``, or minutes or days where these suit it."""
-    fewest, most = hours
-    for unit, name in ((24, "days"), (1, "h")):
-        if most >= 3 * unit:
-            return f"{fewest / unit:.{0 if fewest >= 10 * unit else 1}f}-{most / unit:.{0 if fewest >= 10 * unit else 1}f} {name}"
-    return f"{max(1, round(fewest * 60))}-{max(1, round(most * 60))} min"
+    for unit, name in ((24, "days"), (1, "h"), (1 / 60, "min")):
+        if hours[1] >= 3 * unit or name == "min":
+            digits = 1 if hours[0] < 10 * unit and name != "min" else 0
+            ends = dict.fromkeys(f"{max(1.0 if name == 'min' else 0.0, end / unit):.{digits}f}" for end in hours)
+            return f"{'-'.join(ends)} {name}"
+    raise AssertionError(hours)
 
 
 def speed_in_words(row: Row) -> str:
