@@ -10,7 +10,7 @@ import typer
 
 from oomless.errors import ConfigError, nearest
 
-_TO = ("safetensors", "adapter")
+_TO = ("safetensors", "adapter", "gguf")
 _DTYPES = ("fp32", "bf16", "fp16")
 _VERIFY = ("full", "sample", "none")
 

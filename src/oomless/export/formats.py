@@ -18,6 +18,7 @@ from oomless.export.adapter import adapter_file
 from oomless.export.merged import DTYPES, Merged
 from oomless.export.source import Source
 from oomless.export.stream import Stream
+from oomless.models import build
 from oomless.models.layout import LateTensor
 from oomless.models.weights import open_file
 
@@ -37,6 +38,15 @@ class Files:
     dtype: str
     """What the numbers are, to a person."""
 
+    parameters: int
+    """How many numbers the whole model has."""
+
+    loads: bool = True
+    """Whether the library that is asked reads this form of this architecture."""
+
+    config: Any = None
+    """With what transformers reads a GGUF file, of which it takes less than it holds."""
+
 
 def files(source: Source, to: To, dtype: str | None, quantize: str | None) -> Files:
     """Return the files of ``source`` in the form ``to``.
@@ -49,11 +59,16 @@ def files(source: Source, to: To, dtype: str | None, quantize: str | None) -> Fi
         raise ConfigError(f"--quantize is for --to gguf; got --to {to}: leave it out")
     if to == "adapter":
         return _adapter(source, None if dtype is None else DTYPES[dtype])
+    if to == "gguf":
+        from oomless.export import gguf
+
+        return gguf.files(source, dtype, quantize)
     merged = Merged(source, None if dtype is None else DTYPES[dtype])
     return Files(
         streams=hugging_face.streams(merged),
         describe=partial(hugging_face.describe, merged),
         dtype=str(merged.dtype).removeprefix("torch."),
+        parameters=build.parameter_count(source.base),
     )
 
 
@@ -73,7 +88,10 @@ def _adapter(source: Source, dtype: torch.dtype | None) -> Files:
 
     found = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     return Files(
-        streams={"adapter_model.safetensors": hugging_face.stream(tensors)}, describe=describe, dtype=", ".join(found)
+        streams={"adapter_model.safetensors": hugging_face.stream(tensors)},
+        describe=describe,
+        dtype=", ".join(found),
+        parameters=build.parameter_count(source.base),
     )
 
 

@@ -43,7 +43,7 @@ class Merged:
     def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
         spec = source.base
         assert spec.folder is not None
-        self.source, self.dtype = source, dtype or _dtype(source)
+        self.source, self.dtype = source, dtype or trained_dtype(source)
         with torch.device("meta"):
             self.model = make(copy.deepcopy(spec.config), dtype=self.dtype, trust_remote_code=spec.trust_remote_code)
         state = self.model.state_dict(keep_vars=True)
@@ -99,8 +99,8 @@ class Merged:
         return tensor
 
 
-def _dtype(source: Source) -> torch.dtype:
-    """Return what the model of ``source`` was trained in; of an adapter from elsewhere, what its model is stored in."""
+def trained_dtype(source: Source) -> torch.dtype:
+    """Return the dtype that the model of ``source`` was trained in; of an adapter from elsewhere, what its model is stored in."""
     if source.run is not None and source.kind != "model":
         file = open_file(file_of(source))
         trained: torch.dtype = next(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118

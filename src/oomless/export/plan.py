@@ -114,14 +114,18 @@ def make_plan(
     largest = max((piece for stream in made.streams.values() for piece in stream.pieces), key=lambda piece: piece.size)
     host_bytes, seconds_a_byte = _rehearse(largest, wanted)
     # Loaded as a whole: in fp32, twice while its form is changed.
-    whole = 2 * 4 * total // max(1, min(2, _itemsize(made)))
+    whole = 2 * 4 * made.parameters
     fits = whole < available_host_bytes()
+    if verify == "full" and not made.loads:
+        raise ConfigError(
+            f"transformers does not read GGUF files of {source.base.config.model_type}: use --verify sample"
+        )
     if verify == "full" and not fits:
         raise HardwareError(
             f"--verify full loads the whole model and wants {format_bytes(whole)} of memory; {format_bytes(available_host_bytes())} is "
             "free: use --verify sample"
         )
-    verified: Verify = verify or ("full" if fits else "sample")
+    verified: Verify = verify or ("full" if fits and made.loads else "sample")
     key = _key(source, to, dtype, quantize)
     passes = {"none": 1, "sample": 2, "full": 3}[verified]
     plan = Plan(
@@ -148,10 +152,6 @@ def _target(place: Path, source: Source, to: To, dtype: str | None, quantize: st
     step = source.saved.step if source.saved is not None and source.folder == place else step
     parts = [to, quantize or dtype, None if step is None else f"step-{step}"]
     return run / "export" / "-".join(part for part in parts if part)
-
-
-def _itemsize(made: Files) -> int:
-    return 4 if "32" in made.dtype else 2 if "16" in made.dtype else 1
 
 
 def _existing(path: Path) -> Path:

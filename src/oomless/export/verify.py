@@ -7,6 +7,7 @@ matrices and not merged.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +31,10 @@ from oomless.techniques import trainable
 if TYPE_CHECKING:
     from oomless.export.plan import Plan
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2, "q8_0": 5e-2}
+TOLERANCE = {
+    **{"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2},
+    **{"f32": 1e-3, "bf16": 5e-2, "f16": 1e-2, "q8_0": 5e-2},
+}
 """By how much the logits of half of the tokens may be off, as a share of their length. The rounding of each format, in a deep model."""
 
 _LOOSE = 0.5
@@ -145,9 +149,17 @@ def _load(plan: Plan, folder: Path) -> Any:
     if plan.to == "adapter":
         base = auto.from_pretrained(plan.source.base.folder, dtype=torch.float32, **trust)
         return _with_adapter(base, folder)
-    name: dict[str, str] = {"gguf_file": next(iter(plan.files.streams))} if plan.to == "gguf" else {}
+    of_gguf: dict[str, Any] = {}
+    if plan.to == "gguf":
+        auto = AutoModelForCausalLM
+        of_gguf = {"gguf_file": next(iter(plan.files.streams)), "config": copy.deepcopy(plan.files.config)}
     model, report = auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=form.OWN_ATTENTION, output_loading_info=True, **name, **trust
+        folder,
+        dtype=torch.float32,
+        attn_implementation=form.OWN_ATTENTION,
+        output_loading_info=True,
+        **of_gguf,
+        **trust,
     )
     if faults := [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]:
         raise ModelError(
