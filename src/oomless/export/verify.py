@@ -32,8 +32,13 @@ if TYPE_CHECKING:
     from oomless.export.plan import Plan
 
 TOLERANCE = {
-    **{"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2},
-    **{"f32": 1e-3, "bf16": 5e-2, "f16": 1e-2, "q8_0": 5e-2},
+    "float32": 1e-3,
+    "bfloat16": 5e-2,
+    "float16": 1e-2,
+    "f32": 1e-3,
+    "bf16": 5e-2,
+    "f16": 1e-2,
+    "q8_0": 5e-2,
 }
 """By how much the logits of half of the tokens may be off, as a share of their length. The rounding of each format, in a deep model."""
 
