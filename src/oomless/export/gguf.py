@@ -58,7 +58,7 @@ def files(source: Source, dtype: str | None, quantize: str | None) -> Files:
     if quantize is not None and quantize not in QUANTIZATIONS:
         kind = quantize.upper()
         raise ConfigError(
-            f"--quantize makes {', '.join(QUANTIZATIONS)}; got {quantize!r}: export without it, then llama.cpp's own "
+            f"--quantize makes {', '.join(QUANTIZATIONS)}; got {quantize!r}: export with --dtype fp16, then llama.cpp's own "
             f"llama-quantize model-f16.gguf model-{quantize}.gguf {kind}"
         )
     gguf_models.architecture(source.base.config.get_text_config())

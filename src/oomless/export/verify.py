@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +99,7 @@ def check(plan: Plan, folder: Path, say: Callable[[str, float], None]) -> Checke
 def _compare_logits(plan: Plan, folder: Path) -> Checked:
     ids = _ids(plan)
     live = trained_logits(plan.source, ids)
-    with quiet():
+    with quiet(), redirect_stderr(StringIO()):  # a bar of transformers' that its switch does not reach
         found = _load(plan, folder)(input_ids=ids, use_cache=False).logits.float()
     errors = (found - live).norm(dim=-1) / live.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     error = float(errors.median())
@@ -180,4 +182,5 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # Of a head and an embedding that are one matrix peft holds two copies, and says so: both are in the adapter.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.simplefilter("ignore", FutureWarning)  # of a name that transformers is giving up
         return PeftModel.from_pretrained(model, str(folder)).eval()
