@@ -90,3 +90,14 @@ def test_a_seed_case_still_comes_out_as_written(monkeypatch):
     what, model, settings = seed_cases.CASES[2]
     line = seed_cases.row(what, model, seed_cases.planned(model, settings))
     assert line in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+def test_the_errors_on_real_gpus_are_those_of_the_result(monkeypatch):
+    """In docs/rehearse.md each row ends with the number of figures, the median and the worst error of the committed result."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    public_memory = importlib.import_module("public_memory")
+    text = (ROOT / "docs" / "rehearse.md").read_text(encoding="utf-8")
+    for source in json.loads(public_memory.KEPT.read_text(encoding="utf-8")).values():
+        for count, *errors in public_memory.summary(source["rows"]).values():
+            median, worst = (f"{100 * error:.2g} %" for error in errors)
+            assert f"| {count} | {median} | {worst} |" in text
