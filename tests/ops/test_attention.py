@@ -262,6 +262,16 @@ def test_flash_takes_key_heads_as_they_are():
     assert repeated > grouped
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_values_that_are_narrower_than_queries_stay_so_in_a_rehearsal(kernel):
+    """As in latent attention, for which a GPU has no flash kernel either."""
+    gpu = VirtualGPU(1 << 40, fake=True)
+    with gpu.active(), attention_kernel(kernel):
+        query, key = (torch.ones(1, 2, 64, 24, dtype=torch.bfloat16) for _ in range(2))
+        value = torch.ones(1, 2, 64, 16, dtype=torch.bfloat16)
+        assert packed_attention(query, key, value, scale=0.25).shape == (1, 64, 2, 16)
+
+
 def test_kernel_is_chosen_within_only():
     states = make_states()[:3]
     with attention_kernel("math"):

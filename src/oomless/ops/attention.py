@@ -135,10 +135,12 @@ def _document(
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     kernel = _kernel.get()
-    groups = query.shape[1] // key.shape[1]
+    groups, one_width = query.shape[1] // key.shape[1], query.shape[3] == value.shape[3]
+    if kernel == "flash" and not one_width:
+        kernel = "efficient"  # flash wants queries, keys and values of one width, which latent attention has not
     if kernel == "auto" and query.is_cuda:
         capability = torch.cuda.get_device_capability(query.device)
-        native_groups = kernel_for(capability, query.dtype, query.shape[3]) == "flash"
+        native_groups = one_width and kernel_for(capability, query.dtype, query.shape[3]) == "flash"
     else:
         native_groups = kernel == "flash"
     if groups > 1 and not native_groups:
