@@ -178,9 +178,10 @@ class _Search:
         return sum(cure.fits for cure in self.cures)
 
     def groups(self, groups: tuple[tuple[tuple[str, ...], ...], ...], enough: int) -> None:
-        """Go through ``groups`` until ``enough`` bundles fit; of a group whose leanest does not fit, take that alone."""
+        """Go through ``groups`` as far as one with bundles that fit, ``enough`` at most; of one whose leanest does not, take that alone."""
+        before = self.found()
         for group in groups:
-            if self.found() >= enough:
+            if self.found() > before or self.found() >= enough:
                 return
             leanest = self.plan(group[-1])[2]
             if leanest is None or not leanest.fits:

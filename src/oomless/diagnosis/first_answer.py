@@ -105,11 +105,7 @@ def _suspects(situation: Situation) -> list[Suspect]:
         tokens = batch * length if batch and length else None
         return [] if named else suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth, tokens=tokens)
     tensors: list[Tensor] = [
-        *(
-            t
-            for t in of_weights(dimensions.matrices())
-            if situation.trains_all or t.kind.startswith(("weights", "copy"))
-        ),
+        *of_weights(dimensions.matrices(), trained=situation.values.get("trainable") != "lora"),
         *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
     ]
     found = suspects(

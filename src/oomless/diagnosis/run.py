@@ -34,7 +34,7 @@ MIXED = "mixed"
 """fp32 weights, arithmetic cast to 16 bits."""
 
 _SOLVED_LENGTHS = 8
-LONGEST_USUAL_TOKENS = 32768
+LONGEST_USUAL_TOKENS = 8192
 """Longer blocks are believed only where a size has no other explanation."""
 
 
@@ -65,7 +65,6 @@ class FailedRun:
     outside_bytes: int | None = None
     """What the message leaves for everything outside of this process's allocator."""
 
-    trained_parameters: int | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
     """What else a run of oomless was told, its text and length say, which no cure changes."""
 
@@ -169,7 +168,6 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         sequences_each=2 if pairs else 1,
         reference=situation.method == "dpo" and situation.trains_all,
         outside_bytes=outside,
-        trained_parameters=situation.reading.settings.trainable_parameters,
     )
     return _usable(_consistent(run), notes)
 

@@ -149,8 +149,14 @@ def _phases(*names: Phase) -> frozenset[Phase]:
     return frozenset(names)
 
 
-def of_weights(weights: list[tuple[str, tuple[int, ...]]], trained: int | None = None) -> Iterator[Tensor]:
-    """Yield what exists for each kind of weight; and, where ``trained`` parameters train, what is made of all at once."""
+def of_weights(weights: list[tuple[str, tuple[int, ...]]], *, trained: bool) -> Iterator[Tensor]:
+    """Yield what exists for each kind of weight; gradients and optimizer state only where they are ``trained``."""
+    for tensor in _of_weights(weights):
+        if trained or tensor.kind.startswith(("weights", "copy")):
+            yield tensor
+
+
+def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
     for name, shape in weights:
         count, text = 1, " x ".join(f"{n:,}" for n in shape)
         for n in shape:
@@ -215,18 +221,6 @@ def of_weights(weights: list[tuple[str, tuple[int, ...]]], trained: int | None =
             prior=0.2,
             **common,
         )
-    if trained:
-        for size in (2, 4):
-            yield Tensor(
-                kind=f"all that trains in one piece, in {_DTYPES[size]}",
-                of="the whole model",
-                shape=f"{trained:,}",
-                count=trained,
-                item_bytes=size,
-                phases=_phases("load", "optimizer", "backward"),
-                hints=("flatten", "fp32_groups", "flat_param"),
-                prior=0.2,
-            )
 
 
 def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iterator[Tensor]:
@@ -300,13 +294,15 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         prior=0.7,
         **logits,
     )
-    plain = (
+    plain: tuple[tuple[str, str, int, str, float], ...] = (
         ("MLP activations", "mlp", d.mlp, f"{d.mlp:,}", 0.3),
         ("MLP activations, gate and up together", "mlp", 2 * d.mlp, f"2 x {d.mlp:,}", 0.2),
         ("hidden states", "layers", d.hidden, f"{d.hidden:,}", 0.2),
         ("queries", "self_attn", d.heads * d.head_width, f"{d.heads} heads x {d.head_width}", 0.15),
         ("keys or values", "self_attn", d.key_heads * d.head_width, f"{d.key_heads} heads x {d.head_width}", 0.1),
     )
+    if d.experts:  # each sees the tokens that are sent to it, whose number no config says
+        plain = tuple(row for row in plain if row[1] != "mlp")
     for size in sizes:
         for kind, module, width, text, prior in plain:
             in_dtype = " in fp32" if size == 4 and item_bytes != 4 else ""

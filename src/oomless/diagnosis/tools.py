@@ -44,7 +44,6 @@ _TRAINER = {
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
     "lm_head": "model.requires_grad_(False); model.lm_head.requires_grad_(True)",
     "zero3": 'deepspeed="ds_zero3.json", or fsdp="full_shard auto_wrap"',
-    "half_length": "tokenizer(..., truncation=True, max_length={length})",
 }
 _RL = {
     "generations": "num_generations={generations}",
@@ -61,7 +60,6 @@ _PLAIN = {
     "paged": "bitsandbytes.optim.PagedAdamW8bit",
     "adafactor": "transformers.Adafactor",
     "shorter": "blocks of {length} tokens",
-    "half_length": "blocks of {length} tokens",
     "eval_batch": "an evaluation batch of 1, under torch.no_grad()",
     "eval_accumulation": "move logits to the CPU after each batch, or keep the loss alone",
     "eval_loss_only": "keep loss.item() alone, not the logits",
@@ -72,13 +70,12 @@ _DEEPSPEED = {
     "batch": '"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": {accumulation}',
     "zero3": _ZERO_JSON,
 }
-WORDS: Mapping[str, Mapping[str, str]] = {
+_WORDS: Mapping[str, Mapping[str, str]] = {
     "trainer": _TRAINER,
     "trl": {
         **_TRAINER,
         **_RL,
         "shorter": "SFTConfig(max_length={length})",
-        "half_length": "SFTConfig(max_length={length})",
     },
     "unsloth": {
         **{name: words for name, words in {**_TRAINER, **_RL}.items() if name not in ("logits", "attention", "zero3", "lm_head")},
@@ -87,7 +84,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "nf4": "FastLanguageModel.from_pretrained(..., load_in_4bit=True)",
         "vllm_share": "FastLanguageModel.from_pretrained(..., fast_inference=True, gpu_memory_utilization=0.4)",
         "shorter": "max_seq_length={length}",
-        "half_length": "max_seq_length={length}",
         "merge_on_cpu": 'model.save_pretrained_merged(..., maximum_memory_usage=0.5), or save the adapter alone (save_method="lora")',
     },
     "axolotl": {
@@ -104,7 +100,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "lora": "adapter: lora, lora_target_linear: true",
         "nf4": "adapter: qlora, load_in_4bit: true",
         "shorter": "sequence_len: {length}",
-        "half_length": "sequence_len: {length}",
         "eval_batch": "eval_batch_size: 1, eval_sample_packing: false",
         "zero3": "deepspeed: deepspeed_configs/zero3_bf16.json (or fsdp_version: 2 with fsdp_config)",
     },
@@ -123,7 +118,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "lora": "finetuning_type: lora, lora_target: all",
         "nf4": "quantization_bit: 4, quantization_method: bnb (with finetuning_type: lora)",
         "shorter": "cutoff_len: {length}",
-        "half_length": "cutoff_len: {length}",
         "eval_batch": "per_device_eval_batch_size: 1",
         "eval_accumulation": "eval_accumulation_steps: 1",
         "zero3": "deepspeed: examples/deepspeed/ds_z3_config.json, started with FORCE_TORCHRUN=1",
@@ -147,7 +141,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "lora": "--tuner_type lora (before 4.0: --train_type lora)",
         "nf4": "--quant_method bnb --quant_bits 4",
         "shorter": "--max_length {length}",
-        "half_length": "--max_length {length}",
         "eval_batch": "--per_device_eval_batch_size 1",
         "eval_accumulation": "--eval_accumulation_steps 1",
         "zero3": "--deepspeed zero3",
@@ -173,7 +166,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "lora": "tune run lora_finetune_single_device (or lora_finetune_distributed)",
         "nf4": "the QLoRA config of the model (*/qlora_single_device)",
         "shorter": "tokenizer.max_seq_len={length}",
-        "half_length": "tokenizer.max_seq_len={length}",
         "zero3": "tune run --nproc_per_node N full_finetune_distributed (FSDP2)",
         "offload_optimizer": "fsdp_cpu_offload=True",
     },
@@ -183,7 +175,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing=True",
         "logits": "actor_rollout_ref.model.use_fused_kernels=True, or actor_rollout_ref.actor.entropy_from_logits_with_chunking=True",
         "shorter": "data.max_response_length={length}, or actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
-        "half_length": "data.max_response_length={length}",
         "completion": "data.max_response_length={length}",
         "offload_optimizer": "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
         "offload_param": "actor_rollout_ref.actor.fsdp_config.param_offload=True actor_rollout_ref.ref.fsdp_config.param_offload=True",
@@ -197,7 +188,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "batch": "model.micro_batch_size=1 (NeMo 2: data.micro_batch_size=1)",
         "checkpointing": "model.activations_checkpoint_granularity=full model.activations_checkpoint_method=uniform model.activations_checkpoint_num_layers=1",
         "shorter": "model.data.train_ds.max_seq_length={length} (NeMo 2: data.seq_length={length})",
-        "half_length": "model.data.train_ds.max_seq_length={length} (NeMo 2: data.seq_length={length})",
         "lora": "model.peft.peft_scheme=lora (NeMo 2: peft='lora')",
         "half": "trainer.precision=bf16",
         "zero3": "model.tensor_model_parallel_size=2 (or more), model.optim.name=distributed_fused_adam",
@@ -206,7 +196,6 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         **_EVERYWHERE,
         "batch": "--train.micro_batch_size 1",
         "shorter": "--train.max_seq_length {length}",
-        "half_length": "--train.max_seq_length {length}",
         "lora": "litgpt finetune_lora",
         "nf4": "litgpt finetune_lora --quantize bnb.nf4",
         "half": "--precision bf16-true",
@@ -216,6 +205,10 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "accelerate": {**_PLAIN, **_RL, "zero3": "accelerate config: FSDP or DeepSpeed ZeRO-3"},
     "torch": {**_PLAIN, **_RL},
 }  # fmt: skip
+_LENGTHS = ("half_length", "quarter_length")
+WORDS: Mapping[str, Mapping[str, str]] = {
+    tool: {**words, **dict.fromkeys(_LENGTHS, words["shorter"])} for tool, words in _WORDS.items()
+}
 """By tool and change. ``in_backward`` elsewhere and ``correction`` are oomless' own."""
 
 TOOLS = (*WORDS, "oomless")
