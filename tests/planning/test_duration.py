@@ -8,7 +8,8 @@ from rich.console import Console
 from oomless.config import TrainConfig
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.throughput import Throughput
-from oomless.report.choice import print_speed
+from oomless.report.choice import hours_in_words, print_speed
+from oomless.units import parse_count, short
 
 
 def config(data="-", **settings):
@@ -58,3 +59,31 @@ def test_what_is_said():
     said = io.StringIO()
     print_speed(Console(file=said, width=200), speed, config())
     assert "would take" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("hours", "words"),
+    [
+        ((0.001, 0.002), "1 min"),
+        ((0.2, 0.5), "12-30 min"),
+        ((2, 4), "2.0-4.0 h"),
+        ((12, 30), "12-30 h"),
+        ((41, 92), "1.7-3.8 days"),
+    ],
+)
+def test_hours_in_words(hours, words):
+    assert hours_in_words(hours) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("100M", 100_000_000), ("1.5b", 1_500_000_000), ("32768", 32768), ("10 k", 10_000)]
+)
+def test_a_number_of_tokens(text, count):
+    assert parse_count(text) == count
+    assert parse_count(short(count)) == pytest.approx(count, rel=5e-3)
+
+
+@pytest.mark.parametrize("text", ["many", "-5", "10GiB", "", "1e9"])
+def test_what_is_no_number_of_tokens(text):
+    with pytest.raises(ValueError, match="such as 100M"):
+        parse_count(text)

@@ -180,3 +180,7 @@ def test_the_text_is_counted_from_what_the_run_says(tmp_path):
     assert found["tokens_per_step"] == 4 * 2048
     assert with_batch({**base, "max_tokens": 4 * 2048}, Wish(), 1)[1].tokens == 4 * 2048
     assert in_words(found) == "1 block"
+    # What belongs to a choice that is still open is no contradiction yet.
+    assert (
+        with_batch({**base, "max_tokens": 4 * 2048, "lora_r": 8, "checkpointed_layers": 2}, Wish(), 1)[0]["lora_r"] == 8
+    )

@@ -63,6 +63,8 @@ def train(config: Path | None, as_given: bool, prefer: str | None, host_memory: 
     screen = out()
     began = Path(given["output_dir"]) / "config.yaml"
     if given.get("resume") and not as_given and began.is_file():
+        if wish:
+            raise ConfigError("--prefer has no effect with --resume, which goes on as the run began; remove it")
         if given.get("max_seq_length") == LONGEST:
             del given["max_seq_length"]  # it was found when the run began
         given, as_given = outrank(load_yaml(began), given)[0], True

@@ -9,11 +9,14 @@ from typing import Any
 
 from oomless.catalogue import learning
 from oomless.config import TrainConfig, plain
+from oomless.config.batch import Batch
+from oomless.config.values import kinds
 from oomless.errors import ConfigError
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.choice import Choice
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
+from oomless.planning.layout import OF_THE_TEXT
 from oomless.planning.plan import Target, target_for
 from oomless.planning.search import Progress, search
 from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
@@ -136,7 +139,10 @@ def with_batch(settings: Settings, wish: Wish, gpus: int) -> tuple[Settings, Wis
     A step has as many blocks as leave a thousand steps in the text, between one and what published recipes have.
     """
     said = settings.keys() & {"tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    reading = tokens_to_read(TrainConfig.from_mapping(settings), gpus) if wish.tokens is None else None
+    reading = None
+    if wish.tokens is None:  # which no setting of a technique, of which some are open, has a part in
+        about = {name: value for name, value in settings.items() if name in OF_THE_TEXT | kinds(Batch).keys()}
+        reading = tokens_to_read(TrainConfig.from_mapping(about), gpus)
     if reading is not None:
         wish = replace(wish, tokens=(reading.tokens_low + reading.tokens_high) // 2, basis=reading.basis)
     # Who counts steps has a step in mind: the smallest.

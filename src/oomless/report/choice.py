@@ -152,12 +152,13 @@ def _hours(hours: float) -> str:
 
 def hours_in_words(hours: tuple[float, float]) -> str:
     """Return ``"41-92 h"``, or minutes or days where these suit it."""
-    for unit, name in ((24, "days"), (1, "h"), (1 / 60, "min")):
-        if hours[1] >= 3 * unit or name == "min":
-            digits = 1 if hours[0] < 10 * unit and name != "min" else 0
-            ends = dict.fromkeys(f"{max(1.0 if name == 'min' else 0.0, end / unit):.{digits}f}" for end in hours)
-            return f"{'-'.join(ends)} {name}"
-    raise AssertionError(hours)
+    unit, name, digits = next(
+        (size, name, 1 if hours[0] < 10 * size else 0)
+        for size, name in ((24, "days"), (1, "h"), (0, ""))
+        if hours[1] >= 3 * size
+    )
+    ends = [f"{end / unit:.{digits}f}" if unit else f"{max(1, round(60 * end))}" for end in hours]
+    return f"{'-'.join(dict.fromkeys(ends))} {name or 'min'}"
 
 
 def speed_in_words(row: Row) -> str:
