@@ -356,3 +356,33 @@ def test_the_best_checkpoint_is_the_final_model(make_run, tmp_path):
     assert best == 1
     export(make_plan(run, "safetensors", output=tmp_path / "out"))
     assert filecmp.cmp(run / "model" / "model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_numbers_that_fp16_does_not_hold_are_said(make_checkpoint, tmp_path, to):
+    base = tmp_path / "base"
+    shutil.copytree(make_checkpoint("llama"), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 70_000
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="fp16 does not hold"):
+        export(make_plan(base, to, dtype="fp16", output=tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    export(make_plan(base, to, dtype="bf16", output=tmp_path / "out"))
+
+
+def test_two_exports_to_one_place(make_run, tmp_path):
+    """The second one says so, and leaves the first one's files alone, whatever it would have written."""
+    first = make_plan(make_run("llama", **LORA), "safetensors", output=tmp_path / "out")
+    second = make_plan(make_run("llama", **LORA), "safetensors", dtype="bf16", output=tmp_path / "out")
+    refused = []
+
+    def say(what, share):
+        if not refused and what == "reading back":
+            with pytest.raises(CheckpointError, match="another export") as error:
+                export(second)
+            refused.append(error)
+
+    export(first, say)
+    assert refused
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32

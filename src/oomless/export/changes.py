@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from oomless.errors import ModelError
+
 _NUMBERS_AT_ONCE = 1 << 24
 
 
@@ -93,6 +95,17 @@ def low_rank(
             changed *= norms[rows] / changed.norm(dim=1, keepdim=True)
         target[rows] = changed.to(dtype)
     return merged
+
+
+def require_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Check that ``dtype`` reaches as far as the numbers of ``tensor``, the one called ``name``.
+
+    Raises:
+        ModelError: it does not.
+    """
+    largest = float(tensor.abs().max()) if dtype == torch.float16 and tensor.numel() else 0.0
+    if largest > torch.finfo(torch.float16).max:
+        raise ModelError(f"{name} has numbers that fp16 does not hold (up to 65504): use --dtype bf16")
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oomless.errors import ConfigError
 from oomless.export import gguf_models, gguf_tokens, hugging_face
-from oomless.export.changes import blocks
+from oomless.export.changes import blocks, require_range
 from oomless.export.formats import Files
 from oomless.export.merged import DTYPES, Merged, trained_dtype
 from oomless.export.source import Source
@@ -157,6 +157,7 @@ def _stored(tensor: _Tensor, padding: int) -> Iterator[Any]:
     import gguf
 
     for part in tensor.parts():
+        require_range(tensor.name, part, torch.float16 if tensor.kind == "f16" else torch.float32)
         yield gguf.quants.quantize(part.float().contiguous().numpy(), _type(tensor.kind)).data
     yield bytes(padding)
 

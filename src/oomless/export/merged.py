@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oomless.errors import ModelError
 from oomless.export.adapter import LowRankExperts, changes, file_of
-from oomless.export.changes import Change, Replaced, Rows
+from oomless.export.changes import Change, Replaced, Rows, require_range
 from oomless.export.source import Source
 from oomless.memory.device import Device
 from oomless.models import layout
@@ -78,15 +78,18 @@ class Merged:
 
         def whole() -> Tensor:
             made = read().to(dtype) if change is None else change.of(read, dtype)
+            require_range(name, made, dtype)
             return made.contiguous()
 
         def expert(number: int) -> Tensor:
             if isinstance(change, Replaced):
-                return change.new()[number].to(dtype).contiguous()
-            matrix = self._checked(name, self._weights.read_expert(stored, number), shape[1:])
-            if isinstance(change, LowRankExperts):
-                return change.of_expert(matrix, number, dtype).contiguous()
-            return matrix.to(dtype).contiguous()
+                made = change.new()[number].to(dtype)
+            else:
+                matrix = self._checked(name, self._weights.read_expert(stored, number), shape[1:])
+                experts = change if isinstance(change, LowRankExperts) else None
+                made = matrix.to(dtype) if experts is None else experts.of_expert(matrix, number, dtype)
+            require_range(name, made, dtype)
+            return made.contiguous()
 
         return LateTensor(shape, dtype, whole, expert if len(shape) == 3 else None)
 

@@ -92,8 +92,6 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
 @contextmanager
 def _owned(folder: Path, key: str) -> Iterator[None]:
     """Have ``folder`` for this process alone, with what an earlier export of ``key`` left in it and nothing else."""
-    if recorded(folder).get("key") != key:
-        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / RECORD).open("a+", encoding="utf-8") as file:
         try:
@@ -102,6 +100,10 @@ def _owned(folder: Path, key: str) -> Iterator[None]:
             raise CheckpointError(
                 f"another export is writing to {folder}: wait for it, or give another --output"
             ) from error
+        if recorded(folder).get("key") != key:
+            for path in folder.iterdir():
+                if path.name != RECORD:
+                    checkpoint.delete(path)
         try:
             file.truncate(0)
             file.write(json.dumps({"key": key}))
