@@ -26,6 +26,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 CELLS = ("loss", "packing", "plan", "full", "lora", "nf4 + lora", "rows")
+WORDS = {"yes": "yes", "refused": "refused before training", "WRONG": "wrong", "CRASH": "crashes"}
 TRAINABLE: dict[str, dict[str, Any]] = {
     "full": {"trainable": "full"},
     "lora": {"trainable": "lora", "lora_r": 4},
@@ -295,7 +297,22 @@ def renew(rows: dict[str, dict[str, str]]) -> None:
     rows = dict(sorted((held | rows).items()))
     write("zoo", {"rows": rows})
     made = {name: found for name, found in rows.items() if not found["loss"].startswith("not made")}
-    (RESULTS / "zoo.md").write_text(table(made), encoding="utf-8")
+    (RESULTS / "zoo.md").write_text(f"{count(rows, made)}\n\n{table(made)}", encoding="utf-8")
+
+
+def count(rows: dict[str, dict[str, str]], made: dict[str, dict[str, str]]) -> str:
+    """Return how many cells of ``made`` are what, and which architectures are not among them."""
+    words = Counter(value.partition(":")[0] for found in made.values() for value in found.values())
+    counts = ", ".join(f"{words[word]} {what}" for word, what in WORDS.items())
+    absent = {
+        "No small model could be made of": sorted(rows.keys() - made.keys()),
+        "Not run": sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - rows.keys()),
+    }
+    others = " ".join(f"{what}: {', '.join(names)}." for what, names in absent.items() if names)
+    return (
+        f"{len(made)} of {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} architectures of transformers' registry, {words.total()} cells: "
+        f"{counts}. {others}"
+    )
 
 
 def quiet() -> None:
