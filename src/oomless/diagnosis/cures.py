@@ -142,11 +142,13 @@ class _Search:
     def plan(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any], _Answer | None]:
         """Return the changes of ``names`` that apply, what they set, and what they come to, if they can be rehearsed in time."""
         applied, sets = apply_all(names, self.base)
+        if not applied:
+            return applied, sets, None
         settings = {k: v for k, v in (self.base | sets).items() if v is not None}
         for known, answer in self.known:
             if known == settings:
                 return applied, sets, answer
-        title = ", ".join(CHANGES[name].title for name in applied) or "the run as it was"
+        title = ", ".join(CHANGES[name].title for name in applied)
         if not self.clock.has_time():
             self.not_reached.append(title)
             return applied, sets, None

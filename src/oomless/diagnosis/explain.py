@@ -23,7 +23,7 @@ from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehe
 from oomless.diagnosis.settings import LogSettings
 from oomless.diagnosis.situation import Situation, Source, read_situation
 from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
-from oomless.errors import DataError, UserError
+from oomless.errors import UserError
 
 TRAINER_EVAL_BATCH = 8
 """What the ``Trainer`` evaluates at once where it is not told."""
@@ -165,6 +165,8 @@ def rehearse_answer(
     heard, situation = listener or Listener(), first.situation
     clock = Clock(budget_s, heard.progress)
     why, notes = why_not_rehearsed(situation), list[str]()
+    if why is None and not clock.has_time():
+        why = "there is no time for it; --budget gives it seconds"
     found: dict[str, Any] = {"run": None, "at_failure": None, "without_limit": None, "cures": None}
     named = list(first.suspects)
     if why is None:
@@ -229,15 +231,14 @@ def explain_error(
     for name in own.keys() - {"gpu"}:
         kept.pop(name, None)
     situation = read_situation(reading, kept, tool="oomless")
-    notes: list[str] = []
-    why = why_not_rehearsed(situation)
-    if why is not None:
-        raise DataError(why)
-    run = assemble_run(situation, notes)
+    answer = answer_of(situation)
+    if why_not_rehearsed(situation) is not None:
+        return rehearse_answer(answer)
+    run = assemble_run(situation, [])
     usual = TrainConfig.from_mapping({name: own[name] for name in ("data", "output_dir")} | {"model": config.model})
     defaults: dict[str, Source] = {n: "default" for n, value in run.values.items() if getattr(usual, n) == value}
     run = replace(run, own=own, sources={**run.sources, **defaults})
-    return rehearse_answer(answer_of(situation), None, Listener(progress), run)
+    return rehearse_answer(answer, None, Listener(progress), run)
 
 
 def _evaluates(situation: Situation) -> bool:

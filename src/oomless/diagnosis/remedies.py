@@ -66,6 +66,13 @@ def advise(situation: Situation, findings: Sequence[Finding], suspects: Sequence
     first = situation.reading.first
     if first is not None and first.message.kind not in ON_GPU:
         return ()
+    if (
+        first is not None
+        and first.message.kind == "driver"
+        and first.place.phase is None
+        and first.message.source == "CUDA"
+    ):
+        return ()  # nothing shows that the training had filled the GPU
     topics: set[str] = {finding.topic for finding in findings}
     if topics & {"limit"} and first is not None and first.message.source != "MPS":
         return ()
