@@ -8,8 +8,9 @@ For each quality (``strategies.py``), best first:
    the next, so a few trials, several at a time, find the place where fitting begins.
 3. The fastest by predicted speed is rehearsed whole, at the capacity less the margin: the pick.
 
-Every better quality has then been proved not to fit, by its bound or by a rehearsal that ran out. Below the pick, what would give up
-more is tried for the frontier, so that its gain in memory and speed can be weighed.
+Every better quality has then been proved not to fit, by its bound or by a rehearsal that ran out. For a wish (``wish.py``) what people
+commonly run is looked at first, so that there soon is an answer, and what gives up more than the first that fits is compared with it
+where it could be better by some preference. Ctrl-C takes the best so far.
 """
 
 from __future__ import annotations
