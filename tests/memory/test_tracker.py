@@ -318,9 +318,9 @@ def test_what_autograd_writes_into_its_own_zeros_is_booked_once(tracked, use):
 
 def test_books_of_indexing_equal_those_of_the_cpu_allocator_without_the_tracker():
     """A tensor that somebody else holds is not taken over: the backward of ``index_put`` copies, with and without a mode."""
-    index = torch.arange(0, 256, 2)
 
     def run():
+        index = torch.arange(0, 256, 2)
         x = kibibyte(2).requires_grad_()
         y = (x * 2.0).index_put((index,), torch.ones(128))
         (y[index].sum() + y.gather(0, index).sum()).backward()

@@ -59,6 +59,7 @@ def train(device, name, dtype, way, *, offload, found_inf=None):
             start = device.usage().allocated_bytes
             optimizer.step(found_inf=found_inf)
             peak = device.usage().peak_allocated_bytes - start
+        device.wait()
         state = [tensor.clone() for p in parameters for tensor in optimizer.state_tensors(p).values()]
         return [p.detach().clone() for p in parameters], state, held, peak
 
@@ -109,7 +110,9 @@ def test_state_comes_back_bit_for_bit():
         optimizer = build("adamw", [weight], lr=1e-2, offload=device)
         weight.grad = torch.ones(SHAPE)
         optimizer.step()
-        saved = {name: tensor.clone() for name, tensor in optimizer.state_tensors(weight).items()}
+        device.wait()
+        with device.host():
+            saved = {name: tensor.clone() for name, tensor in optimizer.state_tensors(weight).items()}
         other = build("adamw", [weight], lr=1e-2, offload=device)
         other.load_state_tensors(weight, saved)
         assert all(torch.equal(saved[name], tensor) for name, tensor in other.state_tensors(weight).items())

@@ -113,6 +113,9 @@ class Device:
         target.copy_(source)
         return _nothing_to_wait_for
 
+    def wait(self) -> None:
+        """Let the host wait until all is done that the device was given: before it reads what ``start_copy`` brought to it."""
+
     def usage(self) -> MemoryUsage:
         """Return what the device holds now and held at most: on a CPU, the process's resident memory."""
         status = Path("/proc/self/status").read_text()
@@ -181,6 +184,9 @@ class CudaDevice(Device):
             target.copy_(source, non_blocking=True)
             done = self._copies.record_event()
         return lambda: torch.cuda.current_stream(self.torch_device).wait_event(done)
+
+    def wait(self) -> None:  # noqa: D102
+        torch.cuda.synchronize(self.torch_device)
 
     def usage(self) -> MemoryUsage:  # noqa: D102
         return MemoryUsage(

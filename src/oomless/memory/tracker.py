@@ -44,6 +44,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from oomless.memory.strict import Strict
 from oomless.memory.tape import Held, Tape
 
 aten = torch.ops.aten
@@ -181,7 +182,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger = ledger
+        self.ledger = self._device = ledger
+        self.strict = Strict(self._on_device)
         self._bookings: dict[int, Booking] = {}
         self._dead: deque[Booking] = deque()
         self._running_tapes: list[Tape] = []
@@ -209,6 +211,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             finally:
                 self._lock.release()
 
+    def _on_device(self, storage: torch.UntypedStorage) -> bool:
+        booking = self._bookings.get(id(storage))
+        return booking is not None and booking.ledger is self._device
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Release nothing inside, whatever dies (garbage collection can come at any moment), so that the books rest."""
@@ -225,6 +231,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # A wrapper runs first; the operators on its parts come here.
         if torch.is_inference_mode_enabled() and _is_composite(func):
             return self._apart(func, args, kwargs or {})
+        self.strict.check(func, args, kwargs)
         result = func(*args, **kwargs) if kwargs else func(*args)
         rule = _rule(func)
         if rule is _Rule.NOTHING_NEW:

@@ -172,15 +172,21 @@ class VirtualGPU(Device):
             RuntimeError: outside of ``active()``.
         """
         self._require_active("fetch")
+        self._tracker.strict.host_waits()
         with self._over_link(tensor), self._booking_in(self._host_ledger):
             return tensor.detach().to(tensor.dtype, copy=True)
 
     def numbers(self, tensor: Tensor, rehearsed: list[Any]) -> list[Any]:  # noqa: D102
+        self._tracker.strict.host_waits()
         return rehearsed if self.fake else super().numbers(tensor, rehearsed)
 
     def start_copy(self, source: Tensor, target: Tensor) -> Callable[[], None]:  # noqa: D102
-        with self._over_link(source):
-            return super().start_copy(source, target)
+        with self._over_link(source), self._tracker.strict.copying(source, target) as waited:
+            super().start_copy(source, target)
+        return waited
+
+    def wait(self) -> None:  # noqa: D102
+        self._tracker.strict.host_waits()
 
     def _over_link(self, tensor: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._fake_mode is None else self._fake_mode.work.link(tensor.nbytes)

@@ -164,6 +164,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full, read-only or failing; earlier checkpoints are untouched.
     """
+    device.wait()  # for what the last update brought to the host
     weights, beside = weights_to_save(model, device), trainer_tensors(model, optimizer, loss_scale)
     trained = _trained_file(model)
     of_model = save.weight_files(weights) if trained is None else {trained: weights}

@@ -108,6 +108,7 @@ class UndoLog:
     def begin(self) -> None:
         """Begin a step with the loss scale; what it updates follows."""
         self.clear()
+        self.device.wait()  # what the last update brought to the host is copied on the host
         if self.step.loss_scale.dynamic:
             self._keep(self.step.loss_scale.tensors().values())
 
@@ -362,10 +363,7 @@ class Guard:
     def _drop(self, random_before: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Leave nothing of the failed attempt behind."""
         self.step.abandon()
-        if self.device.torch_device.type == "cuda":
-            torch.cuda.synchronize(
-                self.device.torch_device
-            )  # copies that were under way must not land after what is put back
+        self.device.wait()  # copies that were under way must not land after what is put back
         free(self.device)
         if self._undo is not None and self._changed:
             self._undo.restore()
