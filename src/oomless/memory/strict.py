@@ -43,12 +43,12 @@ class Strict:
 
     @contextmanager
     def copying(self, source: Tensor, target: Tensor) -> Iterator[Callable[[], None]]:
-        """Give what is to be called when the device has waited for the copy that begins inside; copies come after each other."""
+        """Give what is to be called when the device has waited for the copy that begins inside."""
         self._copies = copy = self._copies + 1
         self._being_read[source.untyped_storage()] = self._being_written[target.untyped_storage()] = copy
 
         def waited() -> None:
-            """This copy and all before it are done."""
+            """Forget this copy and all before it, which are done."""
             for copies in (self._being_read, self._being_written):
                 done = [storage for storage, number in copies.items() if number <= copy]
                 for storage in done:
