@@ -6,7 +6,7 @@ from torch import nn
 
 from oomless.optim import NAMES, Apollo, ApolloMini, GaLore, Muon, build
 from oomless.optim.muon import orthogonalised
-from oomless.optim.noise import noise_key, random_signs
+from oomless.optim.noise import noise_constants, noise_key, random_signs
 
 RANK = 4
 
@@ -20,7 +20,7 @@ def reference(kind, weight, gradients, lr, refresh_steps):
     last_norm = None
     for number, gradient in enumerate(gradients, 1):
         channels = (gradient.t() if wide else gradient).double()
-        key = noise_key(1, 0, torch.tensor(float((number - 1) // refresh_steps)))
+        key = noise_key(noise_constants(1, 0), torch.tensor(float((number - 1) // refresh_steps)))
         signs = random_signs(key, (channels.shape[1], rank)).double()
         projection = signs / (channels.shape[1] if kind is GaLore else rank) ** 0.5
         projected = channels @ projection

@@ -6,7 +6,7 @@ from torch import nn
 
 from oomless.optim import SGD, AdamW
 from oomless.optim.blockwise import decode_signed, decode_unsigned, encode_signed, encode_unsigned
-from oomless.optim.noise import noise_16_bits, noise_key
+from oomless.optim.noise import noise_16_bits, noise_constants, noise_key
 from oomless.optim.precision import weight_precision
 
 SIXTEEN = (torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ def every_finite_value(dtype):
 def test_writing_back_what_was_read_changes_no_bit(dtype, way):
     """For every finite weight; with correction, from every state that a write can have left."""
     precision = weight_precision(way, dtype)
-    key = noise_key(0, 0, torch.tensor(3.0))
+    key = noise_key(noise_constants(0, 0), torch.tensor(3.0))
     for nudge in torch.linspace(-1, 1, 41):
         weight = every_finite_value(dtype)
         state = precision.new_state(weight)
@@ -98,7 +98,7 @@ def test_stochastic_rounding_is_right_on_average(dtype, lower, neighbours_apart)
     total = torch.zeros_like(value)
     for step in range(1000):
         weight = torch.ones_like(value, dtype=dtype)
-        precision.write(weight, {}, value.clone(), noise_key(1, 2, torch.tensor(float(step))), 0)
+        precision.write(weight, {}, value.clone(), noise_key(noise_constants(1, 2), torch.tensor(float(step))), 0)
         assert ((weight == lower) | (weight == lower + neighbours_apart)).all()
         total += weight.float()
     up = (total / 1000 - lower) / neighbours_apart
@@ -111,14 +111,14 @@ def test_stochastic_rounding_keeps_infinity_and_nan_visible(dtype):
     value = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0])
     value.view(torch.int32)[2] = 0x7FFFFFFF
     weight = torch.zeros(4, dtype=dtype)
-    key = noise_key(0, 0, torch.tensor(1.0))
+    key = noise_key(noise_constants(0, 0), torch.tensor(1.0))
     weight_precision("stochastic", dtype).write(weight, {}, value, key, 0)
     assert weight.isfinite().tolist() == [False, False, False, True]
 
 
 def test_noise_is_uniform_and_has_no_memory():
     def noise(seed=0, index=0, step=1.0, start=0, count=1 << 18):
-        return noise_16_bits(noise_key(seed, index, torch.tensor(step)), start, count).float() + 0.5
+        return noise_16_bits(noise_key(noise_constants(seed, index), torch.tensor(step)), start, count).float() + 0.5
 
     first = noise()
     others = [noise(seed=1), noise(index=1), noise(step=2.0), noise(start=2), first.roll(1), first.roll(2)]
@@ -133,7 +133,7 @@ def test_noise_is_uniform_and_has_no_memory():
 
 
 def test_noise_does_not_depend_on_slices():
-    key = noise_key(3, 4, torch.tensor(5.0))
+    key = noise_key(noise_constants(3, 4), torch.tensor(5.0))
     whole = noise_16_bits(key, 0, 1001)
     assert torch.equal(whole, torch.cat([noise_16_bits(key, 0, 256), noise_16_bits(key, 256, 745)]))
 

@@ -24,6 +24,8 @@ _CPU, _META = torch.device("cpu"), torch.device("meta")
 _KNOWN: dict[Any, Any] = {}
 """What operators return, for all modes of this process: it follows from sizes and types alone."""
 
+_NOTHING = object()
+
 _VIEWS = frozenset(
     {
         aten.view.default,
@@ -102,7 +104,10 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return True
 
     def _learn(self, key: Any, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
-        """Remember ``result`` where it is one argument again, or dense tensors in storages of their own."""
+        """Remember ``result`` where it is nothing, one argument again, or dense tensors in storages of their own."""
+        if result is None:
+            _KNOWN[key] = _NOTHING
+            return
         given = [*args, *(kwargs or {}).values()]
         for place, argument in enumerate(given):
             if result is argument and type(result) is FakeTensor:
@@ -122,6 +127,8 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def _again(self, known: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
         if type(known) is int:
             return args[known] if known < len(args) else list((kwargs or {}).values())[known - len(args)]
+        if known is _NOTHING:
+            return None
         several, shapes, device = known
         with in_kernel_invocation_manager(self):
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes]

@@ -3,9 +3,10 @@
     m ← β1·m + (1−β1)·g        v ← β2·v + (1−β2)·g²
     w ← (1 − lr·λ)·w − lr · m/(1−β1ᵗ) / (√(v/(1−β2ᵗ)) + ε)
 
-The arithmetic is torch's fused kernel, called on slices: one pass over memory, the counter, the scale and
-the overflow flag read on the device. fp32 weights with fp32 gradients need no temporaries at all and are not
-sliced. Sixteen-bit weights are widened a slice at a time (``precision.py``).
+Fused, it is one operator (``fused.py``), with moments in 32 bits or in 8. The arithmetic of the plain form is torch's fused
+kernel, called on slices: one pass over memory, the counter, the scale and the overflow flag read on the device. fp32
+weights with fp32 gradients need no temporaries at all and are not sliced. Sixteen-bit weights are widened a slice at a
+time (``precision.py``).
 
 State, in bytes a parameter: 8 (two moments), plus that of the weight's precision: master 4, correction 1,
 others 0; plus 4 for each tensor's step counter.
@@ -26,11 +27,11 @@ from oomless.optim.base import (
     Parameters,
     State,
     require_range,
-    state_slice,
     store_unless,
     weight_precision_of,
 )
 from oomless.optim.blockwise import block_count, decode_signed, decode_unsigned, encode_signed, encode_unsigned
+from oomless.optim.fused import Terms, Update
 from oomless.optim.offload import HostMemory, to_host
 
 SMALLEST_QUANTISED = 4096
@@ -96,76 +97,20 @@ class AdamW(MemoryLeanOptimizer):
         gradient_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        precision = weight_precision_of(parameter, group)
-        key = self._noise_key(parameter, group, state)
-        divisor = None if gradient_scale is None else gradient_scale.reciprocal()
-        weights, gradients = parameter.view(-1), gradient.view(-1)
-        gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
-        update_bytes = precision.value_bytes + max(gradient_bytes, self._moment_bytes(state))
-        staged_bytes = self._staged_bytes(parameter)
-        pieces = self._slices(parameter.numel(), max(update_bytes, precision.peak_bytes) + staged_bytes)
-        for piece, part in self._with_state(parameter, state, pieces, state_slice):
-            value = precision.read(weights[piece], part)
-            self._update_slice(value, gradients[piece], part, group, divisor, found_inf)
-            precision.write(weights[piece], part, value, key, piece.start)
-
-    def _update_slice(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        state: State,
-        group: Group,
-        gradient_divisor: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        first, second = self._read_moments(state)
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            [value],
-            [gradient.float()],
-            [first],
-            [second],
-            [],
-            [state["step"]],
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=gradient_divisor,
-            found_inf=found_inf,
+        coded = "first_moment_scale" in state
+        # The fp32 gradient of a slice and the coding of the moments do not exist at the same time.
+        moment_bytes = max(4 * (gradient.dtype != torch.float32), 14 * coded)
+        self._update_slices(
+            _UPDATE,
+            (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+            parameter,
+            gradient,
+            group,
+            state,
+            gradient_scale,
+            found_inf,
+            plain_bytes=weight_precision_of(parameter, group).value_bytes + moment_bytes,
         )
-        self._write_moments(state, first, second, found_inf)
-
-    def _moment_bytes(self, state: State) -> int:
-        """Return what the moments of ``state`` take in temporaries beside the gradient's, in bytes per
-        element.
-
-        The fp32 gradient of a slice and the coding of the moments do not exist at the same time.
-        """
-        return 14 if "first_moment_scale" in state else 0
-
-    def _read_moments(self, state: State) -> tuple[Tensor, Tensor]:
-        """Return the moments of a slice in fp32."""
-        if "first_moment_scale" not in state:
-            return state["first_moment"], state["second_moment"]
-        return (
-            decode_signed(state["first_moment"], state["first_moment_scale"]),
-            decode_unsigned(state["second_moment"], state["second_moment_scale"]),
-        )
-
-    def _write_moments(self, state: State, first: Tensor, second: Tensor, found_inf: Tensor | None) -> None:
-        """Store moments that ``_read_moments`` returned and the update changed."""
-        if "first_moment_scale" not in state:
-            return
-        for name, (codes, scales) in (
-            ("first_moment", encode_signed(first)),
-            ("second_moment", encode_unsigned(second)),
-        ):
-            store_unless(found_inf, state[name], codes)
-            store_unless(found_inf, state[f"{name}_scale"], scales)
 
     # Moments of 32 bits that become such of 8 in the middle of a run
 
@@ -206,6 +151,49 @@ class AdamW(MemoryLeanOptimizer):
             else:
                 self.state[parameter] |= moments_of_8_bits(parameter)
         super().load_state_tensors(parameter, tensors)
+
+
+def _plain(weight: Tensor, gradient: Tensor, state: State, terms: Terms, start: int) -> None:
+    value = terms.precision.read(weight, state)
+    _move(value, gradient, state, terms)
+    terms.precision.write(weight, state, value, terms.key, start)
+
+
+def _move(value: Tensor, gradient: Tensor, state: State, terms: Terms) -> None:
+    coded = "first_moment_scale" in state
+    first, second = state["first_moment"], state["second_moment"]
+    if coded:
+        first = decode_signed(first, state["first_moment_scale"])
+        second = decode_unsigned(second, state["second_moment_scale"])
+    lr, beta1, beta2, eps, weight_decay = terms.rates
+    torch._fused_adamw_(
+        [value],
+        [gradient.float()],
+        [first],
+        [second],
+        [],
+        [terms.step],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=terms.divisor,
+        found_inf=terms.found_inf,
+    )
+    if coded:
+        _store_coded(state, "first_moment", encode_signed(first), terms.found_inf)
+        _store_coded(state, "second_moment", encode_unsigned(second), terms.found_inf)
+
+
+def _store_coded(state: State, name: str, coded: tuple[Tensor, Tensor], found_inf: Tensor | None) -> None:
+    store_unless(found_inf, state[name], coded[0])
+    store_unless(found_inf, state[f"{name}_scale"], coded[1])
+
+
+_UPDATE = Update("adamw", ("first_moment", "second_moment", "first_moment_scale", "second_moment_scale"), _plain)
 
 
 def is_quantisable(parameter: Tensor) -> bool:

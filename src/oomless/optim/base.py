@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oomless.optim.noise import noise_key
+from oomless.optim.fused import Terms, Update
+from oomless.optim.noise import noise_constants, noise_key
 from oomless.optim.offload import SMALLEST_OFFLOADED, HostMemory, staged, to_host
 from oomless.optim.precision import WeightPrecision, weight_precision
 from oomless.units import MiB
@@ -37,6 +38,8 @@ SLICE_MULTIPLE = 256
 
 SCALAR_BYTES = 4096
 """Left over in each slice for a step's 0-dim tensors and tables."""
+
+_TRIED_COUNT, _TRIED_RATE = 17 * SLICE_MULTIPLE, 1e-2
 
 WEIGHT_STATE_NAMES = frozenset({"master", "correction"})
 """State that belongs to the weight's own precision."""
@@ -65,6 +68,9 @@ class MemoryLeanOptimizer(Optimizer):
 
     sliced_state: frozenset[str] = WEIGHT_STATE_NAMES
     """The state that the update reads slice by slice, and which can therefore lie on the host."""
+
+    fused: bool = False
+    """Whether elementwise updates are one operator each, without temporaries (``fused.py``), or their plain forms in slices."""
 
     def __init__(
         self,
@@ -200,6 +206,36 @@ class MemoryLeanOptimizer(Optimizer):
         for start in range(0, count, length):
             yield slice(start, min(start + length, count))
 
+    def _update_slices(
+        self,
+        update: Update,
+        rates: tuple[float, ...],
+        parameter: Tensor,
+        gradient: Tensor,
+        group: Group,
+        state: State,
+        gradient_scale: Tensor | None,
+        found_inf: Tensor | None,
+        *,
+        plain_bytes: int,
+    ) -> None:
+        """Update element by element, in slices whose temporaries take ``plain_bytes`` an element, or none where fused."""
+        precision = weight_precision_of(parameter, group)
+        terms = Terms(
+            precision=precision,
+            rates=rates,
+            step=state["step"],
+            scale=gradient_scale,
+            found_inf=found_inf,
+            noise=self._noise_constants(parameter, group),
+        )
+        weights, gradients = parameter.view(-1), gradient.view(-1)
+        temporary_bytes = 0 if self.fused else max(plain_bytes, precision.peak_bytes)
+        pieces = self._slices(parameter.numel(), temporary_bytes + self._staged_bytes(parameter))
+        update_slice = update if self.fused else update.plain
+        for piece, part in self._with_state(parameter, state, pieces, state_slice):
+            update_slice(weights[piece], gradients[piece], part, terms, piece.start)
+
     def _with_state(
         self, parameter: Tensor, state: State, pieces: Iterable[slice], cut: Callable[[State, slice], State]
     ) -> Iterator[tuple[slice, State]]:
@@ -212,11 +248,55 @@ class MemoryLeanOptimizer(Optimizer):
         """Return what the slices of offloaded state that are on the device take, in bytes per element."""
         return self._offloaded.get(parameter, 0)
 
-    def _noise_key(self, parameter: Tensor, group: Group, state: State) -> Tensor | None:
-        """Return the key of this step's random bits for ``parameter``, or None where none are needed."""
+    def _noise_constants(self, parameter: Tensor, group: Group) -> tuple[int, int] | None:
+        """Return what the random bits for ``parameter`` follow from beside the step, or None where none are needed."""
         if not weight_precision_of(parameter, group).needs_noise:
             return None
-        return noise_key(group["seed"], self._index[parameter], state["step"])
+        return noise_constants(group["seed"], self._index[parameter])
+
+    def _noise_key(self, parameter: Tensor, group: Group, state: State) -> Tensor | None:
+        """Return the key of this step's random bits for ``parameter``, or None where none are needed."""
+        constants = self._noise_constants(parameter, group)
+        return None if constants is None else noise_key(constants, state["step"])
+
+    # -- fused updates ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def try_fused(self) -> None:
+        """Update small tensors of every kind that trains in both ways, where the weights lie.
+
+        Raises:
+            RuntimeError: the results are not the same to rounding. What a compiler raises goes through.
+        """
+        tried = set()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                way = weight_precision_of(parameter, group)
+                kind = (parameter.dtype, way, *(tensor.dtype for tensor in self.state[parameter].values()))
+                if kind not in tried:
+                    tried.add(kind)
+                    ours, plain = (self._tried(parameter, group, fused) for fused in (True, False))
+                    # Two roundings may fall apart by one neighbour.
+                    allowed = plain.abs() * (0.0 if way.value_bytes == 0 else torch.finfo(parameter.dtype).eps)
+                    if not bool(((ours - plain).abs() <= allowed + _TRIED_RATE / 50).all()):
+                        raise RuntimeError(f"fused updates of {parameter.dtype} differ from their plain form")
+
+    def _tried(self, parameter: Tensor, group: Group, fused: bool) -> Tensor:
+        """Return the values of a small weight like ``parameter`` after three updates."""
+        wave = torch.arange(_TRIED_COUNT, dtype=torch.float32, device=parameter.device).mul_(0.37).sin_()
+        group = {**group, "lr": _TRIED_RATE}
+        weight = wave.to(parameter.dtype)
+        state = self._new_state(weight, group)
+        scale, found_inf = torch.ones_like(state["step"]), torch.zeros_like(state["step"])
+        self._index[weight], before, self.fused = self._index[parameter], self.fused, fused
+        try:
+            for factor in (1.0, -0.5, 3.0):
+                state["step"].add_(1.0)
+                self._update(weight, (wave.cos() * factor).to(weight.dtype), group, state, scale, found_inf)
+        finally:
+            self.fused = before
+            del self._index[weight]
+        return weight_precision_of(weight, group).read(weight, state).float()
 
     # -- where state lies ------------------------------------------------------------------------------------
 

@@ -39,10 +39,14 @@ def _xor_shift_(bits: Tensor, shift: int) -> Tensor:
     return bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
-def noise_key(seed: int, parameter_index: int, step: Tensor) -> Tensor:
-    """Return the int32 ``(2,)`` key of a parameter's noise in one step, on the device of ``step``."""
+def noise_constants(seed: int, parameter_index: int) -> tuple[int, int]:
+    """Return what a parameter's noise has in all steps, as two signed integers of 32 bits."""
     base = _mix_64(_mix_64(seed) ^ parameter_index)
-    constants = (_as_int32(base), _as_int32(base >> 32))
+    return _as_int32(base), _as_int32(base >> 32)
+
+
+def noise_key(constants: tuple[int, int], step: Tensor) -> Tensor:
+    """Return the int32 ``(2,)`` key of a parameter's noise in one step, on the device of ``step``."""
     count = step.to(torch.int32)
     halves = [(count * _as_int32(0x9E3779B1) + constants[0]), (count * _as_int32(0x85EBCA77) + constants[1])]
     return _hash_(torch.stack(halves), None)

@@ -43,7 +43,7 @@ from oomless.optim.base import (
     store_unless,
     weight_precision_of,
 )
-from oomless.optim.noise import noise_key, random_signs
+from oomless.optim.noise import noise_constants, noise_key, random_signs
 from oomless.optim.offload import HostMemory
 
 _GROWTH_LIMIT = 1.01
@@ -126,7 +126,7 @@ class _Projected(AdamW):
         channels = _channels(gradient)
         rank = state["projected_first_moment"].shape[1]
         period = (state["step"] - 1).div(group["refresh_steps"]).floor()
-        key = noise_key(group["seed"] + 1, self._index[parameter], period)
+        key = noise_key(noise_constants(group["seed"] + 1, self._index[parameter]), period)
         projection = random_signs(key, (channels.shape[1], rank))
         self._update_matrix(parameter, channels, projection, group, state, gradient_scale, found_inf)
 

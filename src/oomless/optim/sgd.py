@@ -3,8 +3,8 @@ all.
 
     g ← g + λ·w        b ← μ·b + g        w ← w − lr·(g + μ·b  if nesterov else  b)
 
-Equals ``torch.optim.SGD`` (dampening 0): weight decay is added to the gradient, not decoupled. torch's fused
-kernel, called on slices. State, in bytes a parameter: 4 with momentum, 0 without; plus that of the weight's
+Equals ``torch.optim.SGD`` (dampening 0): weight decay is added to the gradient, not decoupled. Fused, it
+is one operator (``fused.py``); its plain form is torch's fused kernel, called on slices. State, in bytes a parameter: 4 with momentum, 0 without; plus that of the weight's
 precision (``precision.py``) and 4 for each tensor's step counter. Transformers train poorly with it; it is
 here for the head alone, and as the floor of what state can cost.
 """
@@ -22,9 +22,9 @@ from oomless.optim.base import (
     Parameters,
     State,
     require_range,
-    state_slice,
     weight_precision_of,
 )
+from oomless.optim.fused import Terms, Update
 from oomless.optim.offload import HostMemory
 
 
@@ -76,27 +76,38 @@ class SGD(MemoryLeanOptimizer):
         gradient_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        precision = weight_precision_of(parameter, group)
-        key = self._noise_key(parameter, group, state)
-        divisor = None if gradient_scale is None else gradient_scale.reciprocal()
-        weights, gradients = parameter.view(-1), gradient.view(-1)
         gradient_bytes = 0 if gradient.dtype == torch.float32 else 4
-        temporary_bytes = max(precision.value_bytes + gradient_bytes, precision.peak_bytes)
-        pieces = self._slices(parameter.numel(), temporary_bytes + self._staged_bytes(parameter))
-        for piece, part in self._with_state(parameter, state, pieces, state_slice):
-            value = precision.read(weights[piece], part)
-            torch._fused_sgd_(
-                [value],
-                [gradients[piece].float()],
-                [part["momentum"]] if "momentum" in part else [],
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=0.0,
-                nesterov=group["nesterov"],
-                maximize=False,
-                is_first_step=False,
-                grad_scale=divisor,
-                found_inf=found_inf,
-            )
-            precision.write(weights[piece], part, value, key, piece.start)
+        self._update_slices(
+            _UPDATE,
+            (group["lr"], group["momentum"], group["weight_decay"], float(group["nesterov"])),
+            parameter,
+            gradient,
+            group,
+            state,
+            gradient_scale,
+            found_inf,
+            plain_bytes=weight_precision_of(parameter, group).value_bytes + gradient_bytes,
+        )
+
+
+def _plain(weight: Tensor, gradient: Tensor, state: State, terms: Terms, start: int) -> None:
+    value = terms.precision.read(weight, state)
+    lr, momentum, weight_decay, nesterov = terms.rates
+    torch._fused_sgd_(
+        [value],
+        [gradient.float()],
+        [state["momentum"]] if "momentum" in state else [],
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=bool(nesterov),
+        maximize=False,
+        is_first_step=False,
+        grad_scale=terms.divisor,
+        found_inf=terms.found_inf,
+    )
+    terms.precision.write(weight, state, value, terms.key, start)
+
+
+_UPDATE = Update("sgd", ("momentum",), _plain)

@@ -36,6 +36,7 @@ from oomless.techniques import (
     stream_frozen,
     trainable,
 )
+from oomless.training import kernels
 from oomless.training.distributed import ALONE, Ranks, environment, world_size
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
@@ -50,6 +51,8 @@ class Assembly:
     optimizer: MemoryLeanOptimizer
     loss_scale: LossScale
     step: TrainingStep
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it came to be."""
 
 
 def open_device(name: str) -> Device:
@@ -178,6 +181,7 @@ def _shape(model: Any, config: TrainConfig, device: Device) -> None:
 def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharded: sharding.Sharded | None) -> Assembly:
     with device.phase("load"):
         optimizer = _optimizer(model, config, device)
+        notes = kernels.choose(optimizer, config, device)
         loss_scale = LossScale(model.dtype, device)
         balance = balancing.of(model, config.router_aux_loss_coef, device)
     device.watch(model, optimizer)
@@ -195,7 +199,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
         ranks=ranks,
         sharded=sharded,
     )
-    return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step)
+    return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step, notes=notes)
 
 
 def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtype: torch.dtype | None) -> None:

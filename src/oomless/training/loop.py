@@ -105,6 +105,8 @@ class Run(Life):
             result=RunResult(output_dir=folder),
             interrupted=interrupted,
         )
+        for note in self.assembly.notes:
+            listener.said(note)
         if start is not None:
             resuming.restore(self, spec, start)
             listener.said(f"resumed from {start.folder.name}")

@@ -17,6 +17,7 @@ LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
 MAY_CHANGE = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_minutes", "save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes"),
+    "kernels",
     "gradient_checkpointing",
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
@@ -77,6 +78,11 @@ def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
     life.bad_loss.load_state_dict(state["bad_loss"])
     life.best.load_state_dict(state.get("best", {}))
     life.step, life.tokens = start.step, state["tokens"]
+    fused = life.assembly.optimizer.fused
+    if state.get("fused_updates", fused) != fused:
+        paths = "fused", "plain"
+        before, now = paths if not fused else reversed(paths)
+        life.listener.said(f"updates were {before} and are {now} from here on: the same but for rounding")
     if life.step > life.total_steps:
         raise ConfigError(
             f"{start.folder} is at step {life.step}, and the run's length is now {counted(life.total_steps, 'step')}: make it "
