@@ -5,9 +5,13 @@ import os
 import sysconfig
 from pathlib import Path
 
-import peft  # noqa: F401 (what it logs when it is first imported, pytest keeps, with all that the frames there hold)
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run on the CPU
+
+import peft  # noqa: F401 (what it logs when it is first imported, pytest keeps, with all that the frames there hold)
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 

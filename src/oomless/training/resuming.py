@@ -80,8 +80,7 @@ def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
     life.step, life.tokens = start.step, state["tokens"]
     fused = life.assembly.optimizer.fused
     if state.get("fused_updates", fused) != fused:
-        paths = "fused", "plain"
-        before, now = paths if not fused else reversed(paths)
+        before, now = ("plain", "fused") if fused else ("fused", "plain")
         life.listener.said(f"updates were {before} and are {now} from here on: the same but for rounding")
     if life.step > life.total_steps:
         raise ConfigError(

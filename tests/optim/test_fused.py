@@ -1,0 +1,218 @@
+"""Updates in one kernel: Triton's interpreter runs the very kernels here, and a rehearsal counts their operators."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from oomless.memory.fake_mode import QuickFakeMode
+from oomless.optim import adamw, build, kernels, sgd
+from oomless.optim.blockwise import decode_signed, decode_unsigned
+from oomless.optim.precision import weight_precision
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+COUNT = 4250  # moments of 8 bits, and a last block that is not full
+FORMS = [
+    *[("adamw_8bit", dtype, way) for dtype, way in ((FP32, None), (BF16, "correction"), (FP16, "correction"))],
+    *[("adamw_8bit", BF16, "master"), ("adamw_8bit", FP16, "stochastic"), ("adamw_8bit", BF16, "plain")],
+    *[("adamw", FP32, None), ("adamw", BF16, "stochastic"), ("adamw", FP16, "master")],
+    *[("sgd", FP32, None), ("sgd", BF16, "correction"), ("sgd", FP16, "stochastic"), ("sgd", BF16, "master")],
+]
+every_form = pytest.mark.parametrize(("name", "dtype", "way"), FORMS)
+SETTINGS = {"sgd": {"momentum": 0.9, "nesterov": True}}
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """Operators of CPU tensors go to the kernels, which the interpreter runs."""
+    monkeypatch.setattr(adamw._UPDATE, "_operator", kernels.adamw)
+    monkeypatch.setattr(sgd._UPDATE, "_operator", kernels.sgd)
+
+
+def begun(name, dtype, way, *, fused, count=COUNT, slice_bytes=1 << 26):
+    """An optimizer of one parameter after two plain steps."""
+    weight = nn.Parameter((torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype))
+    optimizer = build(
+        name,
+        [weight],
+        lr=1e-3,
+        weight_decay=0.1,
+        weight_precision=way,
+        slice_bytes=slice_bytes,
+        **SETTINGS.get(name, {}),
+    )
+    for number in range(2):
+        step(optimizer, weight, number)
+    optimizer.fused = fused
+    return optimizer, weight
+
+
+def step(optimizer, weight, number, found_inf=0.0):
+    generator = torch.Generator().manual_seed(1000 + number)
+    weight.grad = (torch.randn(weight.shape, generator=generator) * 0.1).to(weight.dtype)
+    optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(found_inf))
+
+
+def values(optimizer, weight, way):
+    """The weight's value, and what its moments stand for."""
+    state = optimizer.state[weight]
+    found = {"value": weight_precision(way, weight.dtype).read(weight.detach(), state).double()}
+    for name, decode in (("first_moment", decode_signed), ("second_moment", decode_unsigned)):
+        if f"{name}_scale" in state:
+            found[name] = decode(state[name], state[f"{name}_scale"]).double()
+        elif name in state:
+            found[name] = state[name].double()
+    return found | {name: state[name].double() for name in ("momentum",) if name in state}
+
+
+def exact(name, dtype, before, number):
+    """The step in fp64, from the values ``before``."""
+    weight = nn.Parameter(torch.empty(COUNT, dtype=dtype))
+    step(build("sgd", [weight], lr=0.0, weight_precision=None if dtype == FP32 else "plain"), weight, number)
+    gradient = weight.grad.double() * 0.5 if dtype != FP32 else weight.grad.double()  # fp32's was scaled in place
+    value = before["value"]
+    if name == "sgd":
+        gradient = gradient + 0.1 * value
+        momentum = 0.9 * before["momentum"] + gradient
+        return {"value": value - 1e-3 * (gradient + 0.9 * momentum), "momentum": momentum}
+    first = 0.9 * before["first_moment"] + 0.1 * gradient
+    second = 0.999 * before["second_moment"] + 0.001 * gradient**2
+    root = (second / (1 - 0.999**3)).sqrt() + 1e-8
+    return {
+        "value": value * (1 - 1e-3 * 0.1) - 1e-3 * first / (1 - 0.9**3) / root,
+        "first_moment": first,
+        "second_moment": second,
+    }
+
+
+@every_form
+def test_a_kernel_is_as_exact_as_its_plain_form(name, dtype, way, on_kernels):
+    errors = {}
+    for fused in (True, False):
+        optimizer, weight = begun(name, dtype, way, fused=fused)
+        wanted = exact(name, dtype, values(optimizer, weight, way), 2)
+        step(optimizer, weight, 2)
+        found = values(optimizer, weight, way)
+        assert found.keys() == wanted.keys()
+        errors[fused] = {key: (found[key] - wanted[key]).abs() for key in wanted}
+    for key in errors[True]:
+        fused, plain = errors[True][key], errors[False][key]
+        rounding = (
+            torch.finfo(FP32).eps * wanted[key].abs()
+        )  # plain forms fuse a product with a sum, the interpreter none
+        assert fused.mean() <= plain.mean() * 1.01 + rounding.mean(), key
+        assert fused.max() <= plain.max() * 1.1 + rounding.max(), key
+
+
+@every_form
+def test_a_kernel_that_finds_an_infinity_changes_no_bit(name, dtype, way, on_kernels):
+    optimizer, weight = begun(name, dtype, way, fused=True)
+    before = [tensor.clone() for tensor in (weight.detach(), *optimizer.state[weight].values())]
+    step(optimizer, weight, 2, found_inf=1.0)
+    assert all(map(torch.equal, before, (weight, *optimizer.state[weight].values())))
+
+
+def test_bits_of_chance_are_the_same_in_slices_and_in_both_forms(on_kernels):
+    weights = []
+    for fused, slices in ((False, 1), (True, 1), (True, 3)):
+        optimizer, weight = begun("sgd", BF16, "stochastic", fused=fused)
+        if slices > 1:  # as where the state comes from the host
+            optimizer._slices = lambda *_: iter((slice(0, 512), slice(512, 2304), slice(2304, COUNT)))
+        step(optimizer, weight, 2)
+        weights.append(weight.detach().clone())
+    assert torch.equal(weights[1], weights[2])
+    # A value within a rounding of the boundary may fall to the other side.
+    assert (weights[0] != weights[1]).sum() <= COUNT // 1000
+
+
+def test_kernels_are_tried_against_their_plain_form(on_kernels, monkeypatch):
+    optimizer, weight = begun("adamw_8bit", BF16, "correction", fused=False)
+    before = [tensor.clone() for tensor in (weight.detach(), *optimizer.state[weight].values())]
+    optimizer.try_fused()
+    assert all(map(torch.equal, before, (weight, *optimizer.state[weight].values())))
+    assert list(optimizer._index) == [weight]
+    monkeypatch.setattr(kernels, "_log", lambda beta: math.log(beta) * 1.1)
+    with pytest.raises(RuntimeError, match="fused updates of torch.bfloat16 differ"):
+        optimizer.try_fused()
+
+
+COMPILED = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from oomless.optim import kernels
+
+weight = torch.empty(8, dtype=torch.{dtype})
+forms = kernels._forms(weight, None, weight, "{way}") | dict(rounded=None, ROWS=4, BLOCK=256)
+kinds = dict(first="*i8", second="*u8", first_scale="*fp32", second_scale="*fp32", step="*fp32", scale="*fp32",
+             found_inf="*fp32", correction="*i8", count="i32", start="i32", noise_low="i32", noise_high="i32")
+kinds |= dict.fromkeys(("value", "gradient"), "*i16" if weight.dtype == torch.bfloat16 else "*fp16")
+if "{way}" != "correction":
+    forms["correction"] = None
+names = kernels._adamw.arg_names
+types = {{name: "constexpr" if name in forms else kinds.get(name, "fp32") for name in names}}
+constants = {{(names.index(name),): value for name, value in forms.items()}}
+made = compile(ASTSource(kernels._adamw, types, constants), target=GPUTarget("cuda", {capability}, 32))
+assert len(made.asm["cubin"]) > 1000
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way", "capability"), [("float16", "correction", 75), ("bfloat16", "stochastic", 90)]
+)
+def test_a_kernel_compiles_for_gpus_that_are_not_here(dtype, way, capability, monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    script = COMPILED.format(dtype=dtype, way=way, capability=capability)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+# -- what a rehearsal counts ------
+
+
+def counted(name, dtype, way):
+    """Bytes moved and operators of an update of 65,536 weights, with all that a step gives it."""
+    with QuickFakeMode() as mode:
+        weight = nn.Parameter(torch.empty(256, 256, dtype=dtype))
+        optimizer = build(name, [weight], lr=1e-3, weight_precision=way, **SETTINGS.get(name, {}))
+        optimizer.fused = True
+        weight.grad = torch.empty_like(weight)
+        scaling = {"gradient_scale": torch.ones(()), "found_inf": torch.zeros(())}
+        mode.work.on = True
+        optimizer.step(**scaling)
+        mode.work.on = False
+        state_bytes = sum(tensor.nbytes for tensor in optimizer.state[weight].values())
+        costs = mode.work.work(1).of_passes
+    read_weight = weight.nbytes if way != "master" else 0
+    least = weight.nbytes + read_weight + weight.grad.nbytes + 2 * state_bytes
+    return sum(cost[2] * count for cost, count in costs) / least, sum(count for _, count in costs)
+
+
+@every_form
+def test_an_update_moves_what_it_must_in_three_operators(name, dtype, way):
+    ratio, operators = counted(name, dtype, way)
+    assert ratio <= 1.001
+    assert operators <= 3
+
+
+@every_form
+def test_a_fused_update_asks_for_no_memory(name, dtype, way, peak_temporaries):
+    optimizer, weight = begun(name, dtype, way, fused=True, count=1 << 16)
+    weight.grad = torch.ones_like(weight)
+    with peak_temporaries:
+        optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0))
+    assert peak_temporaries.peak_bytes <= 64
+
+
+@every_form
+def test_an_operator_on_the_cpu_is_its_plain_form_to_the_bit(name, dtype, way):
+    results = []
+    for fused in (True, False):
+        optimizer, weight = begun(name, dtype, way, fused=fused)
+        for number in range(2, 4):
+            step(optimizer, weight, number)
+        results.append([weight.detach(), *optimizer.state[weight].values()])
+    assert all(map(torch.equal, *results))
