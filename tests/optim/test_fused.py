@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from oomless.memory.fake_mode import QuickFakeMode
-from oomless.optim import adamw, build, kernels, sgd
+from oomless.optim import adafactor, adamw, build, kernels, sgd
 from oomless.optim.blockwise import decode_signed, decode_unsigned
 from oomless.optim.precision import weight_precision
 
@@ -168,6 +168,113 @@ def test_a_kernel_compiles_for_gpus_that_are_not_here(dtype, way, capability, mo
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     script = COMPILED.format(dtype=dtype, way=way, capability=capability)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+# -- Adafactor's matrices ------
+
+MATRICES = [(FP32, None), (BF16, "stochastic"), (FP16, "stochastic"), (BF16, "correction"), (FP16, "master")]
+every_matrix = pytest.mark.parametrize(("dtype", "way"), MATRICES)
+
+
+@pytest.fixture
+def adafactor_on_kernels(monkeypatch):
+    monkeypatch.setattr(adafactor, "_SQUARES", kernels.adafactor_squares)
+    monkeypatch.setattr(adafactor, "_LENGTH", kernels.adafactor_length)
+    monkeypatch.setattr(adafactor, "_APPLY", kernels.adafactor)
+
+
+def matrix(dtype, way, fused, shape=(150, 200), steps=2, slice_bytes=1 << 26):
+    weight = nn.Parameter((torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype))
+    optimizer = build("adafactor", [weight], lr=1e-2, weight_decay=0.1, weight_precision=way, slice_bytes=slice_bytes)
+    for number in range(steps):
+        step(optimizer, weight, number)
+    optimizer.fused = fused
+    return optimizer, weight
+
+
+def exact_adafactor(before, gradient):
+    """The third step in fp64, with lr 1e-2 and weight decay 0.1, and the moments after it."""
+    gradient, fresh = gradient.double(), 3.0**-0.8
+    squares = (gradient * 0.5) ** 2 + 1e-30
+    row = torch.lerp(before["row_moment"], squares.mean(1), fresh)
+    column = torch.lerp(before["column_moment"], squares.mean(0), fresh)
+    update = gradient * 0.5 / (row[:, None] * column / row.mean()).sqrt()
+    update = update / max(1.0, update.square().mean().sqrt().item())
+    return {"value": before["value"] * (1 - 1e-2 * 0.1) - 1e-2 * update, "row_moment": row, "column_moment": column}
+
+
+def adafactor_values(optimizer, weight, way):
+    state = optimizer.state[weight]
+    value = weight_precision(way, weight.dtype).read(weight.detach(), state).double()
+    return {"value": value} | {name: state[name].double() for name in ("row_moment", "column_moment")}
+
+
+@every_matrix
+def test_adafactors_kernels_are_as_exact_as_their_plain_form(dtype, way, adafactor_on_kernels):
+    errors = {}
+    for fused in (True, False):
+        optimizer, weight = matrix(dtype, way, fused)
+        before = adafactor_values(optimizer, weight, way)
+        step(optimizer, weight, 2)
+        wanted = exact_adafactor(before, weight.grad)
+        found = adafactor_values(optimizer, weight, way)
+        errors[fused] = {key: (found[key] - wanted[key]).abs() for key in wanted}
+    for key in errors[True]:
+        fused, plain, rounding = errors[True][key], errors[False][key], torch.finfo(FP32).eps * wanted[key].abs()
+        assert fused.mean() <= plain.mean() * 1.01 + rounding.mean(), key
+        assert fused.max() <= plain.max() * 1.1 + 4 * rounding.max(), key
+
+
+@every_matrix
+def test_adafactor_that_finds_an_infinity_changes_no_bit(dtype, way, adafactor_on_kernels):
+    optimizer, weight = matrix(dtype, way, fused=True)
+    before = [tensor.clone() for tensor in (weight.detach(), *optimizer.state[weight].values())]
+    step(optimizer, weight, 2, found_inf=1.0)
+    assert all(map(torch.equal, before, (weight, *optimizer.state[weight].values())))
+
+
+@every_matrix
+def test_adafactors_operators_on_the_cpu_do_what_its_plain_form_does(dtype, way):
+    found = []
+    for fused in (True, False):
+        optimizer, weight = matrix(dtype, way, fused, slice_bytes=1 << 17)
+        step(optimizer, weight, 2)
+        found.append(adafactor_values(optimizer, weight, way)["value"])
+    spacing = 0.0 if way is None else torch.finfo(dtype).eps * found[1].abs()
+    assert ((found[0] - found[1]).abs() <= spacing + 1e-7).all()
+    assert (found[0] != found[1]).float().mean() < 0.05 or dtype == FP32 or way in ("master", "correction")
+
+
+def test_adafactors_kernels_are_tried_against_their_plain_form(adafactor_on_kernels, monkeypatch):
+    optimizer, _ = matrix(BF16, "stochastic", fused=False)
+    optimizer.try_fused()
+    monkeypatch.setattr(adafactor, "_LENGTH", lambda *arguments: kernels.adafactor_length(*arguments) * 9)
+    with pytest.raises(RuntimeError, match="fused updates of torch.bfloat16 differ"):
+        optimizer.try_fused()
+
+
+@every_matrix
+def test_adafactor_reads_the_gradient_three_times(dtype, way, peak_temporaries):
+    shape = (1024, 1024)
+    with QuickFakeMode() as mode:
+        weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+        optimizer = build("adafactor", [weight], lr=1e-3, weight_precision=way)
+        optimizer.fused = True
+        weight.grad = torch.empty_like(weight)
+        mode.work.on = True
+        optimizer.step(gradient_scale=torch.ones(()), found_inf=torch.zeros(()))
+        mode.work.on = False
+        costs = mode.work.work(1).of_passes
+    kept = sum(tensor.nbytes for name, tensor in optimizer.state[weight].items() if name in ("master", "correction"))
+    read_weight = weight.nbytes if way != "master" else 0
+    least = 3 * weight.grad.nbytes + weight.nbytes + read_weight + 2 * kept
+    assert sum(cost[2] * count for cost, count in costs) <= 1.15 * least
+    assert sum(count for cost, count in costs if cost[2] >= weight.numel()) == 3
+    optimizer, weight = matrix(dtype, way, fused=True, shape=shape, steps=0)
+    weight.grad = torch.ones_like(weight)
+    with peak_temporaries:
+        optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0))
+    assert peak_temporaries.peak_bytes <= weight.numel() // 8
 
 
 # -- what a rehearsal counts ------

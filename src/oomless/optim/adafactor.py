@@ -36,7 +36,10 @@ from oomless.optim.base import (
     weight_precision_of,
     weight_state_slice,
 )
+from oomless.optim.fused import TILE, operator
+from oomless.optim.noise import noise_key
 from oomless.optim.offload import HostMemory
+from oomless.optim.precision import weight_precision
 
 
 class Adafactor(MemoryLeanOptimizer):
@@ -112,14 +115,18 @@ class Adafactor(MemoryLeanOptimizer):
         found_inf: Tensor | None,
     ) -> None:
         precision = weight_precision_of(parameter, group)
-        key = self._noise_key(parameter, group, state)
         rows = gradient.view(-1, gradient.shape[-1]) if gradient.dim() > 1 else gradient.view(-1, 1)
         weights = parameter.view(rows.shape)
+        fused = self.fused and gradient.dim() > 1
         update_bytes = max(precision.value_bytes + 4, precision.peak_bytes, 8 if gradient.dim() < 2 else 0)
-        update_bytes += self._staged_bytes(parameter)
+        update_bytes = (1 if fused else update_bytes) + self._staged_bytes(parameter)
         pieces = list(self._row_slices(rows, update_bytes))
-        self._update_moments(rows, pieces, group, state, gradient_scale, found_inf)
-        squares = [_direction(rows, piece, state).square_().sum() for piece in pieces]
+        self._update_moments(rows, pieces, group, state, gradient_scale, found_inf, fused)
+        factors = _factors(state) if fused else None
+        if factors is not None:
+            squares = [_LENGTH(rows[piece], factors[0][piece], factors[1]).sum() for piece in pieces]
+        else:
+            squares = [_direction(rows, piece, state).square_().sum() for piece in pieces]
         rms = (torch.stack(squares).sum() / rows.numel()).sqrt()
         step_size = self._step_size(weights, pieces, group, state)
         if gradient_scale is not None:
@@ -130,6 +137,19 @@ class Adafactor(MemoryLeanOptimizer):
             keep = torch.where(found_inf.bool(), torch.ones_like(keep), keep)
         flats = (slice(piece.start * rows.shape[1], piece.stop * rows.shape[1]) for piece in pieces)
         with_state = self._with_state(parameter, state, flats, weight_state_slice)
+        noise = self._noise_constants(parameter, group)
+        if factors is not None:
+            for piece, (flat, part) in zip(pieces, with_state, strict=True):
+                master = part.get("master")
+                weight = weights[piece].view(-1)
+                _APPLY(
+                    *(weight if master is None else master, rows[piece], part.get("correction")),
+                    *(factors[0][piece], factors[1], step_size, keep, state["step"], found_inf, precision.name),
+                    *(flat.start, noise),
+                    rounded=None if master is None else weight,
+                )
+            return
+        key = None if noise is None else noise_key(noise, state["step"])
         for piece, (flat, part) in zip(pieces, with_state, strict=True):
             value = precision.read(weights[piece].view(-1), part)
             update = _direction(rows, piece, state).mul_(step_size).view(-1)
@@ -155,6 +175,7 @@ class Adafactor(MemoryLeanOptimizer):
         state: State,
         gradient_scale: Tensor | None,
         found_inf: Tensor | None,
+        fused: bool,
     ) -> None:
         fresh = state["step"].pow(group["decay"])
         squared_scale = 1.0 if gradient_scale is None else gradient_scale.square()
@@ -167,6 +188,11 @@ class Adafactor(MemoryLeanOptimizer):
         row_squares = torch.empty_like(state["row_moment"])
         column_squares = torch.zeros_like(state["column_moment"])
         for piece in pieces:
+            if fused:
+                of_rows, of_columns = _SQUARES(rows[piece])
+                row_squares[piece] = of_rows.sum(1)
+                column_squares += of_columns.sum(0)
+                continue
             # Norms read sixteen-bit gradients into fp32 sums without a copy of them on a GPU.
             norm = torch.linalg.vector_norm(rows[piece], dim=1, dtype=torch.float32)
             row_squares[piece] = norm.square_()
@@ -195,3 +221,80 @@ def _direction(rows: Tensor, piece: slice, state: State) -> Tensor:
         return state["second_moment"].view(-1, 1)[piece].rsqrt().mul_(rows[piece])
     row, column = state["row_moment"], state["column_moment"]
     return (rows[piece] * column.rsqrt()).mul_((row.mean() / row[piece]).sqrt()[:, None])
+
+
+# -- a matrix in three kernels, each of which reads the gradient once: for R and C, for RMS(U), for the update -----------
+
+
+def _factors(state: State) -> tuple[Tensor, Tensor]:
+    """Return what each row and each column of the gradient is multiplied by in U."""
+    row, column = state["row_moment"], state["column_moment"]
+    return (row.mean() / row).sqrt_(), column.rsqrt()
+
+
+def _no_sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of squares of parts of rows and of columns, all zero: a part is what one program of the kernel sees."""
+    rows, columns = gradient.shape
+    return (
+        gradient.new_zeros((rows, -(-columns // TILE)), dtype=torch.float32),
+        gradient.new_zeros((-(-rows // TILE), columns), dtype=torch.float32),
+    )
+
+
+def _squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    of_rows, of_columns = _no_sums(gradient)
+    of_rows[:, 0] = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32).square_()
+    of_columns[0] = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32).square_()
+    return of_rows, of_columns
+
+
+def _length(gradient: Tensor, row_factor: Tensor, column_factor: Tensor) -> Tensor:
+    sums = _no_lengths(gradient, row_factor, column_factor)
+    sums[0, 0] = (gradient * column_factor).mul_(row_factor[:, None]).square_().sum()
+    return sums
+
+
+def _no_lengths(gradient: Tensor, row_factor: Tensor, column_factor: Tensor) -> Tensor:
+    rows, columns = gradient.shape
+    return row_factor.new_zeros((-(-rows // TILE), -(-columns // TILE)))
+
+
+def _apply(
+    value: Tensor,
+    gradient: Tensor,
+    correction: Tensor | None,
+    row_factor: Tensor,
+    column_factor: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    step: Tensor,
+    found_inf: Tensor | None,
+    precision: str | None,
+    start: int,
+    noise: list[int] | None,
+    *,
+    rounded: Tensor | None = None,
+) -> None:
+    weight = value if rounded is None else rounded
+    state = {"master": value} if correction is None else {"correction": correction}
+    way = weight_precision(precision, weight.dtype)
+    new = way.read(weight, state)
+    update = (gradient * column_factor).mul_(row_factor[:, None]).mul_(size).view(-1)
+    if found_inf is not None:
+        update.masked_fill_(found_inf.bool(), 0.0)
+    new.mul_(keep).sub_(update)
+    key = None if noise is None else noise_key((noise[0], noise[1]), step)
+    way.write(weight, state, new, key, start)
+
+
+_SQUARES = operator("adafactor_squares", "(Tensor gradient) -> (Tensor, Tensor)", _squares, _no_sums)
+_LENGTH = operator(
+    "adafactor_length", "(Tensor gradient, Tensor row_factor, Tensor column_factor) -> Tensor", _length, _no_lengths
+)
+_APPLY = operator(
+    "adafactor",
+    "(Tensor(a!) value, Tensor gradient, Tensor(b!)? correction, Tensor row_factor, Tensor column_factor, Tensor size, "
+    "Tensor keep, Tensor step, Tensor? found_inf, str? precision, int start, int[]? noise, *, Tensor(c!)? rounded=None) "
+    "-> ()",
+    _apply,
+)

@@ -18,6 +18,7 @@ torch's fused optimizers do. Where ``found_inf`` is 1 a step changes nothing: no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -39,7 +40,7 @@ SLICE_MULTIPLE = 256
 SCALAR_BYTES = 4096
 """Left over in each slice for a step's 0-dim tensors and tables."""
 
-_TRIED_COUNT, _TRIED_RATE = 17 * SLICE_MULTIPLE, 1e-2
+_TRIED_SHAPE, _TRIED_RATE = (17, SLICE_MULTIPLE), 1e-2
 
 WEIGHT_STATE_NAMES = frozenset({"master", "correction"})
 """State that belongs to the weight's own precision."""
@@ -272,7 +273,7 @@ class MemoryLeanOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 way = weight_precision_of(parameter, group)
-                kind = (parameter.dtype, way, *(tensor.dtype for tensor in self.state[parameter].values()))
+                kind = (parameter.dtype, parameter.dim() > 1, way, *(tensor.dtype for tensor in self.state[parameter].values()))
                 if kind not in tried:
                     tried.add(kind)
                     ours, plain = (self._tried(parameter, group, fused) for fused in (True, False))
@@ -283,7 +284,9 @@ class MemoryLeanOptimizer(Optimizer):
 
     def _tried(self, parameter: Tensor, group: Group, fused: bool) -> Tensor:
         """Return the values of a small weight like ``parameter`` after three updates."""
-        wave = torch.arange(_TRIED_COUNT, dtype=torch.float32, device=parameter.device).mul_(0.37).sin_()
+        wave = torch.arange(math.prod(_TRIED_SHAPE), dtype=torch.float32, device=parameter.device).mul_(0.37).sin_()
+        if parameter.dim() > 1:
+            wave = wave.view(_TRIED_SHAPE)
         group = {**group, "lr": _TRIED_RATE}
         weight = wave.to(parameter.dtype)
         state = self._new_state(weight, group)

@@ -22,6 +22,9 @@ from oomless.optim.precision import WeightPrecision, weight_precision
 SMALLEST_CAPABILITY = (7, 5)
 """Triton makes no kernels for older GPUs."""
 
+TILE = 128
+"""Side of the part of a matrix of which one program of a kernel makes sums."""
+
 _LIBRARY: Any = torch.library.Library("oomless", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SCHEMA = (
     "(Tensor(a!) value, Tensor gradient, Tensor(b!)[] moments, Tensor(c!)? correction, Tensor step, Tensor? scale, "
@@ -72,11 +75,7 @@ class Update:
     def __init__(self, name: str, moments: Sequence[str], plain: PlainForm) -> None:
         self.plain = plain
         self._moments = tuple(moments)
-        _LIBRARY.define(name + _SCHEMA)
-        _LIBRARY.impl(name, self._on_cpu, "CPU")
-        _LIBRARY.impl(name, _on_gpu(name), "CUDA")
-        torch.library.register_fake(f"oomless::{name}", _asks_for_nothing, lib=_LIBRARY)
-        self._operator = getattr(torch.ops.oomless, name).default
+        self._operator = operator(name, _SCHEMA, self._on_cpu)
 
     def __call__(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], terms: Terms, start: int) -> None:
         """Update a slice."""
@@ -129,12 +128,27 @@ class Update:
         self.plain(weight, gradient, state, terms, start)
 
 
-def _on_gpu(name: str) -> Callable[..., None]:
-    def launch(value: Tensor, *arguments: Any, **keywords: Any) -> None:
+def operator(
+    name: str, schema: str, on_cpu: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Register the operator whose kernel is the function of ``kernels`` called ``name``, and return it.
+
+    ``on_cpu`` does what the kernel does, ``fake`` makes what it returns; by default that is nothing.
+    """
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, _on_gpu(name), "CUDA")
+    torch.library.register_fake(f"oomless::{name}", fake or _asks_for_nothing, lib=_LIBRARY)
+    registered: Callable[..., Any] = getattr(torch.ops.oomless, name).default
+    return registered
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
+    def launch(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
         from oomless.optim import kernels
 
-        with torch.cuda.device(value.device):
-            getattr(kernels, name)(value, *arguments, **keywords)
+        with torch.cuda.device(first.device):
+            return getattr(kernels, name)(first, *arguments, **keywords)
 
     return launch
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oomless.optim.blockwise import BLOCK, block_count
+from oomless.optim.fused import TILE
 from oomless.optim.precision import SIGNIFICAND_BITS
 
 ROWS = 4
@@ -248,6 +249,103 @@ def _sgd(
     _store(new, value, rounded, correction, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
 
 
+@triton.jit
+def _tile(first, rows, columns, TILE: tl.constexpr, PART: tl.constexpr):
+    """Return ``PART`` rows from ``first`` on, this program's columns, where they lie, and which of them exist."""
+    row = first + tl.arange(0, PART)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    here = (row < rows)[:, None] & (column < columns)[None, :]
+    return row, column, row[:, None] * columns + column[None, :], here
+
+
+@triton.jit
+def _adafactor_squares(
+    gradient,
+    row_sums,
+    column_sums,
+    rows,
+    columns,
+    GRADIENT_BF16: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    across = tl.zeros((TILE,), tl.float32)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    for number in tl.static_range(TILE // PART):
+        row, _, place, here = _tile(tl.program_id(0).to(tl.int64) * TILE + number * PART, rows, columns, TILE, PART)
+        g = _read(gradient, place, here, GRADIENT_BF16)
+        tl.store(row_sums + row * tl.num_programs(1) + tl.program_id(1), tl.sum(g * g, axis=1), mask=row < rows)
+        across += tl.sum(g * g, axis=0)
+    tl.store(column_sums + tl.program_id(0).to(tl.int64) * columns + column, across, mask=column < columns)
+
+
+@triton.jit
+def _adafactor_length(
+    gradient,
+    row_factor,
+    column_factor,
+    sums,
+    rows,
+    columns,
+    GRADIENT_BF16: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    across = tl.zeros((TILE,), tl.float32)
+    for number in tl.static_range(TILE // PART):
+        row, column, place, here = _tile(
+            tl.program_id(0).to(tl.int64) * TILE + number * PART, rows, columns, TILE, PART
+        )
+        u = _read(gradient, place, here, GRADIENT_BF16)
+        u *= tl.load(row_factor + row, mask=row < rows, other=0)[:, None]
+        u *= tl.load(column_factor + column, mask=column < columns, other=0)[None, :]
+        across += tl.sum(u * u, axis=0)
+    tl.store(sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(across))
+
+
+@triton.jit(
+    do_not_specialize=["start", "noise_low", "noise_high"],
+    do_not_specialize_on_alignment=["row_factor"],
+)
+def _adafactor(
+    value,
+    rounded,
+    gradient,
+    correction,
+    row_factor,
+    column_factor,
+    size,
+    keep,
+    step,
+    found_inf,
+    rows,
+    columns,
+    start,
+    noise_low,
+    noise_high,
+    STOCHASTIC: tl.constexpr,
+    VALUE_BF16: tl.constexpr,
+    WEIGHT_BF16: tl.constexpr,
+    GRADIENT_BF16: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    if found_inf is not None:
+        rows = tl.where(tl.load(found_inf) == 0, rows, 0)
+    row, column, place, here = _tile(tl.program_id(0).to(tl.int64) * PART, rows, columns, TILE, PART)
+    u = _read(gradient, place, here, GRADIENT_BF16)
+    u *= tl.load(row_factor + row, mask=row < rows, other=0)[:, None]
+    u *= tl.load(column_factor + column, mask=column < columns, other=0)[None, :]
+    old = _value(value, correction, place, here, VALUE_BF16, SMALLEST, RELATIVE)
+    new = old * tl.load(keep) - u * tl.load(size)
+    if STOCHASTIC:
+        noise = _noise(place + start, step, noise_low, noise_high)
+        new = _rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
+    _store(new, value, rounded, correction, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
+
+
 # -- launches, with the arguments of the operators ---------------------------------------------------------------------
 
 
@@ -302,6 +400,62 @@ def sgd(
         **_forms(value, rounded, gradient, precision),
         NESTEROV=bool(nesterov),
         SIZE=ROWS * BLOCK,
+    )
+
+
+def adafactor_squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums of squares of parts of the rows and of the columns; see ``adafactor.py``."""
+    rows, columns = gradient.shape
+    tiles = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+    row_sums = gradient.new_empty((rows, tiles[1]), dtype=torch.float32)
+    column_sums = gradient.new_empty((tiles[0], columns), dtype=torch.float32)
+    _adafactor_squares[tiles](
+        *(_storable(gradient), row_sums, column_sums, rows, columns),
+        GRADIENT_BF16=gradient.dtype == torch.bfloat16,
+        TILE=TILE,
+        PART=TILE // 4,
+    )
+    return row_sums, column_sums
+
+
+def adafactor_length(gradient: Tensor, row_factor: Tensor, column_factor: Tensor) -> Tensor:
+    """Return sums of squares of parts of the update; see ``adafactor.py``."""
+    rows, columns = gradient.shape
+    tiles = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+    sums = row_factor.new_empty(tiles)
+    _adafactor_length[tiles](
+        *(_storable(gradient), row_factor, column_factor, sums, rows, columns),
+        GRADIENT_BF16=gradient.dtype == torch.bfloat16,
+        TILE=TILE,
+        PART=TILE // 4,
+    )
+    return sums
+
+
+def adafactor(
+    value: Tensor,
+    gradient: Tensor,
+    correction: Tensor | None,
+    row_factor: Tensor,
+    column_factor: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    step: Tensor,
+    found_inf: Tensor | None,
+    precision: str | None,
+    start: int,
+    noise: Sequence[int] | None,
+    *,
+    rounded: Tensor | None = None,
+) -> None:
+    """Update some rows; see ``adafactor.py``."""
+    rows, columns = gradient.shape
+    _adafactor[(triton.cdiv(rows, ROWS * 2), triton.cdiv(columns, TILE))](
+        *(_storable(tensor) for tensor in (value, rounded, gradient, correction)),
+        *(row_factor, column_factor, size, keep, step, found_inf, rows, columns, start, *(noise or (0, 0))),
+        **_forms(value, rounded, gradient, precision),
+        TILE=TILE,
+        PART=ROWS * 2,
     )
 
 
