@@ -59,6 +59,7 @@ TECHNIQUES = {
     "APOLLO-Mini": {"optimizer": "apollo_mini"} | CALM,
     "GaLore": {"optimizer": "galore"} | CALM,
     "Muon": {"optimizer": "muon"} | CALM,
+    "plain updates": {"kernels": "plain"},
 }
 REFUSED = {
     ("clipping", "in backward"): "known only after the first weights",
@@ -85,7 +86,7 @@ def together(pair):
 PAIRS = [pair for pair in itertools.combinations(TECHNIQUES, 2) if pair not in REFUSED and together(pair) is not None]
 # What a pair of these two kinds does hangs on no architecture.
 SIXTEEN_BITS = {"masters", "correction", "stochastic rounding", "wide residual"}
-OPTIMIZERS = {name for name, settings in TECHNIQUES.items() if "optimizer" in settings}
+OPTIMIZERS = {name for name, settings in TECHNIQUES.items() if {"optimizer", "kernels"} & settings.keys()}
 
 
 def cases():
