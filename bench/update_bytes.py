@@ -21,7 +21,12 @@ BF16, FP32 = torch.bfloat16, torch.float32
 UPDATES: list[tuple[str, torch.dtype, str | None]] = [
     *(("adamw", FP32, None), ("adamw", BF16, "master"), ("adamw", BF16, "correction"), ("adamw", BF16, "stochastic")),
     *(("adamw_8bit", FP32, None), ("adamw_8bit", BF16, "master"), ("adamw_8bit", BF16, "correction")),
-    *(("adamw_8bit", BF16, "stochastic"), ("sgd", FP32, None), ("sgd", BF16, "correction"), ("sgd", BF16, "stochastic")),
+    *(
+        ("adamw_8bit", BF16, "stochastic"),
+        ("sgd", FP32, None),
+        ("sgd", BF16, "correction"),
+        ("sgd", BF16, "stochastic"),
+    ),
     *(("adafactor", FP32, None), ("adafactor", BF16, "correction"), ("adafactor", BF16, "stochastic")),
 ]
 

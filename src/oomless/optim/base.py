@@ -273,7 +273,12 @@ class MemoryLeanOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 way = weight_precision_of(parameter, group)
-                kind = (parameter.dtype, parameter.dim() > 1, way, *(tensor.dtype for tensor in self.state[parameter].values()))
+                kind = (
+                    parameter.dtype,
+                    parameter.dim() > 1,
+                    way,
+                    *(tensor.dtype for tensor in self.state[parameter].values()),
+                )
                 if kind not in tried:
                     tried.add(kind)
                     ours, plain = (self._tried(parameter, group, fused) for fused in (True, False))
