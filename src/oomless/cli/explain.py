@@ -74,7 +74,8 @@ def explain(
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else _read_text(file)
 
     from oomless.cli.voice import out
-    from oomless.report.first_answer import print_first_answer
+    from oomless.diagnosis.situation import why_not_rehearsed
+    from oomless.report.first_answer import print_first_answer, print_missing, print_remedies, print_why_not
 
     notes: list[str] = []
     given = _usable(given_settings(config, settings), notes)
@@ -90,6 +91,12 @@ def explain(
     if not json:
         print_first_answer(out(), first)
         out().file.flush()
+    why = why_not_rehearsed(first.situation)
+    if why is not None and not json and html is None and first.snapshot is None:
+        print_why_not(out(), first, why)
+        print_remedies(out(), first)
+        print_missing(out(), first.missing)
+        return
     _rehearse(first, (60.0 if budget is None else budget) - (time.monotonic() - began), json, html)
 
 

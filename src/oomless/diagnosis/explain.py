@@ -19,9 +19,9 @@ from oomless.diagnosis.findings import others_bytes
 from oomless.diagnosis.first_answer import FirstAnswer, answer_of, first_answer, missing_of
 from oomless.diagnosis.logs import read
 from oomless.diagnosis.plain_step import Outcome
-from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run, why_not_rehearsed
+from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run
 from oomless.diagnosis.settings import LogSettings
-from oomless.diagnosis.situation import Situation, Source, read_situation
+from oomless.diagnosis.situation import Situation, Source, read_situation, why_not_rehearsed
 from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
 from oomless.errors import UserError
 

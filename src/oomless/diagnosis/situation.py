@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from oomless import catalogue
 from oomless.diagnosis.logs import Reading
+from oomless.diagnosis.messages import ON_GPU
 from oomless.diagnosis.model_names import NamedModel
 from oomless.diagnosis.several import Several
 from oomless.diagnosis.tensors import Dimensions
@@ -197,3 +198,43 @@ def _size(name: str) -> int | None:
         return catalogue.gpu(name).usable_bytes
     except HardwareError:
         return None
+
+
+NOT_REHEARSED = {
+    "grpo": "GRPO generates between its steps, which is not rehearsed",
+    "ppo": "PPO holds several models and generates between its steps, which is not rehearsed",
+    "kto": "KTO's two passes are not rehearsed",
+    "distillation": "a teacher beside the student is not rehearsed",
+    "reward model": "a reward model's head is not rehearsed",
+}
+
+
+def why_not_rehearsed(situation: Situation) -> str | None:
+    """Return why the run cannot be rehearsed as it was; ``None`` where it can be."""
+    first, several = situation.reading.first, situation.several
+    if first is not None and first.message.kind not in ON_GPU:
+        return "it was not the training's GPU memory that ran out"
+    if first is not None and first.message.source not in (
+        "CUDA",
+        "HIP",
+        "cuBLAS",
+        "cuDNN",
+        "bitsandbytes",
+        "Triton",
+        "NCCL",
+        "cuSOLVER",
+    ):
+        return f"rehearsals simulate CUDA's allocator, not that of {first.message.source}"
+    if first is not None and (first.place.generating or first.place.phase == "save"):
+        return "it failed while it generated text" if first.place.generating else "it failed while it saved"
+    if situation.method in NOT_REHEARSED:
+        return NOT_REHEARSED[situation.method]
+    if several.shares:
+        return "training that is shared out among GPUs is not rehearsed as its tool runs it"
+    if situation.model is None and situation.reading.settings.named is None:
+        return "the text names no model: --model NAME"
+    if situation.model is None:
+        return "the model is not known here: --model NAME, or --model path/to/config.json"
+    if situation.gpu is None and situation.capacity_bytes is None:
+        return "the GPU is not known: --gpu NAME, or a size such as --gpu 24GiB"
+    return None

@@ -16,7 +16,14 @@ from oomless.diagnosis.first_answer import FirstAnswer
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun
 from oomless.memory.profile import CATEGORIES
-from oomless.report.first_answer import print_first_answer, print_missing, print_remedies, print_suspects, title
+from oomless.report.first_answer import (
+    print_first_answer,
+    print_missing,
+    print_remedies,
+    print_suspects,
+    print_why_not,
+    title,
+)
 from oomless.report.screen import Screen
 from oomless.report.tables import bars
 from oomless.units import counted, format_bytes
@@ -68,8 +75,8 @@ class Printer(Listener):
     def close(self, diagnosis: Diagnosis) -> None:
         """Print what comes last."""
         screen, cures = self.screen, diagnosis.cures
-        if diagnosis.not_rehearsed is not None and diagnosis.first.situation.reading.first is not None:
-            screen.say((f"\nNothing is rehearsed: {diagnosis.not_rehearsed}.", "dim"))
+        if diagnosis.not_rehearsed is not None:
+            print_why_not(screen, diagnosis.first, diagnosis.not_rehearsed)
         for note in diagnosis.first.situation.notes[len(self.first.situation.notes) :]:
             screen.say(note, style="dim")
         if cures is not None:

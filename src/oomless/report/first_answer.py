@@ -45,6 +45,12 @@ def print_remedies(screen: Screen, answer: FirstAnswer) -> None:
         screen.say((remedy.how, "cyan"), indent=5)
 
 
+def print_why_not(screen: Screen, answer: FirstAnswer, why: str) -> None:
+    """Print why nothing is rehearsed."""
+    if answer.situation.reading.first is not None:
+        screen.say((f"\nNothing is rehearsed: {why.rstrip('.')}.", "dim"))
+
+
 def print_missing(screen: Screen, missing: tuple[str, ...]) -> None:
     """Print what would make the answer better."""
     if missing:
