@@ -23,8 +23,12 @@ from oomless.models.layout import LateTensor, Savable
 from oomless.models.make import left_out, make
 from oomless.models.weights import Weights, open_file
 from oomless.techniques import lora, trainable
+from oomless.units import MiB
 
 HOST = Device()
+_READ_AT_ONCE = 256 * MiB
+"""How much of a file is read before it is opened anew."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +52,7 @@ class Merged:
             self.model = make(copy.deepcopy(spec.config), dtype=self.dtype, trust_remote_code=spec.trust_remote_code)
         state = self.model.state_dict(keep_vars=True)
         self._weights = Weights(spec.folder, self.model, list(state), HOST)
+        self._read_bytes = 0
         self._weights.check_whole({name: id(tensor) for name, tensor in state.items()})
         setattr(self.model, layout.NAMES, self._weights.names_in_files)
         self._changes: Mapping[str, Change] = {} if source.kind == "model" else changes(source, self.model)
@@ -94,6 +99,10 @@ class Merged:
         return LateTensor(shape, dtype, whole, expert if len(shape) == 3 else None)
 
     def _checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        self._read_bytes += tensor.nbytes
+        if self._read_bytes > _READ_AT_ONCE:
+            self._read_bytes = 0
+            self._weights.close()
         if tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{name} is {tuple(tensor.shape)} in the files but {shape} by the config.json of {self.source.base.name}: the two do "

@@ -143,6 +143,10 @@ class Weights:
         tensor = read()
         return LateTensor(tuple(tensor.shape), tensor.dtype, read)
 
+    def close(self) -> None:
+        """Forget the file at hand: what was read of it counts as memory of this process for as long as it is open."""
+        self._opened = (None, None)
+
     def _recipe(self, name: str) -> Recipe:
         recipe = self._recipes.get(name)
         if recipe is None:
