@@ -103,3 +103,11 @@ def test_what_is_in_order_is_not(gpu):
         host.add_(1)
     assert gpu.put(host).shape == gpu.fetch(here).shape == (8,)
     here.copy_(host)
+
+
+def test_asking_for_the_form_of_what_comes_is_not_reading(gpu):
+    target = torch.zeros(4, 8)
+    wait = gpu.start_copy(gpu.pinned_like(target), target)
+    assert torch.ops.prim.device.default(target).type == "cpu"
+    assert target[1:].shape == (3, 8) and torch.empty_like(target).shape == target.new_zeros(4, 8).shape
+    wait()

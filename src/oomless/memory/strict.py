@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ _MAY_MIX = frozenset(
     | {"aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put"}
 )
 """Copies, and what takes its indices from either memory."""
+
+_READS_NOTHING = re.compile(r"prim::|aten::(sym_|new_|\w+_like$|is_|record_stream)")
+"""Operators that ask a tensor for its form alone."""
 
 _READS_A_NUMBER = "aten::_local_scalar_dense"
 
@@ -79,7 +83,7 @@ class Strict:
         given = [*_tensors(args), *(_tensors(kwargs.values()) if kwargs else ())]
         storages = [tensor.untyped_storage() for tensor in given]
         places = {self._on_device(storage) for storage in storages}
-        name, written, view = _about(func)
+        name, written, reads_nothing = _about(func)
         if name == _READS_A_NUMBER:
             self.host_waits()
         if len(places) == 2 and name not in _MAY_MIX:
@@ -88,7 +92,7 @@ class Strict:
                 for tensor, storage in zip(given, storages, strict=True)
             )
             raise DeviceMisuse(f"{name} was given host and device memory at once, which CUDA refuses: {where}")
-        if view:
+        if reads_nothing:
             return
         for storage in storages if self._being_written else ():
             if storage in self._being_written:
@@ -107,13 +111,13 @@ class Strict:
 
 @functools.cache
 def _about(func: Any) -> tuple[str, tuple[int, ...], bool]:
-    """Return an operator's name without its overload, the places of the arguments that it writes, and whether it only gives views."""
+    """Return an operator's name without its overload, the places of the arguments that it writes, and whether it reads nothing."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return str(func), (), False
     writes = (place for place, given in enumerate(schema.arguments) if given.alias_info and given.alias_info.is_write)
     views = schema.returns and all(given.alias_info and not given.alias_info.is_write for given in schema.returns)
-    return schema.name, tuple(writes), bool(views)
+    return schema.name, tuple(writes), bool(views) or _READS_NOTHING.match(schema.name) is not None
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
