@@ -32,7 +32,7 @@ def test_help_lists_every_setting():
     shown = set(re.findall(r"--([a-z0-9-]+)", plain(result.stdout)))
     expected = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
     assert expected <= shown
-    assert shown <= expected | {"config", "help", "help-all", "as-given", "host-memory", "no-shuffle"}
+    assert shown <= expected | {"config", "help", "help-all", "as-given", "host-memory", "no-shuffle", "prefer"}
 
 
 def test_import_is_light():

@@ -22,7 +22,7 @@ from oomless.ops.rms_norm import rms_norm
 from oomless.ops.tiled import tiled
 
 SIXTEEN = [torch.bfloat16, torch.float16]
-NO_ARITHMETIC = {"__init__", "gradient_buffer", "recompute"}
+NO_ARITHMETIC = {"__init__", "gradient_buffer", "packing_shapes", "recompute"}
 DOCUMENTS = ((3, 1, 5), (9,))
 
 
