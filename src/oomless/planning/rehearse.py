@@ -284,7 +284,8 @@ class NoFolder(Keeper):
 def shortened(config: TrainConfig, layout: Layout, steps: int, gpus: int = 1) -> TrainConfig:
     """Return the run of ``config`` in at most so many ``steps``, or whole where it is short and its text known.
 
-    One that is cut short evaluates and saves after its first step if at all.
+    One that is cut short evaluates and saves after its first step if at all, and accumulates over fewer passes: further ones ask
+    for the same again.
     """
     total = total_steps(config, layout.blocks_per_epoch, gpus)
     short = total is not None and total <= (SHORT_RUN_STEPS if layout.blocks_per_epoch is not None else steps)
@@ -299,8 +300,11 @@ def shortened(config: TrainConfig, layout: Layout, steps: int, gpus: int = 1) ->
     )
     if short:
         return config
+    passes = passes_of(config) * gpus * min(2, len(layout.train))
     return replace(
         config,
+        tokens_per_step=None,
+        gradient_accumulation_steps=min(config.gradient_accumulation_steps, passes),
         eval_steps=1 if config.eval_steps else None,
         save_steps=1 if config.save_steps or config.save_minutes else None,
     )
