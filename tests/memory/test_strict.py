@@ -107,7 +107,15 @@ def test_what_is_in_order_is_not(gpu):
 
 def test_asking_for_the_form_of_what_comes_is_not_reading(gpu):
     target = torch.zeros(4, 8)
-    wait = gpu.start_copy(gpu.pinned_like(target), target)
+    gpu.start_copy(gpu.pinned_like(target), target)
     assert torch.ops.prim.device.default(target).type == "cpu"
-    assert target[1:].shape == (3, 8) and torch.empty_like(target).shape == target.new_zeros(4, 8).shape
-    wait()
+    assert target[1:].shape == (3, 8)
+    assert torch.empty_like(target).shape == target.new_zeros(4, 8).shape
+
+
+def test_beside_what_comes_the_rest_may_be_used(gpu):
+    slots = torch.zeros(2, 8)
+    gpu.start_copy(gpu.pinned_like(slots[0]), slots[0])
+    slots[1].add_(1)
+    with pytest.raises(DeviceMisuse):
+        slots.add_(1)

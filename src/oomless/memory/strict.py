@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,6 +30,43 @@ class DeviceMisuse(OomlessError, RuntimeError):
     """An operator that would fail on CUDA, or read or spoil memory that a copy still uses."""
 
 
+class _Regions:
+    """Parts of storages, each with the number of the copy that uses it."""
+
+    def __init__(self) -> None:
+        self._held: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[int, int], int]] = WeakKeyDictionary()
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def add(self, storage: torch.UntypedStorage, region: tuple[int, int], copy: int) -> None:
+        self._held.setdefault(storage, {})[region] = copy
+
+    def touches(self, tensor: Tensor) -> bool:
+        held = self._held.get(tensor.untyped_storage())
+        if not held:
+            return False
+        start, end = _region(tensor)
+        return any(first < end and start < last for first, last in held)
+
+    def take_until(self, copy: int) -> list[tuple[torch.UntypedStorage, tuple[int, int]]]:
+        """Remove and return those of ``copy`` and the copies before it."""
+        done = [
+            (storage, region)
+            for storage, held in self._held.items()
+            for region, number in held.items()
+            if number <= copy
+        ]
+        for storage, region in done:
+            del self._held[storage][region]
+            if not self._held[storage]:
+                del self._held[storage]
+        return done
+
+    def clear(self) -> None:
+        self._held.clear()
+
+
 class Strict:
     """Is asked before each operator, and told of each copy that runs beside the computation.
 
@@ -41,24 +78,21 @@ class Strict:
         self._on_device = on_device
         self._asleep = False
         self._copies = 0
-        self._being_written: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
-        self._being_read: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
-        self._host_has_not_waited: WeakSet[torch.UntypedStorage] = WeakSet()
+        self._being_written, self._being_read, self._host_has_not_waited = _Regions(), _Regions(), _Regions()
 
     @contextmanager
     def copying(self, source: Tensor, target: Tensor) -> Iterator[Callable[[], None]]:
         """Give what is to be called when the device has waited for the copy that begins inside."""
         self._copies = copy = self._copies + 1
-        self._being_read[source.untyped_storage()] = self._being_written[target.untyped_storage()] = copy
+        self._being_read.add(source.untyped_storage(), _region(source), copy)
+        self._being_written.add(target.untyped_storage(), _region(target), copy)
 
         def waited() -> None:
             """Forget this copy and all before it, which are done."""
-            for copies in (self._being_read, self._being_written):
-                done = [storage for storage, number in copies.items() if number <= copy]
-                for storage in done:
-                    del copies[storage]
-                    if copies is self._being_written and not self._on_device(storage):
-                        self._host_has_not_waited.add(storage)
+            self._being_read.take_until(copy)
+            for storage, region in self._being_written.take_until(copy):
+                if not self._on_device(storage):
+                    self._host_has_not_waited.add(storage, region, copy)
 
         self._asleep = True
         try:
@@ -68,8 +102,8 @@ class Strict:
 
     def host_waits(self) -> None:
         """What the device was given to do is done: the host waited, or read a number of it."""
-        for copies in (self._being_read, self._being_written, self._host_has_not_waited):
-            copies.clear()
+        for regions in (self._being_read, self._being_written, self._host_has_not_waited):
+            regions.clear()
 
     def check(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
         """Raise where ``func`` must not work on these tensors now.
@@ -81,32 +115,34 @@ class Strict:
         if self._asleep:
             return
         given = [*_tensors(args), *(_tensors(kwargs.values()) if kwargs else ())]
-        storages = [tensor.untyped_storage() for tensor in given]
-        places = {self._on_device(storage) for storage in storages}
+        places = [self._on_device(tensor.untyped_storage()) for tensor in given]
         name, written, reads_nothing = _about(func)
         if name == _READS_A_NUMBER:
             self.host_waits()
-        if len(places) == 2 and name not in _MAY_MIX:
+        if True in places and False in places and name not in _MAY_MIX:
             where = ", ".join(
-                f"{'device' if self._on_device(storage) else 'host'} {tuple(tensor.shape)}"
-                for tensor, storage in zip(given, storages, strict=True)
+                f"{'device' if on_device else 'host'} {tuple(tensor.shape)}"
+                for tensor, on_device in zip(given, places, strict=True)
             )
             raise DeviceMisuse(f"{name} was given host and device memory at once, which CUDA refuses: {where}")
         if reads_nothing:
             return
-        for storage in storages if self._being_written else ():
-            if storage in self._being_written:
-                raise DeviceMisuse(f"{name} works with memory that a copy is writing: wait for the copy first")
+        if self._being_written and any(map(self._being_written.touches, given)):
+            raise DeviceMisuse(f"{name} works with memory that a copy is writing: wait for the copy first")
         if self._being_read:
-            for tensor in _tensors(args[place] for place in written if place < len(args)):
-                if tensor.untyped_storage() in self._being_read:
-                    raise DeviceMisuse(f"{name} changes memory that a copy is reading: wait for the copy first")
-        if self._host_has_not_waited and True not in places:
-            for storage in storages:
-                if storage in self._host_has_not_waited:
-                    raise DeviceMisuse(
-                        f"{name} reads on the host what a copy brings: the device waited, the host did not"
-                    )
+            changed = _tensors(args[place] for place in written if place < len(args))
+            if any(map(self._being_read.touches, changed)):
+                raise DeviceMisuse(f"{name} changes memory that a copy is reading: wait for the copy first")
+        if self._host_has_not_waited and True not in places and any(map(self._host_has_not_waited.touches, given)):
+            raise DeviceMisuse(f"{name} reads on the host what a copy brings: the device waited, the host did not")
+
+
+def _region(tensor: Tensor) -> tuple[int, int]:
+    """Return from which byte of its storage to which ``tensor`` lies."""
+    start = int(tensor.storage_offset())
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = start + int(steps) + 1 if tensor.numel() else start
+    return start * tensor.itemsize, end * tensor.itemsize
 
 
 @functools.cache
