@@ -69,7 +69,7 @@ REFUSED = {
     ("offloaded optimizer", "rows"): "SGD keeps nothing of these parameters that could lie on the host",
 }
 # Of the way that a weight goes; eight-bit codes and sixteen-bit weights round it.
-TOLERANCE = {"adamw_8bit": 0.02, "fp16": 0.3, "bf16": 0.4}
+TOLERANCE = {"adamw_8bit": 0.02, "fp16": 0.3, "bf16": 0.5}
 MODELS = {"llama": True, "gemma": True, "qwen2": False}
 
 
