@@ -323,7 +323,7 @@ def _cure(run: FailedRun, names: tuple[str, ...], sets: Mapping[str, Any], answe
         headroom_bytes=answer.headroom_bytes,
         quality="; ".join(qualities) or SAME,
         speed="; ".join(speeds) or SAME_SPEED,
-        tool=None if own else change_in(run.tool or "torch", names, after.values),
+        tool=None if own else change_in(run.tool or "torch", names, {**after.values, "half": run.half}),
     )
 
 

@@ -73,6 +73,11 @@ class FailedRun:
         return self.spec is not None and self.target is not None
 
     @property
+    def half(self) -> Literal["fp16", "bf16"]:
+        """The 16 bits that the GPU computes in; bf16 where it is not known."""
+        return "bf16" if self.target is None or self.target.compute_capability >= (8, 0) else "fp16"
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of a number in activations."""
         return 4 if self.values.get("dtype") == "fp32" and self.mixed_precision is None else 2
@@ -221,10 +226,10 @@ def choose_unknowns(
     assert run.target is not None
     message = reading.first.message if reading.first is not None else None
     evaluates = reading.first is not None and reading.first.place.phase == "evaluation"
-    half = "bf16" if run.target.compute_capability >= (8, 0) else "fp16"
     dtypes: list[str | None] = [None]
     if "dtype" not in run.values and run.tool != "oomless":
-        dtypes = ["fp32"] if run.mixed_precision else [half] if "quantization" in run.values else ["fp32", half, MIXED]
+        dtypes = [run.half] if "quantization" in run.values else ["fp32", run.half, MIXED]
+        dtypes = ["fp32"] if run.mixed_precision else dtypes
     lengths: list[int | None] = [None]
     found: list[int] = []
     if "max_seq_length" not in run.values:
@@ -304,8 +309,7 @@ def _with(
     values, sources = dict(run.values), dict(run.sources)
     mixed = run.mixed_precision
     if dtype == MIXED:
-        assert run.target is not None
-        mixed = "bf16" if run.target.compute_capability >= (8, 0) else "fp16"
+        mixed = run.half
         dtype = "fp32"
     if dtype is not None:
         values["dtype"], sources["dtype"] = dtype, "assumed"

@@ -255,7 +255,7 @@ def _filled(words: str, values: Mapping[str, Any]) -> str:
         "accumulation": values.get("gradient_accumulation_steps", 1),
         "length": values.get("max_seq_length", "N"),
         "generations": max(2, values.get("num_generations", 8) // 2),
-        "half": "torch.float16" if values.get("dtype") == "fp16" else "torch.bfloat16",
+        "half": "torch.float16" if "fp16" in (values.get("dtype"), values.get("half")) else "torch.bfloat16",
     }
     for name, value in numbers.items():
         words = words.replace(f"{{{name}}}", str(value))

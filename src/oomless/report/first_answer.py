@@ -69,7 +69,7 @@ def _print_error(screen: Screen, answer: FirstAnswer) -> None:
     first = reading.first
     if first is None:
         known = answer.situation.model is not None
-        title(screen, "No out-of-memory error is in the text" + (": the run that it describes" if known else ""))
+        title(screen, "No out-of-memory error is in the text")
         if not known:
             screen.say(
                 "Paste the error itself with the traceback above it, or give --model and --gpu and the settings of the run."
