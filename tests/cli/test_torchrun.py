@@ -24,7 +24,7 @@ def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeyp
     planned = oomless("plan", "--model", make_checkpoint("llama"), "--gpu", "2x8GiB", *settings, "--write", pick)
     assert planned.returncode == 0, planned.stderr
     text = " ".join(plain(planned.stdout).split())
-    assert "on 2 x GPU of 8.00 GiB: fits" in text
+    assert "on 2 x GPU of 8.00 GiB: full, AdamW" in text
     assert f"torchrun --nproc-per-node 2 -m oomless train --config {pick}" in text
     data = ["--data", corpus, "--output-dir", run, "--gpu", "cpu", "--eval-fraction", 0]
     trained = torchrun("train", "--config", pick, *data)
