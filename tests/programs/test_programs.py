@@ -360,6 +360,42 @@ def test_accelerate_and_trl(tmp_path, small_model, script):
     assert not output.exists()
 
 
+KERNELS = """
+import sys, torch, triton
+import triton.language as tl
+
+@triton.autotune([triton.Config({"BLOCK": 256}), triton.Config({"BLOCK": 512})], key=["size"], restore_value=["doubled"])
+@triton.jit
+def double(values, doubled, size, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(doubled + places, 2 * tl.load(values + places, mask=places < size), mask=places < size)
+
+assert sys.argv[1:] == ["--debug"]
+values = torch.ones(1 << 20, device="cuda")
+doubled = torch.zeros(1 << 20, device="cuda")
+few = torch.zeros(4, device="cuda")
+for _ in range(3):
+    double[lambda of: (triton.cdiv(of["size"], of["BLOCK"]),)](values, doubled, values.numel())
+before = torch.cuda.max_memory_allocated()
+assert before == (3 * 4 << 20) + (256 << 20) + 512, before
+double[(1,)](few, few, 4)
+if few.sum().item() == 0:
+    raise SystemExit("a kernel's result was taken for what stood there before")
+raise ValueError("the end")
+"""
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_triton_kernels_are_launched_on_nothing(tmp_path, interpreted, monkeypatch):
+    """Two tensors of 4 MiB, a copy of one that is put back between trials, and the 256 MiB that Triton clears."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    done = rehearse(tmp_path, KERNELS, "--debug", options=["--debug"])
+    assert done.returncode == 2
+    assert "ValueError: the end" in done.stderr
+    assert 'train.py", line 22' in done.stderr
+
+
 @pytest.mark.slow
 def test_a_script_that_does_not_fit_says_where(tmp_path):
     script = (

@@ -71,7 +71,10 @@ def _root(
 
 def run() -> int:
     """Run the command line and return its exit code; what the user got wrong, or a model cannot do, is one message and 2."""
-    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
+    of_script = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own = sys.argv[1:of_script]
+    debug = _DEBUG in own
+    arguments = [_DEBUG] * debug + [argument for argument in own if argument != _DEBUG] + sys.argv[of_script:]
     # bitsandbytes, which peft imports, advises every CPU user to install a package that oomless has no use for.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -79,7 +82,7 @@ def run() -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except (UserError, TrainingError) as error:
-        if _DEBUG in sys.argv and error.__cause__ is not None:
+        if debug and error.__cause__ is not None:
             raise
         told = not speaks() if error.told is None else error.told
         return _failed(None if told else str(error), 2 if isinstance(error, UserError) else 1)
@@ -87,7 +90,7 @@ def run() -> int:
         aside().print("interrupted")
         return 130
     except Exception as error:
-        message = None if _DEBUG in sys.argv else _blamed(error)
+        message = None if debug else _blamed(error)
         if message is None:
             raise
         return _failed(message, 2)

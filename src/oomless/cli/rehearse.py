@@ -13,6 +13,7 @@ from oomless.errors import ConfigError
 
 
 def rehearse(
+    context: typer.Context,
     script: Annotated[Path, typer.Argument(help="Your own training script.", show_default=False)],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments, after --.", show_default=False)] = None,
     gpu: Annotated[str, typer.Option(help="The GPU to rehearse on, such as T4 or 24GiB.")] = "auto",
@@ -25,7 +26,6 @@ def rehearse(
     snapshot: Annotated[
         Path | None, typer.Option(help="Write what PyTorch's memory visualiser opens.", show_default=False)
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error of the script.")] = False,
 ) -> None:
     """Run a training script of your own, unchanged, on a GPU that is not there: does it fit, and which line asks for most?
 
@@ -53,6 +53,7 @@ def rehearse(
         else:
             print_programs(out(), answers)
         return
+    debug = context.find_root().params["debug"]
     answer = rehearse_program(script, gpu, arguments or [], steps=steps, snapshot=snapshot, debug=debug)
     if timeline is not None:
         write_timeline(answer.profile, timeline)

@@ -178,9 +178,10 @@ def rehearse_answer(
                     _with_evaluation(run, situation), situation.reading, [s for s in named if s.solved], clock.has_time
                 )
             assert run.target is not None
+            asked = run.sources.get("per_device_eval_batch_size") == "given"
             evaluates = _evaluates(situation)
             with clock.timing("the run as it was, without a limit"):
-                without_limit = rehearse_run(run, run.target, limited=False, evaluates=evaluates)
+                without_limit = rehearse_run(run, run.target, limited=False, evaluates=evaluates or asked)
             named = _suspects(situation, run, at_failure) or named
             found |= {"run": run, "at_failure": at_failure, "without_limit": without_limit}
             heard.rehearsed(run, at_failure, without_limit, named)
@@ -189,7 +190,8 @@ def rehearse_answer(
                 found["cures"] = find_cures(
                     run,
                     without_limit,
-                    evaluates=evaluates
+                    evaluates=asked
+                    or evaluates
                     and at_failure.stopped_at is not None
                     and at_failure.stopped_at.phase == "evaluation",
                     fragmented=any(finding.topic == "fragmentation" for finding in first.findings)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from oomless.memory.device import Phase
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.planning.plan import Target
-from oomless.programs import cuda, libraries
+from oomless.programs import cuda, kernels, libraries
 from oomless.programs.function_mode import AsIfOnCuda
 from oomless.programs.stand_ins import StandIns
 
@@ -69,7 +69,8 @@ class Stage:
         """Let the GPU be there, as far as Python code can see."""
         with ExitStack() as stack:
             changes = cuda.changes(self.gpu) + self.mode.changes() + self.mode.casting.changes()
-            stack.enter_context(cuda.patched(changes + libraries.changes(self.stand_ins)))
+            changes += libraries.changes(self.stand_ins) + kernels.changes(self.stand_ins)
+            stack.enter_context(cuda.patched(changes))
             stack.enter_context(self.mode)
             stack.enter_context(self.stand_ins)
             for handle in (

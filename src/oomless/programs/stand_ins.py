@@ -109,6 +109,10 @@ class StandIns(StorageTracker):
         key = id(tensor)
         self._shadow_of[key] = (weakref.ref(tensor, lambda _: self._shadow_of.pop(key, None)), shadow)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Know no values of ``tensor`` any more: what has written it is not known."""
+        self._shadow_of.pop(id(tensor), None)
+
     def value(self, tensor: Tensor) -> Any:
         """Return the one value of ``tensor``, or a plausible one."""
         shadow = self.shadow(tensor)
@@ -223,7 +227,7 @@ class StandIns(StorageTracker):
             if isinstance(value, Tensor) and value.shape == tensor.shape and value.nbytes <= SMALL_BYTES:
                 self._keep(tensor, value)
             elif any(tensor is leaf for leaf in leaves) and func not in _KEEPS_ITS_VALUES:
-                self._shadow_of.pop(id(tensor), None)
+                self.forget(tensor)
 
     def _sized_by_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator whose result's size follows from values: as they are, or as if all were not zero."""
