@@ -69,7 +69,7 @@ REFUSED = {
     ("offloaded optimizer", "rows"): "SGD keeps nothing of these parameters that could lie on the host",
 }
 # Of the way that a weight goes; eight-bit codes and sixteen-bit weights round it.
-TOLERANCE = {"adamw_8bit": 0.02, "fp16": 0.3, "bf16": 0.5}
+TOLERANCE = {"adamw_8bit": 0.02, "fp16": 0.1, "bf16": 0.1}
 MODELS = {"llama": True, "gemma": True, "qwen2": False}
 
 
@@ -150,7 +150,8 @@ PLAIN = {}
 def plain(folder, config, start, rounded):
     """Return losses and ways of the plain path, made once for all pairs that it is the same for."""
     what = (config.trainable, config.trainable_rows, config.quantization, config.optimizer, config.max_grad_norm)
-    key = (folder, *what, bool(rounded))
+    begins = config.dtype if config.lora_r else None  # adapters begin rounded
+    key = (folder, *what, bool(rounded), begins)
     if key not in PLAIN:
         PLAIN[key] = plain_path(folder, config, start, rounded)
     return PLAIN[key]

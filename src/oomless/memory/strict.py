@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from oomless.errors import OomlessError
 
@@ -156,11 +157,16 @@ def _about(func: Any) -> tuple[str, tuple[int, ...], bool]:
     return schema.name, tuple(writes), bool(views) or _READS_NOTHING.match(schema.name) is not None
 
 
+def is_meta(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` has no place; a fake one is not asked, which would be an operator of its own."""
+    return tensor.fake_device.type == "meta" if type(tensor) is FakeTensor else tensor.is_meta
+
+
 def _tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
     """Yield the tensors among ``arguments`` that have a place: a tensor without dimensions may lie anywhere."""
     for argument in arguments:
         if isinstance(argument, Tensor):
-            if argument.dim() and not argument.is_meta and argument.layout is torch.strided:
+            if argument.dim() and not is_meta(argument) and argument.layout is torch.strided:
                 yield argument
         elif isinstance(argument, (list, tuple)):
             yield from _tensors(argument)

@@ -44,10 +44,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from oomless.memory.strict import Strict
+from oomless.memory.strict import Strict, is_meta
 from oomless.memory.tape import Held, Tape
 
 aten = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
 _BOOKED_THOUGH_ALIASING = frozenset(
     {
@@ -227,6 +228,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` and book what is new in its result."""
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # autograd asks for it of every gradient
         if types and not _PLAIN_TYPES.issuperset(types):
             return NotImplemented  # A wrapper runs first; the operators on its parts come here.
         if torch.is_inference_mode_enabled() and _is_composite(func):
@@ -277,7 +280,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if booking is not None:
             if rule is _Rule.MAY_RESIZE and storage.nbytes() != booking.size_bytes:
                 self._rebook(booking, storage.nbytes(), operation)
-        elif rule is _Rule.NEW_STORAGES and not tensor.is_meta:
+        elif rule is _Rule.NEW_STORAGES and not is_meta(tensor):
             size_bytes = storage.nbytes()
             allocation = self._allocate(self.ledger, size_bytes, operation)
             self._enter(storage, self.ledger, size_bytes, allocation)
