@@ -82,7 +82,8 @@ def train(config: Path | None, as_given: bool, prefer: str | None, host_memory: 
         print_plan(screen, predicted)
     listener = TerminalListener(screen)
     try:
-        result = run(resolved, listener if speaks() else Listener())
+        prediction = None if predicted is None else predicted.to_dict()
+        result = run(resolved, listener if speaks() else Listener(), prediction)
     except OutOfMemoryError as error:  # of one process; of several, one says so
         listener.close()
         _print_out_of_memory(screen, error, resolved)

@@ -54,7 +54,12 @@ class Screen(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render, with a mark in place of what would steer the terminal."""
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else _STEERS.sub("\ufffd", text), style, control)
+            yield Segment(text if control else visible(text), style, control)
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with a mark for each character that would steer what shows it."""
+    return _STEERS.sub("\ufffd", text)
 
 
 class _Stream:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +27,10 @@ from oomless.training.run_folder import locked
 from oomless.training.saving import RunFolder
 
 
-def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
-    """Train as ``config`` says and return what came of it; the run folder holds the rest.
+def train(
+    config: TrainConfig, listener: Listener | None = None, prediction: Mapping[str, Any] | None = None
+) -> RunResult:
+    """Train as ``config`` says and return what came of it; the run folder holds the rest, ``prediction`` too.
 
     Raises:
         UserError: what was given cannot work.
@@ -45,7 +49,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> RunResult:
         stack.enter_context(device.active())
 
         def make() -> Run:
-            return Run(config, run, device, listener, ranks, interrupted)
+            return Run(config, run, device, listener, ranks, interrupted, prediction)
 
         recovers = config.recover_from_oom and device.capacity_bytes is not None and ranks.count == 1
         interrupted = Interruption(config.preemption_grace_s, ranks.any)
@@ -74,6 +78,7 @@ class Run(Life):
         listener: Listener,
         ranks: Ranks = distributed.ALONE,
         interrupted: Interruption | None = None,
+        prediction: Mapping[str, Any] | None = None,
     ) -> None:
         start = ranks.from_first(lambda: resuming.checkpoint_to_resume(config, folder, ranks.count, listener.said))
         torch.manual_seed(config.seed)
@@ -93,7 +98,7 @@ class Run(Life):
             or config.experts_on_host
             or config.stream_frozen
         )
-        run_folder = RunFolder(folder, config, tokenizer, spec, ranks, listener, start)
+        run_folder = RunFolder(folder, config, tokenizer, spec, ranks, listener, start, prediction)
         super().__init__(
             config,
             device,

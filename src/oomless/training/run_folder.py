@@ -14,6 +14,10 @@ from typing import Any
 from oomless.errors import CheckpointError, ConfigError
 from oomless.training import checkpoint
 
+METRICS = "metrics.jsonl"
+PREDICTION = "prediction.json"
+"""The plan of a run, as ``oomless plan`` gives it; there where the run has a limit and could be planned."""
+
 EVALUATED = "eval_loss/"
 """What names of validation losses begin with."""
 
@@ -46,7 +50,14 @@ def locked(run: Path) -> Iterator[None]:
 def remove_leftovers(run: Path) -> None:
     """Remove what a killed run left half written or half removed; the run folder is locked."""
     with checkpoint.clear_disk_errors(f"the run folder {run}"):
-        for pattern in (".checkpoint-*.tmp", ".checkpoint-*.old", ".model.*", ".*.jsonl.tmp", ".*.yaml.tmp"):
+        for pattern in (
+            ".checkpoint-*.tmp",
+            ".checkpoint-*.old",
+            ".model.*",
+            ".*.json.tmp",
+            ".*.jsonl.tmp",
+            ".*.yaml.tmp",
+        ):
             for path in run.glob(pattern):
                 checkpoint.delete(path)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from oomless.training import checkpoint, final_model, resuming
 from oomless.training.distributed import Ranks
 from oomless.training.life import Keeper, Life
 from oomless.training.listening import Listener
-from oomless.training.run_folder import Metrics, tensorboard
+from oomless.training.run_folder import METRICS, PREDICTION, Metrics, tensorboard
 
 
 class RunFolder(Keeper):
@@ -28,6 +29,7 @@ class RunFolder(Keeper):
         ranks: the processes, of which the first writes.
         listener: is told what was written.
         saved: the checkpoint from which the run goes on.
+        prediction: what was planned for it, as plain values.
     """
 
     def __init__(
@@ -39,16 +41,17 @@ class RunFolder(Keeper):
         ranks: Ranks,
         listener: Listener,
         saved: checkpoint.Checkpoint | None,
+        prediction: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.config, self.tokenizer, self.spec = folder, config, tokenizer, spec
-        self.ranks, self.listener, self.saved = ranks, listener, saved
+        self.ranks, self.listener, self.saved, self.prediction = ranks, listener, saved, prediction
         self.last_save_failed = False
         self.best: checkpoint.Checkpoint | None = None
-        self.metrics = Metrics(folder / "metrics.jsonl", listener.said)
+        self.metrics = Metrics(folder / METRICS, listener.said)
         self.writer: Any = None
 
     def open(self) -> None:
-        """Begin to write: the config, and metrics from where the run goes on.
+        """Begin to write: the config, what was predicted, and metrics from where the run goes on.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -57,6 +60,10 @@ class RunFolder(Keeper):
             if self.ranks.first:
                 self.metrics.cut(self.saved.step if self.saved is not None else -1)
                 checkpoint.write_atomically(self.folder / "config.yaml", self.config.to_yaml())
+                if self.prediction is not None:
+                    checkpoint.write_atomically(self.folder / PREDICTION, json.dumps(self.prediction))
+                else:
+                    (self.folder / PREDICTION).unlink(missing_ok=True)
         if self.config.tensorboard and self.ranks.first:
             self.writer = tensorboard(self.folder)
 
