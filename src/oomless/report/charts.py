@@ -141,7 +141,8 @@ def _svg(chart: Chart, lines: Sequence[Line], colours: dict[int, str]) -> str:
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {last:,}</text>')
     for name, value in chart.limits:
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text x="{LEFT + 4}" y="{y(value) + 12:.1f}">{text(name)}</text>')
+        beside = y(value) - 4 if y(value) > TOP + 14 else y(value) + 12
+        parts.append(f'<text x="{LEFT + 4}" y="{beside:.1f}">{text(name)}</text>')
     for column in sorted({round(x(step)) for step in chart.marks if first <= step <= last}):
         parts.append(f'<line class="mark" x1="{column}" x2="{column}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     read: dict[int, list[str]] = {}
