@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 import pytest
 from tests.cli.test_cli import oomless
 
+from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.report.charts import Chart, Line, draw
 from oomless.report.run import read_run, run_page
+from oomless.training.loop import train
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x \u202e\x1b[2J"
 VOID = {"meta", "line", "path", "rect"}
@@ -88,6 +90,7 @@ def test_no_text_is_markup(tmp_path):
     assert not {"script", "b"} & set(outline.seen)
     assert not [name for name, _ in outline.attributes if name.startswith("on")]
     assert "<script>alert(1)</script>" in " ".join(outline.text)
+    assert "Memory ran out 1 time, and the run went on." in page
     assert "\u202e" not in page
     assert "\x1b" not in page
 
@@ -130,3 +133,14 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_run(tmp_path)
     folder_with(tmp_path, [])
     assert "0 steps" in run_page(read_run(tmp_path))
+
+
+def test_a_run_keeps_its_own_prediction_and_no_older_one(make_checkpoint, corpus, tmp_path):
+    """It is that of the process that wrote the metrics last; where that one has none, there is none to compare with."""
+    run = tmp_path / "run"
+    settings = {"model": str(make_checkpoint("llama")), "data": str(corpus), "output_dir": str(run), "gpu": "cpu"}
+    settings |= {"max_seq_length": 32, "max_steps": 1, "learning_rate": 1e-3, "dtype": "fp32", "eval_fraction": 0.0}
+    train(TrainConfig.from_mapping(settings), prediction={"profile": {"peak_allocated_bytes": 12345}})
+    assert read_run(run).predicted("profile", "peak_allocated_bytes") == 12345
+    train(TrainConfig.from_mapping(settings | {"resume": True}))
+    assert read_run(run).predicted("profile", "peak_allocated_bytes") is None

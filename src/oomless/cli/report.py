@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from oomless.errors import ConfigError
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, over or still going on.", show_default=False)],
@@ -27,7 +29,12 @@ def report(
     logged = read_run(run)
     path = run / "report.html" if output is None else output
     require_writable(path)
-    write_atomically(path, run_page(logged))
+    try:
+        write_atomically(path, run_page(logged))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}: make room, or name another --output"
+        ) from error
     for line in summary(logged):
         out().print(line)
     out().print(f"written: {path}", soft_wrap=True)

@@ -33,7 +33,7 @@ h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.1rem .9rem .1rem 0;white-space:nowrap}th{color:var(--dim);font-weight:normal}
 th:first-child,td:first-child{text-align:left}td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
-svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
+svg{width:100%;min-width:34rem;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 svg .grid{stroke:var(--grid);stroke-width:1}svg .limit{stroke:var(--ink);stroke-dasharray:6 4}svg .mark{stroke:var(--c1);stroke-dasharray:2 3}
 svg path{fill:none;stroke-width:1.6;stroke-linejoin:round}svg .hit{fill:transparent}svg .hit:hover{fill:var(--grid);fill-opacity:.5}
 i.key{display:inline-block;width:1rem;height:.2rem;vertical-align:middle;margin-right:.4rem}
@@ -85,11 +85,16 @@ def text(value: object) -> str:
     return html.escape(visible(str(value)))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table of cells that are already text of a page."""
     head = "".join(f'<th scope="col">{text(column)}</th>' for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return _scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", f"{name}: values")
+
+
+def _scrolling(inside: str, name: str) -> str:
+    """Return ``inside`` so that it scrolls by itself on a narrow screen, also by keyboard."""
+    return f'<div class="scroll" role="region" aria-label="{text(name)}" tabindex="0">{inside}</div>'
 
 
 def draw(chart: Chart) -> str:
@@ -105,8 +110,8 @@ def draw(chart: Chart) -> str:
     rows += [(text(name), "", text(chart.show(value)), "", "") for name, value in chart.limits]
     marked = f"<p>Dotted: {text(chart.marked)}.</p>" if chart.marks else ""
     return (
-        f"<section><h2>{text(chart.title)}</h2>{_svg(chart, drawn, colours)}"
-        f"{table(('', 'first', 'last', 'lowest', 'highest'), rows)}{marked}{note}</section>"
+        f"<section><h2>{text(chart.title)}</h2>{_scrolling(_svg(chart, drawn, colours), chart.title)}"
+        f"{table(chart.title, ('', 'first', 'last', 'lowest', 'highest'), rows)}{marked}{note}</section>"
     )
 
 

@@ -152,7 +152,7 @@ def summary(logged: Logged) -> Iterator[str]:
     if "tokens_per_second" in logged.values:
         yield f"{median(value for _, value in logged.values['tokens_per_second']):,.0f} tokens/s in the middle."
     if "peak_memory_bytes" in logged.values:
-        measured = logged.last("peak_memory_bytes")
+        measured = max(value for _, value in logged.values["peak_memory_bytes"])
         predicted = logged.predicted(*PEAK)
         said = (
             ""
@@ -161,9 +161,8 @@ def summary(logged: Logged) -> Iterator[str]:
         )
         yield f"Peak memory {format_bytes(int(measured))} allocated{said}."
     recoveries = int(logged.last("oom_recoveries"))
-    yield (
-        f"{counted(recoveries, 'time')} memory ran out and the run went on." if recoveries else "Memory never ran out."
-    )
+    if recoveries:
+        yield f"Memory ran out {counted(recoveries, 'time')}, and the run went on."
     if logged.unread:
         yield f"{counted(logged.unread, 'line')} of {METRICS} could not be read."
 
