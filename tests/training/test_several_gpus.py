@@ -49,6 +49,14 @@ ROUTES = {
     "8-bit": ("llama", False, dict(dtype="fp32", optimizer="adamw_8bit", max_grad_norm=None)),
     "sgd": ("gemma2", False, dict(dtype="fp32", optimizer="sgd", z_loss=1e-4, label_smoothing_factor=0.1)),
     "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512)),
+    "nf4": ("llama", False, dict(dtype="fp32", quantization="nf4", trainable="lora", lora_r=4, optimizer="adamw_8bit")),
+    "int8": ("llama", False, dict(dtype="fp32", quantization="int8", trainable="lora+lm_head", lora_r=4)),
+    "dora": ("gemma", True, dict(dtype="fp32", trainable="lora", lora_r=4, use_dora=True)),
+    "rows": ("llama", False, dict(dtype="fp32", trainable="lm_head", trainable_rows="0-99")),
+    "adafactor": ("gemma", True, dict(dtype="fp32", optimizer="adafactor", gradient_accumulation_steps=2)),
+    "muon": ("qwen3", False, dict(dtype="fp32", optimizer="muon", gradient_checkpointing=True)),
+    "galore": ("llama", False, dict(dtype="fp32", optimizer="galore")),
+    "apollo": ("llama", True, dict(dtype="fp32", optimizer="apollo")),
 }
 MEMORY = {
     "llama": ("llama", False, dict()),
@@ -65,6 +73,8 @@ MEMORY = {
         dict(trainable="lora+lm_head", lora_r=4, gradient_checkpointing=True, offload_activations=True, mlp_tiles=3),
     ),
     "fp16": ("gemma2", False, dict(dtype="fp16", gradient_checkpointing=True, checkpointed_layers=1)),
+    "nf4": ("llama", False, dict(quantization="nf4", trainable="lora", lora_r=4, gradient_checkpointing=True)),
+    "adafactor": ("qwen3", True, dict(optimizer="adafactor", gradient_accumulation_steps=2)),
 }
 
 
@@ -159,7 +169,7 @@ def assert_same_losses(straight, other, tolerance=1e-5):
     assert {key: theirs.get(key) for key in ours} == pytest.approx(ours, abs=tolerance, rel=tolerance)
 
 
-@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit"))
+@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit", "nf4"))
 def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, processes, route):
     architecture, tied, settings = ROUTES[route]
     model = make_checkpoint(architecture, tied=tied)
@@ -184,6 +194,8 @@ def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, proc
     [
         (1, 2, dict(optimizer="adamw_8bit")),
         (2, 1, LORA),
+        pytest.param(2, 1, dict(quantization="nf4", **LORA), marks=pytest.mark.slow),  # whole in every process
+        pytest.param(1, 2, dict(optimizer="adafactor"), marks=pytest.mark.slow),
         pytest.param(2, 3, dict(weight_decay=0.1), marks=pytest.mark.slow),  # no number of rows here divides by three
     ],
 )
@@ -288,7 +300,7 @@ def figures(device):
     ]
 
 
-@pytest.mark.parametrize("route", some(MEMORY, "llama-tied", "qwen", "lora"))
+@pytest.mark.parametrize("route", some(MEMORY, "llama-tied", "qwen", "lora", "nf4"))
 def test_each_process_peaks_where_the_rehearsal_says(make_checkpoint, tmp_path, processes, route):
     architecture, tied, settings = MEMORY[route]
     model = str(make_checkpoint(architecture, tied=tied))
@@ -452,16 +464,15 @@ def test_a_disk_that_is_full_for_one_ends_all(make_checkpoint, corpus, tmp_path,
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (dict(optimizer="muon"), "needs whole matrices"),
         (dict(optimizer_in_backward=True), "gradients are complete only when all GPUs have added theirs"),
-        (dict(quantization="nf4", trainable="lora"), "packed weights cannot be cut by rows"),
-        (dict(lora_dropout=0.1, trainable="lora"), "random state of one process"),
+        (dict(trainable="lora", stream_frozen=True), "host's memory already"),
+        (dict(trainable="lora", lora_dropout=0.1), "random state of one process"),
         (dict(undo_updates=True), "not run again"),
         (dict(on_bad_loss="rewind"), "one process so far"),
     ],
 )
 def test_refused_before_anything_starts(settings, reason):
-    with pytest.raises(ConfigError, match=f"^{next(iter(settings))} cannot be used with several GPUs: .*{reason}"):
+    with pytest.raises(ConfigError, match=f"^{next(reversed(settings))} cannot be used with several GPUs: .*{reason}"):
         sharding.check(make_config("none", "none", "none", **settings))
 
 

@@ -38,7 +38,7 @@ from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.planning.layout import SHORT_RUN_STEPS, Layout, usual_documents
-from oomless.techniques import frozen_layers, lora, trainable
+from oomless.techniques import frozen_layers, lora, sharding, trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint, script
 from oomless.training.assemble import Assembly, assemble
@@ -270,7 +270,11 @@ class NoFolder(Keeper):
         model, device = life.assembly.model, life.device
         adapted = checkpoint.is_adapted(model)
         # What is read from the base's files is not here; of an adapter alone the files are taken again.
-        if frozen_layers.has_frozen_layers(model) or life.ranks.count > 1 or (adapted and not life.config.merge_lora):
+        if (
+            frozen_layers.has_frozen_layers(model)
+            or sharding.has_parts(model)
+            or (adapted and not life.config.merge_lora)
+        ):
             return None
         with device.phase("save"):
             if adapted:

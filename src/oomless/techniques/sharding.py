@@ -12,7 +12,10 @@ The loss reads the head's matrix without calling the head, and a step calls the 
 are hung on two modules that exist for this alone and run a given function while what belongs to them is whole.
 
 Optimizers see plain tensors: each weight's local part (``local``). Those that update every element alone (AdamW, SGD) do in n parts
-what they would do in one; 8-bit AdamW does where no part cuts a block of 256. The others need whole matrices, and are refused.
+what they would do in one; 8-bit AdamW does where no part cuts a block of 256.
+
+What cannot be cut (``why_whole``) is whole on every GPU instead, as in DDP: gradients are summed before the update, which is then
+the same everywhere. That saves no memory, only time.
 """
 
 from __future__ import annotations
@@ -39,22 +42,28 @@ ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 Result = TypeVar("Result")
 
 
+def why_whole(config: TrainConfig) -> str | None:
+    """Return why every GPU holds the whole model; ``None`` where each holds a part of it."""
+    if config.quantization:
+        return "packed weights cannot be cut by rows"
+    if config.optimizer not in ELEMENTWISE_OPTIMIZERS:
+        return f"{config.optimizer} needs whole matrices"
+    if config.trainable_rows:
+        return "the rows of trainable_rows would lie on several GPUs"
+    return "the norms of DoRA need whole matrices" if config.use_dora else None
+
+
 def check(config: TrainConfig) -> None:
-    """Check that what ``config`` asks for can be cut into parts.
+    """Check that several GPUs can do what ``config`` asks for.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: they cannot.
     """
     reasons = {
-        "optimizer": config.optimizer not in ELEMENTWISE_OPTIMIZERS
-        and f"{config.optimizer} needs whole matrices; use {', '.join(ELEMENTWISE_OPTIMIZERS)}",
         "optimizer_in_backward": config.optimizer_in_backward
         and "gradients are complete only when all GPUs have added theirs",
-        "quantization": config.quantization and "packed weights cannot be cut by rows",
         "experts_on_host": config.experts_on_host and "they lie in the host's memory already",
         "stream_frozen": config.stream_frozen and "streamed weights lie in the host's memory already",
-        "trainable_rows": config.trainable_rows and "the rows of a matrix lie on several GPUs",
-        "use_dora": config.use_dora and "its norms need whole matrices",
         "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
         "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
         "allow_leaner_optimizer": config.allow_leaner_optimizer
@@ -65,6 +74,19 @@ def check(config: TrainConfig) -> None:
     for name, reason in reasons.items():
         if reason:
             raise ConfigError(f"{name} cannot be used with several GPUs: {reason}")
+
+
+def check_no_dropout(model: Any) -> None:
+    """Check that ``model`` has no dropout.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if has_dropout(model):
+        raise ConfigError(
+            "dropout cannot be used with several GPUs: the random state of one process is all that a checkpoint keeps; set "
+            "the model's dropouts to 0"
+        )
 
 
 def shared(config: TrainConfig, gpus: int) -> TrainConfig:
@@ -112,11 +134,7 @@ class Sharded:
     """
 
     def __init__(self, model: Any, mesh: DeviceMesh, materialise: Callable[[nn.Module], None]) -> None:
-        if has_dropout(model):
-            raise ConfigError(
-                "dropout cannot be used with several GPUs: the random state of one process is all that a checkpoint keeps; set "
-                "the model's dropouts to 0"
-            )
+        check_no_dropout(model)
         self._materialise, self._mesh = materialise, mesh
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head.weight is embedding.weight
@@ -183,6 +201,11 @@ class Sharded:
 def is_cut(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is one process's part of a whole, in torch's terms a ``DTensor``."""
     return hasattr(tensor, "device_mesh")
+
+
+def has_parts(model: Any) -> bool:
+    """Return whether this process holds only parts of ``model``."""
+    return any(is_cut(parameter) for parameter in model.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ The rehearsal assembles through here as well, with nothing to fill the weights f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,13 +101,16 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     """Build the model of ``spec`` on ``device`` with everything that ``config`` asks for.
 
     ``fill`` loads the weights; without it they are left as they are allocated, for a rehearsal or a checkpoint to come. Each of
-    several ``ranks`` holds its part of them.
+    several ``ranks`` holds its part of them, or all where they cannot be cut.
 
     Raises:
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
-    if ranks.mesh is not None:
+    if ranks.count > 1:
+        sharding.check(config)
+    whole = sharding.why_whole(config)
+    if ranks.count > 1 and whole is None:
         return _assemble_shards(spec, config, device, fill, ranks)
 
     def prepare(model: Any) -> None:
@@ -126,6 +129,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         form=form.choose(spec, config.packing),
         prepare=prepare,
     )
+    if ranks.count > 1:
+        sharding.check_no_dropout(model)
     if fill:
         build.load_weights(model, spec, device=device)
     with device.phase("load"):
@@ -133,12 +138,14 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
             frozen_layers.rehearse_filling(model, device)
         trainable.apply(model, config, device, form.unreached(spec))
         _shape(model, config, device)
-    return _ready(model, config, device, ALONE, None)
+    ready = _ready(model, config, device, ranks, None)
+    if ranks.count > 1:
+        return replace(ready, notes=(*ready.notes, f"every GPU holds the whole model: {whole}"))
+    return ready
 
 
 def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill: bool, ranks: Ranks) -> Assembly:
     """Give the model its final form while nothing of it is allocated, then allocate and fill this process's part of it."""
-    sharding.check(config)
     made: list[sharding.Sharded] = []
 
     def prepare(model: Any) -> None:

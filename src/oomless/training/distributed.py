@@ -78,6 +78,17 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Add up the gradients of ``parameters``, which every process holds whole, over all processes, in place."""
+        if self.count == 1:
+            return
+        reached = self.any_of([parameter.grad is not None for parameter in parameters])
+        for parameter, anywhere in zip(parameters, reached, strict=True):
+            if anywhere:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.sum(parameter.grad)
+
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether any process has it set."""
         if self.control is None:

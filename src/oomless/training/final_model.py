@@ -10,7 +10,7 @@ from typing import Any
 from oomless.memory.device import Device
 from oomless.models import save
 from oomless.models.verify import check_saved
-from oomless.techniques import frozen_layers, lora
+from oomless.techniques import frozen_layers, lora, sharding
 from oomless.training import checkpoint
 from oomless.training.distributed import Ranks
 
@@ -55,10 +55,10 @@ def write(
             checkpoint.save_tokenizer(tokenizer, folder)
         else:
             _take_over(last, folder)
-        check_saved(folder, model, device, late, alone=ranks.count == 1)
+        check_saved(folder, model, device, late, alone=not sharding.has_parts(model))
 
     with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
-        if ranks.count > 1 and adapted and merge:
+        if adapted and merge and sharding.has_parts(model):
             _write_merged_parts(target, model, tokenizer, source, device, ranks)
             return
         with ranks.together("the final model"):

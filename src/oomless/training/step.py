@@ -144,6 +144,7 @@ class TrainingStep:
     def _gradient_norm(self) -> Tensor:
         """Return the norm of all gradients; those of parts are then where the optimizer, which has plain tensors, finds them."""
         if self.sharded is None:
+            self.ranks.sum_gradients(self.parameters)
             return global_gradient_norm(self.parameters)
         parts = [sharding.local(parameter) for parameter in self.parameters]
         for parameter, part in zip(self.parameters, parts, strict=True):
