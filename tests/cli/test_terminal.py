@@ -86,7 +86,16 @@ def test_explain(make_checkpoint):
 
 
 def test_what_is_piped_holds_no_control_code_and_json_nothing_else(make_checkpoint, tmp_path):
-    arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:24MiB", "--max-seq-length", 64, "--tokens", "10k")
+    arguments = (
+        "--model",
+        make_checkpoint("llama"),
+        "--gpu",
+        "virtual:24MiB",
+        "--max-seq-length",
+        64,
+        "--tokens",
+        "10k",
+    )
     result = oomless("plan", *arguments, "--json", "--write", tmp_path / "pick.yaml")
     assert json.loads(result.stdout)["plan"]["fits"]
     assert f"written to {tmp_path / 'pick.yaml'}" in result.stderr
