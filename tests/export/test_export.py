@@ -305,7 +305,7 @@ def test_what_is_not_what_was_trained_is_marked_as_bad(make_run, tmp_path, monke
 @pytest.mark.parametrize(
     ("place", "settings", "message"),
     [
-        ("nowhere", {}, "is none"),
+        ("nowhere", {}, "is no folder"),
         ("", {"step": 1}, "there is 2"),
         ("model", {"step": 2}, "no run's folder"),
         ("model", {"base": "x"}, "--base is for an adapter"),

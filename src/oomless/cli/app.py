@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from oomless import __version__
-from oomless.cli import explain, export, plan, rehearse, report, train
+from oomless.cli import explain, export, generate, plan, rehearse, report, train
 from oomless.cli.command import Interrupted, add, interruptible
 from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
@@ -36,6 +36,7 @@ add(app, explain.explain, explain.OPTIONS, explain.FIRST, explain.EXAMPLES)
 app.command()(interruptible(rehearse.rehearse))
 app.command()(interruptible(export.export))
 app.command()(interruptible(report.report))
+app.command()(interruptible(generate.generate))
 
 
 @app.command()

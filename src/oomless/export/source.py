@@ -78,7 +78,7 @@ def find(place: Path, step: int | None = None, base: str | None = None) -> Sourc
         ModelError: there is nothing to export, or the model that it changes is not there.
     """
     if not place.is_dir():
-        raise ConfigError(f"export takes the folder of a run, a checkpoint, an adapter or a model; {place} is none")
+        raise ConfigError(f"{place} is no folder: give that of a run, a checkpoint, an adapter or a model")
     if (place / "config.yaml").is_file() and not (place / "config.json").is_file():
         return _of_run(place, step, base)
     if step is not None:

@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.padding import Padding
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 SECONDS_BETWEEN_LOG_LINES = 10.0
@@ -41,6 +41,10 @@ class Screen(Console):
         """Print ``parts``, texts and texts with a style, in one paragraph."""
         text = Text.assemble(*parts, style=style)
         self.print(Padding.indent(text, indent) if indent else text)
+
+    def stream(self, text: str) -> None:
+        """Print a piece of a text, every space and line end as it is."""
+        self.print(Segments([Segment(text)]), end="", crop=False)
 
     @property
     def lost(self) -> OSError | ValueError | None:
