@@ -38,6 +38,7 @@ def base(run, places, *, out=None):
     model = places["model"] if "tied_weights" in run else places["untied"]
     given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
     given |= {} if out is None else {"output_dir": str(out)}
+    given |= {"max_eval_blocks": 16} if "eval_data" in run and "max_eval_blocks" not in run else {}
     return values.outrank({"max_steps": 2}, {k: v for k, v in given.items() if k != "max_steps"})[0]
 
 
