@@ -27,7 +27,7 @@ CASES = [
 LAYERS = {"num_hidden_layers": 8}
 
 
-def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40):
+def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40, gpus=1):
     """Two steps, an evaluation and a save; one step where layers are streamed, as what they fetch ahead is known by number."""
     how = {"steps": 1, "whole": False} if "stream_frozen" in settings else {}
     spec = resolve(str(folder))
@@ -39,6 +39,7 @@ def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40):
         device,
         kernel="auto",
         run_all_layers=run_all_layers,
+        gpus=gpus,
         **how,
     )
 
@@ -64,6 +65,22 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
     some = rehearsal(folder, settings, run_all_layers=False)
     assert in_the_books(some) == in_the_books(every)
     assert some.parameters == every.parameters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**LORA, **CHECKPOINTED, "quantization": "nf4"},
+        {"optimizer": "adafactor", "dtype": "bf16", "cheap_recompute": True, "gradient_accumulation_steps": 3},
+    ],
+    ids=lambda settings: settings.get("optimizer", "lora"),
+)
+def test_the_same_where_each_of_two_gpus_holds_the_whole(make_checkpoint, settings):
+    """What both exchange among it."""
+    folder = make_checkpoint("llama", tied=True, **LAYERS)
+    every, some = (rehearsal(folder, settings, run_all_layers=way, gpus=2) for way in (True, False))
+    assert in_the_books(some) == in_the_books(every)
+    assert some.work.exchanged_bytes == every.work.exchanged_bytes > 0
 
 
 @pytest.mark.parametrize("share", [0.55, 0.8, 0.97])

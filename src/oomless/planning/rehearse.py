@@ -156,8 +156,8 @@ def rehearse_briefly(
     spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
-    # What is offloaded is known by its layer's number; several GPUs fetch one layer ahead.
-    if not config.offload_activations and how.get("gpus", 1) == 1:
+    # What is offloaded is known by its layer's number; several GPUs that have a part of it each fetch one layer ahead.
+    if not config.offload_activations and (how.get("gpus", 1) == 1 or sharding.why_whole(config) is not None):
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)
     return rehearse(spec, config, open_device(), **how)
