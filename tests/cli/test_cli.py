@@ -91,6 +91,17 @@ def test_interrupt_saves_and_says_how_to_resume(make_checkpoint, corpus, tmp_pat
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+def test_an_interrupt_in_code_made_of_a_string_ends_with_130_too(tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "from oomless import cli\nfrom oomless.cli import app\n"
+        "app.run = lambda: exec('raise KeyboardInterrupt')\ncli.main()\n"
+    )
+    command = [sys.executable, "-m", script.stem]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (130, "interrupted")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

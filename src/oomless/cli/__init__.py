@@ -12,4 +12,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    # Where Ctrl-C met code that Python makes of a string, as of a dataclass, it would end by the signal; this makes it forget that.
+    exec("")
     sys.exit(code)
