@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from oomless.cli.options import OfBase, OfCheckpoint, Trained
 from oomless.errors import ConfigError, nearest
 
 _TO = ("safetensors", "adapter", "gguf")
@@ -16,9 +17,7 @@ _VERIFY = ("full", "sample", "none")
 
 
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="The folder of a run, a checkpoint, an adapter or a model.", show_default=False)
-    ],
+    run: Trained,
     to: Annotated[str, typer.Option(help=f"The form: {', '.join(_TO)}.")] = "safetensors",
     dtype: Annotated[
         str | None,
@@ -27,16 +26,8 @@ def export(
     quantize: Annotated[
         str | None, typer.Option(help="How matrices of a GGUF file are stored, such as q8_0.", show_default=False)
     ] = None,
-    checkpoint: Annotated[
-        int | None,
-        typer.Option(
-            help="The step of a checkpoint. [default: that of the final model, or the newest]", show_default=False
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The model that an adapter changes, where it is not where it was.", show_default=False),
-    ] = None,
+    checkpoint: OfCheckpoint = None,
+    base: OfBase = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The folder to write. [default: RUN/export/FORM]", show_default=False),

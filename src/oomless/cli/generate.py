@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from json import dumps
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from oomless.cli.options import OfBase, OfCheckpoint, Trained
 from oomless.errors import ConfigError
 
 
 def generate(
-    run: Annotated[
-        Path, typer.Argument(help="The folder of a run, a checkpoint, an adapter or a model.", show_default=False)
-    ],
+    run: Trained,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="The text to go on from; may be given again. - reads standard input.", show_default=False),
@@ -25,16 +23,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
-    checkpoint: Annotated[
-        int | None,
-        typer.Option(
-            help="The step of a checkpoint. [default: that of the final model, or the newest]", show_default=False
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The model that an adapter changes, where it is not where it was.", show_default=False),
-    ] = None,
+    checkpoint: OfCheckpoint = None,
+    base: OfBase = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
     """Show how the model that was trained goes on from a text, as it is made. It runs on the CPU; adapters are merged as an export does.

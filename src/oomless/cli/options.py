@@ -145,6 +145,21 @@ def wish_of(
     return wish
 
 
+Trained = Annotated[
+    Path, typer.Argument(help="The folder of a run, a checkpoint, an adapter or a model.", show_default=False)
+]
+OfCheckpoint = Annotated[
+    int | None,
+    typer.Option(
+        help="The step of a checkpoint. [default: that of the final model, or the newest]", show_default=False
+    ),
+]
+OfBase = Annotated[
+    str | None,
+    typer.Option(help="The model that an adapter changes, where it is not where it was.", show_default=False),
+]
+
+
 def require_writable(path: Path | None) -> None:
     """Check, before anything that takes long, that a file can be written to ``path``."""
     if path is None:

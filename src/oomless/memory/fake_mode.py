@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from oomless.memory.work import WorkCounter
 
 aten = torch.ops.aten
-_DEVICE_OF = torch.ops.prim.device.default
+DEVICE_OF = torch.ops.prim.device.default
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _KNOWN: dict[Any, Any] = {}
 """What operators return, for all modes of this process: it follows from sizes and types alone."""
@@ -62,7 +62,7 @@ class QuickFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Return fake results of ``func``."""
-        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+        if func is DEVICE_OF and type(args[0]) is FakeTensor:
             return args[0].fake_device
         key: list[Any] = [func, torch.get_default_dtype()]
         if not self._describe(args, key) or (kwargs and not self._describe((*kwargs, *kwargs.values()), key)):

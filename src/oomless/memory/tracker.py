@@ -44,11 +44,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from oomless.memory.fake_mode import DEVICE_OF
 from oomless.memory.strict import Strict, is_meta
 from oomless.memory.tape import Held, Tape
 
 aten = torch.ops.aten
-_DEVICE_OF = torch.ops.prim.device.default
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
 _BOOKED_THOUGH_ALIASING = frozenset(
     {
@@ -228,7 +228,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` and book what is new in its result."""
-        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+        if func is DEVICE_OF and type(args[0]) is FakeTensor:
             return args[0].fake_device  # autograd asks for it of every gradient
         if types and not _PLAIN_TYPES.issuperset(types):
             return NotImplemented  # A wrapper runs first; the operators on its parts come here.
