@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from errno import EPIPE
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,9 @@ from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
 
 _DEBUG = "--debug"
+_HEARD_SECONDS = 60
+"""torchrun ends all processes as soon as one has ended: so long those that are silent leave the word to the one that says why.
+One that came to its error by itself and is still there says it after all: the others did not find it."""
 
 app = typer.Typer(
     help="Train language models on the GPU you have, and do not run out of memory.",
@@ -86,8 +90,9 @@ def run() -> int:
     except (UserError, TrainingError) as error:
         if debug and error.__cause__ is not None:
             raise
-        told = not speaks() if error.told is None else error.told
-        return _failed(None if told else str(error), 2 if isinstance(error, UserError) else 1)
+        if not speaks() if error.told is None else error.told:
+            time.sleep(_HEARD_SECONDS)
+        return _failed(None if error.told else str(error), 2 if isinstance(error, UserError) else 1)
     except Interrupted:
         aside().print("interrupted")
         return 130
