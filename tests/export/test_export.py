@@ -21,6 +21,7 @@ from oomless.export import plan as planning
 from oomless.export import verify
 from oomless.export.plan import make_plan
 from oomless.export.run import export
+from oomless.export.source import find
 
 LORA = {"trainable": "lora", "lora_r": 4}
 MODES = {
@@ -306,8 +307,10 @@ def test_what_is_not_what_was_trained_is_marked_as_bad(make_run, tmp_path, monke
     ("place", "settings", "message"),
     [
         ("nowhere", {}, "is no folder"),
-        ("", {"step": 1}, "there is 2"),
-        ("model", {"step": 2}, "no run's folder"),
+        ("", {"which": "1"}, "there is 2"),
+        ("", {"which": "best"}, "no checkpoint that was evaluated"),
+        ("", {"which": "lst"}, "Did you mean 'last'"),
+        ("model", {"which": "2"}, "no run's folder"),
         ("model", {"base": "x"}, "--base is for an adapter"),
         ("", {"to": "adapter"}, "no adapter to export"),
         ("", {"quantize": "q8_0"}, "--quantize is for --to gguf"),
@@ -351,9 +354,12 @@ def test_the_best_checkpoint_is_the_final_model(make_run, tmp_path):
         eval_steps=1,
         save_steps=1,
         learning_rate=1.0,
+        warmup_ratio=0.9,
     )
-    best = json.loads((run / "checkpoint-2/trainer/state.json").read_text())["best"]["step"]
-    assert best == 1
+    steps = {which: find(run, which).saved.step for which in (None, "final", "best", "last", "2")}
+    assert steps == {None: 1, "final": 1, "best": 1, "last": 2, "2": 2}
+    targets = {make_plan(run, "safetensors", which=which).target.name for which in (None, "last", "final")}
+    assert targets == {"safetensors", "safetensors-step-2"}
     export(make_plan(run, "safetensors", output=tmp_path / "out"))
     assert filecmp.cmp(run / "model" / "model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
 

@@ -14,7 +14,7 @@ from oomless.export.generate import Sampling, Speaker
 from oomless.export.plan import make_plan
 from oomless.export.run import export
 from oomless.export.source import find
-from oomless.report.screen import _STEERS
+from oomless.report.screen import visible
 
 LORA = {"trainable": "lora", "lora_r": 4}
 PROMPT = "def export(self, name):\n    return"
@@ -77,5 +77,5 @@ def test_the_command_writes_text_alone_to_standard_output(make_run):
         for more in ([], ["--json"])
     )
     assert json.loads(machine.stdout)["generated"] == [{"prompt": PROMPT, "text": wanted}]
-    assert plain.stdout == _STEERS.sub("\ufffd", wanted) + "\n"
+    assert plain.stdout == visible(wanted) + "\n"
     assert "Traceback" not in plain.stderr

@@ -60,7 +60,7 @@ def export(
     with exporting(aside()) as say:
         say("planning", 0.0)
         choices: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "verify": verify}
-        plan = make_plan(run, to, step=checkpoint, base=base, output=output, **choices)  # type: ignore[arg-type]
+        plan = make_plan(run, to, which=checkpoint, base=base, output=output, **choices)  # type: ignore[arg-type]
     say_notes(plan.source.base)
     print_export_plan(aside() if json else out(), plan)
     if dry_run:

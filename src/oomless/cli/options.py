@@ -149,9 +149,11 @@ Trained = Annotated[
     Path, typer.Argument(help="The folder of a run, a checkpoint, an adapter or a model.", show_default=False)
 ]
 OfCheckpoint = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        help="The step of a checkpoint. [default: that of the final model, or the newest]", show_default=False
+        help="Of a run: the step of a checkpoint, last, best (by evaluation) or final (that of the final model). [default: final, or last "
+        "while there is none]",
+        show_default=False,
     ),
 ]
 OfBase = Annotated[

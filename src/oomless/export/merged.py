@@ -26,7 +26,7 @@ from oomless.techniques import lora, trainable
 from oomless.units import MiB
 
 HOST = Device()
-_READ_AT_ONCE = 256 * MiB
+_READ_AT_ONCE = 32 * MiB
 """How much of a file is read before it is opened anew."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

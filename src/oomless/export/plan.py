@@ -85,7 +85,7 @@ def make_plan(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
-    step: int | None = None,
+    which: str | None = None,
     base: str | None = None,
     output: Path | None = None,
     verify: Verify | None = None,
@@ -97,7 +97,7 @@ def make_plan(
         to: the form.
         dtype: fp32, bf16 or fp16; by default that of the training.
         quantize: how matrices of a GGUF file are stored.
-        step: which checkpoint of a run.
+        which: the checkpoint of a run: its step, last, best or final.
         base: the model that an adapter changes, where it is not where it was.
         output: the folder to write; by default one inside the run's.
         verify: how the result is checked; by default as a whole where the host has the memory.
@@ -105,8 +105,8 @@ def make_plan(
     Raises:
         UserError: it cannot be exported so, or there is no room for it.
     """
-    source = find(place, step, base)
-    wanted = output or _target(place, source, to, dtype, quantize, step)
+    source = find(place, which, base)
+    wanted = output or _target(place, source, to, dtype, quantize, which)
     if source.saved is not None and (problem := checkpoint.damage(source.saved)) is not None:
         raise CheckpointError(f"{source.folder} is damaged: {problem}; name another one with --checkpoint")
     made = files(source, to, dtype, quantize)
@@ -145,12 +145,12 @@ def make_plan(
     return plan
 
 
-def _target(place: Path, source: Source, to: To, dtype: str | None, quantize: str | None, step: int | None) -> Path:
+def _target(place: Path, source: Source, to: To, dtype: str | None, quantize: str | None, which: str | None) -> Path:
     run = place if source.folder != place else place.parent if source.saved is not None else None
     if run is None:
         raise ConfigError(f"{place} is no run's folder, so say where the export goes: --output FOLDER")
-    step = source.saved.step if source.saved is not None and source.folder == place else step
-    parts = [to, quantize or dtype, None if step is None else f"step-{step}"]
+    named = source.saved is not None and (source.folder == place or which not in (None, "final"))
+    parts = [to, quantize or dtype, f"step-{source.saved.step}" if named and source.saved is not None else None]
     return run / "export" / "-".join(part for part in parts if part)
 
 

@@ -7,14 +7,14 @@ stored otherwise. The last two are nothing without the model that the run began 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from oomless.config import TrainConfig
 from oomless.config.values import load_yaml
-from oomless.errors import CheckpointError, ConfigError, ModelError
+from oomless.errors import CheckpointError, ConfigError, ModelError, nearest
 from oomless.models.spec import ModelSpec, resolve
 from oomless.training import checkpoint
 from oomless.training.best import Best
@@ -22,6 +22,7 @@ from oomless.training.checkpoint import Checkpoint
 from oomless.training.run_folder import Metrics
 
 Kind = Literal["model", "adapter", "trained"]
+_WHICH = ("last", "best", "final")
 ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"
 
 
@@ -64,38 +65,34 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def find(place: Path, step: int | None = None, base: str | None = None) -> Source:
+def find(place: Path, which: str | None = None, base: str | None = None) -> Source:
     """Return what ``place`` holds: a run, one of its checkpoints, an adapter, or a model.
 
     Args:
         place: a folder.
-        step: which checkpoint of a run; by default that of its final model, or the newest.
+        which: the checkpoint of a run: its step, last, best or final; by default that of its final model, or the newest.
         base: the model that an adapter changes, where it is not where it was.
 
     Raises:
-        ConfigError: ``step`` or ``base`` is given for what has none.
+        ConfigError: ``which`` or ``base`` is given for what has none.
         CheckpointError: the run has no such checkpoint.
         ModelError: there is nothing to export, or the model that it changes is not there.
     """
     if not place.is_dir():
         raise ConfigError(f"{place} is no folder: give that of a run, a checkpoint, an adapter or a model")
     if (place / "config.yaml").is_file() and not (place / "config.json").is_file():
-        return _of_run(place, step, base)
-    if step is not None:
-        raise ConfigError(f"--checkpoint is a step of a run; {place} is no run's folder: leave it out")
+        return _of_run(place, which, base)
+    if which is not None:
+        raise ConfigError(f"--checkpoint is of a run; {place} is no run's folder: leave it out")
     saved = next((one for one in checkpoint.list_checkpoints(place.parent) if one.folder.name == place.name), None)
     return _of_folder(place, _run_of(saved) if saved else None, saved, base, place.name)
 
 
-def _of_run(run: Path, step: int | None, base: str | None) -> Source:
+def _of_run(run: Path, which: str | None, base: str | None) -> Source:
     config = TrainConfig.from_mapping(load_yaml(run / "config.yaml"))
     known = {one.step: one for one in checkpoint.list_checkpoints(run)}
-    if step is not None and step not in known:
-        there = ", ".join(map(str, known)) or "none"
-        raise CheckpointError(f"{run} has no checkpoint of step {step}; there is {there}: name one of these")
     final = (run / "model").is_dir()
-    if step is None and known:
-        step = _best(run, known) if final and config.load_best_model_at_end else max(known)
+    step = _step(run, which, config, sorted(known), final)
     if step is not None:
         unfinished = "" if final else " of a run that has not ended"
         return _of_folder(known[step].folder, config, known[step], base, f"{known[step].folder.name}{unfinished}")
@@ -104,13 +101,32 @@ def _of_run(run: Path, step: int | None, base: str | None) -> Source:
     return _of_folder(run / "model", config, None, base, "model")
 
 
-def _best(run: Path, steps: Iterable[int]) -> int:
-    """Return which of ``steps`` had the best evaluation; the last where none had one."""
-    metrics, best = Metrics(run / "metrics.jsonl", lambda said: None), Best(step=max(steps))
-    for step in sorted(steps):
+def _step(run: Path, which: str | None, config: TrainConfig, known: Sequence[int], final: bool) -> int | None:
+    """Return which of the steps ``known`` is meant; ``None`` for a final model without a checkpoint."""
+    there = f"there is {', '.join(map(str, known)) or 'none'}: name one of these"
+    last = known[-1] if known else None
+    if which is None or which == "final":
+        if which == "final" and not final:
+            raise CheckpointError(f"{run} has no final model, since the run has not ended; {there}")
+        best = _best(run, known) if final and config.load_best_model_at_end else None
+        return last if best is None else best
+    if which not in _WHICH and not which.isdecimal():
+        raise ConfigError(f"--checkpoint is a step, last, best or final; got {which!r}.{nearest(which, _WHICH)}")
+    step = last if which == "last" else _best(run, known) if which == "best" else int(which)
+    if step not in known:
+        what = {"last": "no checkpoint", "best": "no checkpoint that was evaluated"}.get(
+            which, f"no checkpoint of step {which}"
+        )
+        raise CheckpointError(f"{run} has {what}; {there}")
+    return step
+
+
+def _best(run: Path, steps: Sequence[int]) -> int | None:
+    """Return which of ``steps`` had the best evaluation; ``None`` where none had one."""
+    metrics, best = Metrics(run / "metrics.jsonl", lambda said: None), Best()
+    for step in steps:
         if losses := metrics.evaluated(step):
             best.judge(step, losses)
-    assert best.step is not None
     return best.step
 
 
