@@ -3,7 +3,6 @@
 import pytest
 
 from oomless.config import DataSource, TrainConfig
-from oomless.memory.repeated_layers import CannotRepeat
 from oomless.models.spec import resolve
 from oomless.planning.rehearse import rehearse, virtual_device
 
@@ -22,6 +21,13 @@ CASES = [
     ("llama", {**LORA, "quantization": "int8", "gradient_accumulation_steps": 3, "lora_dropout": 0.1}),
     ("llama", {**LORA, "stream_frozen": True, "gradient_checkpointing": True}),
     ("llama", {"trainable": "lm_head", "quantization": "nf4", "dtype": "bf16"}),
+    ("llama", {"optimizer": "adamw", "dtype": "bf16", "gradient_checkpointing": True, "offload_activations": True,
+               "gradient_accumulation_steps": 3}),
+    ("gemma2", {"optimizer": "sgd", "dtype": "bf16", **CHECKPOINTED, "offload_activations": True, "mlp_tiles": 2}),
+    ("qwen2", {**LORA, "gradient_checkpointing": True, "quantization": "nf4", "cheap_recompute": True,
+               "offload_activations": True, "optimizer_in_backward": True}),
+    ("llama", {"trainable": "lora", "dtype": "fp16", "checkpointed_layers": 7, "gradient_checkpointing": True,
+               "offload_activations": True, "per_device_train_batch_size": 2}),
     ("llama", {"trainable": "model.layers.5.*", "dtype": "bf16"}),
 ]  # fmt: skip
 LAYERS = {"num_hidden_layers": 8}
@@ -93,9 +99,3 @@ def test_it_runs_out_at_the_same_request(make_checkpoint, share):
     ]
     assert found[0].out_of_memory == found[1].out_of_memory is not None
     assert in_the_books(found[0]) == in_the_books(found[1])
-
-
-def test_layers_that_know_their_number_are_all_run(make_checkpoint):
-    folder = make_checkpoint("llama", **LAYERS)
-    with pytest.raises(CannotRepeat):
-        rehearsal(folder, {"gradient_checkpointing": True, "offload_activations": True}, run_all_layers=False)

@@ -25,7 +25,7 @@ from oomless.memory.tracker import Booking
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Counted
 
-INPUT, GRADIENT = "input", "gradient"
+INPUT, GRADIENT, PREVIOUS = "input", "gradient", "the input of the layer before"
 
 
 class CannotRepeat(Exception):
@@ -84,6 +84,9 @@ class _Kind:
         self.output: Any = None
         self.counted_forward: Counted = ()
         self.keeps_input = False
+        self.frees_previous = False
+        """Whether a layer's forward frees the input of the one before, as where inputs are copied to the host."""
+
         self.backward: Tape | None = None
         self.input_gradient: Any = None
         self.gradients: dict[str, Any] = {}
@@ -101,6 +104,9 @@ class _Stack:
         self.kinds: dict[Hashable, _Kind] = {}
         self.carried: list[Booking] = []
         """Of tensors that one layer's backward leaves for the next; their allocation is the newest."""
+
+        self.lingering: Booking | None = None
+        """Of the input of the layer before, where something still holds it."""
 
         self.first: _Layer | None = None
         self.before: _Layer | None = None
@@ -159,51 +165,59 @@ class _Layer(nn.Module):
         """Return a hidden state like ``hidden``."""
         stack, before = self.stack, self.stack.before
         stack.tracker.settle()
-        if before is not None:
-            before.note_whether_input_is_kept()
-        stack.before = self
         if stack.first is self:
-            stack.carried = []
-        self.input = stack.booking(hidden).allocation
+            before, stack.carried = None, []
+        stack.before = self
+        if before is None or before.runs:
+            stack.lingering = None if before is None else before.note_whether_input_is_kept()
+        booking = stack.booking(hidden)
+        self.input = booking, booking.allocation
         if not self.runs:
-            if self.kind.forward is None:
+            if self.kind.forward is None or before is None:
                 raise CannotRepeat("layers run in another order")
+            before.keeps_input &= not self.kind.frees_previous
             stack.recorder.module_started(self.name)
             try:
                 return _Repetition.apply(hidden, self)  # type: ignore[no-untyped-call, no-any-return]
             finally:
                 stack.recorder.module_ended()
         passed = _marked(hidden, self.backward_ended)
-        self.tape = Tape("forward")
+        previous = None if stack.lingering is None else stack.lingering.allocation
+        self.tape = Tape("forward", {} if previous is None else {PREVIOUS: previous})
         counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
         try:
             output = self.layer(passed, *args, **kwargs)
         finally:
             stack.tracker.stop(self.tape)
+        freed = previous is not None and self.tape.name_of(previous) is None
+        if freed and before is not None:
+            before.keeps_input = False
         if self.keeps_tape:
-            self._forward_ended(output, stack.work.since(counted))
+            self._forward_ended(output, stack.work.since(counted), frees_previous=freed)
         return _marked(output, self.backward_begins)
 
-    def _forward_ended(self, output: Any, counted: Counted) -> None:
+    def _forward_ended(self, output: Any, counted: Counted, *, frees_previous: bool) -> None:
         assert self.tape is not None
         kind = self.kind
         if type(output) is not torch._subclasses.FakeTensor or not self.tape.repeatable:
             raise CannotRepeat("a layer's forward frees what it did not make, or returns more than a hidden state")
         if self.leads:
             kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
+            kind.frees_previous = frees_previous
             kind.output = self.tape.name_of(self.stack.booking(output).allocation)
             if kind.output is None:
                 raise CannotRepeat("a layer returns what it did not make")
         elif kind.forward is None or not self.tape.same_as(kind.forward):
             raise CannotRepeat("layers of one kind ask for different memory in forward")
 
-    def note_whether_input_is_kept(self) -> None:
-        """Look, when the next layer begins, whether something holds this one's input for backward."""
-        if self.runs:
-            self.keeps_input = self.input.block is not None
-            if self.keeps_tape:
-                self.kind.keeps_input = self.keeps_input
+    def note_whether_input_is_kept(self) -> Booking | None:
+        """Look, when the next layer begins, whether something holds this one's input, and return its booking if so."""
+        booking, allocation = self.input
+        self.keeps_input = allocation.block is not None
+        if self.keeps_tape:
+            self.kind.keeps_input = self.keeps_input and not self.kind.frees_previous
+        return booking if self.keeps_input else None
 
     # A layer that runs: its backward lies between the marks that call these two.
 
@@ -212,12 +226,13 @@ class _Layer(nn.Module):
         stack = self.stack
         stack.tracker.settle()
         assert self.tape is not None
-        known: dict[Any, Any] = dict(self.tape.alive)
+        known: dict[Any, Any] = self.tape.alive
+        known.pop(PREVIOUS, None)
         known[GRADIENT] = stack.booking(gradient).allocation
         if self.keeps_tape:
             known.pop(self.kind.output, None)  # the next layer's input by now
         if self.keeps_input:
-            known[INPUT] = self.input
+            known[INPUT] = self.input[1]
         known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
         known |= {("old", name): stack.booking(old).allocation for name, old in self._gradients()}
         self.tape = Tape("backward", known)
@@ -254,8 +269,16 @@ class _Layer(nn.Module):
         stack, kind = self.stack, self.kind
         assert kind.forward is not None
         held: dict[Any, Held] = {}
+        if not kind.frees_previous:
+            stack.lingering = None
+        elif stack.lingering is None:
+            raise CannotRepeat("a layer's input is gone before the next one begins")
+        else:
+            held[PREVIOUS] = stack.taken(stack.lingering)
         stack.tracker.repeat(kind.forward, held)
         stack.work.repeat(kind.counted_forward)
+        if stack.lingering is not None:  # what held that holds this one's input from now on
+            stack.lingering.ledger, stack.lingering.allocation = stack.taken(self.input[0])
         return held.pop(kind.output), held
 
     def repeat_backward(self, hidden: Tensor | None, gradient: Tensor, held: dict[Any, Held]) -> Tensor:

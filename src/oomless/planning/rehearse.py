@@ -38,7 +38,7 @@ from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.planning.layout import SHORT_RUN_STEPS, Layout, usual_documents
-from oomless.techniques import frozen_layers, lora, sharding, trainable
+from oomless.techniques import frozen_layers, lora, offload_activations, sharding, trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint, script
 from oomless.training.assemble import Assembly, assemble
@@ -156,8 +156,7 @@ def rehearse_briefly(
     spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
-    # What is offloaded is known by its layer's number; several GPUs that have a part of it each fetch one layer ahead.
-    if not config.offload_activations and (how.get("gpus", 1) == 1 or sharding.why_whole(config) is not None):
+    if how.get("gpus", 1) == 1 or sharding.why_whole(config) is not None:  # a part is fetched one layer ahead
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)
     return rehearse(spec, config, open_device(), **how)
@@ -189,9 +188,16 @@ def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[No
     layers = decoder_layers(model)
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     backward = {id(layer) for layer in layers_of_backward(model)}
+    out = [offload_activations.goes_out(layer) for layer in layers]
     kinds = [
-        (kind, id(layer) in backward, *(_facts(name, part) for name, part in layer.named_modules()))
-        for kind, layer in zip(types, layers, strict=True)
+        # The second frees no input of the layer before, which the model itself holds.
+        (
+            kind,
+            id(layer) in backward,
+            goes_out and min(place, 2),
+            *(_facts(name, part) for name, part in layer.named_modules()),
+        )
+        for place, (kind, layer, goes_out) in enumerate(zip(types, layers, out, strict=True))
     ]
     return repeated_layers(model, layers, kinds, device)
 

@@ -54,6 +54,14 @@ def is_offloaded(layer: Any) -> bool:
     return isinstance(function, partial) and function.func is _checkpoint_offloaded
 
 
+def goes_out(layer: Any) -> bool:
+    """Return whether the inputs of ``layer`` go to the host, which the last one's do not."""
+    if not is_offloaded(layer):
+        return False
+    store, number, _ = layer._gradient_checkpointing_func.args
+    return bool(number != store.last)
+
+
 class Offloading:
     """The same for a while: inside ``on``. What the layers need of the host is kept from one time to the next."""
 
@@ -103,50 +111,50 @@ class _Sent(NamedTuple):
 
 
 class _Store:
-    """The inputs of one model's layers, by the number of the layer."""
+    """The inputs of one model's layers, by the number of the layer; backward takes them in the reverse of forward's order."""
 
     def __init__(self, device: Device, last: int) -> None:
         self.device = device
         self.last = last
-        self._hosts: dict[int, Tensor] = {}
+        self._hosts: list[Tensor] = []
         self._leaving: tuple[Tensor, Wait] | None = None
-        self._coming: dict[int, tuple[Tensor, Wait]] = {}
+        self._coming: tuple[Tensor, Wait] | None = None
 
     def send(self, number: int, tensor: Tensor) -> _Sent:
         """Begin to copy ``tensor`` out, unless it is the last; the one before it may be freed from now on."""
         self._release()
         if number == self.last:
             return _Sent(number, tensor)
-        host = self._hosts.get(number)
-        if host is None or host.shape != tensor.shape:
-            host = self._hosts[number] = self.device.pinned_like(tensor)
-        self._leaving = (tensor, self.device.start_copy(tensor, host))
+        if not self._hosts or self._hosts[number].shape != tensor.shape:
+            self._hosts = []
+            self._hosts = [self.device.pinned_like(tensor) for _ in range(self.last)]
+        self._leaving = (tensor, self.device.start_copy(tensor, self._hosts[number]))
         return _Sent(number, None)
 
     def take(self, sent: _Sent) -> Tensor:
         """Return what was sent, on the device, and begin to fetch the one before it."""
         tensor = sent.here
         if tensor is None:
-            if sent.number not in self._coming:
-                self._fetch(sent.number)
-            tensor, wait = self._coming.pop(sent.number)
+            tensor, wait = self._coming or self._fetched(sent.number)
+            self._coming = None
             wait()
         if sent.number > 0:
-            self._fetch(sent.number - 1)
+            self._coming = self._fetched(sent.number - 1)
         return tensor
 
     def clear(self) -> None:
         """Let go of what is on the device, as after a step that was cut short."""
         self._release()
-        for _, wait in self._coming.values():
+        if self._coming is not None:
+            _, wait = self._coming
             wait()
-        self._coming.clear()
+            self._coming = None
 
-    def _fetch(self, number: int) -> None:
+    def _fetched(self, number: int) -> tuple[Tensor, Wait]:
         host = self._hosts[number]
         target = torch.empty(host.shape, dtype=host.dtype, device=self.device.torch_device)
         self.device.label([target], "saved activations")
-        self._coming[number] = (target, self.device.start_copy(host, target))
+        return target, self.device.start_copy(host, target)
 
     def _release(self) -> None:
         if self._leaving is not None:
