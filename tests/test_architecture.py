@@ -20,6 +20,7 @@ FLOORS = [
     {"diagnosis"},
     {"export"},
     {"report"},
+    {"studio"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -18,6 +18,9 @@ WIDTH, HEIGHT = 720, 240
 LEFT, RIGHT, TOP, BOTTOM = 84, 12, 10, 24
 COLUMNS = 300
 TICKS = 4
+LABEL = 12
+"""Labels that are nearer to each other stand in one line."""
+
 LEAST = 1e-100
 """Closer than this values are drawn as one."""
 LINES = 8
@@ -35,8 +38,9 @@ th,td{text-align:right;padding:.1rem .9rem .1rem 0;white-space:nowrap}th{color:v
 th:first-child,td:first-child{text-align:left}td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
 svg{width:100%;min-width:34rem;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 svg .grid{stroke:var(--grid);stroke-width:1}svg .limit{stroke:var(--ink);stroke-dasharray:6 4}svg .mark{stroke:var(--c1);stroke-dasharray:2 3}
-svg path{fill:none;stroke-width:1.6;stroke-linejoin:round}svg .hit{fill:transparent}svg .hit:hover{fill:var(--grid);fill-opacity:.5}
-i.key{display:inline-block;width:1rem;height:.2rem;vertical-align:middle;margin-right:.4rem}
+svg path{fill:none;stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}svg .hit{fill:transparent}svg .hit:hover{fill:var(--grid);fill-opacity:.5}
+i.key{display:inline-block;width:1rem;height:.2rem;vertical-align:middle;margin-right:.4rem;background:var(--c)}
+.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}
 pre{overflow-x:auto;font-size:.85rem;border:1px solid var(--grid);padding:.6rem}
 """
 
@@ -105,7 +109,7 @@ def draw(chart: Chart) -> str:
     note = f"<p>Not finite, and not drawn: {counted(missing, 'value')}.</p>" if missing else ""
     if not drawn:
         return f"<section><h2>{text(chart.title)}</h2>{note}</section>" if missing else ""
-    colours = {id(line): f"var(--c{number % LINES})" for number, line in enumerate(drawn)}
+    colours = {id(line): f"c{number % LINES}" for number, line in enumerate(drawn)}
     rows = [_row(chart, line, colours[id(line)]) for line in drawn]
     rows += [(text(name), "", text(chart.show(value)), "", "") for name, value in chart.limits]
     marked = f"<p>Dotted: {text(chart.marked)}.</p>" if chart.marks else ""
@@ -118,7 +122,7 @@ def draw(chart: Chart) -> str:
 def _row(chart: Chart, line: Line, colour: str) -> tuple[str, ...]:
     values = [value for _, value in line.points]
     of_line = (values[0], values[-1], min(values), max(values))
-    key = f'<i class="key" style="background:{colour}"></i>{text(line.name)}'
+    key = f'<i class="key {colour}"></i>{text(line.name)}'
     return (key, *(text(chart.show(value)) for value in of_line))
 
 
@@ -144,10 +148,12 @@ def _svg(chart: Chart, lines: Sequence[Line], colours: dict[int, str]) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text(chart.show(tick))}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">step {first:,}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {last:,}</text>')
+    beside: dict[int, list[str]] = {}
     for name, value in chart.limits:
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        beside = y(value) - 4 if y(value) > TOP + 14 else y(value) + 12
-        parts.append(f'<text x="{LEFT + 4}" y="{beside:.1f}">{text(name)}</text>')
+        height = y(value) - 4 if y(value) > TOP + 14 else y(value) + 12
+        beside.setdefault(next((one for one in beside if abs(one - height) < LABEL), round(height)), []).append(name)
+    parts += [f'<text x="{LEFT + 4}" y="{height}">{text(", ".join(names))}</text>' for height, names in beside.items()]
     for column in sorted({round(x(step)) for step in chart.marks if first <= step <= last}):
         parts.append(f'<line class="mark" x1="{column}" x2="{column}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     read: dict[int, list[str]] = {}
@@ -156,7 +162,7 @@ def _svg(chart: Chart, lines: Sequence[Line], colours: dict[int, str]) -> str:
         shown = [point for inside in columns.values() for point in inside]
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in shown)
         cap = ' stroke-linecap="round"' if len(shown) == 1 else ""
-        parts.append(f'<path style="stroke:{colours[id(line)]}"{cap} d="M{path}{"h.1" if cap else ""}"/>')
+        parts.append(f'<path class="{colours[id(line)]}"{cap} d="M{path}{"h.1" if cap else ""}"/>')
         for number, inside in columns.items():
             step, value = inside[-1]
             read.setdefault(number, []).append(f"step {step:,}: {line.name} {chart.show(value)}")

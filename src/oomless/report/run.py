@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from typing import Any
 
 from oomless.errors import ConfigError
 from oomless.report.charts import Chart, Line, draw, page, text
-from oomless.training.run_folder import EVALUATED, METRICS, PREDICTION
+from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION
 from oomless.units import GiB, KiB, MiB, counted, format_bytes, short
 
 MOST = 1e100
@@ -21,6 +22,8 @@ EVENTS = 100
 """So many recoveries and bad steps are listed, the last ones."""
 PEAK = ("profile", "peak_allocated_bytes")
 SETTINGS_BYTES = 100 * KiB
+END_BYTES = 64 * KiB
+"""So much of the end of a run is read to list it."""
 
 
 @dataclass(kw_only=True)
@@ -36,8 +39,21 @@ class Logged:
     bad: list[int] = field(default_factory=list)
     unread: int = 0
     """Lines that are no metrics."""
+    cut: bool = False
+    """Whether the last line is not whole, or not yet."""
     prediction: dict[str, Any] = field(default_factory=dict)
     settings: str = ""
+    total_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.folder.resolve().name
+
+    @property
+    def steps(self) -> int:
+        """The last step of which something was measured."""
+        return max((points[-1][0] for points in self.values.values()), default=0)
 
     def predicted(self, *path: str) -> float | None:
         """Return a number of the prediction."""
@@ -51,32 +67,87 @@ class Logged:
         return self.values[name][-1][1] if name in self.values else 0.0
 
 
+class Reader:
+    """Reads a run folder, and then again what came since, so that a long run is not read anew at every look."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read nothing yet of ``folder``."""
+        self.folder = folder
+        self._logged = Logged(folder=folder)
+        self._file: int | None = None
+        self._read_bytes = 0
+
+    def read(self) -> Logged:
+        """Return what the folder tells now.
+
+        Raises:
+            ConfigError: it is no run folder, or cannot be read.
+        """
+        metrics = self.folder / METRICS
+        if not metrics.is_file():
+            raise ConfigError(
+                f"a report is of a run folder, in which lies {METRICS}; got {self.folder}: name the output_dir of a run"
+            )
+        try:
+            self._read_metrics(metrics)
+            self._logged.settings = _text(self.folder / CONFIG, SETTINGS_BYTES)
+            self._logged.prediction = _mapping(_text(self.folder / PREDICTION)) or {}
+            self._logged.total_steps = _length_of(self.folder)
+        except OSError as error:
+            raise ConfigError(f"the run folder {self.folder} cannot be read: {error.strerror or error}") from error
+        return self._logged
+
+    def _read_metrics(self, path: Path) -> None:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._read_bytes:  # a run that went on from a checkpoint
+                self._logged, self._file, self._read_bytes = Logged(folder=self.folder), found.st_ino, 0
+            file.seek(self._read_bytes)
+            self._logged.cut = False
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self._logged.cut = True
+                    return
+                self._read_bytes += len(line)
+                _read_line(self._logged, line.decode(errors="replace"))
+
+
 def read_run(folder: Path) -> Logged:
     """Return what ``folder`` tells.
 
     Raises:
         ConfigError: it is no run folder, or cannot be read.
     """
-    metrics = folder / METRICS
-    if not metrics.is_file():
-        raise ConfigError(
-            f"a report is of a run folder, in which lies {METRICS}; got {folder}: name the output_dir of a run"
-        )
-    logged = Logged(folder=folder)
+    return Reader(folder).read()
+
+
+def read_end(folder: Path) -> Logged:
+    """Return what the last lines in ``folder`` tell, which takes no longer for a long run; a folder without any tells nothing."""
+    logged, path = Logged(folder=folder), folder / METRICS
     try:
-        with metrics.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                _read_line(logged, line)
-        config = folder / "config.yaml"
-        if config.is_file():
-            with config.open(encoding="utf-8", errors="replace") as file:
-                logged.settings = file.read(SETTINGS_BYTES)
-        predicted = folder / PREDICTION
-        if predicted.is_file():
-            logged.prediction = _mapping(predicted.read_text(encoding="utf-8", errors="replace")) or {}
+        if path.is_file():
+            with path.open("rb") as file:
+                beginning = max(0, path.stat().st_size - END_BYTES)
+                file.seek(beginning)
+                for line in file.read(END_BYTES).split(b"\n")[1 if beginning else 0 : -1]:
+                    _read_line(logged, line.decode(errors="replace"))
+        logged.total_steps = _length_of(folder)
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be read: {error.strerror or error}") from error
     return logged
+
+
+def _length_of(folder: Path) -> int | None:
+    steps = (_mapping(_text(folder / LENGTH)) or {}).get("total_steps")
+    return steps if type(steps) is int and 0 < steps < 2**53 else None
+
+
+def _text(path: Path, most: int = -1) -> str:
+    """Return the text of a file, or the start of it; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(most)
 
 
 def _mapping(line: str) -> dict[str, Any] | None:
@@ -118,13 +189,22 @@ def _number(value: object) -> float | None:
 
 def run_page(logged: Logged) -> str:
     """Return the page of a run."""
-    return page(f"Run {logged.folder.resolve().name}", _parts(logged))
+    return page(f"Run {logged.name}", [*run_head(logged), *charts_of([logged]), *run_details(logged)])
 
 
-def _parts(logged: Logged) -> Iterator[str]:
+def run_head(logged: Logged) -> Iterator[str]:
+    """Yield a run in a few sentences."""
     yield "".join(f"<p>{text(line)}</p>" for line in summary(logged))
-    for chart in _charts(logged):
+
+
+def charts_of(runs: Sequence[Logged]) -> Iterator[str]:
+    """Yield the charts of ``runs``, several over each other."""
+    for chart in _charts(runs):
         yield draw(chart)
+
+
+def run_details(logged: Logged) -> Iterator[str]:
+    """Yield what went wrong in a run, and its settings."""
     if logged.events:
         events = sorted(logged.events, key=lambda event: event[0])
         yield "<section><h2>Recoveries and bad steps</h2>"
@@ -140,8 +220,8 @@ def _parts(logged: Logged) -> Iterator[str]:
 
 def summary(logged: Logged) -> Iterator[str]:
     """Yield a run in a few sentences."""
-    steps = [points[-1][0] for points in logged.values.values()]
-    yield f"{counted(max(steps, default=0), 'step')}, {short(logged.last('tokens'))} tokens."
+    length = "" if logged.total_steps is None else f" of {logged.total_steps:,}"
+    yield f"{counted(logged.steps, 'step')}{length}, {short(logged.last('tokens'))} tokens."
     if "loss" in logged.values:
         first, last = logged.values["loss"][0][1], logged.values["loss"][-1][1]
         yield f"Loss {first:.4f} at first, {last:.4f} at last."
@@ -163,50 +243,71 @@ def summary(logged: Logged) -> Iterator[str]:
     recoveries = int(logged.last("oom_recoveries"))
     if recoveries:
         yield f"Memory ran out {counted(recoveries, 'time')}, and the run went on."
-    if logged.unread:
-        yield f"{counted(logged.unread, 'line')} of {METRICS} could not be read."
+    if logged.unread or logged.cut:
+        yield f"{counted(logged.unread + logged.cut, 'line')} of {METRICS} could not be read."
 
 
-def _charts(logged: Logged) -> Iterator[Chart]:
-    def line(name: str, shown: str | None = None) -> Line:
-        return Line(shown or name, logged.values.get(name, []))
+def _charts(runs: Sequence[Logged]) -> Iterator[Chart]:
+    alone = len(runs) == 1
 
-    evaluated = [
-        line(name, f"evaluation: {name.removeprefix(EVALUATED)}")
-        for name in logged.values
-        if name.startswith(EVALUATED)
-    ]
-    loss: list[Line] = [line("loss", "training"), *evaluated]
-    events = sorted({*logged.recovered, *logged.bad})
-    yield Chart(title="Loss", show=_plain, lines=loss, marks=events, marked="memory ran out, or a step was bad")
-    yield Chart(title="Learning rate", show=_plain, lines=[line("learning_rate", "learning rate")], from_zero=True)
+    def lines(*shown: tuple[str, str]) -> list[Line]:
+        """The lines of all runs, by what a metric's name begins with and what it is called."""
+        return [
+            Line(_name(run, called + name.removeprefix(begin), alone), points)
+            for run in runs
+            for begin, called in shown
+            for name, points in run.values.items()
+            if name == begin or (begin.endswith("/") and name.startswith(begin))
+        ]
+
+    def marks(of: Callable[[Logged], Sequence[int]]) -> list[int]:
+        return sorted(set(of(runs[0]))) if alone else []
+
+    yield Chart(
+        title="Loss",
+        show=_plain,
+        lines=lines(("loss", "training"), (EVALUATED, "evaluation: ")),
+        marks=marks(lambda run: [*run.recovered, *run.bad]),
+        marked="memory ran out, or a step was bad",
+    )
+    yield Chart(title="Learning rate", show=_plain, lines=lines(("learning_rate", "learning rate")), from_zero=True)
     yield Chart(
         title="Tokens/s",
         show=lambda value: f"{value:,.0f}",
-        lines=[line("tokens_per_second", "tokens/s")],
+        lines=lines(("tokens_per_second", "tokens/s")),
         from_zero=True,
     )
-    yield _memory(logged, [line("peak_memory_bytes", "peak so far"), line("memory_bytes", "after the step")])
-    yield Chart(title="Gradient norm", show=_plain, lines=[line("gradient_norm", "gradient norm")], from_zero=True)
-
-
-def _memory(logged: Logged, lines: list[Line]) -> Chart:
     known = (("predicted peak", PEAK), ("the GPU has", ("capacity_bytes",)))
-    limits = [(name, number) for name, path in known if (number := logged.predicted(*path)) is not None]
-    most = max(
-        (value for _, value in [*limits, *(p for line in lines for p in line.points)] if math.isfinite(value)),
-        default=0,
+    yield _memory(
+        "Memory allocated on the device",
+        lines(("peak_memory_bytes", "peak so far"), ("memory_bytes", "after the step")),
+        limits=[
+            (_name(run, name, alone), number)
+            for run in runs
+            for name, path in known
+            if (number := run.predicted(*path)) is not None
+        ],
+        marks=marks(lambda run: run.recovered),
     )
+    yield Chart(title="Gradient norm", show=_plain, lines=lines(("gradient_norm", "gradient norm")), from_zero=True)
+
+
+def _name(run: Logged, of: str, alone: bool) -> str:
+    return of if alone else f"{run.name}: {of}"
+
+
+def _memory(title: str, lines: list[Line], limits: list[tuple[str, float]], marks: list[int]) -> Chart:
+    values = [value for _, value in [*limits, *(p for line in lines for p in line.points)] if math.isfinite(value)]
+    most = max(values, default=0)
     unit = next((size for size in (GiB, MiB, KiB) if most >= size), 1)
-    shown: Callable[[float], str] = lambda value: format_bytes(int(value))  # noqa: E731
     return Chart(
-        title="Memory allocated on the device",
-        show=shown,
+        title=title,
+        show=lambda value: format_bytes(int(value)),
         unit=unit,
         from_zero=True,
         lines=lines,
         limits=limits,
-        marks=logged.recovered,
+        marks=marks,
         marked="memory ran out",
     )
 

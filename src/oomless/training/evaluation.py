@@ -10,7 +10,7 @@ from torch import Tensor
 from oomless.data.loader import MicroBatch
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
-from oomless.training.run_folder import EVALUATED
+from oomless.training.run_files import EVALUATED
 
 
 def evaluate(life: Life) -> dict[str, float]:

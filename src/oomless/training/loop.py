@@ -117,7 +117,7 @@ class Run(Life):
             listener.said(f"resumed from {start.folder.name}")
         else:
             script.probe(self)
-        run_folder.open()
+        run_folder.open(self.total_steps)
 
     def execute(self) -> RunResult:
         """Run to the end, or to the interruption."""

@@ -13,25 +13,19 @@ from typing import Any
 
 from oomless.errors import CheckpointError, ConfigError
 from oomless.training import checkpoint
-
-METRICS = "metrics.jsonl"
-PREDICTION = "prediction.json"
-"""The plan of a run, as ``oomless plan`` gives it; there where the run has a limit and could be planned."""
-
-EVALUATED = "eval_loss/"
-"""What names of validation losses begin with."""
+from oomless.training.run_files import EVALUATED, LOCK, Process
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone; the lock goes with the process, however it ends.
+    """Hold the run folder for this process alone, which the lock names; the lock goes with the process, however it ends.
 
     Raises:
         CheckpointError: another process holds it, or it cannot be written or locked.
     """
     with checkpoint.clear_disk_errors(f"the run folder {run}"):
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
+        file = (run / LOCK).open("a")  # whose text is another process's until the lock is held
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,6 +38,11 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run} cannot be locked against a second run ({error.strerror or error}): choose an output_dir on a file "
                 "system that has locks"
             ) from error
+        holder = Process.find(os.getpid())
+        with checkpoint.clear_disk_errors(f"the run folder {run}"):
+            file.truncate(0)
+            file.write("" if holder is None else holder.to_json())
+            file.flush()
         yield
 
 

@@ -15,7 +15,8 @@ from oomless.training import checkpoint, final_model, resuming
 from oomless.training.distributed import Ranks
 from oomless.training.life import Keeper, Life
 from oomless.training.listening import Listener
-from oomless.training.run_folder import METRICS, PREDICTION, Metrics, tensorboard
+from oomless.training.run_files import CONFIG, LENGTH, METRICS, MODEL, PREDICTION
+from oomless.training.run_folder import Metrics, tensorboard
 
 
 class RunFolder(Keeper):
@@ -50,8 +51,8 @@ class RunFolder(Keeper):
         self.metrics = Metrics(folder / METRICS, listener.said)
         self.writer: Any = None
 
-    def open(self) -> None:
-        """Begin to write: the config, what was predicted, and metrics from where the run goes on.
+    def open(self, total_steps: int) -> None:
+        """Begin to write: the config, what was predicted, how long the run is, and metrics from where it goes on.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -59,7 +60,8 @@ class RunFolder(Keeper):
         with self.ranks.together("the run folder"), checkpoint.clear_disk_errors(f"the config of {self.folder}"):
             if self.ranks.first:
                 self.metrics.cut(self.saved.step if self.saved is not None else -1)
-                checkpoint.write_atomically(self.folder / "config.yaml", self.config.to_yaml())
+                checkpoint.write_atomically(self.folder / CONFIG, self.config.to_yaml())
+                checkpoint.write_atomically(self.folder / LENGTH, json.dumps({"total_steps": total_steps}))
                 if self.prediction is not None:
                     checkpoint.write_atomically(self.folder / PREDICTION, json.dumps(self.prediction))
                 else:
@@ -150,7 +152,7 @@ class RunFolder(Keeper):
         self.listener.said(f"{said}; the final model is that one")
 
     def save_model(self, life: Life) -> Path:  # noqa: D102
-        target, source = self.folder / "model", self.spec.folder or Path(self.config.model)
+        target, source = self.folder / MODEL, self.spec.folder or Path(self.config.model)
         last, merge = self.best or self._checkpoint(life), self.config.merge_lora is not False
         write = partial(final_model.write, target, last, life.assembly.model, self.tokenizer, source, merge)
         life.guard.retried(write, life.device, self.ranks)

@@ -1,0 +1,42 @@
+"""``oomless studio``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oomless.errors import ConfigError
+
+
+def studio(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders with runs and models; no other is looked at. [default: this one]", show_default=False
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 0,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+) -> None:
+    """Watch runs in a browser on this machine: live curves, memory against its prediction; stop and resume. Ctrl-C closes it.
+
+    A run goes on when the studio is closed. Example: oomless studio runs
+    """
+    from oomless.cli.voice import out
+
+    try:
+        from oomless.studio.serve import serve
+    except ImportError as error:
+        raise ConfigError(f"oomless studio needs {error.name}: install oomless[studio]") from error
+    given = [folder.expanduser().resolve() for folder in folders or [Path()]]
+    for folder in given:
+        if not folder.is_dir():
+            raise ConfigError(f"the studio looks at folders; {folder} is none: name one that is there")
+
+    def ready(address: str) -> None:
+        out().print(f"the studio is at {address}", soft_wrap=True)
+        out().print("Only who has this address can use it. Ctrl-C closes it; runs go on.", style="dim")
+
+    serve(given, port, ready, open_page=open_page)

@@ -1,0 +1,229 @@
+// The page of the studio. Charts and tables come from the server, in which no text of others is markup; whatever else is shown here
+// is set as text. What is looked at stands in the address, so that it can be kept or sent.
+
+const KEY = "oomless-token";
+const PAUSE_MS = 1000;
+
+const find = (selector, inside = document) => inside.querySelector(selector);
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+
+function made(tag, text = "", attributes = {}) {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+// ---- asking the server
+
+export class Refused extends Error {}
+
+export async function ask(path, asked) {
+  const headers = { "x-oomless-token": localStorage.getItem(KEY) ?? "" };
+  const options = asked === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(asked) };
+  let answer;
+  try {
+    answer = await fetch(`api/${path}`, options);
+  } catch {
+    throw new Error("The studio does not answer: it was closed. Runs go on; start oomless studio again.");
+  }
+  const said = await answer.json();
+  if (!answer.ok) throw new (answer.status === 422 ? Refused : Error)(said.error);
+  return said;
+}
+
+function trouble(message) {
+  const place = find("#trouble");
+  if (place.textContent !== message) place.textContent = message;
+  place.hidden = !message;
+}
+
+// Ask again and again while `wanted` says so; a page that nobody sees asks nothing.
+async function repeat(wanted, look) {
+  while (wanted()) {
+    if (!document.hidden) {
+      try {
+        await look();
+        trouble("");
+      } catch (error) {
+        trouble(error.message);
+      }
+    }
+    await wait(PAUSE_MS);
+  }
+}
+
+// Put what the server drew into `place`, part by part, so that what did not change stays as it is: scrolled, focused, read.
+export function show(place, html) {
+  const drawn = document.createElement("template");
+  drawn.innerHTML = html;
+  const parts = [...drawn.content.children];
+  parts.forEach((part, number) => {
+    const there = place.children[number];
+    if (there === undefined) place.append(part);
+    else if (there.outerHTML !== part.outerHTML) renew(there, part);
+  });
+  while (place.children.length > parts.length) place.lastElementChild.remove();
+}
+
+function renew(old, part) {
+  const scrolled = [...old.querySelectorAll(".scroll, pre")].map((one) => [one.scrollLeft, one.scrollTop]);
+  const focused = [...old.querySelectorAll("[tabindex]")].indexOf(document.activeElement);
+  old.replaceWith(part);
+  [...part.querySelectorAll(".scroll, pre")].forEach((one, number) => {
+    if (scrolled[number]) [one.scrollLeft, one.scrollTop] = scrolled[number];
+  });
+  if (focused >= 0) part.querySelectorAll("[tabindex]")[focused]?.focus({ preventScroll: true });
+}
+
+// ---- the address: #room?name=value&...
+
+function address() {
+  const [room, query = ""] = location.hash.slice(1).split("?");
+  return { room, query: new URLSearchParams(query) };
+}
+
+export function go(room, query, replace = false) {
+  const hash = `#${room}${[...query].length ? `?${query}` : ""}`;
+  if (hash === location.hash) return;
+  if (replace) history.replaceState(null, "", hash);
+  else location.hash = hash;
+}
+
+// ---- the room of runs
+
+const runs = {
+  chosen: [],
+  enter(query) {
+    this.chosen = query.getAll("run");
+    this.draw().catch((error) => trouble(error.message));
+    if (!this.looking) this.looking = repeat(() => address().room === "runs", () => this.draw()).then(() => (this.looking = null));
+  },
+  async draw() {
+    const { runs: found } = await ask("runs");
+    find("#runs-none").hidden = found.length > 0;
+    find("#runs-list").hidden = found.length === 0;
+    if (!this.chosen.length && found.length) {
+      this.chosen = [found[0].name];
+      this.keep(true);
+    }
+    this.list(found);
+    const there = this.chosen.filter((name) => found.some((run) => run.name === name));
+    const place = find("#runs-shown");
+    if (there.length) {
+      const { html } = await ask("runs/show", { names: there });
+      if (address().room === "runs") show(place, html);
+    } else place.replaceChildren();
+  },
+  list(found) {
+    const body = find("#runs tbody");
+    const rows = new Map([...body.children].map((row) => [row.dataset.name, row]));
+    found.forEach((run, number) => {
+      const row = rows.get(run.name) ?? this.row(run.name);
+      rows.delete(run.name);
+      if (body.children[number] !== row) body.insertBefore(row, body.children[number] ?? null);
+      this.fill(row, run);
+    });
+    for (const row of rows.values()) row.remove();
+  },
+  row(name) {
+    const row = made("tr");
+    row.dataset.name = name;
+    const box = made("input", "", { type: "checkbox", "aria-label": `Draw ${name}` });
+    box.addEventListener("change", () => {
+      this.chosen = box.checked ? [...this.chosen, name] : this.chosen.filter((one) => one !== name);
+      this.keep();
+    });
+    const only = made("button", name, { class: "link" });
+    only.addEventListener("click", () => {
+      this.chosen = [name];
+      this.keep();
+    });
+    const cells = [box, only, "", made("progress", "", { max: "1", "aria-label": `Steps of ${name}` }), "", "", "", "", made("button")];
+    for (const cell of cells) {
+      const place = made("td");
+      place.append(cell);
+      row.append(place);
+    }
+    row.children[3].append(made("span"));
+    row.lastElementChild.firstElementChild.addEventListener("click", (event) => this.act(event.target));
+    return row;
+  },
+  fill(row, run) {
+    const [draw, , state, step, loss, speed, memory, changed, action] = row.children;
+    draw.firstElementChild.checked = this.chosen.includes(run.name);
+    row.classList.toggle("chosen", this.chosen.includes(run.name));
+    const text = (place, value) => place.textContent === value || (place.textContent = value);
+    text(state, run.state);
+    state.className = `state ${run.state.split(" ")[0]}`;
+    step.firstElementChild.hidden = run.share === null;
+    if (run.share !== null) step.firstElementChild.value = run.share;
+    text(step.lastElementChild, run.step);
+    text(loss, run.loss);
+    text(speed, run.speed);
+    text(memory, run.memory);
+    text(changed, new Date(run.changed * 1000).toLocaleString());
+    const button = action.firstElementChild;
+    const does = { trains: "stop", stopped: "resume" }[run.state] ?? "";
+    text(button, { stop: "Stop", resume: "Resume" }[does] ?? "");
+    button.dataset.does = does;
+    button.dataset.name = run.name;
+    button.hidden = !does;
+    button.setAttribute("aria-label", `${button.textContent} ${run.name}`);
+  },
+  async act(button) {
+    const { name, does } = button.dataset;
+    button.disabled = true;
+    try {
+      await ask(`runs/${does}`, { name });
+      find("#runs-said").textContent =
+        does === "stop" ? `${name} finishes its step, saves and ends.` : `${name} goes on from its last checkpoint.`;
+    } catch (error) {
+      find("#runs-said").textContent = error.message;
+    }
+    button.disabled = false;
+  },
+  keep(replace = false) {
+    go("runs", new URLSearchParams(this.chosen.map((name) => ["run", name])), replace);
+  },
+};
+
+// ---- which room is shown
+
+const rooms = { runs };
+
+function enter() {
+  const { room, query } = address();
+  if (!(room in rooms)) {
+    history.replaceState(null, "", "#runs");
+    return enter();
+  }
+  for (const name of Object.keys(rooms)) find(`#${name}`).hidden = name !== room;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${room}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  document.title = `${find(`#${room} h1`).textContent} - oomless studio`;
+  rooms[room].enter(query);
+}
+
+// The pointer reads a chart: what a column says is shown beside it, at once.
+const reading = find("#reading");
+document.addEventListener("pointermove", (event) => {
+  const said = event.target.closest?.("svg .hit")?.querySelector("title")?.textContent;
+  reading.hidden = !said;
+  if (!said) return;
+  reading.textContent = said;
+  const { width, height } = reading.getBoundingClientRect();
+  const left = event.clientX + 16 + width > innerWidth ? event.clientX - 16 - width : event.clientX + 16;
+  reading.style.left = `${Math.max(4, left)}px`;
+  reading.style.top = `${Math.max(4, Math.min(event.clientY + 12, innerHeight - height - 4))}px`;
+});
+
+const token = address().room.match(/^token=(.+)$/);
+if (token) {
+  localStorage.setItem(KEY, token[1]);
+  history.replaceState(null, "", "#runs");
+}
+window.addEventListener("hashchange", enter);
+enter();
