@@ -25,7 +25,7 @@ def locked(run: Path) -> Iterator[None]:
     """
     with checkpoint.clear_disk_errors(f"the run folder {run}"):
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / LOCK).open("a")  # whose text is another process's until the lock is held
+        file = (run / LOCK).open("ab", buffering=0)  # its text is another process's until the lock is held
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,8 +41,7 @@ def locked(run: Path) -> Iterator[None]:
         holder = Process.find(os.getpid())
         with checkpoint.clear_disk_errors(f"the run folder {run}"):
             file.truncate(0)
-            file.write("" if holder is None else holder.to_json())
-            file.flush()
+            file.write(b"" if holder is None else holder.to_json().encode())
         yield
 
 
