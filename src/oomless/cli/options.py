@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -160,6 +161,22 @@ OfBase = Annotated[
     str | None,
     typer.Option(help="The model that an adapter changes, where it is not where it was.", show_default=False),
 ]
+
+OfGpu = Annotated[
+    str,
+    typer.Option(help="Where the model lies: auto (a GPU where there is one), cpu, cuda, cuda:1, virtual:2GiB."),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="The text to go on from; may be given again. - reads standard input.", show_default=False),
+]
+
+
+def prompts_of(given: list[str]) -> list[str]:
+    """Return the texts of ``--prompt``, with standard input in place of ``-``."""
+    if given.count("-") > 1:
+        raise ConfigError("--prompt - reads standard input, which can be read once: give it once")
+    return [sys.stdin.read() if text == "-" else text for text in given]
 
 
 def require_writable(path: Path | None) -> None:

@@ -1,23 +1,30 @@
-"""Text from what was trained: merged as an export merges it, tensor by tensor, into a model on the host; transformers makes the text."""
+"""A model that writes: merged as an export merges it, tensor by tensor, on the device; transformers makes the text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, TextStreamer, set_seed
 
+from oomless.data.loader import collate
+from oomless.data.pack import Block
 from oomless.errors import ConfigError, HardwareError
-from oomless.export.hugging_face import tokenizer_of
 from oomless.export.merged import HOST, Merged
-from oomless.export.source import Source
-from oomless.hardware import available_host_bytes
+from oomless.memory.device import Device
 from oomless.models import build, form
+from oomless.models.form import Form
 from oomless.models.verify import quiet
-from oomless.techniques import lora, trainable
-from oomless.units import format_bytes
+from oomless.techniques import lora, sharding, trainable
+from oomless.training.guard import is_out_of_memory
+from oomless.training.loss import head_loss, hidden_states
+from oomless.training.probe import own_attention
+
+OWN = Form(attention=form.OWN_ATTENTION)
+_CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,74 +52,119 @@ class Sampling:
         return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(drawn), **drawn}
 
 
-class Speaker:
-    """The model of ``source`` on the host, its adapters merged.
+def ids_of(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
+    """Return the tokens of ``prompt``, [1, T]; in a ``chat`` it is what the user says.
 
     Raises:
-        HardwareError: the memory that is free does not hold its weights; nothing was loaded.
+        ConfigError: it has no token, or the tokenizer has no chat template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template: leave --chat out")
+    if chat:
+        said = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        found = tokenizer(prompt)["input_ids"]
+    if not found:
+        raise ConfigError("the prompt is empty, and this model's text has no token that begins it: give some text")
+    return torch.tensor([found])
+
+
+class Speaker:
+    """The model of ``merged`` on ``device``, inside of whose ``active()`` it is made and used.
+
+    Args:
+        merged: the model.
+        tokenizer: that of its text.
+        device: where it lies; on a fake one nothing is loaded.
+        form: how its body is run where its loss is asked for; its text is made with its own attention.
     """
 
-    def __init__(self, source: Source) -> None:
-        merged = Merged(source)
-        sizes = [tensor.numel() * tensor.element_size() for tensor in merged.tensors.values()]
-        wanted, free = sum(sizes) + 3 * max(sizes), available_host_bytes()
-        if wanted > free:
-            raise HardwareError(
-                f"the weights of {source.name} want {format_bytes(wanted)} of memory; {format_bytes(free)} is free: close "
-                "other programs, or take a machine with more"
-            )
-        spec = source.base
-        self.tokenizer = tokenizer_of(source)
-        self.model = build.build(spec, device=HOST, dtype=merged.dtype, form=form.Form(attention=form.OWN_ATTENTION))
+    def __init__(self, merged: Merged, tokenizer: Any, device: Device = HOST, form: Form = OWN) -> None:
+        self.tokenizer, self.device = tokenizer, device
+        spec = merged.source.base
+        self.model = build.build(spec, device=device, dtype=merged.dtype, form=form)
         if trainable.is_tied(self.model) and not trainable.is_tied(merged.model):
-            trainable.untie(self.model, HOST)
-        with torch.no_grad():
-            for name, tensor in lora.plain_tensors(self.model).items():
-                late = merged.tensors[name]
-                assert not isinstance(late, torch.Tensor)
-                tensor.copy_(late.make())
+            trainable.untie(self.model, device)
+        if not device.fake:
+            with torch.no_grad():
+                for name, tensor in lora.plain_tensors(self.model).items():
+                    with device.host():
+                        made = merged.tensors[name].make()
+                    sharding.fill(tensor, made)
         self.model.eval()
         assert spec.folder is not None
         if (spec.folder / "generation_config.json").is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(spec.folder)
 
-    def ids(self, prompt: str, *, chat: bool = False) -> torch.Tensor:
-        """Return the tokens of ``prompt``, [1, T]; in a ``chat`` it is what the user says.
+    def go_on(self, ids: Tensor, sampling: Sampling, say: Callable[[str], None] = lambda piece: None) -> str:
+        """Return how the text of ``ids``, which lie on the host, goes on; ``say`` is given it as it is made.
 
         Raises:
-            ConfigError: it has no token, or the tokenizer has no chat template.
+            HardwareError: the memory ran out.
         """
-        if chat and not self.tokenizer.chat_template:
-            raise ConfigError("the tokenizer has no chat template: leave --chat out")
-        if chat:
-            said = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-            found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            found = self.tokenizer(prompt)["input_ids"]
-        if not found:
-            raise ConfigError("the prompt is empty, and this model's text has no token that begins it: give some text")
-        return torch.tensor([found])
-
-    def go_on(self, ids: torch.Tensor, sampling: Sampling, say: Callable[[str], None]) -> str:
-        """Return how the text of ``ids`` goes on; ``say`` is given it as it is made.
-
-        Raises:
-            ConfigError: the text would be longer than the model's positions.
-        """
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and ids.shape[1] + sampling.max_new_tokens > longest:
-            raise ConfigError(
-                f"{ids.shape[1]} tokens of the prompt and {sampling.max_new_tokens} new ones are more than the {longest} that the "
-                "model was made for: shorten the prompt or --max-new-tokens"
-            )
         set_seed(sampling.seed)
         streamer = _Streamer(self.tokenizer, say)
-        with quiet(), torch.no_grad():
-            self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **sampling.settings()
-            )
+        given = self.device.put(ids)
+        try:
+            with quiet(), torch.no_grad(), own_attention(self.model):
+                self.model.generate(
+                    input_ids=given, attention_mask=torch.ones_like(given), streamer=streamer, **sampling.settings()
+                )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise HardwareError(
+                f"{self.device.name} ran out of memory after {len(streamer.said)} pieces of text: lower --max-new-tokens"
+            ) from error
         return "".join(streamer.said)
+
+    @torch.no_grad()
+    def loss(
+        self, blocks: Iterable[Block], chunk_bytes: int, done: Callable[[], None] = lambda: None
+    ) -> tuple[float, int]:
+        """Return the mean cross-entropy of ``blocks``, and how many tokens they predict; ``done`` is called after each."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
+        tokens, put = 0, self.device.put
+        for block in blocks:
+            with self.device.host():
+                batch = collate([block])
+            hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
+            total += head_loss(self.model, hidden, put(batch.labels), 1.0, chunk_bytes)
+            tokens += batch.target_count
+            done()
+        return float(self.device.number(total)) / max(1, tokens), tokens
+
+    @torch.no_grad()
+    def rehearse_text(self, prompt: int, new: int) -> int:
+        """Return the most that is held while so many tokens follow a prompt of so many, on a fake device."""
+        device = self.device
+        device.reset_peak()
+        with own_attention(self.model):
+            self._pass(prompt)
+            most = device.usage().peak_allocated_bytes
+            if new > 1:
+                state = self._pass(prompt + new - 2)
+                text = torch.zeros((1, prompt + new - 1), dtype=torch.long)
+                device.reset_peak()
+                self._pass(1, prompt + new - 2, **state)
+                del text
+                most = max(most, device.usage().peak_allocated_bytes)
+        return most
+
+    def _pass(self, tokens: int, before: int = 0, **state: Any) -> dict[str, Any]:
+        """Run so many tokens as ``generate`` does, beyond ``state``, that of those ``before``; return the state after them."""
+        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        found = self.model(
+            input_ids=torch.zeros((1, tokens), dtype=torch.long),
+            attention_mask=torch.ones((1, before + tokens), dtype=torch.long),
+            use_cache=True,
+            **last,
+            **state,
+        )
+        found.logits[:, -1].float()
+        return {name: found[name] for name in _CACHES if found.get(name) is not None}
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]

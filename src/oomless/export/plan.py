@@ -208,11 +208,12 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def _key(source: Source, *wanted: str | None) -> str:
     """Return a digest of all that the bytes of an export rest on."""
-    told = [__version__, *wanted, *_stamps(source)]
+    told = [__version__, *wanted, *stamps(source)]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
-def _stamps(source: Source) -> Iterator[str]:
+def stamps(source: Source) -> Iterator[str]:
+    """Yield what tells whether a file of ``source`` or of the model that it changes is another one than before."""
     folders = {source.folder, source.base.folder}
     if source.kind != "model":
         yield str(file_of(source))

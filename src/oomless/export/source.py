@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,9 @@ from oomless.training.run_folder import Metrics
 
 Kind = Literal["model", "adapter", "trained"]
 _WHICH = ("last", "best", "final")
-ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"
+TRAINED = "trained.safetensors"
+_KINDS: Mapping[str, Kind] = {"adapter_config.json": "adapter", TRAINED: "trained", "config.json": "model"}
+"""By which file each is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,27 +80,62 @@ def find(place: Path, which: str | None = None, base: str | None = None) -> Sour
         CheckpointError: the run has no such checkpoint.
         ModelError: there is nothing to export, or the model that it changes is not there.
     """
+    return _of_folder(_located(place, which), base)
+
+
+def find_two(place: Path, which: str | None = None, base: str | None = None) -> tuple[Source, Source]:
+    """Return what ``find`` does of a run or an adapter, and the model that it began with, which ``base`` is where it is not where it was.
+
+    Raises:
+        ConfigError: ``place`` holds neither.
+        UserError: as ``find``.
+    """
+    located = _located(place, which)
+    whole = _kind(located.folder) == "model"
+    if whole and located.run is None:
+        raise ConfigError(f"nothing in {place} says what it was trained from: give the folder of a run, or an adapter")
+    found = _of_folder(located, None if whole else base)
+    if base is None and located.run is not None:
+        base = located.run.model
+    folder = found.base.folder if base is None else resolve(base, trust_remote_code=found.base.trust_remote_code).folder
+    if folder is None:
+        raise ModelError(f"{base} is a config without weights: give the folder of the model with --base")
+    begun = _of_folder(_Located(folder, base or found.base.name, located.run), None)
+    return found, replace(begun, run=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """A folder with weights, and what is known of it."""
+
+    folder: Path
+    name: str
+    run: TrainConfig | None = None
+    saved: Checkpoint | None = None
+
+
+def _located(place: Path, which: str | None) -> _Located:
     if not place.is_dir():
         raise ConfigError(f"{place} is no folder: give that of a run, a checkpoint, an adapter or a model")
     if (place / "config.yaml").is_file() and not (place / "config.json").is_file():
-        return _of_run(place, which, base)
+        return _in_run(place, which)
     if which is not None:
         raise ConfigError(f"--checkpoint is of a run; {place} is no run's folder: leave it out")
     saved = next((one for one in checkpoint.list_checkpoints(place.parent) if one.folder.name == place.name), None)
-    return _of_folder(place, _run_of(saved) if saved else None, saved, base, place.name)
+    return _Located(place, place.name, _run_of(saved) if saved else None, saved)
 
 
-def _of_run(run: Path, which: str | None, base: str | None) -> Source:
+def _in_run(run: Path, which: str | None) -> _Located:
     config = TrainConfig.from_mapping(load_yaml(run / "config.yaml"))
     known = {one.step: one for one in checkpoint.list_checkpoints(run)}
     final = (run / "model").is_dir()
     step = _step(run, which, config, sorted(known), final)
     if step is not None:
         unfinished = "" if final else " of a run that has not ended"
-        return _of_folder(known[step].folder, config, known[step], base, f"{known[step].folder.name}{unfinished}")
+        return _Located(known[step].folder, f"{known[step].folder.name}{unfinished}", config, known[step])
     if not final:
         raise CheckpointError(f"{run} has neither a checkpoint nor a model: there is nothing to export yet")
-    return _of_folder(run / "model", config, None, base, "model")
+    return _Located(run / "model", "model", config)
 
 
 def _step(run: Path, which: str | None, config: TrainConfig, known: Sequence[int], final: bool) -> int | None:
@@ -137,26 +174,23 @@ def _run_of(saved: Checkpoint) -> TrainConfig | None:
         return None
 
 
-def _of_folder(folder: Path, run: TrainConfig | None, saved: Checkpoint | None, base: str | None, name: str) -> Source:
-    kind: Kind | None = None
-    if (folder / "adapter_config.json").is_file():
-        kind = "adapter"
-    elif (folder / TRAINED).is_file():
-        kind = "trained"
-    elif (folder / "config.json").is_file():
-        kind = "model"
-    if kind is None:
-        raise ModelError(f"{folder} holds no model, no adapter and no checkpoint of a run")
+def _kind(folder: Path) -> Kind:
+    for name, kind in _KINDS.items():
+        if (folder / name).is_file():
+            return kind
+    raise ModelError(f"{folder} holds no model, no adapter and no checkpoint of a run")
+
+
+def _of_folder(located: _Located, base: str | None) -> Source:
+    folder, run = located.folder, located.run
+    kind = _kind(folder)
     if kind == "model" and base is not None:
         raise ConfigError(f"--base is for an adapter; {folder} holds a whole model: leave it out")
-    trust = run is not None and run.trust_remote_code
-    if kind == "model":
-        spec = resolve(str(folder), trust_remote_code=trust)
-    else:
-        spec = resolve(base or _base_of(folder, kind, run), trust_remote_code=trust)
+    whole = str(folder) if kind == "model" else base or _base_of(folder, kind, run)
+    spec = resolve(whole, trust_remote_code=run is not None and run.trust_remote_code)
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: give the folder of the model with --base")
-    return Source(folder=folder, kind=kind, base=spec, name=name, run=run, saved=saved)
+    return Source(folder=folder, kind=kind, base=spec, name=located.name, run=run, saved=located.saved)
 
 
 def _base_of(folder: Path, kind: Kind, run: TrainConfig | None) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from oomless.models.save import durable
+from oomless.units import MiB
+
+_COMPARED_AT_ONCE = 16 * MiB
 
 Progress = Callable[[int], None]
 """Is told how many bytes more are done."""
@@ -77,7 +80,9 @@ def first_difference(path: Path, stream: Stream, progress: Progress) -> str | No
         for piece in stream.pieces:
             for part in piece.make():
                 view = memoryview(part).cast("B")
-                if file.read(len(view)) != view:
-                    return piece.name
+                for place in range(0, len(view), _COMPARED_AT_ONCE):
+                    wanted = view[place : place + _COMPARED_AT_ONCE].tobytes()
+                    if file.read(len(wanted)) != wanted:
+                        return piece.name
             progress(piece.size)
         return "its end" if file.read(1) else None

@@ -12,7 +12,9 @@ from statistics import median
 from typing import Any
 
 from oomless.errors import ConfigError
+from oomless.export import comparison
 from oomless.report.charts import Chart, Line, draw, page, text
+from oomless.report.compare import section
 from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION
 from oomless.units import GiB, KiB, MiB, counted, format_bytes, short
 
@@ -205,6 +207,8 @@ def charts_of(runs: Sequence[Logged]) -> Iterator[str]:
 
 def run_details(logged: Logged) -> Iterator[str]:
     """Yield what went wrong in a run, and its settings."""
+    if (compared := comparison.read(logged.folder)) is not None:
+        yield section(compared)
     if logged.events:
         events = sorted(logged.events, key=lambda event: event[0])
         yield "<section><h2>Recoveries and bad steps</h2>"

@@ -29,7 +29,7 @@ def check_architecture(model: Any, packing: Packing, device: Device) -> None:
             other.
     """
     model.eval()
-    with _own_attention(model):
+    with own_attention(model):
         logits = form.own_logits(model, form.length_for(model))
     problem = form.find_problem(model, logits, packing, form.tolerance(model), device)
     if problem is not None:
@@ -37,7 +37,7 @@ def check_architecture(model: Any, packing: Packing, device: Device) -> None:
 
 
 @contextmanager
-def _own_attention(model: Any) -> Iterator[None]:
+def own_attention(model: Any) -> Iterator[None]:
     """Let ``model`` attend as its class does by itself."""
     before = model.config._attn_implementation
     if before == attention.NAME:

@@ -18,6 +18,9 @@ CONFIG = "config.yaml"
 PREDICTION = "prediction.json"
 """The plan of a run, as ``oomless plan`` gives it; there where the run has a limit and could be planned."""
 
+COMPARISON = "compare.json"
+"""What ``oomless compare`` found last of a run."""
+
 LENGTH = "length.json"
 """How many steps a run has."""
 

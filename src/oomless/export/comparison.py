@@ -1,0 +1,63 @@
+"""Two models side by side: what was found, and where a run keeps it; without torch, for those who only show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oomless.training.run_files import COMPARISON
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """What one of the two models does."""
+
+    name: str
+    losses: Mapping[str, float]
+    """By source of text: the mean cross-entropy."""
+
+    tokens: Mapping[str, int]
+    """By source: how many are predicted."""
+
+    texts: Sequence[str]
+    """How it goes on from each prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two models side by side."""
+
+    base: Side
+    trained: Side
+    prompts: Sequence[str]
+    numbers: str
+    """What the numbers of both are."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of this, for a program."""
+        return {
+            "base": self.base.name,
+            "trained": self.trained.name,
+            "numbers": self.numbers,
+            "held_out": [
+                {"source": name, "tokens": count, "base": self.base.losses[name], "trained": self.trained.losses[name]}
+                for name, count in self.base.tokens.items()
+            ],
+            "texts": [
+                {"prompt": prompt, "base": base, "trained": trained}
+                for prompt, base, trained in zip(self.prompts, self.base.texts, self.trained.texts, strict=True)
+            ],
+        }
+
+
+def read(folder: Path) -> Comparison | None:
+    """Return the last comparison of the run in ``folder``; ``None`` where there is none that can be read."""
+    try:
+        kept = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+        sides = {role: Side(**kept[role]) for role in ("base", "trained")}
+        return Comparison(**sides, prompts=kept["prompts"], numbers=kept["numbers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
