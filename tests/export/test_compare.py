@@ -81,8 +81,10 @@ def test_the_page_of_a_run_shows_it(make_run):
     page = run_page(read_run(run))
     assert f"{found.trained.losses['library.jsonl']:.4f}" in page
     assert "&lt;b&gt;import os" in page
-    (run / "compare.json").write_text('{"base": 3}')
-    assert "Beside the model" not in run_page(read_run(run))
+    whole = json.loads((run / "compare.json").read_text())
+    for damage in ({"base": 3}, {"prompts": []}, {"trained": {**whole["trained"], "losses": {"x": "y"}}}):
+        (run / "compare.json").write_text(json.dumps({**whole, **damage}))
+        assert "Beside the model" not in run_page(read_run(run))
 
 
 def test_one_model_at_a_time(make_run):

@@ -57,7 +57,15 @@ def read(folder: Path) -> Comparison | None:
     """Return the last comparison of the run in ``folder``; ``None`` where there is none that can be read."""
     try:
         kept = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
-        sides = {role: Side(**kept[role]) for role in ("base", "trained")}
-        return Comparison(**sides, prompts=kept["prompts"], numbers=kept["numbers"])
-    except (OSError, ValueError, KeyError, TypeError):
+        base, trained = (_side(kept[role]) for role in ("base", "trained"))
+        prompts, numbers = [str(prompt) for prompt in kept["prompts"]], str(kept["numbers"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    alike = {len(prompts)} == {len(base.texts), len(trained.texts)} and base.tokens.keys() == trained.tokens.keys()
+    return Comparison(base=base, trained=trained, prompts=prompts, numbers=numbers) if alike else None
+
+
+def _side(told: Any) -> Side:
+    losses = {str(name): float(loss) for name, loss in told["losses"].items()}
+    tokens = {name: int(told["tokens"][name]) for name in losses}
+    return Side(name=str(told["name"]), losses=losses, tokens=tokens, texts=[str(text) for text in told["texts"]])
