@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -41,7 +41,7 @@ from oomless.config import TrainConfig
 from oomless.errors import OomlessError, TrainingError
 from oomless.memory.device import Device
 from oomless.models import build, form
-from oomless.models.make import ties
+from oomless.models.make import sees, ties
 from oomless.models.spec import resolve
 from oomless.models.twin import small_config
 from oomless.planning.plan import plan_training
@@ -110,12 +110,12 @@ def make_tokenizer(folder: Path) -> list[str]:
 def make_model(model_type: str, folder: Path) -> None:
     """Save a tiny random model of ``model_type`` to ``folder``."""
     config = small_config(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {})))
-    for name in ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"):
+    for name in ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"):
         if getattr(config.get_text_config(), name, None):
             setattr(config.get_text_config(), name, VOCABULARY)
     for factor in (3, 1):  # larger than fresh matrices, where the model bears it
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1 and 0 < parameter.std() < 0.05:
@@ -124,6 +124,11 @@ def make_model(model_type: str, folder: Path) -> None:
         if torch.isfinite(logits).all():
             break
     model.save_pretrained(folder)
+
+
+def auto_class(config: Any) -> Any:
+    """Return what makes and loads models of ``config`` in transformers."""
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def cell(function: Callable[[], str]) -> str:
@@ -219,7 +224,7 @@ def same_loss(folder: Path, packing: Any) -> str:
     labels[:, [sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]] = -100
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ours = float(causal_lm_loss(model, ids, labels, position_ids=positions, document_lengths=(lengths,)))
-    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    plain = auto_class(spec.config).from_pretrained(folder, attn_implementation="eager").eval()
     theirs, start = 0.0, 0
     for length in lengths:
         part = slice(start, start + length)
@@ -233,10 +238,11 @@ def same_loss(folder: Path, packing: Any) -> str:
 @torch.no_grad()
 def check_result(result: Path, base: Path) -> None:
     """Load ``result`` with plain transformers: whole, finite, and changed from ``base``."""
-    model, report = AutoModelForCausalLM.from_pretrained(result, output_loading_info=True, attn_implementation="eager")
+    auto = auto_class(resolve(str(base)).config)
+    model, report = auto.from_pretrained(result, output_loading_info=True, attn_implementation="eager")
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[kind], f"{kind} of the saved model: {sorted(map(str, report[kind]))[:3]}"
-    before = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    before = auto.from_pretrained(base, attn_implementation="eager").eval()
     ids = torch.arange(1, 31)[None]
     now, then = (m(input_ids=ids, use_cache=False).logits for m in (model.eval(), before))
     assert torch.isfinite(now).all(), "the saved model's logits are not finite"

@@ -15,6 +15,7 @@ from oomless.memory.device import Device
 from oomless.models import body, build, form, save
 from oomless.models.make import left_out
 from oomless.models.spec import resolve
+from oomless.training.assemble import assemble
 from oomless.training.loop import train
 
 TEXT = dict(
@@ -29,6 +30,8 @@ QWEN_TOWER = dict(depth=1, hidden_size=32, out_hidden_size=64, num_heads=2, inte
 ROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
 LLAMA_4 = dict(intermediate_size_mlp=96, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16)
 LLAMA_4_TOWER = dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+MLLAMA_TOWER = dict(num_global_layers=1, vision_output_dim=64, intermediate_layers_indices=[0], max_num_tiles=1)
+MLLAMA_TOWER |= dict(supported_aspect_ratios=[[1, 1]])
 
 CONFIGS = {
     "gemma3": (
@@ -46,6 +49,17 @@ CONFIGS = {
     "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **TOWER}, {}),
     "llava_next": ({"model_type": "mistral"}, {"model_type": "clip_vision_model", **TOWER}, {}),
     "mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **TOWER, "head_dim": 16}, {}),
+    "mllama": (
+        {
+            "model_type": "mllama_text_model",
+            "num_hidden_layers": 4,
+            "cross_attention_layers": [1],
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+        },
+        {**TOWER, **MLLAMA_TOWER, "model_type": "mllama_vision_model"},
+        {},
+    ),
     "llama4": ({"model_type": "llama4_text", **LLAMA_4}, {**TOWER, **LLAMA_4_TOWER}, {}),
 }
 QUICK = ("gemma3", "qwen2_vl", "llava_next")
@@ -145,3 +159,15 @@ def test_a_run_its_checkpoints_and_its_resumption(trainable, checkpoint, corpus,
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
     assert not [record for record in caplog.records if "sub-model" in record.getMessage()]
     theirs(tmp_path / "whole" / "model")
+
+
+def test_layers_that_text_skips_do_not_train(checkpoint):
+    """Those of one stack that attend to pictures alone, with all that is in them."""
+    folder = str(checkpoint("mllama"))
+    config = TrainConfig.from_mapping(
+        {"model": folder, "data": "none", "output_dir": "none", "dtype": "fp32", "max_seq_length": 64}
+    )
+    parts = assemble(resolve(folder), config, Device(), fill=False)
+    trained = {name for name, parameter in parts.model.named_parameters() if parameter.requires_grad}
+    assert any(".layers.0.mlp." in name for name in trained)
+    assert not any(".layers.1." in name for name in trained)

@@ -25,7 +25,7 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, body, twin
 from oomless.models.spec import ModelSpec
-from oomless.techniques.kinds import kind_of
+from oomless.techniques.kinds import kind_in
 
 OWN_ATTENTION = "eager"
 LENGTH = 40
@@ -114,7 +114,7 @@ def _choose(key: _Key, packing: Packing) -> Form | Problem:
 
 
 def unreached(spec: ModelSpec) -> frozenset[str]:
-    """Return the kinds of parameters of the model of ``spec`` that the loss has no gradient for.
+    """Return the kinds of parameters (``kind_in``) of the model of ``spec`` that the loss has no gradient for.
 
     What only chooses (an indexer), attends to an encoder that is not there, or belongs to other modalities.
     """
@@ -131,8 +131,8 @@ def _unreached(key: _Key) -> frozenset[str]:
             own_logits(model, LENGTH).logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
         except Exception:  # as in _choose; then the audit watches the first steps
             return frozenset()
-        reached = {kind_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
-        return frozenset(kind_of(name) for name, _ in model.named_parameters()) - reached
+        reached = {kind_in(model, name) for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return frozenset(kind_in(model, name) for name, _ in model.named_parameters()) - reached
 
 
 def apply(model: Any, form: Form) -> None:

@@ -40,7 +40,9 @@ def sees(config: Any) -> bool:
     if own is None or config.get_text_config() is config:
         return False
     as_text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    return as_text in (None, own) or own in (getattr(config, "architectures", None) or ())
+    if as_text in (None, own) or own in (getattr(config, "architectures", None) or ()):
+        return True
+    return config.get_text_config().model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def ties(config: Any) -> bool:

@@ -12,14 +12,29 @@ def kind_of(name: str) -> str:
     return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
 
 
+def kind_in(model: Any, name: str) -> str:
+    """Return the kind of a parameter ``name`` of ``model``, among layers of which some have parts that others have not."""
+    pieces = name.split(".")
+    number = next((place for place, piece in enumerate(pieces[:-1]) if piece.isdigit()), None)
+    if number is None:
+        return name
+    layer = model.get_submodule(".".join(pieces[: number + 1]))
+    return f"{kind_of(name)} beside {', '.join(child for child, _ in layer.named_children())}"
+
+
 def owner_using_weight(model: Any, name: str) -> str | None:
-    """Return the class that holds the layer ``name`` and also uses its weight by itself, as fused kernels do; else ``None``.
+    """Return the class above the layer ``name`` that also uses its weight by itself, as fused kernels do; else ``None``.
 
     What stands in the place of such a layer (an adapter, a weight in fewer bits) would not be asked.
     """
-    owner, _, own_name = name.rpartition(".")
-    kind: Any = type(model.get_submodule(owner))
-    return kind.__name__ if f"self.{own_name}.weight" in _source(kind) else None
+    pieces = name.split(".")
+    for place in range(len(pieces) - 1, -1, -1):
+        owner: Any = type(model.get_submodule(".".join(pieces[:place])))
+        direct = place == len(pieces) - 1
+        used = f"self.{pieces[-1]}.weight" if direct else f".{pieces[-2]}.{pieces[-1]}.weight"
+        if used in _source(owner):
+            return str(owner.__name__)
+    return None
 
 
 @cache

@@ -25,7 +25,7 @@ from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.techniques import expert_adapters, frozen_layers, sharding, trained_rows
 from oomless.techniques.experts import expert_modules
-from oomless.techniques.kinds import kind_of, owner_using_weight
+from oomless.techniques.kinds import kind_in, owner_using_weight
 
 ADAPTER = "default"
 
@@ -159,7 +159,7 @@ def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[
 
 def _obstacle(model: Any, name: str, layer: nn.Module, unreached: Collection[str]) -> str | None:
     """Return why ``layer`` cannot have an adapter, which stands in its place and is called instead of it."""
-    if kind_of(f"{name}.weight") in unreached:
+    if kind_in(model, f"{name}.weight") in unreached:
         return "the loss does not reach it"
     plain = isinstance(layer, (Conv1D, frozen_layers.FrozenLinear)) or type(layer).forward is nn.Linear.forward
     if not plain:

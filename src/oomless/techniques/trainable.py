@@ -26,7 +26,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
 from oomless.techniques import frozen_layers, lora, trained_rows
-from oomless.techniques.kinds import kind_of
+from oomless.techniques.kinds import kind_in, kind_of
 from oomless.units import format_bytes
 
 NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
@@ -76,7 +76,7 @@ def apply(model: Any, config: TrainConfig, device: Device, unreached: Collection
             "tied_weights is for models whose embed_tokens and lm_head are one matrix; this one has two: remove it"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in parameters and kind_of(name) not in unreached)
+        parameter.requires_grad_(id(parameter) in parameters and kind_in(model, name) not in unreached)
     if config.trainable_rows is not None:
         trained_rows.apply(model, config.trainable_rows, device)
     if "lora" in parts:
