@@ -11,6 +11,7 @@ import pytest
 
 from oomless.planning.choice import SCHEMA
 from tests.cli.test_cli import ENVIRONMENT, ROOT, oomless, plain
+from tests.report.test_run_page import Outline
 
 EIGHT_GIGABYTES = ("--gpu", "8GiB", "--max-seq-length", "128", "--as-given")
 
@@ -43,10 +44,20 @@ def test_timeline_and_snapshot(make_checkpoint, tmp_path):
     out = [tmp_path / name for name in ("t.html", "t.png", "s.pickle")]
     for timeline in out[:2]:
         result = oomless(
-            "plan", "--model", make_checkpoint("llama"), *EIGHT_GIGABYTES, "--timeline", timeline, "--snapshot", out[2]
+            "plan",
+            "--model",
+            make_checkpoint("llama"),
+            *EIGHT_GIGABYTES,
+            "--timeline",
+            timeline,
+            "--snapshot",
+            out[2],
+            *("--html", tmp_path / "plan.html"),
         )
         assert result.returncode == 0, result.stderr
-    assert "weights" in out[0].read_text()
+    pages = [Outline(path.read_text()) for path in (out[0], tmp_path / "plan.html")]
+    assert [page.seen.count("svg") for page in pages] == [1, 2]
+    assert all({"weights", "reserved by the allocator"} <= set(page.text) for page in pages)
     assert out[1].read_bytes().startswith(b"\x89PNG")
     from torch.cuda._memory_viz import trace_plot
 
@@ -92,9 +103,14 @@ def test_what_is_left_open_is_chosen_and_trains_unchanged(make_checkpoint, corpu
     arguments = ("--model", folder, "--gpu", "virtual:24MiB", "--max-seq-length", 64, "--packing", "concatenate")
     result = oomless(
         *("plan", *arguments, "--data", corpus, "--output-dir", tmp_path / "run", "--write", picked),
-        *("--optimizer", "adamw", "--max-steps", 2, "--eval-fraction", 0),
+        *("--optimizer", "adamw", "--max-steps", 2, "--eval-fraction", 0, "--html", tmp_path / "plan.html"),
     )
     assert result.returncode == 0, result.stderr
+    page = Outline((tmp_path / "plan.html").read_text())
+    assert {"What fits", "To train it", "Memory at the peak", "Phases", "What the figures rest on"} <= set(page.text)
+    assert page.seen.count("svg") == 2  # no speed is known of a virtual GPU
+    assert "script" not in page.seen
+    assert "optimizer: adamw" in " ".join(page.text)
     text = plain(result.stdout)
     assert "►" in text
     assert "full, AdamW" in text

@@ -15,7 +15,7 @@ from oomless.report.run import read_run, run_page
 from oomless.training.loop import train
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x \u202e\x1b[2J"
-VOID = {"meta", "line", "path", "rect"}
+VOID = {"meta", "line", "path", "rect", "circle"}
 
 
 class Outline(HTMLParser):

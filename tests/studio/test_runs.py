@@ -169,7 +169,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
 
 
 def test_too_many_folders_are_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("oomless.studio.runs.MOST_FOLDERS", 3)
+    monkeypatch.setattr("oomless.studio.offers.MOST_FOLDERS", 3)
     for name in "abcd":
         (tmp_path / name).mkdir()
     answer = Studio(tmp_path).client.get("/api/runs")

@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from urllib.parse import quote
 
 import pytest
 from starlette.testclient import TestClient
+from tests.cli.test_cli import ENVIRONMENT
 
 from oomless.studio.safety import TOKEN
 from oomless.studio.server import application
@@ -107,3 +110,9 @@ def test_what_is_no_question_is_refused(top, body):
     assert client(top).post("/api/runs/show", content=body).status_code == 400
     assert client(top).post("/api/runs/show", content=b" " * (9 << 20)).status_code == 413
     assert client(top).get("/api/runs/show").status_code == 405
+
+
+def test_the_server_begins_without_what_takes_long_to_import():
+    code = "import sys, oomless.studio.serve; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.strip() == "set()", done.stderr

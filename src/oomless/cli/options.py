@@ -6,7 +6,6 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,11 +15,9 @@ import typer
 
 from oomless.cli.voice import aside
 from oomless.config import SECTIONS, TrainConfig, outrank
-from oomless.config.batch import LENGTHS
 from oomless.config.values import field_help, kinds, load_yaml, plain_kind
-from oomless.errors import ConfigError, nearest
-from oomless.planning.strategies import CHOSEN, PREFERENCES
-from oomless.units import parse_bytes, parse_count
+from oomless.errors import ConfigError
+from oomless.planning.strategies import CHOSEN
 
 _WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d+)?)")
 _SETTING = re.compile(r"(.+),(\w+)=([^,]*)")
@@ -101,49 +98,6 @@ def gpus_to_compare(text: str | None) -> list[str]:
     if name.strip() != "gpu" or not all(gpus):
         raise ConfigError(f"--what-if compares GPUs, such as --what-if gpu=RTX4090,L4; got {text!r}")
     return gpus
-
-
-def host_size(text: str | None) -> int | None:
-    """Return the bytes of ``--host-memory``."""
-    if text is None:
-        return None
-    if text.strip().isdigit() and int(text):
-        raise ConfigError(f"--host-memory is a size with its unit; got {text!r}: write {text.strip()}GiB")
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError(f"--host-memory: {error}") from error
-
-
-def wish_of(
-    prefer: str | None, tokens: str | None = None, hours: str | None = None, given: Mapping[str, Any] = {}
-) -> dict[str, Any]:
-    """Return what ``--prefer``, ``--tokens`` and ``--hours`` say, as ``choose_training`` takes it; ``given`` are the settings beside them."""
-    wish: dict[str, Any] = {}
-    if prefer is not None:
-        if prefer not in PREFERENCES:
-            raise ConfigError(
-                f"--prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}.{nearest(prefer, PREFERENCES)}"
-            )
-        wish["prefer"] = prefer
-    if tokens is not None:
-        length = next((name for name in LENGTHS if given.get(name) is not None), None)
-        if length is not None:
-            raise ConfigError(f"--tokens and --{length.replace('_', '-')} both say how long the run is: keep one")
-        try:
-            wish["tokens"] = parse_count(tokens)
-        except ValueError as error:
-            raise ConfigError(f"--tokens: {error}") from error
-        if not wish["tokens"]:
-            raise ConfigError("--tokens must be at least 1; got 0")
-    if hours is not None:
-        try:
-            wish["hours"] = float(hours)
-        except ValueError:
-            wish["hours"] = -1.0
-        if not 0 < wish["hours"] < float("inf"):
-            raise ConfigError(f"--hours is a number of hours, more than 0, such as 24; got {hours!r}")
-    return wish
 
 
 Trained = Annotated[

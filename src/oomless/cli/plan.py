@@ -14,14 +14,12 @@ from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, PREFER, own
 from oomless.cli.options import (
     given_settings,
     gpus_to_compare,
-    host_size,
     models_to_compare,
     require_form_of_timeline,
     require_writable,
-    wish_of,
 )
 from oomless.errors import ConfigError
-from oomless.planning.given import as_config, read_given
+from oomless.planning.given import as_config, host_size, read_given, wish_of
 
 if TYPE_CHECKING:
     from oomless.config import TrainConfig
@@ -40,6 +38,7 @@ OPTIONS = (
     HOST_MEMORY,
     own("write", Path, "Write the pick as YAML for oomless train --config."),
     own("json", bool, "Print the answer as JSON."),
+    own("html", Path, "Write the answer as one page to look at or to mail."),
     own("timeline", Path, "Write memory over time as .html or .png."),
     own("snapshot", Path, "Write what PyTorch's memory visualiser opens."),
 )
@@ -68,6 +67,7 @@ def plan(
     host_memory: str | None,
     write: Path | None,
     json: bool,
+    html: Path | None,
     timeline: Path | None,
     snapshot: Path | None,
     **settings: Any,
@@ -77,7 +77,7 @@ def plan(
     What is given is kept, the rest is chosen. --model a,b and --what-if gpu=T4,L4 compare; --max-seq-length max finds the
     longest sequence. Ctrl-C takes the best that was found so far.
     """
-    for file in (write, timeline, snapshot):
+    for file in (write, html, timeline, snapshot):
         require_writable(file)
     if timeline is not None:
         require_form_of_timeline(timeline)
@@ -85,9 +85,9 @@ def plan(
     models, gpus = models_to_compare(given.get("model")), gpus_to_compare(what_if)
     host_bytes, wish = host_size(host_memory), wish_of(prefer, tokens, hours, given)
     compares = len(models) > 1 or bool(gpus)
-    if compares and (as_given or write or timeline or snapshot):
+    if compares and (as_given or write or html or timeline or snapshot):
         raise ConfigError(
-            "a comparison goes without --as-given, --write, --timeline and --snapshot: plan one of them for these"
+            "a comparison goes without --as-given, --write, --html, --timeline and --snapshot: plan one of them for these"
         )
     if compares and why:
         raise ConfigError("--why is about one plan: leave it out, or plan one model on one GPU")
@@ -109,9 +109,9 @@ def plan(
         _compare(given, models, gpus or [given.get("gpu", "auto")], wish, host_bytes, json)
         return
     if as_given:
-        answer = _as_given(as_config(given), json, recorded=snapshot is not None)
+        answer = _as_given(as_config(given), json, html, recorded=snapshot is not None)
     else:
-        answer = _choose(given, wish, host_bytes, json, write, why=why, recorded=snapshot is not None)
+        answer = _choose(given, wish, host_bytes, json, write, html, why=why, recorded=snapshot is not None)
     if timeline is not None:
         from oomless.report.plan import write_timeline
 
@@ -147,16 +147,18 @@ def _compare(
         print_comparison(out(), compared)
 
 
-def _as_given(config: TrainConfig, json: bool, *, recorded: bool) -> Plan:
-    """Print the plan of ``config``, of which nothing is chosen, and return it; ``recorded`` for a snapshot."""
+def _as_given(config: TrainConfig, json: bool, html: Path | None, *, recorded: bool) -> Plan:
+    """Print the plan of ``config``, of which nothing is chosen, write it to ``html``, and return it; ``recorded`` for a snapshot."""
     from oomless.cli.voice import out
     from oomless.planning.plan import plan_training
     from oomless.planning.throughput import speed_of
     from oomless.report.choice import plan_to_dict, print_speed
     from oomless.report.plan import print_plan
+    from oomless.report.plan_page import plan_page
 
     answer = plan_training(config, snapshot=recorded)
     speed = speed_of(answer, config)
+    _write_page(html, plan_page(answer, speed))
     if json:
         out().out(dumps(plan_to_dict(answer, speed), indent=2))
         return answer
@@ -172,11 +174,12 @@ def _choose(
     host_bytes: int | None,
     json: bool,
     write: Path | None,
+    html: Path | None,
     *,
     why: bool,
     recorded: bool,
 ) -> Plan:
-    """Print what is picked, and ``why``, ``write`` it, and return its plan; ``recorded`` for a snapshot.
+    """Print what is picked, and ``why``, ``write`` it, also as ``html``, and return its plan; ``recorded`` for a snapshot.
 
     Raises:
         typer.Exit: nothing fits.
@@ -187,9 +190,11 @@ def _choose(
     from oomless.planning.plan import plan_training
     from oomless.report.choice import print_choice, print_why
     from oomless.report.plan import print_plan
+    from oomless.report.plan_page import choice_page
 
     with searching(aside()) as say:
         picked = choose_training(given, **wish, host_bytes=host_bytes, progress=say)
+    _write_page(html, choice_page(picked))
     if json:
         out().out(dumps(picked.to_dict(), indent=2))
     else:
@@ -210,12 +215,23 @@ def _choose(
     return plan_training(picked.config, snapshot=True) if recorded else picked.plan
 
 
+def _write_page(path: Path | None, page: str) -> None:
+    """Write ``page`` to ``path``, where one is asked for."""
+    if path is None:
+        return
+    from oomless.cli.voice import aside
+    from oomless.training.checkpoint import write_atomically
+
+    write_atomically(path, page)
+    aside().print(f"written to {path}", soft_wrap=True)
+
+
 def _write_pick(screen: Screen, path: Path, picked: Choice) -> None:
     """Write the pick as YAML for ``oomless train --config``."""
     import yaml
 
-    from oomless.cli.voice import launcher
     from oomless.planning.choose import picked_settings
+    from oomless.report.choice import launcher
     from oomless.training.checkpoint import write_atomically
 
     settings = picked_settings(picked)

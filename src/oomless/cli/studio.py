@@ -20,7 +20,7 @@ def studio(
     port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 0,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
 ) -> None:
-    """Watch runs in a browser on this machine: live curves, memory against its prediction; stop and resume. Ctrl-C closes it.
+    """Plan, and watch runs, in a browser on this machine: live curves, memory against its prediction; stop and resume. Ctrl-C closes it.
 
     A run goes on when the studio is closed. Example: oomless studio runs
     """
@@ -34,6 +34,7 @@ def studio(
     for folder in given:
         if not folder.is_dir():
             raise ConfigError(f"the studio looks at folders; {folder} is none: name one that is there")
+    given = [one for one in dict.fromkeys(given) if not any(other in one.parents for other in given)]
 
     def ready(address: str) -> None:
         out().print(f"the studio is at {address}", soft_wrap=True)

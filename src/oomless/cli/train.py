@@ -9,11 +9,11 @@ from typing import Any
 import typer
 
 from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, PREFER
-from oomless.cli.options import given_settings, host_size, wish_of
+from oomless.cli.options import given_settings
 from oomless.config import REQUIRED, TrainConfig, outrank, read, require
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UnplannableError
-from oomless.planning.given import LONGEST, read_given, require_length
+from oomless.planning.given import LONGEST, host_size, read_given, require_length, wish_of
 
 OPTIONS = (CONFIG, AS_GIVEN, PREFER, HOST_MEMORY)
 FIRST = (
@@ -52,8 +52,8 @@ def train(config: Path | None, as_given: bool, prefer: str | None, host_memory: 
     from torch import OutOfMemoryError
 
     from oomless.cli.searching import explain_nothing_fits
-    from oomless.cli.voice import launcher, out, speaks
-    from oomless.report.choice import print_choice
+    from oomless.cli.voice import out, speaks
+    from oomless.report.choice import launcher, print_choice
     from oomless.report.plan import print_plan, print_prediction
     from oomless.report.terminal import TerminalListener, print_result
     from oomless.training.distributed import world_size

@@ -33,8 +33,3 @@ def say_notes(spec: ModelSpec) -> None:
     """Say, beside the answers, what the name of ``spec`` was taken for, and how its weights are stored."""
     for note in spec.notes:
         aside().print(note, style="dim")
-
-
-def launcher(gpus: int) -> str:
-    """Return what starts a command on so many GPUs."""
-    return "oomless" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m oomless"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from oomless.config import TrainConfig, read, require
-from oomless.errors import ConfigError
-from oomless.planning.strategies import UNPLANNED, Settings, require_any
+from oomless.config.batch import LENGTHS
+from oomless.errors import ConfigError, nearest
+from oomless.planning.strategies import PREFERENCES, UNPLANNED, Settings, require_any
+from oomless.units import parse_bytes, parse_count
 
 LONGEST = "max"
 """What ``max_seq_length`` may be in a plan: as long as fits."""
@@ -47,3 +52,46 @@ def require_length(given: Settings) -> None:
         raise ConfigError(
             "max_seq_length: max is found by a search in the memory of one GPU: leave out --as-given, or give a length"
         )
+
+
+def host_size(text: str | None) -> int | None:
+    """Return the bytes of ``--host-memory``."""
+    if text is None:
+        return None
+    if text.strip().isdigit() and int(text):
+        raise ConfigError(f"--host-memory is a size with its unit; got {text!r}: write {text.strip()}GiB")
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"--host-memory: {error}") from error
+
+
+def wish_of(
+    prefer: str | None, tokens: str | None = None, hours: str | None = None, given: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return what ``--prefer``, ``--tokens`` and ``--hours`` say, as ``choose_training`` takes it; ``given`` are the settings beside them."""
+    wish: dict[str, Any] = {}
+    if prefer is not None:
+        if prefer not in PREFERENCES:
+            raise ConfigError(
+                f"--prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}.{nearest(prefer, PREFERENCES)}"
+            )
+        wish["prefer"] = prefer
+    if tokens is not None:
+        length = next((name for name in LENGTHS if given.get(name) is not None), None)
+        if length is not None:
+            raise ConfigError(f"--tokens and --{length.replace('_', '-')} both say how long the run is: keep one")
+        try:
+            wish["tokens"] = parse_count(tokens)
+        except ValueError as error:
+            raise ConfigError(f"--tokens: {error}") from error
+        if not wish["tokens"]:
+            raise ConfigError("--tokens must be at least 1; got 0")
+    if hours is not None:
+        try:
+            wish["hours"] = float(hours)
+        except ValueError:
+            wish["hours"] = -1.0
+        if not 0 < wish["hours"] < float("inf"):
+            raise ConfigError(f"--hours is a number of hours, more than 0, such as 24; got {hours!r}")
+    return wish

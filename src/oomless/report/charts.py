@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from oomless.report.screen import visible
@@ -23,24 +23,29 @@ LABEL = 12
 
 LEAST = 1e-100
 """Closer than this values are drawn as one."""
-LINES = 8
+LINES = 9
 """So many colours there are; further lines begin anew."""
+
+BAR = 34
+"""The height of a bar and what lies between two."""
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--dim:#59636e;--grid:#d5dae0;--page:#fff;
---c0:#2f63a8;--c1:#c4432b;--c2:#1d7a3a;--c3:#8a6d00;--c4:#7c3f9e;--c5:#0b7285;--c6:#a5376f;--c7:#5c5f66}
+--c0:#2f63a8;--c1:#c4432b;--c2:#1d7a3a;--c3:#8a6d00;--c4:#7c3f9e;--c5:#0b7285;--c6:#a5376f;--c7:#5c5f66;--c8:#a3a8b0}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--dim:#9aa4af;--grid:#353c45;--page:#14171b;
---c0:#7db2f5;--c1:#ff8f78;--c2:#6fd08c;--c3:#e3c04d;--c4:#cd9bec;--c5:#5fcbe0;--c6:#f092c0;--c7:#b4b8bf}}
+--c0:#7db2f5;--c1:#ff8f78;--c2:#6fd08c;--c3:#e3c04d;--c4:#cd9bec;--c5:#5fcbe0;--c6:#f092c0;--c7:#b4b8bf;--c8:#6b727c}}
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:0 auto;padding:1rem}
 h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 .3rem}p{margin:.3rem 0;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto;position:relative}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.1rem .9rem .1rem 0;white-space:nowrap}th{color:var(--dim);font-weight:normal}
-th:first-child,td:first-child{text-align:left}td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
+th:first-child,td:first-child{text-align:left}th.text{text-align:left}td.text{text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
 svg{width:100%;min-width:34rem;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 svg .grid{stroke:var(--grid);stroke-width:1}svg .limit{stroke:var(--ink);stroke-dasharray:6 4}svg .mark{stroke:var(--c1);stroke-dasharray:2 3}
 svg path{fill:none;stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}svg .hit{fill:transparent}svg .hit:hover{fill:var(--grid);fill-opacity:.5}
 i.key{display:inline-block;width:1rem;height:.2rem;vertical-align:middle;margin-right:.4rem;background:var(--c)}
-.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}
+.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}.c8{--c:var(--c8)}
+svg .area,svg .dot,i.area{fill:var(--c);background:var(--c);stroke:none}i.area{height:.7rem}svg .dot{fill-opacity:.75}svg .dot.picked{stroke:var(--ink);stroke-width:2}
+.over{--c:var(--ink)}svg text.in{fill:var(--ink)}svg .outline{stroke:var(--ink);stroke-width:1}
 pre{overflow-x:auto;font-size:.85rem;border:1px solid var(--grid);padding:.6rem}
 """
 
@@ -89,14 +94,18 @@ def text(value: object) -> str:
     return html.escape(visible(str(value)))
 
 
-def table(name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of cells that are already text of a page."""
-    head = "".join(f'<th scope="col">{text(column)}</th>' for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return _scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", f"{name}: values")
+def table(name: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> str:
+    """Return a table of cells that are already text of a page; the columns in ``words`` hold sentences, not numbers."""
+    kinds = [' class="text"' if column in words else "" for column in columns]
+    head = "".join(f'<th scope="col"{kind}>{text(column)}</th>' for column, kind in zip(columns, kinds, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
+        for row in rows
+    )
+    return scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", f"{name}: values")
 
 
-def _scrolling(inside: str, name: str) -> str:
+def scrolling(inside: str, name: str) -> str:
     """Return ``inside`` so that it scrolls by itself on a narrow screen, also by keyboard."""
     return f'<div class="scroll" role="region" aria-label="{text(name)}" tabindex="0">{inside}</div>'
 
@@ -114,7 +123,7 @@ def draw(chart: Chart) -> str:
     rows += [(text(name), "", text(chart.show(value)), "", "") for name, value in chart.limits]
     marked = f"<p>Dotted: {text(chart.marked)}.</p>" if chart.marks else ""
     return (
-        f"<section><h2>{text(chart.title)}</h2>{_scrolling(_svg(chart, drawn, colours), chart.title)}"
+        f"<section><h2>{text(chart.title)}</h2>{scrolling(_svg(chart, drawn, colours), chart.title)}"
         f"{table(chart.title, ('', 'first', 'last', 'lowest', 'highest'), rows)}{marked}{note}</section>"
     )
 
@@ -126,41 +135,83 @@ def _row(chart: Chart, line: Line, colour: str) -> tuple[str, ...]:
     return (key, *(text(chart.show(value)) for value in of_line))
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where values lie in a picture, and what stands around them."""
+
+    title: str
+    across: tuple[float, float]
+    up: tuple[float, float]
+    height: float = HEIGHT
+
+    def x(self, value: float) -> float:
+        """Return where a value lies from the left."""
+        low, high = self.across
+        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Return where a value lies from the top."""
+        low, high = self.up
+        return TOP + (high - value) / ((high - low) or 1) * (self.height - TOP - BOTTOM)
+
+    def begin(self) -> str:
+        """Return the beginning of the picture."""
+        return f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{text(self.title)}">'
+
+    def rows(self, ticks: Iterable[float], show: Callable[[float], str]) -> Iterator[str]:
+        """Yield lines across the picture at ``ticks``, with their values."""
+        for tick in ticks:
+            yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}"/>'
+            yield f'<text x="{LEFT - 6}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{text(show(tick))}</text>'
+
+    def columns(self, ticks: Sequence[float], show: Callable[[float], str]) -> Iterator[str]:
+        """Yield lines at ``ticks``, of which the outer ones are named inside the picture."""
+        for place, tick in enumerate(ticks):
+            anchor = "end" if place == len(ticks) - 1 else "middle" if place else "start"
+            yield f'<line class="grid" x1="{self.x(tick):.1f}" x2="{self.x(tick):.1f}" y1="{TOP}" y2="{self.height - BOTTOM}"/>'
+            yield f'<text x="{self.x(tick):.1f}" y="{self.height - 6}" text-anchor="{anchor}">{text(show(tick))}</text>'
+
+    def ends(self, first: str, last: str) -> Iterator[str]:
+        """Yield what stands below the two ends."""
+        yield f'<text x="{LEFT}" y="{self.height - 6}">{text(first)}</text>'
+        yield f'<text x="{WIDTH - RIGHT}" y="{self.height - 6}" text-anchor="end">{text(last)}</text>'
+
+    def limits(self, limits: Iterable[tuple[str, float]]) -> Iterator[str]:
+        """Yield named values across the picture; names that would lie over each other stand in one line."""
+        beside: dict[int, list[str]] = {}
+        for name, value in limits:
+            yield f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}"/>'
+            height = self.y(value) - 4 if self.y(value) > TOP + 14 else self.y(value) + 12
+            beside.setdefault(next((one for one in beside if abs(one - height) < LABEL), round(height)), []).append(
+                name
+            )
+        for height, names in beside.items():
+            yield f'<text x="{LEFT + 4}" y="{height}">{text(", ".join(names))}</text>'
+
+    def hit(self, left: float, right: float, said: str) -> str:
+        """Return a column of the picture in which the pointer reads ``said``."""
+        return (
+            f'<rect class="hit" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{self.height - TOP - BOTTOM}">'
+            f"<title>{text(said)}</title></rect>"
+        )
+
+
 def _svg(chart: Chart, lines: Sequence[Line], colours: dict[int, str]) -> str:
     steps = [step for line in lines for step in (line.points[0][0], line.points[-1][0])]
     values = [value for line in lines for _, value in line.points] + [value for _, value in chart.limits]
     first, last = min(steps), max(steps)
-    ticks = [
-        tick * chart.unit
-        for tick in _ticks(0 if chart.from_zero else min(values) / chart.unit, max(values) / chart.unit)
-    ]
-    low, high = min(ticks[0], *values), max(ticks[-1], *values)
-
-    def x(step: float) -> float:
-        return LEFT + (step - first) / (last - first or 1) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(chart.title)}">']
-    for tick in ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text(chart.show(tick))}</text>')
-    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">step {first:,}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {last:,}</text>')
-    beside: dict[int, list[str]] = {}
-    for name, value in chart.limits:
-        parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        height = y(value) - 4 if y(value) > TOP + 14 else y(value) + 12
-        beside.setdefault(next((one for one in beside if abs(one - height) < LABEL), round(height)), []).append(name)
-    parts += [f'<text x="{LEFT + 4}" y="{height}">{text(", ".join(names))}</text>' for height, names in beside.items()]
-    for column in sorted({round(x(step)) for step in chart.marks if first <= step <= last}):
+    low = 0 if chart.from_zero else min(values)
+    ticks = round_ticks(low, max(values), chart.unit)
+    frame = Frame(chart.title, (first, last), (min(ticks[0], *values), max(ticks[-1], *values)))
+    parts = [frame.begin(), *frame.rows(ticks, chart.show), *frame.ends(f"step {first:,}", f"step {last:,}")]
+    parts += frame.limits(chart.limits)
+    for column in sorted({round(frame.x(step)) for step in chart.marks if first <= step <= last}):
         parts.append(f'<line class="mark" x1="{column}" x2="{column}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     read: dict[int, list[str]] = {}
     for line in lines:
         columns = _columns(line.points, first, last)
         shown = [point for inside in columns.values() for point in inside]
-        path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in shown)
+        path = "L".join(f"{frame.x(step):.1f} {frame.y(value):.1f}" for step, value in shown)
         cap = ' stroke-linecap="round"' if len(shown) == 1 else ""
         parts.append(f'<path class="{colours[id(line)]}"{cap} d="M{path}{"h.1" if cap else ""}"/>')
         for number, inside in columns.items():
@@ -169,10 +220,7 @@ def _svg(chart: Chart, lines: Sequence[Line], colours: dict[int, str]) -> str:
     width = (WIDTH - LEFT - RIGHT) / COLUMNS
     for number, said in sorted(read.items()):
         at = LEFT + number * width
-        parts.append(
-            f'<rect class="hit" x="{at - 4:.1f}" y="{TOP}" width="{width + 8:.1f}" height="{HEIGHT - TOP - BOTTOM}"><title>'
-            f"{text(chr(10).join(said))}</title></rect>"
-        )
+        parts.append(frame.hit(at - 4, at + width + 4, "\n".join(said)))
     return "".join(parts) + "</svg>"
 
 
@@ -187,6 +235,11 @@ def _columns(points: Sequence[tuple[int, float]], first: int, last: int) -> dict
         places = sorted({values.index(min(values)), values.index(max(values)), len(values) - 1})
         kept[number] = [inside[place] for place in places]
     return kept
+
+
+def round_ticks(low: float, high: float, unit: int) -> list[float]:
+    """Return round numbers of ``unit`` around what lies between ``low`` and ``high``."""
+    return [tick * unit for tick in _ticks(low / unit, high / unit)]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -27,32 +27,65 @@ NAMES: dict[Prefer, str] = {"quality": "best quality", "balanced": "balanced", "
 
 def print_choice(screen: Screen, choice: Choice) -> None:
     """Print the answer: what to train, in one sentence; the choices there are; how a step is made."""
-    picked, wish = choice.picked, choice.wish
-    if picked is None or choice.config is None or wish is None:
+    if choice.picked is None or choice.config is None or choice.wish is None:
         _print_rejected(screen, choice)
         return
-    text = f"{short(wish.text_tokens)} tokens"
-    took = wish.hours_of(picked)
-    sentence = (
-        "."
-        if took is None
-        else f". {text} {'' if wish.tokens else '(assumed) '}take {hours_in_words(took)}, predicted."
-    )
-    screen.say((f"{choice.model} on {choice.target.name}: {picked.quality}", "bold"), sentence)
+    headline, took = answer(choice)
+    screen.say((headline, "bold"), took)
+    text = read_text(choice)
     grid = Grid(columns=("choice", *NUMBERS, text, "learns"), numbers=frozenset((*NUMBERS, text, "learns")))
-    for row in dict.fromkeys(map(id, (picked, *choice.named.values()))):
-        _add_choice(grid, choice, next(one for one in choice.rows if id(one) == row))
+    for row in named_rows(choice):
+        _add_choice(grid, choice, row)
     grid.print(screen)
+    screen.print(of_a_step(choice))
+    if choice.stopped:
+        screen.print("The search was stopped: this is the best that it had found.", style="bold")
+    if choice.picked.quality.quantization is not None and (command := missing()) is not None:
+        screen.print(f"To train it here bitsandbytes is needed: {command}", style="bold")
+
+
+def answer(choice: Choice) -> tuple[str, str]:
+    """Return the pick in one sentence, and how long it takes, where that is known."""
+    assert choice.picked is not None
+    assert choice.wish is not None
+    took = choice.wish.hours_of(choice.picked)
+    known = "" if choice.wish.tokens else "(assumed) "
+    said = "." if took is None else f". {read_text(choice)} {known}take {hours_in_words(took)}, predicted."
+    return f"{choice.model} on {choice.target.name}: {choice.picked.quality}", said
+
+
+def read_text(choice: Choice) -> str:
+    """Return how much text the run reads."""
+    assert choice.wish is not None
+    return f"{short(choice.wish.text_tokens)} tokens"
+
+
+def named_rows(choice: Choice) -> list[Row]:
+    """Return the pick, and the best by each preference, each once."""
+    assert choice.picked is not None
+    return list({id(row): row for row in (choice.picked, *choice.named.values())}.values())
+
+
+def rejected_rows(choice: Choice) -> list[Row]:
+    """Return what does not fit, the nearest miss first."""
+    return sorted((row for row in choice.rows if not row.fits), key=lambda row: row.needed_bytes)
+
+
+def lacking(choice: Choice, row: Row) -> str:
+    """Return what a row that does not fit lacks."""
+    size = row.needed_bytes - (choice.target.usable_bytes - choice.target.margin_bytes)
+    return f"> {format_bytes(size)}" if size > 0 else "host memory"
+
+
+def of_a_step(choice: Choice) -> str:
+    """Return what a step reads, and what the figures are."""
+    assert choice.config is not None
     config, gpus = choice.config, choice.target.gpus
     passes = f", in passes of {config.per_device_train_batch_size}" if config.blocks_per_step > 1 else ""
-    screen.print(
+    return (
         f"A step has {counted(config.blocks_per_step * gpus, 'block')} of {counted(config.max_seq_length, 'token')}{passes}. "
         "Speeds are predicted, not measured. learns: what a token teaches beside full training with AdamW, a rough figure."
     )
-    if choice.stopped:
-        screen.print("The search was stopped: this is the best that it had found.", style="bold")
-    if picked.quality.quantization is not None and (command := missing()) is not None:
-        screen.print(f"To train it here bitsandbytes is needed: {command}", style="bold")
 
 
 def _add_choice(grid: Grid, choice: Choice, row: Row) -> None:
@@ -66,7 +99,7 @@ def _add_choice(grid: Grid, choice: Choice, row: Row) -> None:
         ),
         format_bytes(row.needed_bytes),
         speed_in_words(row),
-        _hours_of(choice, row),
+        hours_of(choice, row),
         f"{choice.wish.share(row):.0%}",
         below=Text("\n".join(below), "dim"),
     )
@@ -88,7 +121,7 @@ def print_why(screen: Screen, choice: Choice) -> None:
                 str(row.quality),
                 format_bytes(row.needed_bytes),
                 speed_in_words(row),
-                _hours_of(choice, row),
+                hours_of(choice, row),
                 f"{wish.share(row):.0%}",
                 below=Text(in_words(row.settings), "dim"),
             )
@@ -113,15 +146,13 @@ MOST_REJECTED = 6
 
 def _print_rejected(screen: Screen, choice: Choice) -> None:
     """Print what does not fit, the nearest miss first."""
-    usable = choice.target.usable_bytes - choice.target.margin_bytes
-    rejected = sorted((row for row in choice.rows if not row.fits), key=lambda row: row.needed_bytes)
+    rejected = rejected_rows(choice)
     grid = Grid(columns=("does not fit", "needs", "short by"), numbers=frozenset(("needs", "short by")))
     for row in rejected[:MOST_REJECTED]:
-        lacking = row.needed_bytes - usable
         grid.add(
             str(row.quality),
             f"> {format_bytes(row.needed_bytes)}",
-            f"> {format_bytes(lacking)}" if lacking > 0 else "host memory",
+            lacking(choice, row),
             below=Text(row.reason, "dim"),
         )
     if rejected:
@@ -182,13 +213,14 @@ def print_comparison(screen: Screen, compared: Sequence[Compared]) -> None:
             str(row.quality),
             format_bytes(row.needed_bytes),
             speed_in_words(row),
-            _hours_of(item.choice, row),
+            hours_of(item.choice, row),
             in_words(row.settings),
         )
     grid.print(screen)
 
 
-def _hours_of(choice: Choice, row: Row) -> str:
+def hours_of(choice: Choice, row: Row) -> str:
+    """Return how long a row takes, or nothing where that is not known."""
     took = None if choice.wish is None else choice.wish.hours_of(row)
     return "" if took is None else hours_in_words(took)
 
@@ -215,3 +247,8 @@ def plan_to_dict(plan: Plan, speed: Throughput | None) -> dict[str, Any]:
 def compared_to_dict(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     """Return plain values for JSON."""
     return [{"model": item.model, "gpu": item.gpu, **item.choice.to_dict()} for item in compared]
+
+
+def launcher(gpus: int) -> str:
+    """Return what starts a command on so many GPUs."""
+    return "oomless" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m oomless"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from oomless.memory.profile import CATEGORIES, MemoryProfile
 from oomless.planning.plan import Plan
+from oomless.report.charts import page
+from oomless.report.pictures import Held, held_over_time
 from oomless.report.screen import Screen
 from oomless.report.tables import COLOURS, bars
 from oomless.units import GiB, counted, format_bytes
@@ -87,11 +87,24 @@ def write_timeline(profile: MemoryProfile, path: Path) -> None:
         ImportError: matplotlib, which draws the picture, is not installed.
     """
     if path.suffix == ".html":
-        path.write_text(_page(profile), encoding="utf-8")
+        title = f"Rehearsal on {profile.device}: peak {format_bytes(profile.peak_allocated_bytes)}"
+        path.write_text(page(title, [held_over_time(held_by(profile))]), encoding="utf-8")
     elif path.suffix == ".png":
         _picture(profile, path)
     else:
         raise ValueError(f"a timeline is written as .html or .png; got {path.name}")
+
+
+def held_by(profile: MemoryProfile, limits: Sequence[tuple[str, float]] = ()) -> Held:
+    """Return what a rehearsal held, by category."""
+    timeline = profile.timeline
+    return Held(
+        title="Memory from the beginning to the end of what was rehearsed",
+        bands=[(name, timeline.bytes_by_category[name]) for name in CATEGORIES],
+        moments=timeline.phases,
+        limits=limits,
+        line=("reserved by the allocator", timeline.reserved_bytes),
+    )
 
 
 def _picture(profile: MemoryProfile, path: Path) -> None:
@@ -126,55 +139,3 @@ def _phase_starts(profile: MemoryProfile) -> list[tuple[int, str]]:
     span = max(1, timeline.events[-1] - timeline.events[0]) if timeline.events else 1
     following = [event for event, _ in starts[1:]] + [timeline.events[-1] if timeline.events else 0]
     return [start for start, end in zip(starts, following, strict=True) if end - start[0] > span / 60]
-
-
-def _page(profile: MemoryProfile) -> str:
-    """Return a page of its own, without anything from elsewhere: a stacked area, readable with the pointer."""
-    timeline = profile.timeline
-    data: dict[str, Any] = {
-        "events": timeline.events,
-        "phases": timeline.phases,
-        "reserved": timeline.reserved_bytes,
-        "series": [
-            {"name": c, "colour": COLOURS[c], "bytes": timeline.bytes_by_category[c]}
-            for c in CATEGORIES
-            if any(timeline.bytes_by_category[c])
-        ],
-    }
-    title = html.escape(f"Rehearsal on {profile.device}: peak {format_bytes(profile.peak_allocated_bytes)}")
-    encoded = json.dumps(data).replace("<", "\\u003c")
-    return _TEMPLATE.replace("TITLE", title).replace("DATA", encoded)
-
-
-_TEMPLATE = """<!doctype html>
-<meta charset="utf-8"><title>TITLE</title>
-<style>
-body{font:14px system-ui,sans-serif;margin:2em;color:#222;background:#fff}
-canvas{width:100%;height:420px;border:1px solid #ccc}
-#legend span{display:inline-block;margin-right:1.2em}
-#legend i{display:inline-block;width:.9em;height:.9em;margin-right:.4em}
-#read{min-height:3em;font-variant-numeric:tabular-nums}
-</style>
-<h1 style="font-size:1.2em">TITLE</h1><div id="legend"></div><canvas></canvas><div id="read">Move over the picture.</div>
-<script>
-const d=DATA,c=document.querySelector("canvas"),g=c.getContext("2d"),n=d.events.length;
-const total=d.events.map((_,i)=>d.series.reduce((s,x)=>s+x.bytes[i],0)),top_=Math.max(...total,...d.reserved)*1.05||1;
-const gib=b=>(b/2**30).toFixed(3)+" GiB";
-for(const s of d.series)legend.innerHTML+=`<span><i style="background:${s.colour}"></i>${s.name}</span>`;
-legend.innerHTML+="<span>- - reserved</span>";
-function draw(mark){
- c.width=c.clientWidth*devicePixelRatio;c.height=c.clientHeight*devicePixelRatio;
- const x=i=>i/(n-1||1)*c.width,y=b=>c.height*(1-b/top_),base=new Array(n).fill(0);
- for(const s of d.series){g.fillStyle=s.colour;g.beginPath();
-  for(let i=0;i<n;i++)g.lineTo(x(i),y(base[i]));
-  for(let i=n-1;i>=0;i--){g.lineTo(x(i),y(base[i]+s.bytes[i]))}
-  g.fill();for(let i=0;i<n;i++)base[i]+=s.bytes[i]}
- g.setLineDash([6,4]);g.beginPath();d.reserved.forEach((b,i)=>g.lineTo(x(i),y(b)));g.stroke();g.setLineDash([]);
- if(mark!==undefined){g.beginPath();g.moveTo(x(mark),0);g.lineTo(x(mark),c.height);g.stroke()}
-}
-c.onmousemove=e=>{const i=Math.round(e.offsetX/c.clientWidth*(n-1));draw(i);
- read.textContent=`${d.phases[i]}: ${gib(total[i])} allocated, ${gib(d.reserved[i])} reserved - `+
- d.series.filter(s=>s.bytes[i]).map(s=>`${s.name} ${gib(s.bytes[i])}`).join(", ")};
-onresize=()=>draw();draw();
-</script>
-"""

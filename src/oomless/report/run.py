@@ -15,8 +15,9 @@ from oomless.errors import ConfigError
 from oomless.export import comparison
 from oomless.report.charts import Chart, Line, draw, page, text
 from oomless.report.compare import section
+from oomless.report.pictures import shown_bytes, unit_of
 from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION
-from oomless.units import GiB, KiB, MiB, counted, format_bytes, short
+from oomless.units import KiB, counted, format_bytes, short
 
 MOST = 1e100
 """Beyond it a number is damage."""
@@ -302,12 +303,10 @@ def _name(run: Logged, of: str, alone: bool) -> str:
 
 def _memory(title: str, lines: list[Line], limits: list[tuple[str, float]], marks: list[int]) -> Chart:
     values = [value for _, value in [*limits, *(p for line in lines for p in line.points)] if math.isfinite(value)]
-    most = max(values, default=0)
-    unit = next((size for size in (GiB, MiB, KiB) if most >= size), 1)
     return Chart(
         title=title,
-        show=lambda value: format_bytes(int(value)),
-        unit=unit,
+        show=shown_bytes,
+        unit=unit_of(max(values, default=0)),
         from_zero=True,
         lines=lines,
         limits=limits,

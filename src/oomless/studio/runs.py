@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -15,13 +14,10 @@ from typing import Any
 from oomless.errors import ConfigError
 from oomless.report.charts import text
 from oomless.report.run import Logged, Reader, charts_of, read_end, run_details, run_head
-from oomless.training.run_files import CONFIG, LOCK, METRICS, MODEL, ask_to_stop, writer
+from oomless.studio.offers import folders_below
+from oomless.training.run_files import CONFIG, LENGTH, LOCK, METRICS, MODEL, PREDICTION, ask_to_stop, writer
 from oomless.units import format_bytes, short
 
-DEEPEST = 6
-"""So many folders below one that was given a run may lie."""
-
-MOST_FOLDERS = 5_000
 MOST_READ = 16
 """So many runs are kept as they were read."""
 
@@ -32,6 +28,8 @@ PRINTED = "studio.log"
 """What a run that was begun here prints."""
 
 PRINTED_BYTES = 20_000
+READ = (METRICS, CONFIG, PREDICTION, LENGTH, LOCK, PRINTED)
+"""The files of a run that are read or written here; where one is a link, it may lead anywhere."""
 
 
 @dataclass
@@ -153,17 +151,11 @@ class Runs:
 
 def _below(top: Path) -> Iterator[Path]:
     """Yield the run folders in ``top``; what is a link is not followed."""
-    for looked, (place, folders, files) in enumerate(os.walk(top)):
-        path = Path(place)
-        if looked >= MOST_FOLDERS:
-            raise ConfigError(
-                f"{top} has more than {MOST_FOLDERS:,} folders: start oomless studio with one that holds runs"
-            )
-        is_run = METRICS in files or (LOCK in files and writer(path) is not None)
-        if is_run and not any((path / name).is_symlink() for name in (METRICS, CONFIG, LOCK, PRINTED)):
-            yield path
-        deep = len(path.relative_to(top).parts) >= DEEPEST
-        folders[:] = [] if is_run or deep else sorted(name for name in folders if not name.startswith("."))
+    for path, folders, files in folders_below(top):
+        if METRICS in files or (LOCK in files and writer(path) is not None):
+            folders.clear()
+            if not any((path / name).is_symlink() for name in READ):
+                yield path
 
 
 def _end_of(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,32 @@ from starlette.routing import Route
 
 from oomless.errors import UserError
 from oomless.report.charts import STYLE
+from oomless.studio.offers import SETTINGS, offers
 from oomless.studio.runs import Runs
 from oomless.studio.safety import Safe
+from oomless.studio.searches import Searches
 
 FILES = Path(__file__).parent / "files"
+ASKED = {"model", "gpu", *SETTINGS, "prefer", "tokens", "hours", "host_memory"}
+"""What a question may say. None of it is a file, but for a model."""
+
 MOST_BYTES = 8 << 20
 """What is asked is no longer than this."""
 
 
 def application(folders: list[Path], token: str) -> Safe:
     """Return the studio of ``folders`` for who knows ``token``."""
-    runs = Runs(folders)
+    runs, searches = Runs(folders), Searches(folders)
+
+    def offered(_: dict[str, Any]) -> dict[str, Any]:
+        searches.warm()
+        return offers(folders)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        searches.close()
+
     routes = [
         Route("/", _file("studio.html", "text/html")),
         Route("/studio.js", _file("studio.js", "text/javascript")),
@@ -36,8 +52,23 @@ def application(folders: list[Path], token: str) -> Safe:
         Route("/api/runs/show", _asking(lambda asked: {"html": runs.parts(_texts(asked, "names"))}), methods=["POST"]),
         Route("/api/runs/stop", _asking(lambda asked: runs.stop(_text(asked, "name"))), methods=["POST"]),
         Route("/api/runs/resume", _asking(lambda asked: runs.resume(_text(asked, "name"))), methods=["POST"]),
+        Route("/api/plan/offers", _asking(offered)),
+        Route(
+            "/api/plan/look",
+            _asking(lambda asked: searches.look(_question(asked), _text(asked, "viewer"))),
+            methods=["POST"],
+        ),
+        Route(
+            "/api/plan/leave",
+            _asking(lambda asked: searches.leave(_question(asked), _text(asked, "viewer"))),
+            methods=["POST"],
+        ),
+        Route("/api/plan/enough", _asking(lambda asked: searches.enough(_question(asked))), methods=["POST"]),
     ]
-    return Safe(Starlette(routes=routes, exception_handlers={UserError: _refused, HTTPException: _not_here}), token)
+    return Safe(
+        Starlette(routes=routes, lifespan=lifespan, exception_handlers={UserError: _refused, HTTPException: _not_here}),
+        token,
+    )
 
 
 def _file(name: str, kind: str) -> Callable[[Request], Any]:
@@ -92,6 +123,16 @@ def _texts(asked: dict[str, Any], name: str) -> list[str]:
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise HTTPException(400, f"{name} are texts, at least one")
     return values
+
+
+def _question(asked: dict[str, Any]) -> dict[str, str]:
+    question = asked.get("question")
+    if not isinstance(question, dict) or not all(isinstance(value, str) for value in question.values()):
+        raise HTTPException(400, "a question is an object of texts")
+    unknown = question.keys() - ASKED
+    if unknown:
+        raise HTTPException(400, f"a plan is not asked for {', '.join(sorted(unknown))}")
+    return question
 
 
 async def _refused(_: Request, error: Exception) -> Response:

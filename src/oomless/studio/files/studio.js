@@ -16,11 +16,11 @@ function made(tag, text = "", attributes = {}) {
 
 // ---- asking the server
 
-export class Refused extends Error {}
+class Refused extends Error {}
 
-export async function ask(path, asked) {
+async function ask(path, asked, how = {}) {
   const headers = { "x-oomless-token": localStorage.getItem(KEY) ?? "" };
-  const options = asked === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(asked) };
+  const options = asked === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(asked), ...how };
   let answer;
   try {
     answer = await fetch(`api/${path}`, options);
@@ -38,10 +38,10 @@ function trouble(message) {
   place.hidden = !message;
 }
 
-// Ask again and again while `wanted` says so; a page that nobody sees asks nothing.
-async function repeat(wanted, look) {
+// Ask again and again while `wanted` says so; what is only drawn is not asked for while nobody sees the page.
+async function repeat(wanted, look, unseen = false) {
   while (wanted()) {
-    if (!document.hidden) {
+    if (unseen || !document.hidden) {
       try {
         await look();
         trouble("");
@@ -54,7 +54,7 @@ async function repeat(wanted, look) {
 }
 
 // Put what the server drew into `place`, part by part, so that what did not change stays as it is: scrolled, focused, read.
-export function show(place, html) {
+function show(place, html) {
   const drawn = document.createElement("template");
   drawn.innerHTML = html;
   const parts = [...drawn.content.children];
@@ -83,7 +83,7 @@ function address() {
   return { room, query: new URLSearchParams(query) };
 }
 
-export function go(room, query, replace = false) {
+function go(room, query, replace = false) {
   const hash = `#${room}${[...query].length ? `?${query}` : ""}`;
   if (hash === location.hash) return;
   if (replace) history.replaceState(null, "", hash);
@@ -188,9 +188,143 @@ const runs = {
   },
 };
 
+// ---- the room of plans
+
+const MOST_COMPARED = 6;
+const viewer = crypto.randomUUID();
+
+// Every question that the lists in `query` make together.
+function questions(query) {
+  let made = [{}];
+  for (const [name, value] of query) {
+    const values = ["model", "gpu", "max_seq_length"].includes(name) ? value.split(",").map((one) => one.trim()).filter(Boolean) : [value];
+    made = made.flatMap((one) => values.map((each) => ({ ...one, [name]: each })));
+  }
+  return made;
+}
+
+const plan = {
+  asked: "",
+  cards: [],
+  async offer() {
+    if (this.offered) return;
+    this.offered = true;
+    try {
+      const offers = await ask("plan/offers");
+      const options = (place, of, empty = []) =>
+        find(place).append(...empty, ...Object.entries(of).map(([value, said]) => made("option", said, { value })));
+      options("#plan-models", offers.model);
+      options("#plan-gpus", offers.gpu);
+      options("#plan-trainables", offers.trainable);
+      for (const select of document.querySelectorAll("#plan-form details select")) {
+        for (const [value, said] of Object.entries(offers[select.name])) select.append(made("option", said || value, { value }));
+      }
+      for (const [name, said] of Object.entries(offers.help)) {
+        find(`#plan-form [name="${name}"]`).title = said;
+      }
+      this.fill();
+    } catch (error) {
+      this.offered = false;
+      trouble(error.message);
+    }
+  },
+  enter(query) {
+    this.offer();
+    this.query = query;
+    this.fill();
+    if (`${query}` === this.asked) return;
+    this.leave();
+    this.asked = `${query}`;
+    find("#plan-answers").replaceChildren();
+    if (!query.get("model")) return;
+    const asked = questions(query);
+    find("#plan-said").textContent = asked.length > MOST_COMPARED ? `The first ${MOST_COMPARED} of ${asked.length} are compared.` : "";
+    this.cards = asked.slice(0, MOST_COMPARED).map((question) => this.card(question, asked.length > 1));
+    find("#plan-answers").classList.toggle("beside", asked.length > 1);
+  },
+  fill() {
+    for (const field of find("#plan-form").elements) if (field.name) field.value = this.query?.get(field.name) ?? "";
+    if ([...find("#plan-form details").querySelectorAll("[name]")].some((field) => field.value)) find("#plan-form details").open = true;
+  },
+  card(question, several) {
+    const place = made("article", "", { "aria-busy": "true" });
+    const named = `${question.model} on ${question.gpu}${question.max_seq_length ? `, ${question.max_seq_length} tokens` : ""}`;
+    place.setAttribute("aria-label", named);
+    if (several) place.append(made("h2", named));
+    const going = made("div", "", { class: "going" });
+    const bar = made("progress", "", { max: "1", "aria-label": `Search: ${named}` });
+    const words = made("span", "asking");
+    const enough = made("button", "Take the best so far", { type: "button" });
+    enough.addEventListener("click", () => ask("plan/enough", { question }).catch((error) => trouble(error.message)));
+    going.append(bar, words, enough);
+    const answer = made("div", "", { class: "drawn" });
+    place.append(going, answer);
+    find("#plan-answers").append(place);
+    const card = { question, wanted: true };
+    repeat(
+      () => card.wanted,
+      async () => {
+        const said = await ask("plan/look", { question, viewer }).catch((error) => {
+          if (error instanceof Refused) return { error: error.message };
+          throw error;
+        });
+        if (!card.wanted) return;
+        if (said.share != null) bar.value = said.share;
+        words.textContent = `${said.seconds} s  ${said.words}`;
+        if (said.html == null && said.error == null) return;
+        card.wanted = false;
+        going.remove();
+        place.setAttribute("aria-busy", "false");
+        if (said.error != null) answer.append(made("p", said.error, { class: "error", role: "alert" }));
+        else {
+          show(answer, said.html);
+          for (const text of answer.querySelectorAll("pre.copied")) copies(text);
+        }
+        find("#plan-said").textContent = `${named}: answered.`;
+      },
+      true,
+    );
+    return card;
+  },
+  leave(closing = false) {
+    for (const card of this.cards) {
+      if (!card.wanted) continue;
+      card.wanted = false;
+      ask("plan/leave", { question: card.question, viewer }, { keepalive: closing }).catch(() => {});
+    }
+    this.cards = [];
+    this.asked = "";
+  },
+};
+
+function copies(text) {
+  const button = made("button", "Copy", { type: "button", class: "copy", "aria-label": `Copy: ${text.getAttribute("aria-label")}` });
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(text);
+      button.textContent = "Selected: press Ctrl-C";
+    }
+  });
+  text.before(button);
+}
+
+find("#plan-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const query = new URLSearchParams();
+  for (const field of event.target.elements) if (field.name && field.value.trim()) query.append(field.name, field.value.trim());
+  if (`${query}` === plan.asked) plan.leave();
+  go("plan", query);
+  enter();
+});
+window.addEventListener("pagehide", () => plan.leave(true));
+window.addEventListener("pageshow", (event) => event.persisted && enter());
+
 // ---- which room is shown
 
-const rooms = { runs };
+const rooms = { runs, plan };
 
 function enter() {
   const { room, query } = address();
@@ -204,13 +338,14 @@ function enter() {
     else link.removeAttribute("aria-current");
   }
   document.title = `${find(`#${room} h1`).textContent} - oomless studio`;
+  if (room !== "plan") plan.leave();
   rooms[room].enter(query);
 }
 
 // The pointer reads a chart: what a column says is shown beside it, at once.
 const reading = find("#reading");
 document.addEventListener("pointermove", (event) => {
-  const said = event.target.closest?.("svg .hit")?.querySelector("title")?.textContent;
+  const said = event.target.closest?.("svg .hit, svg .dot")?.querySelector("title")?.textContent;
   reading.hidden = !said;
   if (!said) return;
   reading.textContent = said;
