@@ -60,7 +60,7 @@ def test_several_gpus_by_hand():
         alone = replace(WORK, link_bytes_of_passes=0, link_bytes_of_update=0)
         seconds = 6000 / throughput(alone, target(found), config(), ()).tokens_per_second
         sent = 10**7  # in two of six passes
-        pair = throughput(replace(alone, exchanged_bytes=sent), replace(target(found), gpus=2), config())
+        pair = throughput(replace(alone, exchanged_bytes_of_passes=sent), replace(target(found), gpus=2), config())
         assert pair.tokens_per_second == pytest.approx(12000 / (seconds + 3 * sent / (rate * share.peers) / 2))
         assert "between GPUs assumed" in pair.basis
 

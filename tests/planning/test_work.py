@@ -125,15 +125,26 @@ def test_what_several_gpus_send_each_other(make_checkpoint):
     """Layers are gathered for forward and for backward, the rest once; every gradient is scattered once."""
     folder = make_checkpoint("llama", num_hidden_layers=4)
     layers, rest = 4 * (LAYER + 2 * D), 2 * V * D + D
-    numbers = 2 * (2 * 4)  # loss and gradient norm, summed: there and back
+    number = 2 * 4  # the loss, and the gradients' norm: there and back
     two = work(folder, gpus=2)
-    assert two.exchanged_bytes == 4 * (3 * layers + 2 * rest) // 2 + numbers
+    assert two.exchanged_bytes_of_passes == 4 * (3 * layers + 2 * rest) // 2 + number
+    assert two.exchanged_bytes_of_update == number
     four = work(folder, gpus=4)
-    assert four.exchanged_bytes == 4 * (3 * layers + 2 * rest) * 3 // 4 + numbers
+    assert four.exchanged_bytes_of_passes == 4 * (3 * layers + 2 * rest) * 3 // 4 + number
     assert two.flops() == four.flops() == work(folder).flops()
     head = work(folder, gpus=2, trainable="lm_head")
-    assert head.exchanged_bytes == 4 * (layers + rest + V * D) // 2 + numbers
-    assert work(folder).exchanged_bytes == 0
+    assert head.exchanged_bytes_of_passes == 4 * (layers + rest + V * D) // 2 + number
+    assert work(folder).exchanged_bytes_of_passes == work(folder).exchanged_bytes_of_update == 0
+
+
+def test_gradients_of_whole_models_are_sent_once_a_step(make_checkpoint):
+    """However many passes it has."""
+    folder = make_checkpoint("llama", num_hidden_layers=4)
+    weights = 4 * (LAYER + 2 * D) + 2 * V * D + D
+    found = work(folder, gpus=2, sharding="replicate", gradient_accumulation_steps=2)
+    assert found.passes == 2
+    assert found.exchanged_bytes_of_update == 2 * 4 * weights
+    assert found.exchanged_bytes_of_passes <= 2 * 2 * 4
 
 
 def test_what_is_frozen_costs_less(make_checkpoint):

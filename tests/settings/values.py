@@ -16,6 +16,9 @@ GIVEN = {"model", "data", "output_dir", "gpu", "max_steps", "resume"}
 OF_CHATS = {"chat_template", "loss_on"}
 """What has no effect on the text of these tests; ``tests/data`` has chats."""
 
+OF_SEVERAL_GPUS = {"sharding"}
+"""What has no effect on the one GPU of these tests; ``tests/training/test_several_gpus.py`` has two."""
+
 CHOSEN = {
     "tokenizer": ["{model}"],
     "trust_remote_code": [True, False],
@@ -116,7 +119,7 @@ def needs(name, value):
 
 
 def names():
-    return [name for name in KINDS if name not in GIVEN | OF_CHATS]
+    return [name for name in KINDS if name not in GIVEN | OF_CHATS | OF_SEVERAL_GPUS]
 
 
 def combinations(seed=0, settings=12):

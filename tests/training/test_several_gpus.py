@@ -49,6 +49,7 @@ ROUTES = {
     "8-bit": ("llama", False, dict(dtype="fp32", optimizer="adamw_8bit", max_grad_norm=None)),
     "sgd": ("gemma2", False, dict(dtype="fp32", optimizer="sgd", z_loss=1e-4, label_smoothing_factor=0.1)),
     "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512)),
+    "replicate": ("llama", True, dict(dtype="fp32", sharding="replicate", gradient_accumulation_steps=2)),
     "nf4": ("llama", False, dict(dtype="fp32", quantization="nf4", trainable="lora", lora_r=4, optimizer="adamw_8bit")),
     "int8": ("llama", False, dict(dtype="fp32", quantization="int8", trainable="lora+lm_head", lora_r=4)),
     "dora": ("gemma", True, dict(dtype="fp32", trainable="lora", lora_r=4, use_dora=True)),
@@ -74,6 +75,7 @@ MEMORY = {
     ),
     "fp16": ("gemma2", False, dict(dtype="fp16", gradient_checkpointing=True, checkpointed_layers=1)),
     "nf4": ("llama", False, dict(quantization="nf4", trainable="lora", lora_r=4, gradient_checkpointing=True)),
+    "replicate": ("qwen3", True, dict(sharding="replicate", gradient_accumulation_steps=2)),
     "adafactor": ("qwen3", True, dict(optimizer="adafactor", gradient_accumulation_steps=2)),
 }
 
@@ -169,12 +171,12 @@ def assert_same_losses(straight, other, tolerance=1e-5):
     assert {key: theirs.get(key) for key in ours} == pytest.approx(ours, abs=tolerance, rel=tolerance)
 
 
-@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit", "nf4"))
+@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit", "replicate"))
 def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, processes, route):
     architecture, tied, settings = ROUTES[route]
     model = make_checkpoint(architecture, tied=tied)
     two = make_config(model, corpus, tmp_path / "two", **settings)
-    alone = {"output_dir": str(tmp_path / "one")}
+    alone = {"output_dir": str(tmp_path / "one"), "sharding": "auto"}
     if two.tokens_per_step is None:
         alone["gradient_accumulation_steps"] = 2 * two.gradient_accumulation_steps
     one = TrainConfig.from_mapping({**two.to_dict(), **alone})
@@ -194,6 +196,7 @@ def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, proc
     [
         (1, 2, dict(optimizer="adamw_8bit")),
         (2, 1, LORA),
+        (2, 2, dict(sharding="replicate")),  # and goes on in parts
         pytest.param(2, 1, dict(quantization="nf4", **LORA), marks=pytest.mark.slow),  # whole in every process
         pytest.param(1, 2, dict(optimizer="adafactor"), marks=pytest.mark.slow),
         pytest.param(2, 3, dict(weight_decay=0.1), marks=pytest.mark.slow),  # no number of rows here divides by three
@@ -204,18 +207,20 @@ def test_a_checkpoint_serves_any_number_of_processes(
 ):
     """What goes on with what others saved comes to what one process does that was never interrupted."""
     settings = dict(dtype="fp32", per_device_train_batch_size=1) | settings
+    sharding = settings.pop("sharding", "auto")
     one = make_config(
         make_checkpoint("llama"), corpus, tmp_path / "one", gradient_accumulation_steps=before * after, **settings
     )
     loop.train(one)
     out = tmp_path / "resumed"
-    start = TrainConfig.from_mapping({**one.to_dict(), "output_dir": str(out), "gradient_accumulation_steps": after})
+    begun = {"output_dir": str(out), "gradient_accumulation_steps": after, "sharding": sharding}
+    start = TrainConfig.from_mapping({**one.to_dict(), **begun})
     if before == 1:
         shutil.copytree(one.output_dir, out)
     else:
         assert together(processes, tmp_path / "out", train, start, count=before) == [6] * before
     shutil.rmtree(out / "checkpoint-6")
-    rest = again(start, gradient_accumulation_steps=before)
+    rest = again(start, gradient_accumulation_steps=before, sharding="auto")
     assert together(processes, tmp_path / "out", train, rest, count=after) == [6] * after
     assert_same_losses(tmp_path / "one", out)
     assert [(one.step, damage(one)) for one in list_checkpoints(out)] == [(3, None), (6, None)]
@@ -476,6 +481,16 @@ def test_refused_before_anything_starts(settings, reason):
         sharding.check(make_config("none", "none", "none", **settings))
 
 
+def test_sharding_is_refused_where_it_is_not_there(make_checkpoint):
+    with pytest.raises(ConfigError, match="^sharding: shard cannot be used here: adafactor needs whole matrices"):
+        sharding.check(make_config("none", "none", "none", sharding="shard", optimizer="adafactor"))
+    folder = str(make_checkpoint("llama"))
+    with pytest.raises(ConfigError, match="^sharding has no effect on one GPU: remove it"):
+        assemble(
+            resolve(folder), make_config(folder, "none", "none", sharding="replicate"), virtual_device(), fill=False
+        )
+
+
 def test_refused_of_the_surroundings(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HardwareError, match="torchrun gives each process a GPU of its own"):
@@ -522,6 +537,23 @@ def test_the_pick_for_two_trains_in_two_and_is_better_than_that_for_one(make_che
     setting = Setting(spec=spec, target=two, base=given)
     peaks = together(processes, tmp_path / "out", train_pick, setting, picks[1].picked.settings, two.capacity_bytes)
     assert peaks == [picks[1].plan.needed_bytes] * 2
+
+
+@pytest.mark.slow
+def test_what_fits_each_of_two_is_whole_on_both(make_checkpoint, tmp_path, processes):
+    """Which is faster, as nothing is gathered before a layer; and where it does not fit, parts are."""
+    folder = make_checkpoint("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4)
+    given = {"model": str(folder), "data": "-", "output_dir": "-", "max_seq_length": 64, "tokens_per_step": 512}
+    large = replace(target_for("2xT4"), outside_bytes=0, workspace_bytes=0, margin_bytes=0, host_bytes=None)
+    spec = resolve(str(folder))
+    whole = search(spec, given, large, processes=1)
+    assert whole.config.sharding == "replicate"
+    parts = search(spec, {**given, "sharding": "shard"}, large, processes=1)
+    assert parts.plan.needed_bytes < whole.plan.needed_bytes
+    small = replace(large, capacity_bytes=parts.plan.needed_bytes)
+    found = search(spec, given, small, processes=1)
+    assert found.config.sharding == "auto"
+    assert found.picked.quality == whole.picked.quality
 
 
 def test_a_count_before_the_name_is_a_target():

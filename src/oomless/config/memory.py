@@ -43,6 +43,10 @@ class Memory:
     gpu: str = "auto"
     """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB; to plan, also T4 or 2xT4."""
 
+    sharding: Literal["auto", "replicate", "shard"] = "auto"
+    """What each of several GPUs holds: a part of the model (shard, the least memory), or all of it (replicate, the least to
+    exchange). auto: a part where it can be cut; `oomless plan` chooses the faster one that fits."""
+
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward."""
 

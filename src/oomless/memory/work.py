@@ -84,8 +84,11 @@ class Work:
 
     link_bytes_of_update: int
 
-    exchanged_bytes: int = 0
-    """What each of several GPUs sends to others in all these passes; an update sends a few numbers."""
+    exchanged_bytes_of_passes: int = 0
+    """What each of several GPUs sends to others in all these passes."""
+
+    exchanged_bytes_of_update: int = 0
+    """Once a step: gradients that every GPU holds whole; else a few numbers."""
 
     def flops(self) -> dict[str, int]:
         """Return the floating-point operations of passes and update by the rate that applies."""
@@ -113,12 +116,12 @@ class WorkCounter:
         self._update = False
         self._costs: tuple[Counter[Cost], Counter[Cost]] = (Counter(), Counter())
         self._link = [0, 0]
-        self._exchanged = 0
+        self._exchanged = [0, 0]
 
     def operator(self, key: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, result: Any) -> None:
         """Count one call of ``func``; calls of one ``key`` cost the same."""
         if _is_collective(func):
-            self._exchanged += exchanged_bytes(args)
+            self._exchanged[self._update] += exchanged_bytes(args)
             return
         cost = self._known.get(key, _UNKNOWN)  # once: the key is long, and hashed anew each time
         if cost is _UNKNOWN:
@@ -174,7 +177,8 @@ class WorkCounter:
             of_update=tuple(self._costs[1].items()),
             link_bytes_of_passes=self._link[0],
             link_bytes_of_update=self._link[1],
-            exchanged_bytes=self._exchanged,
+            exchanged_bytes_of_passes=self._exchanged[0],
+            exchanged_bytes_of_update=self._exchanged[1],
         )
 
 

@@ -37,6 +37,7 @@ from oomless.planning.strategies import (
     FROZEN_BITS,
     OPTIMIZER_NAMES,
     QLORA,
+    REPLICATED,
     Quality,
     Settings,
     any_run,
@@ -252,7 +253,7 @@ class _Search:
         always = self.held is not None or (quality.trainable, quality.quantization) in COMMON
         if self.wish is None or not fitting or always:
             return True
-        for at_best in self._at_best(quality.settings() | placements(quality, self.pins)[0]):
+        for at_best in self._at_best(quality.settings() | placements(quality, self.pins, gpus=self.target.gpus)[0]):
             for one in at_best:
                 row = Row(quality=quality, settings=one.settings, fits=True, needed_bytes=0, seconds=one.seconds)
                 if any(best is row for best in self.wish.choices([*fitting, row]).values()):
@@ -270,8 +271,8 @@ class _Search:
         found: _Found | None = None
         failures: list[_Failure] = []
         ladder = rungs(self.pins, built.layers)
-        for placement in placements(quality, self.pins, experts=built.expert_bytes > 0):
-            bound = self._bound(quality, placement, built)
+        for placement in placements(quality, self.pins, experts=built.expert_bytes > 0, gpus=self.target.gpus):
+            bound = self._bound(quality, placement, self._whole(quality) if "sharding" in placement else built)
             if bound is not None:
                 failures.append(bound)
                 continue
@@ -300,6 +301,11 @@ class _Search:
             reason=nearest.reason,
             host_bytes=nearest.host_bytes,
         )
+
+    def _whole(self, quality: Quality) -> Parts:
+        """Return what the parts of ``quality`` put on a GPU that holds the whole model."""
+        parts = {name: getattr(quality, name) for name in ("trainable", "tied_weights", "quantization")}
+        return self.laboratory.parts(any_run(self.pins, parts) | REPLICATED)
 
     def _bound(self, quality: Quality, placement: Settings, built: Parts) -> _Failure | None:
         """Return why ``placement`` cannot fit whatever its activations are, or ``None``."""

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
+from oomless.techniques.sharding import why_whole
 from oomless.units import counted
 
 CHOSEN = {"trainable", "optimizer", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_bytes"}
@@ -78,6 +79,9 @@ SMALL_LOSS_CHUNK_BYTES = 16 << 20
 Settings = dict[str, Any]
 CHEAP: Settings = {"cheap_recompute": True}
 """The first rung that computes anything again."""
+
+REPLICATED: Settings = {"sharding": "replicate"}
+"""Every GPU holds the whole model, and nothing is gathered before a layer."""
 
 UNPLANNED: Settings = {"data": "-", "output_dir": "-"}
 """What a plan does not look at, where it is not given."""
@@ -175,10 +179,14 @@ def _needed_rung(pins: Mapping[str, Any]) -> Settings:
 def contradiction(pins: Mapping[str, Any], chosen: Settings) -> ConfigError | None:
     """Return why ``chosen`` does not go together with ``pins``, which the settings themselves say; ``None`` where it does."""
     try:
-        TrainConfig.from_mapping({**UNPLANNED, "model": "-", **pins, **_needed_rung(pins), **chosen})
+        _example(pins, chosen)
     except ConfigError as error:
         return error
     return None
+
+
+def _example(pins: Mapping[str, Any], chosen: Settings) -> TrainConfig:
+    return TrainConfig.from_mapping({**UNPLANNED, "model": "-", **pins, **_needed_rung(pins), **chosen})
 
 
 def _reason(pins: Mapping[str, Any], every: list[Settings]) -> ConfigError:
@@ -235,10 +243,16 @@ def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
     return (True, False)
 
 
-def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = False) -> list[Settings]:
-    """Return where gradients, state and frozen weights may lie, the least on the GPU last; ``experts``: whether some are frozen."""
+def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = False, gpus: int = 1) -> list[Settings]:
+    """Return where gradients, state and frozen weights may lie, the least on the GPU last.
+
+    ``experts`` says whether some are frozen. Several ``gpus`` may each hold the whole model where they can hold parts of it.
+    """
     every = _every_placement(quality, pins, experts)
-    return [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
+    found = [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
+    if gpus == 1 or not found or "sharding" in pins or why_whole(_example(pins, quality.settings() | found[0])):
+        return found
+    return [way for placement in found for way in (placement | REPLICATED, placement)]
 
 
 def _every_placement(quality: Quality, pins: Mapping[str, Any], experts: bool = False) -> list[Settings]:
@@ -320,4 +334,5 @@ _PHRASES = {
     "offload_optimizer": "optimizer offloaded",
     "experts_on_host": "experts on the host",
     "stream_frozen": "frozen layers streamed",
+    "sharding": "the whole model on each GPU",
 }

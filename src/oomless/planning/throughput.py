@@ -154,8 +154,8 @@ def _seconds(work: Work, config: TrainConfig, rates: _Rates, beside: float) -> f
     passes = config.gradient_accumulation_steps / work.passes
     total = 0.0
     for times, costs, link, exchanged in (
-        (passes, work.of_passes, work.link_bytes_of_passes, work.exchanged_bytes),
-        (1, work.of_update, work.link_bytes_of_update, 0),
+        (passes, work.of_passes, work.link_bytes_of_passes, work.exchanged_bytes_of_passes),
+        (1, work.of_update, work.link_bytes_of_update, work.exchanged_bytes_of_update),
     ):
         computed, copied = computing(costs), link / rates.link + exchanged / rates.peers
         total += times * (max(computed, copied) + beside * min(computed, copied))

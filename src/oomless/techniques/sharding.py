@@ -14,8 +14,8 @@ are hung on two modules that exist for this alone and run a given function while
 Optimizers see plain tensors: each weight's local part (``local``). Those that update every element alone (AdamW, SGD) do in n parts
 what they would do in one; 8-bit AdamW does where no part cuts a block of 256.
 
-What cannot be cut (``why_whole``) is whole on every GPU instead, as in DDP: gradients are summed before the update, which is then
-the same everywhere. That saves no memory, only time.
+What cannot be cut (``why_whole``), or is not to be (``sharding: replicate``), is whole on every GPU instead, as in DDP: gradients are
+summed before the update, which is then the same everywhere. That saves no memory, but the gathering before every layer.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ Result = TypeVar("Result")
 
 def why_whole(config: TrainConfig) -> str | None:
     """Return why every GPU holds the whole model; ``None`` where each holds a part of it."""
+    if config.sharding == "replicate":
+        return "sharding is replicate"
     if config.quantization:
         return "packed weights cannot be cut by rows"
     if config.optimizer not in ELEMENTWISE_OPTIMIZERS:
@@ -59,6 +61,11 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: they cannot.
     """
+    whole = why_whole(config)
+    if config.sharding == "shard" and whole is not None:
+        raise ConfigError(
+            f"sharding: shard cannot be used here: {whole}; remove it, and every GPU holds the whole model"
+        )
     reasons = {
         "optimizer_in_backward": config.optimizer_in_backward
         and "gradients are complete only when all GPUs have added theirs",

@@ -17,7 +17,7 @@ LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
 MAY_CHANGE = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("save_minutes", "save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes"),
-    "kernels",
+    *("kernels", "sharding"),
     "gradient_checkpointing",
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step"),
