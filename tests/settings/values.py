@@ -1,5 +1,6 @@
 """What each setting may be and may not be, made from its own declaration, and what else it has no effect without."""
 
+import itertools
 import random
 import typing
 
@@ -148,6 +149,15 @@ def combinations(seed=0, settings=12):
                 run |= extra
         apart -= {frozenset((a, b)) for a in chosen for b in chosen if a != b}
         yield run
+
+
+DRAWN, DRAWING = [], combinations()
+
+
+def combination(number):
+    """The run of that number; each is drawn once, since it rests on all before it."""
+    DRAWN.extend(itertools.islice(DRAWING, max(0, number + 1 - len(DRAWN))))
+    return DRAWN[number]
 
 
 def agree(run):
