@@ -108,7 +108,7 @@ def through_every_command(run, places, tmp_path):
     return codes
 
 
-COMBINATIONS = 400
+COMBINATIONS = 200
 OPENED_BY_TRAINING = ("tokenizer", "eval_data", "cache_dir", "text_field", "encoding")
 """Which a plan opens only where there is something to read."""
 
@@ -125,18 +125,24 @@ def sampled(cases, by_default, slow):
     ]
 
 
+def record(codes, record_property):
+    for command, code in codes.items():
+        record_property(command, code)
+
+
 @pytest.mark.parametrize(("name", "number"), sampled(SHOWN, 2, 8))
-def test_a_setting_alone(places, tmp_path, name, number):
+def test_a_setting_alone(places, tmp_path, name, number, record_property):
     value = values.valid(name)[number]
     run = {**values.needs(name, value), name: value}
     codes = through_every_command(run, places, tmp_path)
+    record(codes, record_property)
     assert codes["plan"] == 0
     assert codes["resume"] == 0
 
 
 @pytest.mark.parametrize("number", sampled([(number,) for number in range(COMBINATIONS)], 1, 4))
-def test_settings_together(places, tmp_path, number):
-    through_every_command(values.combination(number), places, tmp_path)
+def test_settings_together(places, tmp_path, number, record_property):
+    record(through_every_command(values.combination(number), places, tmp_path), record_property)
 
 
 @pytest.mark.parametrize("name", values.names())

@@ -123,7 +123,7 @@ def names():
     return [name for name in KINDS if name not in GIVEN | OF_CHATS | OF_SEVERAL_GPUS]
 
 
-def combinations(seed=0, settings=12):
+def combinations(seed=0, settings=40):
     """Yield runs of so many settings that go together, pairs that were not together yet before others."""
     draw = random.Random(seed)
     every = [(name, number) for name in names() for number in range(len(valid(name)))]

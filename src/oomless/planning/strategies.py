@@ -139,11 +139,7 @@ def parts_in_order(pins: Mapping[str, Any], *, tied: bool) -> list[Settings]:
     Raises:
         ConfigError: none does.
     """
-    every = [
-        {"trainable": trainable, "tied_weights": tied_weights, "quantization": quantization}
-        for trainable, tied_weights in _trainable(pins, tied)
-        for quantization in _options(pins, "quantization", tuple(FROZEN_BITS))
-    ]
+    every = _every_parts(pins, tied=tied)
     found = [parts for parts in every if any(_every_run(pins, parts))]
     if not found:
         raise _reason(pins, every)
@@ -156,7 +152,17 @@ def require_any(pins: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: there is none.
     """
-    parts_in_order(pins, tied=False)
+    every = _every_parts(pins, tied=False)
+    if not any(any(_every_run(pins, parts)) for parts in every):
+        raise _reason(pins, every)
+
+
+def _every_parts(pins: Mapping[str, Any], *, tied: bool) -> list[Settings]:
+    return [
+        {"trainable": trainable, "tied_weights": tied_weights, "quantization": quantization}
+        for trainable, tied_weights in _trainable(pins, tied)
+        for quantization in _options(pins, "quantization", tuple(FROZEN_BITS))
+    ]
 
 
 def any_run(pins: Mapping[str, Any], parts: Settings) -> Settings:
@@ -165,9 +171,11 @@ def any_run(pins: Mapping[str, Any], parts: Settings) -> Settings:
 
 
 def _every_run(pins: Mapping[str, Any], parts: Settings) -> Iterator[Settings]:
-    for quality in qualities(pins, parts, sixteen_bit=False):
-        for placement in placements(quality, pins):
-            yield quality.settings() | placement
+    for quality in _every_quality(pins, parts, sixteen_bit=False):
+        for placement in _every_placement(quality, pins):
+            chosen = quality.settings() | placement
+            if contradiction(pins, chosen) is None:
+                yield chosen
 
 
 def _needed_rung(pins: Mapping[str, Any]) -> Settings:
