@@ -70,8 +70,15 @@ NEEDS = {
     "checkpointed_layers": {"gradient_checkpointing": True},
     "offload_activations": {"gradient_checkpointing": True},
     "momentum": {"optimizer": "sgd"},
+    "allow_leaner_optimizer": {"optimizer": "adamw"},
+    "embedding_learning_rate": {"trainable": "embed_tokens+lm_head"},
+    "experts_on_host": {"trainable": "lora"},
     **{name: {"trainable": "lora"} for name in LORA_DEFAULTS},
 }
+
+
+OF_EXPERTS = {"router_aux_loss_coef", "experts_on_host"}
+"""What has no effect on a model without them."""
 
 
 def valid(name):
@@ -112,7 +119,7 @@ def range_of(name):
 
 def needs(name, value):
     """What else has to be set for ``value`` to have an effect."""
-    if value is False and name in ("stream_frozen", "offload_activations"):
+    if value is False and name in ("stream_frozen", "offload_activations", "experts_on_host", "allow_leaner_optimizer"):
         return {}
     if name == "on_bad_loss" and value == "rewind":
         return {"save_steps": 1}

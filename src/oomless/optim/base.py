@@ -94,7 +94,7 @@ class MemoryLeanOptimizer(Optimizer):
         super().__init__(parameters, {**defaults, "weight_precision": weight_precision, "seed": seed})
         if offload is not None and not self._offloaded:
             raise ValueError(
-                f"offloading has no effect: {type(self).__name__} keeps nothing of these parameters that could lie on the "
+                f"offload_optimizer has no effect: {type(self).__name__} keeps nothing of these parameters that could lie on the "
                 "host; leave it out"
             )
 
