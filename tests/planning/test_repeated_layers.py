@@ -29,6 +29,8 @@ CASES = [
     ("llama", {"trainable": "lora", "dtype": "fp16", "checkpointed_layers": 7, "gradient_checkpointing": True,
                "offload_activations": True, "per_device_train_batch_size": 2}),
     ("llama", {"trainable": "model.layers.5.*", "dtype": "bf16"}),
+    ("mixtral", {"optimizer": "adamw", "dtype": "bf16", "label_smoothing_factor": 0.1, "weight_decay": 0.1}),
+    ("mixtral", {"trainable": "lora", "dtype": "bf16", "experts_on_host": True}),
 ]  # fmt: skip
 LAYERS = {"num_hidden_layers": 8}
 

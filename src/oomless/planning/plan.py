@@ -8,6 +8,7 @@ one without a limit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from oomless import hardware
@@ -22,7 +23,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
 from oomless.planning.layout import Layout, read_layout
-from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, virtual_device
+from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly, virtual_device
 from oomless.techniques.sharding import shared
 from oomless.training.assemble import open_device
 from oomless.training.distributed import world_size
@@ -307,16 +308,16 @@ def rehearse_on(
     layout: Layout | None = None,
 ) -> Rehearsal:
     """Rehearse the whole run of ``config``, each process's settings where there are several, on ``target`` with so much memory."""
-    device = target.simulated(capacity_bytes, settings=settings, snapshot=snapshot)
-    return rehearse(
-        spec,
-        config,
-        device,
-        kernel=target.kernel,
-        workspace_bytes=target.workspace_bytes,
-        gpus=target.gpus,
-        layout=layout,
-    )
+    how: dict[str, Any] = {
+        "kernel": target.kernel,
+        "workspace_bytes": target.workspace_bytes,
+        "gpus": target.gpus,
+        "layout": layout,
+    }
+    open_device = partial(target.simulated, capacity_bytes, settings=settings, snapshot=snapshot)
+    if snapshot:  # which names the module of everything
+        return rehearse(spec, config, open_device(), **how)
+    return rehearse_briefly(spec, config, open_device, **how)
 
 
 def require_tokens(config: TrainConfig, target: Target) -> None:

@@ -156,7 +156,9 @@ def rehearse_briefly(
     spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
-    if how.get("gpus", 1) == 1 or sharding.why_whole(config) is not None:  # a part is fetched one layer ahead
+    cut = how.get("gpus", 1) > 1 and sharding.why_whole(config) is None  # a part is fetched one layer ahead
+    streamed = config.stream_frozen and how.get("whole", True)  # so are layers, and the last step's first are still there
+    if not cut and not streamed:
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)
     return rehearse(spec, config, open_device(), **how)
