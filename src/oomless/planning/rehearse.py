@@ -157,7 +157,9 @@ def rehearse_briefly(
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
     cut = how.get("gpus", 1) > 1 and sharding.why_whole(config) is None  # a part is fetched one layer ahead
-    streamed = config.stream_frozen and how.get("whole", True)  # so are layers, and the last step's first are still there
+    streamed = config.stream_frozen and how.get(
+        "whole", True
+    )  # so are layers, and the last step's first are still there
     if not cut and not streamed:
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)
