@@ -17,7 +17,7 @@ from oomless.planning.choice import Choice
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
 from oomless.planning.layout import OF_THE_TEXT
-from oomless.planning.plan import Target, target_for
+from oomless.planning.plan import Target, require_host, target_for
 from oomless.planning.search import Progress, search
 from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
 from oomless.planning.trial import results_folder
@@ -111,6 +111,7 @@ def _choose(given: Settings, target: Target, results: Path | None, wish: Wish, p
     pins = read_given(given)
     spec = resolve_for_plan(pins["model"], trust_remote_code=pins.get("trust_remote_code", False))
     if pins.get("max_seq_length") != LONGEST:
+        require_host(pins.get("max_seq_length", TrainConfig.max_seq_length), target)
         settings, wish = with_batch({**UNPLANNED, **pins}, wish, target.gpus)
         return search(spec, settings, target, wish=wish, results=results, progress=progress)
 
@@ -120,6 +121,7 @@ def _choose(given: Settings, target: Target, results: Path | None, wish: Wish, p
         return search(spec, settings, target, held=held, wish=wanted, results=results, progress=progress)
 
     lengths = _lengths(spec, pins, target.gpus)
+    require_host(lengths[0], target)
     best = at(lengths[0], None)
     if best.picked is None:
         return best

@@ -336,6 +336,20 @@ def require_tokens(config: TrainConfig, target: Target) -> None:
             )
 
 
+def require_host(length: int, target: Target) -> None:
+    """Check that the tokens of one block of ``length`` may lie in the host's memory, where each run makes them.
+
+    Raises:
+        ConfigError: they may not, so that nothing can be trained.
+    """
+    if target.host_bytes is not None and length * TOKEN_BYTES > target.host_bytes:
+        raise ConfigError(
+            f"the ids of one block of {length} tokens alone take {format_bytes(length * TOKEN_BYTES)} of host memory, of which "
+            f"{format_bytes(target.host_bytes)} may be used: give more with --host-memory, such as 12GiB",
+            "max_seq_length",
+        )
+
+
 def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:
     """Return the plan of ``config`` for the GPU that it names; model and GPU may both be the catalogue's.
 
