@@ -76,6 +76,27 @@ def test_ctrl_c_in_the_demo_says_what_is_there(tmp_path):
         assert "Traceback" not in terminal.text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 40])
+def test_what_was_trained_is_exported_shown_and_heard(make_checkpoint, corpus, tmp_path, columns):
+    run = tmp_path / "run"
+    arguments = ("--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", run)
+    trained = oomless("train", *arguments, "--gpu", "cpu", "--max-seq-length", 32, "--max-steps", 1)
+    assert trained.returncode == 0, trained.stderr
+    for command, pattern, written in (
+        (("export", run, "--to", "gguf"), r"━.* \d+ s  \S", run / "export" / "gguf"),
+        (("report", run), None, run / "report.html"),
+        (("generate", run, "--prompt", "def main(", "--max-new-tokens", 8, "--gpu", "cpu"), None, None),
+    ):
+        with Terminal(*command, columns=columns) as terminal:
+            assert terminal.run() == 0, terminal.text()
+            assert pattern is None or live(terminal, pattern)
+            assert not any("\x1b" in line or "[K" in line or "Traceback" in line for line in terminal.lines())
+            assert written is None or written.exists()
+            shown = terminal.text().replace(" ", "")
+            assert (str(written) if written is not None else "defmain(") in shown
+
+
 def test_explain(make_checkpoint):
     arguments = ("--model", make_checkpoint("llama"), "--gpu", "virtual:3MiB", "--max-seq-length", 512)
     with Terminal("explain", *arguments) as terminal:
