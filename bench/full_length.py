@@ -22,6 +22,8 @@ CLAIMS = {
     "faults_in_runs": "training/test_faults_in_runs.py::test_no_mode_ends_the_run",
     "faults_in_pairs": "training/test_faults_in_runs.py::test_no_two_techniques_end_the_run",
     "nothing_lives_on": "training/test_nothing_lives_on.py",
+    "settings_alone": "settings/test_every_setting.py::test_a_setting_alone",
+    "settings_together": "settings/test_every_setting.py::test_settings_together",
     "kills": "training/test_survival.py::test_killed_at_random_moments",
     "full_disks": "training/test_survival.py::test_disk_full_at_every_page_and_every_file",
     "damage": "training/test_survival.py::test_every_flip_and_cut_is_noticed",

@@ -1,10 +1,11 @@
 """What a run prints: what a person needs most is kept on any screen, and a log tells that the run lives."""
 
 import io
+from datetime import timedelta
 
 import pytest
 
-from oomless.report import screen
+from oomless.report import screen, terminal
 from oomless.report.terminal import TerminalListener
 from oomless.units import GiB, counted
 
@@ -44,6 +45,16 @@ def test_the_live_line_keeps_what_matters(width, kept):
     for part in kept:
         assert part in line
     found.close()
+
+
+def test_time_left_is_told_by_the_steps_alone(monkeypatch):
+    found = listener(80)
+    clock = iter([1000.0, 1002.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    found.pace[0] = (0, 0.0)
+    found.evaluated(0, {"text": 1.0})
+    found.pace.append((1, terminal.time.monotonic()))
+    assert found.time_left() == timedelta(seconds=2 * (1_000_000 - 1))
 
 
 def test_a_log_says_that_text_is_being_tokenised(monkeypatch):

@@ -92,6 +92,8 @@ class TerminalListener(Listener):
 
     def evaluated(self, step: int, losses: dict[str, float]) -> None:
         """Print validation losses and perplexities."""
+        if len(self.pace) == 1:  # before the first step, whose pace begins now
+            self.pace[0] = (self.pace[0][0], time.monotonic())
         shown = ", ".join(f"{name} {loss:.4f} (perplexity {perplexity(loss)})" for name, loss in losses.items())
         self.screen.print(f"validation loss after step {step}: {shown}")
 
