@@ -36,9 +36,9 @@ def test_the_text_part_may_be_what_is_quantized(make_checkpoint, tmp_path):
         resolve(str(folder_with(tmp_path, make_checkpoint("llama"), text_config=part)))
 
 
-def test_an_adapter_alone_names_its_base(tmp_path):
+def test_an_adapter_names_its_base_that_is_not_there(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    with pytest.raises(ModelError, match="an adapter alone, trained on 'org/base': give that model"):
+    with pytest.raises(ModelError, match="is of 'org/base', as base_model_name_or_path"):
         resolve(str(tmp_path))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from oomless.config import batch, data, memory, optimizer, running, trained
+from oomless.config import adapter, batch, data, memory, optimizer, running, trained
 from oomless.config.batch import Batch
 from oomless.config.data import Data, sources
 from oomless.config.data import DataSource as DataSource
@@ -100,7 +100,8 @@ def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), known)}")
         if value is not None:
             values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, known[key])
-    return values
+    folder = adapter.folder_of(values["model"]) if "model" in values else None
+    return values if folder is None else adapter.agree(folder, values)
 
 
 def outrank(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -10,7 +10,7 @@ class Model:
     """Model."""
 
     model: str
-    """Folder with config.json and safetensors weights, or a Hugging Face name."""
+    """Folder of a model or of an adapter, or a Hugging Face name."""
 
     tokenizer: str | None = None
     """Tokenizer folder or name, where it is not the model's."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from oomless.errors import ModelError
 from oomless.export.changes import Change, LowRank, Replaced, Rows, low_rank
 from oomless.export.source import TRAINED, Source
-from oomless.models.weights import open_file, shown
+from oomless.models.weights import adapter_file, open_file, shown
 from oomless.techniques import trained_rows
 from oomless.techniques.experts import STACKS, expert_modules
 
@@ -52,20 +52,6 @@ class LowRankExperts:
 
     def of(self, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:  # noqa: D102
         return torch.stack([self.of_expert(matrix, expert, dtype) for expert, matrix in enumerate(read())])
-
-
-def adapter_file(folder: Path) -> Path:
-    """Return the file of the adapter in ``folder``.
-
-    Raises:
-        ModelError: there is none.
-    """
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ModelError(
-        f"{folder} holds an adapter_config.json and no adapter_model.safetensors: the adapter is not whole"
-    )
 
 
 def file_of(source: Source) -> Path:

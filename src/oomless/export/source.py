@@ -97,7 +97,8 @@ def find_two(place: Path, which: str | None = None, base: str | None = None) -> 
     found = _of_folder(located, None if whole else base)
     if base is None and located.run is not None:
         base = located.run.model
-    folder = found.base.folder if base is None else resolve(base, trust_remote_code=found.base.trust_remote_code).folder
+    begun_with = found.base if base is None else resolve(base, trust_remote_code=found.base.trust_remote_code)
+    folder = begun_with.folder if base is None else begun_with.adapter or begun_with.folder
     if folder is None:
         raise ModelError(f"{base} is a config without weights: give the folder of the model with --base")
     begun = _of_folder(_Located(folder, base or found.base.name, located.run), None)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from oomless.config import adapter
 from oomless.errors import ModelError, nearest
 from oomless.models import names, starting_point
 
@@ -24,6 +27,9 @@ class ModelSpec:
     base: Path | None = None
     """The folder of the model that is trained, where ``folder`` is a checkpoint of its training."""
 
+    adapter: Path | None = None
+    """The folder of an adapter of the model, which goes on training."""
+
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
     """What was taken for what, to be said once."""
@@ -35,7 +41,9 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     Raises:
         ModelError: nothing is there, or what is there is not a config that this transformers knows.
     """
-    path = Path(name).expanduser()
+    path, adapted = Path(name).expanduser(), adapter.folder_of(name)
+    if adapted is not None:
+        return _with_adapter(adapted, partial(resolve, trust_remote_code=trust_remote_code))
     if path.is_file():
         return ModelSpec(
             name=name, config=read_config(path, trust_remote_code), folder=None, trust_remote_code=trust_remote_code
@@ -47,7 +55,33 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     _, kind = starting_point.stored_as(folder)
     notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.READ_PLAIN}",)
     return ModelSpec(
-        name=name, config=config, folder=folder, trust_remote_code=trust_remote_code, notes=notes + _parts(config)
+        name=name,
+        config=config,
+        folder=folder,
+        trust_remote_code=trust_remote_code,
+        notes=(*notes, *_of_a_trainer(folder), *_parts(config)),
+    )
+
+
+def _with_adapter(folder: Path, find: Callable[[str], ModelSpec]) -> ModelSpec:
+    name = adapter.base_of(folder)
+    try:
+        base = find(name)
+    except ModelError as error:
+        raise ModelError(
+            f"the adapter in {folder} is of {name!r}, as base_model_name_or_path in its {adapter.FILE} says: {error}"
+        ) from error
+    note = f"the adapter in {folder} goes on training, with its own LoRA settings, beside {base.name}"
+    return replace(base, adapter=folder, notes=(*base.notes, note, *_of_a_trainer(folder)))
+
+
+def _of_a_trainer(folder: Path) -> tuple[str, ...]:
+    """Return what is to be said of a checkpoint of transformers' ``Trainer``."""
+    if not (folder / "trainer_state.json").is_file():
+        return ()
+    return (
+        f"{folder} is a checkpoint of a transformers Trainer: its weights are taken; its optimizer state, schedule and place in the data "
+        "are not, and the run begins at step 0",
     )
 
 
@@ -59,6 +93,8 @@ def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec
     """
     from transformers import AutoConfig
 
+    if (adapted := adapter.folder_of(name)) is not None:
+        return _with_adapter(adapted, partial(resolve_for_plan, trust_remote_code=trust_remote_code))
     if Path(name).expanduser().exists():
         return resolve(name, trust_remote_code=trust_remote_code)
     found = names.find(name)
@@ -174,10 +210,15 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    adapted = adapter.folder_of(name)
+    if adapted is not None and not (adapted / "tokenizer_config.json").is_file():
+        name = adapter.base_of(adapted)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # every tokenizer class raises its own
-        raise ModelError(f"no tokenizer could be read from {name!r}: {error}") from error
+        raise ModelError(
+            f"no tokenizer could be read from {name!r}: give the folder or name of one with --tokenizer ({str(error).strip()})"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"oomless needs a fast tokenizer (tokenizer.json); {name!r} has only a Python one")
     return tokenizer

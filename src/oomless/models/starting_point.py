@@ -79,16 +79,11 @@ def check_folder(folder: Path) -> None:
     """Check that ``folder`` holds a whole model.
 
     Raises:
-        ModelError: it holds none, an adapter alone, or a form that is not transformers' own; with what to do.
+        ModelError: it holds none, or a form that is not transformers' own; with what to do.
     """
     if (folder / "config.json").is_file():
         return
     rule = "a model folder holds a config.json and safetensors weights"
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        raise ModelError(
-            f"{rule}; {folder} holds an adapter alone, trained on {_base_of(adapter)}: give that model, or merge the two first"
-        )
     if any(folder.glob("*.gguf")):
         raise ModelError(f"{rule}; {folder} holds GGUF files, which are for inference: {FULL}")
     if (folder / "params.json").is_file():
@@ -96,11 +91,3 @@ def check_folder(folder: Path) -> None:
             f"{rule}; {folder} holds its maker's own form (params.json): give the one converted for transformers"
         )
     raise ModelError(f"a model folder holds a config.json; there is none in {folder}")
-
-
-def _base_of(adapter: Path) -> str:
-    try:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    return repr(base) if base else "a model that its adapter_config.json does not name"

@@ -252,6 +252,9 @@ class _Slice:
     def __getitem__(self, place: Any) -> Tensor:
         return self._tensor[place]
 
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
     def get_dtype(self) -> str:
         return _DTYPES.get(self._tensor.dtype, str(self._tensor.dtype))
 
@@ -268,6 +271,20 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")  # an mmap, gone with its last reference
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def adapter_file(folder: Path) -> Path:
+    """Return the file of the adapter in ``folder``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelError(
+        f"{folder} holds an adapter_config.json and no adapter_model.safetensors: the adapter is not whole"
+    )
 
 
 def shown(names: Collection[str], most: int = 5) -> str:

@@ -197,6 +197,40 @@ def checkpoint_parameters(model: Any) -> dict[str, nn.Parameter]:
     return found
 
 
+def go_on(model: Any, folder: Path, tensors: Any, device: Device) -> tuple[str, ...]:
+    """Put the adapter of ``folder`` into ``model``, whose adapters are of the same settings, and return what is to be said of it.
+
+    Args:
+        model: with adapters of its own.
+        folder: named where the two differ.
+        tensors: what the adapter's file holds.
+        device: where the model lies.
+
+    Raises:
+        ConfigError: the adapter holds other tensors than the ones that train.
+    """
+    wanted = checkpoint_parameters(model)
+    names = set(tensors.keys())
+    other = sorted(names ^ set(wanted)) or [
+        name for name in names if tuple(tensors.get_slice(name).get_shape()) != tuple(wanted[name].shape)
+    ]
+    if other:
+        raise ConfigError(
+            f"the adapter in {folder} is of other matrices than the ones that would train ({', '.join(other[:3])}): merge it first "
+            f"(oomless export {folder} --output MERGED) and give --model MERGED"
+        )
+    rounded = set()
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            with device.host():
+                stored = tensors.get_tensor(name)
+                tensor = stored.to(parameter.dtype)
+                if not torch.equal(tensor.to(stored.dtype), stored):
+                    rounded.add(f"{stored.dtype} to {parameter.dtype}".replace("torch.", ""))
+            sharding.fill(parameter, tensor)
+    return tuple(f"the adapter in {folder} was rounded from {what}, in which it trains" for what in sorted(rounded))
+
+
 def save_config(model: Any, folder: Path) -> None:
     """Write peft's ``adapter_config.json``; matrices that are trained whole are its ``modules_to_save``."""
     whole = {

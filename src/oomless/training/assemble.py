@@ -18,6 +18,7 @@ from oomless.errors import ConfigError, HardwareError
 from oomless.memory.device import CudaDevice, Device
 from oomless.models import build, form, save
 from oomless.models.spec import ModelSpec
+from oomless.models.weights import adapter_file, open_file
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
     balancing,
@@ -139,11 +140,18 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         if not fill:
             frozen_layers.rehearse_filling(model, device)
         trainable.apply(model, config, device, form.unreached(spec))
+        notes = _go_on(model, spec, device) if fill else ()
         _shape(model, config, device)
     ready = _ready(model, config, device, ranks, None)
     if ranks.count > 1:
-        return replace(ready, notes=(*ready.notes, f"every GPU holds the whole model: {whole}"))
-    return ready
+        notes = (*notes, f"every GPU holds the whole model: {whole}")
+    return replace(ready, notes=(*ready.notes, *notes))
+
+
+def _go_on(model: Any, spec: ModelSpec, device: Device) -> tuple[str, ...]:
+    """Have the adapter that ``spec`` begins from, if any, in ``model``; return what is to be said of it."""
+    folder = spec.adapter
+    return () if folder is None else lora.go_on(model, folder, open_file(adapter_file(folder)), device)
 
 
 def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill: bool, ranks: Ranks) -> Assembly:
@@ -175,7 +183,9 @@ def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill:
         build.load_weights(model, spec, device=device)
     with device.phase("load"):
         lora.initialise_parts(model, device)
-    return _ready(model, config, device, ranks, made[0])
+        notes = _go_on(model, spec, device) if fill else ()
+    ready = _ready(model, config, device, ranks, made[0])
+    return replace(ready, notes=(*ready.notes, *notes))
 
 
 def _shape(model: Any, config: TrainConfig, device: Device) -> None:
