@@ -7,8 +7,11 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,21 +206,24 @@ def dies(plan, moment):
     return status == signal.SIGKILL
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_every_moment_it_goes_on(make_run, tmp_path, monkeypatch, stride):
+@pytest.mark.parametrize(
+    ("to", "stride"),
+    [("safetensors", 7), *(pytest.param(to, 1, marks=pytest.mark.slow) for to in ("safetensors", "gguf"))],
+)
+def test_killed_at_every_moment_it_goes_on(make_run, tmp_path, monkeypatch, to, stride):
     monkeypatch.setattr("oomless.models.save.SHARD_BYTES", 150_000)
     run = make_run("llama", shape=(("num_hidden_layers", 6),), **LORA)
-    export(make_plan(run, "safetensors", output=tmp_path / "undisturbed", verify="sample"))
+    export(make_plan(run, to, output=tmp_path / "undisturbed", verify="sample"))
     target, hidden = tmp_path / "out", tmp_path / ".out.tmp"
-    plan = make_plan(run, "safetensors", output=target, verify="sample")
+    plan = make_plan(run, to, output=target, verify="sample")
     kills = 0
     while dies(plan, 1 + kills * stride):
         kills += 1
         assert not target.exists()
         if kills % 3 == 0:  # a write that was cut short
-            newest = max(hidden.glob("*.safetensors"), key=lambda path: path.name)
+            newest = max(hidden.glob(f"*.{to}"), key=lambda path: path.name)
             os.truncate(newest, newest.stat().st_size * 2 // 3)
-            assert 0 < make_plan(run, "safetensors", output=target).begun_bytes < plan.disk_bytes * 2
+            assert 0 < make_plan(run, to, output=target).begun_bytes < plan.disk_bytes * 2
         if kills % 5 == 0:  # go on to the end; else as far as the next kill
             assert not dies(plan, 0)
             same_folders(tmp_path / "undisturbed", target)
@@ -258,6 +264,32 @@ def test_a_disk_that_fills_up_leaves_nothing(make_run, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not list(tmp_path.iterdir())
     export(plan)
+
+
+@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.full_length)])
+def test_a_disk_that_is_full_or_read_only(make_run, tmp_path, stride):
+    """A real one, of every number of pages and of files that is too small: one error, nothing left, and with room the same bytes."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    script = Path(__file__).with_name("full_disk.py")
+    command = ["unshare", "-rm", sys.executable, script, make_run("llama", **LORA), tmp_path, stride]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for pages, used, inodes, files in json.loads(done.stdout.splitlines()[-1]).values():
+        assert pages + 2 >= used - stride  # it begins with two
+        assert inodes >= files
+
+
+def test_a_shard_that_is_missing(make_run, make_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("oomless.models.save.SHARD_BYTES", 150_000)
+    export(make_plan(make_checkpoint("llama"), "safetensors", output=tmp_path / "base"))
+    shards = sorted((tmp_path / "base").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    for place, base in ((make_run("llama", **LORA), str(tmp_path / "base")), (tmp_path / "base", None)):
+        with pytest.raises(ModelError, match=f"names {shards[1].name}"):
+            make_plan(place, "safetensors", base=base, output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_too_little_room_is_said_before_anything_is_written(make_run, tmp_path, monkeypatch):

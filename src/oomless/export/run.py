@@ -7,7 +7,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,13 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
 def _owned(folder: Path, key: str) -> Iterator[None]:
     """Have ``folder`` for this process alone, with what an earlier export of ``key`` left in it and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / RECORD).open("a+", encoding="utf-8") as file:
+    try:
+        file = (folder / RECORD).open("a+", encoding="utf-8")
+    except OSError:
+        with suppress(OSError):  # what an earlier export left in it stays
+            folder.rmdir()
+        raise
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
