@@ -210,7 +210,7 @@ def dies(plan, moment):
     ("to", "stride"),
     [("safetensors", 7), *(pytest.param(to, 1, marks=pytest.mark.slow) for to in ("safetensors", "gguf"))],
 )
-def test_killed_at_every_moment_it_goes_on(make_run, tmp_path, monkeypatch, to, stride):
+def test_killed_at_every_moment_it_goes_on(make_run, tmp_path, monkeypatch, record_property, to, stride):
     monkeypatch.setattr("oomless.models.save.SHARD_BYTES", 150_000)
     run = make_run("llama", shape=(("num_hidden_layers", 6),), **LORA)
     export(make_plan(run, to, output=tmp_path / "undisturbed", verify="sample"))
@@ -229,6 +229,7 @@ def test_killed_at_every_moment_it_goes_on(make_run, tmp_path, monkeypatch, to, 
             same_folders(tmp_path / "undisturbed", target)
             shutil.rmtree(target)
     assert kills * stride >= 50
+    record_property("kills", kills)
     same_folders(tmp_path / "undisturbed", target)
 
 
@@ -267,7 +268,7 @@ def test_a_disk_that_fills_up_leaves_nothing(make_run, tmp_path):
 
 
 @pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.full_length)])
-def test_a_disk_that_is_full_or_read_only(make_run, tmp_path, stride):
+def test_a_disk_that_is_full_or_read_only(make_run, tmp_path, record_property, stride):
     """A real one, of every number of pages and of files that is too small: one error, nothing left, and with room the same bytes."""
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
@@ -275,7 +276,9 @@ def test_a_disk_that_is_full_or_read_only(make_run, tmp_path, stride):
     command = ["unshare", "-rm", sys.executable, script, make_run("llama", **LORA), tmp_path, stride]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for pages, used, inodes, files in json.loads(done.stdout.splitlines()[-1]).values():
+    found = json.loads(done.stdout.splitlines()[-1]).values()
+    record_property("full disks", sum(pages // stride + inodes for pages, _, inodes, _ in found))
+    for pages, used, inodes, files in found:
         assert pages + 2 >= used - stride  # it begins with two
         assert inodes >= files
 

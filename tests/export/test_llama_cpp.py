@@ -53,7 +53,7 @@ def greedy(model, ids, count=12):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_llama_cpp_computes_what_was_trained(make_run, tmp_path, llama, name, tied):
+def test_llama_cpp_computes_what_was_trained(make_run, tmp_path, llama, record_property, name, tied):
     run = run_of(make_run, name, tied)
     hf = AutoModelForCausalLM.from_pretrained(run / "model", attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -70,9 +70,13 @@ def test_llama_cpp_computes_what_was_trained(make_run, tmp_path, llama, name, ti
         found = logits_of(model, ids)
         if tolerance is None:
             loss = torch.nn.functional.cross_entropy(found[:-1], torch.tensor(ids[1:]))
-            assert abs(loss.exp() / text_loss.exp() - 1) < 0.01
+            off = abs(loss.exp() / text_loss.exp() - 1)
+            record_property(f"{kind}: perplexity off by millionths", round(float(off) * 1e6))
+            assert off < 0.01
             continue
-        assert (found - wanted).norm() / wanted.norm() < tolerance
+        off = (found - wanted).norm() / wanted.norm()
+        record_property(f"{kind}: logits off by millionths", round(float(off) * 1e6))
+        assert off < tolerance
         text = torch.tensor([ids[:20]])
         made = hf.generate(text, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert greedy(model, ids[:20]) == made[0, 20:].tolist()
