@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -155,14 +156,11 @@ class Speaker:
 
     def _pass(self, tokens: int, before: int = 0, **state: Any) -> dict[str, Any]:
         """Run so many tokens as ``generate`` does, beyond ``state``, that of those ``before``; return the state after them."""
-        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        found = self.model(
-            input_ids=torch.zeros((1, tokens), dtype=torch.long),
-            attention_mask=torch.ones((1, before + tokens), dtype=torch.long),
-            use_cache=True,
-            **last,
-            **state,
-        )
+        takes = inspect.signature(self.model.forward).parameters
+        settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        if "past_key_values" in takes:  # a state of one size has no use for the mask of what it has seen
+            settings["attention_mask"] = torch.ones((1, before + tokens), dtype=torch.long)
+        found = self.model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=True, **settings, **state)
         found.logits[:, -1].float()
         return {name: found[name] for name in _CACHES if found.get(name) is not None}
 

@@ -179,6 +179,10 @@ def _kind(folder: Path) -> Kind:
     for name, kind in _KINDS.items():
         if (folder / name).is_file():
             return kind
+    if found := sorted(folder.glob("*.gguf")):
+        raise ModelError(
+            f"{folder} holds {found[0].name}, which llama.cpp and Ollama read: give the run that it was made of, or its safetensors"
+        )
     raise ModelError(f"{folder} holds no model, no adapter and no checkpoint of a run")
 
 
