@@ -11,7 +11,12 @@ from oomless.units import GiB, MiB
 
 def test_a_bar_is_as_wide_as_its_bytes():
     """Of 4 GiB a part of 1 GiB takes a quarter, and the limit lies at its own place."""
-    drawn = made_of("t", [("weights", GiB), ("none", 0), ("gradients", 2 * GiB)], [("the GPU has", 4.0 * GiB)])
+    drawn = made_of(
+        "t",
+        [("weights", GiB), ("none", 0), ("gradients", 2 * GiB)],
+        [("the GPU has", 4.0 * GiB)],
+        "reached in the loss",
+    )
     whole = WIDTH - LEFT - RIGHT
     bars = [
         (float(x), float(width))
@@ -19,7 +24,12 @@ def test_a_bar_is_as_wide_as_its_bytes():
     ]
     assert bars == [pytest.approx((LEFT, whole / 4), abs=0.1), pytest.approx((LEFT + whole / 4, whole / 2), abs=0.1)]
     assert float(re.search(r'class="limit" x1="([\d.]+)"', drawn)[1]) == pytest.approx(LEFT + whole, abs=0.1)
-    for said in ("weights: 1.00 GiB, 33.3%", "gradients: 2.00 GiB, 66.7%", "<td>together</td><td>3.00 GiB</td>"):
+    for said in (
+        "weights: 1.00 GiB, 33.3%",
+        "gradients: 2.00 GiB, 66.7%",
+        "<td>together</td><td>3.00 GiB</td>",
+        "<p>reached in the loss</p>",
+    ):
         assert said in drawn
     assert "none" not in drawn
 

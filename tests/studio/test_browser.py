@@ -12,6 +12,7 @@ import time
 
 import pytest
 from tests.cli.test_cli import ENVIRONMENT, oomless
+from tests.studio.test_explain import LOG
 from tests.studio.test_runs import begin
 
 from oomless.training.run_files import writer
@@ -253,3 +254,17 @@ def test_a_long_run_is_small_on_the_page(browser, serve, tmp_path):
     browser.get(address)
     until(lambda: "100,000 steps" in read(browser, "#runs-shown"))
     assert browser.execute_script("return document.querySelectorAll('*').length") < 5000
+
+
+def test_a_pasted_log_is_explained(browser, serve, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    _, address = serve(tmp_path)
+    browser.get(address)
+    browser.find_element(By.LINK_TEXT, "Explain").click()
+    browser.find_element(By.ID, "explain-log").send_keys(f"{HOSTILE} {LOG}")
+    browser.find_element(By.CSS_SELECTOR, "#explain-form button").click()
+    until(lambda: "answered" in read(browser, "#explain-said"))
+    assert "1002.00 MiB" in read(browser, "#explain-answers")
+    assert browser.title == "Explain - oomless studio"
+    no_faults(browser)

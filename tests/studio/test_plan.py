@@ -8,20 +8,13 @@ import time
 import pytest
 import yaml
 from starlette.testclient import TestClient
-from tests.cli.test_cli import ENVIRONMENT, oomless
+from tests.cli.test_cli import oomless
 
 from oomless.studio import searches
 from oomless.studio.safety import TOKEN
 from oomless.studio.server import application
 
 PINNED = {"max_seq_length": "64", "tokens": "1M", "trainable": "lora", "optimizer": "adamw", "quantization": "nf4"}
-
-
-@pytest.fixture
-def studio(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-    with TestClient(application([tmp_path], "t"), base_url="http://localhost", headers={TOKEN: "t"}) as client:
-        yield client
 
 
 def look(studio, question, viewer="one"):

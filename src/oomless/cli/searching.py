@@ -14,6 +14,8 @@ from oomless.report.choice import print_nothing_fits
 from oomless.report.screen import LiveLine, Screen, bar
 
 BAR_WIDTH = 20
+FOUND = "; so far "
+"""What a search says of something that fits."""
 
 
 class Saying:
@@ -25,6 +27,7 @@ class Saying:
 
     def __call__(self, text: str, share: float | None = None) -> None:
         """Renew the line."""
+        text += " (Ctrl-C takes it)" if FOUND in text else ""
         seconds = f"{time.monotonic() - self._began:.0f} s"
         drawn = "" if share is None else bar(share, min(BAR_WIDTH, self._screen.width // 4))
         done = "" if share is None else f", {share:.0%}"

@@ -20,7 +20,7 @@ def studio(
     port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 0,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
 ) -> None:
-    """Plan, and watch runs, in a browser on this machine: live curves, memory against its prediction; stop and resume. Ctrl-C closes it.
+    """Plan, watch runs and explain logs in a browser on this machine: live curves, memory against its prediction; stop and resume. Ctrl-C closes it.
 
     A run goes on when the studio is closed. Example: oomless studio runs
     """

@@ -263,7 +263,7 @@ class _Search:
     def _say(self, text: str, share: float, found: Mapping[tuple[int, int], Row]) -> None:
         fitting = [row for row in found.values() if row.fits]
         if self.wish is not None and fitting:
-            text += f"; so far {self.wish.choices(fitting)[self.wish.prefer].quality} (Ctrl-C takes it)"
+            text += f"; so far {self.wish.choices(fitting)[self.wish.prefer].quality}"
         self.progress(text, share)
 
     def _best(self, quality: Quality, built: Parts) -> Row:

@@ -37,15 +37,15 @@ STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:0 auto;padding:1rem}
 h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 .3rem}p{margin:.3rem 0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;position:relative}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.1rem .9rem .1rem 0;white-space:nowrap}th{color:var(--dim);font-weight:normal}
-th:first-child,td:first-child{text-align:left}th.text{text-align:left}td.text{text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
+th,td{text-align:right;vertical-align:top;padding:.1rem .9rem .1rem 0;white-space:nowrap}th{color:var(--dim);font-weight:normal}
+th:first-child,td:first-child{text-align:left}th.text{text-align:left}td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
 svg{width:100%;min-width:34rem;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 svg .grid{stroke:var(--grid);stroke-width:1}svg .limit{stroke:var(--ink);stroke-dasharray:6 4}svg .mark{stroke:var(--c1);stroke-dasharray:2 3}
 svg path{fill:none;stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}svg .hit{fill:transparent}svg .hit:hover{fill:var(--grid);fill-opacity:.5}
 i.key{display:inline-block;width:1rem;height:.2rem;vertical-align:middle;margin-right:.4rem;background:var(--c)}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}.c8{--c:var(--c8)}
 svg .area,svg .dot,i.area{fill:var(--c);background:var(--c);stroke:none}i.area{height:.7rem}svg .dot{fill-opacity:.75}svg .dot.picked{stroke:var(--ink);stroke-width:2}
-.over{--c:var(--ink)}svg text.in{fill:var(--ink)}svg .outline{stroke:var(--ink);stroke-width:1}
+.over{--c:var(--ink)}svg text.in{fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px}
 pre{overflow-x:auto;font-size:.85rem;border:1px solid var(--grid);padding:.6rem}
 """
 

@@ -105,8 +105,8 @@ def _keys(held: Held) -> str:
     return f"<p>{' '.join(keys)}</p>"
 
 
-def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple[str, float]]) -> str:
-    """Return what a sum of bytes is made of as one bar, with ``limits`` across it and a table below."""
+def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple[str, float]], said: str = "") -> str:
+    """Return what a sum of bytes is made of as one bar, with ``limits`` across it, a table, and what is ``said`` below."""
     total = sum(size for _, size in parts)
     most = max([total, *(value for _, value in limits), 1])
     ticks = round_ticks(0, most, unit_of(most))
@@ -115,12 +115,11 @@ def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple
     for number, (name, size) in enumerate(parts):
         if not size:
             continue
-        said = f"{name}: {format_bytes(size)}, {size / total:.1%}"
         left, right = frame.x(at), frame.x(at + size)
         drawn.append(
             f'<rect class="area c{number % LINES}" x="{left:.1f}" y="{TOP + 6}" width="{right - left:.1f}" height="{BAR - 12}"/>'
         )
-        drawn.append(frame.hit(left, right, said))
+        drawn.append(frame.hit(left, right, f"{name}: {format_bytes(size)}, {size / total:.1%}"))
         rows.append(
             (f'<i class="key area c{number % LINES}"></i>{text(name)}', format_bytes(size), f"{size / total:.1%}")
         )
@@ -132,7 +131,7 @@ def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple
         )
         rows.append((text(name), format_bytes(int(value)), ""))
     shown = scrolling("".join(drawn) + "</svg>", title)
-    return f"<section><h2>{text(title)}</h2>{shown}{table(title, ('', 'memory', 'share'), rows)}</section>"
+    return f"<section><h2>{text(title)}</h2>{shown}{table(title, ('', 'memory', 'share'), rows)}<p>{text(said)}</p></section>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

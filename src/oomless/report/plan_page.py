@@ -76,13 +76,14 @@ def plan_parts(plan: Plan) -> Iterator[str]:
     limits = [("the GPU has", float(target.capacity_bytes))]
     if target.margin_bytes:
         limits.append(("a plan fills", float(target.capacity_bytes - target.margin_bytes)))
-    yield made_of("Memory at the peak", sizes, limits)
+    said = ""
     if profile.peak is not None:
         where = f" in {profile.peak.module}" if profile.peak.module else ""
-        yield (
-            f"<p>The peak is reached in the {text(profile.peak.phase)} phase{text(where)}, when {text(profile.peak.operation)} asks for "
-            f"{format_bytes(profile.peak.size_bytes)}.</p>"
+        said = (
+            f"The peak is reached in the {profile.peak.phase} phase{where}, when {profile.peak.operation} asks for "
+            f"{format_bytes(profile.peak.size_bytes)}."
         )
+    yield made_of("Memory at the peak", sizes, limits, said)
     if not plan.fits and plan.out_of_memory:
         yield f"<p>PyTorch would say: {text(plan.out_of_memory)}</p>"
     yield held_over_time(held_by(profile, [("the allocator can have", float(target.usable_bytes))]))

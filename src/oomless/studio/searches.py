@@ -1,4 +1,4 @@
-"""The room of plans: searches in processes of their own, which end when nobody looks at them any more.
+"""The rooms of plans and explanations: searches in processes of their own, which end when nobody looks at them any more.
 
 The same question is searched once, whoever asks; its answer is kept while the studio runs. A process that has answered waits for the next
 question, as it has imported everything.
@@ -6,6 +6,7 @@ question, as it has imported everything.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from oomless.errors import ConfigError
+from oomless.report.charts import text
 
 MOST_AT_ONCE = max(4, os.cpu_count() or 1)
 """So many searches run at a time; further ones wait."""
@@ -33,19 +35,30 @@ LEFT_S = 90.0
 LAST_WORDS_BYTES = 2000
 
 
+LOG = "log"
+"""What a question about a log names it by."""
+
+MOST_LOGS = 16
+COLUMNS = 100
+"""Of what is printed."""
+
+
 class Worker:
     """A process of ``worker.py``."""
 
-    def __init__(self, folder: Path) -> None:
+    reusable = True
+
+    def __init__(self, folder: Path, *command: str) -> None:
         """Start it in ``folder``; it imports while nothing is asked yet."""
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "oomless.studio.worker"],
+            [sys.executable, "-m", *(command or ("oomless.studio.worker",))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             start_new_session=True,
             cwd=folder,
+            env={**os.environ, "COLUMNS": str(COLUMNS), "NO_COLOR": "1"},
         )
 
     def ask(self, question: Mapping[str, str]) -> None:
@@ -82,6 +95,36 @@ class Worker:
                     file.close()
 
 
+class Explanation(Worker):
+    """``oomless explain`` of a log, read as it is printed."""
+
+    reusable = False
+
+    def __init__(self, folder: Path, question: Mapping[str, str], log: str) -> None:
+        """Start it in ``folder``."""
+        options = [f"--{name}={value}" for name, value in question.items() if name != LOG]
+        super().__init__(folder, "oomless", "explain", "-", *options)
+        self.log = log
+
+    def ask(self, question: Mapping[str, str]) -> None:  # noqa: D102
+        assert self.process.stdin is not None
+        self.process.stdin.write(self.log.encode(errors="replace"))
+        self.process.stdin.close()
+
+    def lines(self) -> Any:  # noqa: D102
+        assert self.process.stdout is not None
+        printed = b""
+        while piece := os.read(self.process.stdout.fileno(), 1 << 16):
+            printed += piece
+            yield {"words": "rehearsing the run and its cures", "partial": _as_page(printed)}
+        if self.process.wait() == 0:
+            yield {"html": _as_page(printed)}
+
+
+def _as_page(printed: bytes) -> str:
+    return f'<pre class="printed wide" tabindex="0">{text(printed.decode(errors="replace").strip())}</pre>'
+
+
 @dataclass(kw_only=True)
 class Search:
     """One question, and how far its answer is."""
@@ -93,6 +136,8 @@ class Search:
     worker: Worker | None = None
     words: str = "waiting for another search to end"
     share: float | None = None
+    partial: str | None = None
+    """The answer as far as it goes."""
     html: str | None = None
     error: str | None = None
     stopped: bool = False
@@ -112,6 +157,7 @@ class Searches:
         self.folders = folders
         self._searches: OrderedDict[str, Search] = OrderedDict()
         self._spare: Worker | None = None
+        self._logs: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.RLock()
         self._closed = False
         threading.Thread(target=self._watch, daemon=True).start()
@@ -122,17 +168,28 @@ class Searches:
             if self._spare is None and not self._closed:
                 self._spare = Worker(self.folders[0])
 
+    def keep(self, log: str) -> dict[str, str]:
+        """Keep ``log`` for a question about it, and return its name."""
+        name = hashlib.blake2b(log.encode(errors="replace"), digest_size=16).hexdigest()
+        with self._lock:
+            self._logs[name] = log
+            while len(self._logs) > MOST_LOGS:
+                self._logs.popitem(last=False)
+        return {LOG: name}
+
     def look(self, question: Mapping[str, str], viewer: str) -> dict[str, Any]:
         """Return how far the answer to ``question`` is; it is searched if nobody has asked it before.
 
         Raises:
-            ConfigError: it is of a model outside the folders given.
+            ConfigError: it is of a model outside the folders given, or of a log that is not kept any more.
         """
         key = dumps(question, sort_keys=True)
         with self._lock:
             search = self._searches.get(key)
             if search is None:
                 self._require_inside(question.get("model", ""))
+                if LOG in question and question[LOG] not in self._logs:
+                    raise ConfigError("the log is not kept any more: paste it again")
                 search = self._searches[key] = Search(question=question)
                 self._begin_more()
                 self._forget()
@@ -141,6 +198,7 @@ class Searches:
             seconds = round(time.monotonic() - search.began)
             return {
                 "html": search.html,
+                "partial": search.partial,
                 "error": search.error,
                 "words": search.words,
                 "share": search.share,
@@ -188,9 +246,15 @@ class Searches:
         for search in self._searches.values():
             if running < MOST_AT_ONCE and search.worker is None and not search.ended and not self._closed:
                 running += 1
-                search.worker, self._spare = self._spare or Worker(self.folders[0]), None
+                search.worker = self._worker_for(search.question)
                 search.words = "beginning"
                 threading.Thread(target=self._follow, args=(search, search.worker), daemon=True).start()
+
+    def _worker_for(self, question: Mapping[str, str]) -> Worker:
+        if LOG in question:
+            return Explanation(self.folders[0], question, self._logs.get(question[LOG], ""))
+        worker, self._spare = self._spare or Worker(self.folders[0]), None
+        return worker
 
     def _follow(self, search: Search, worker: Worker) -> None:
         """Ask, and note what comes until there is an answer."""
@@ -199,13 +263,14 @@ class Searches:
             for said in worker.lines():
                 with self._lock:
                     search.words, search.share = said.get("words", search.words), said.get("share", search.share)
+                    search.partial = said.get("partial")
                     search.html, search.error = said.get("html"), said.get("error")
                 if search.ended:
                     break
         words = None if search.ended else worker.last_words()
         with self._lock:
             search.worker, search.error = None, search.error or words
-            alive = worker.process.poll() is None and not search.stopped and not self._closed
+            alive = worker.reusable and worker.process.poll() is None and not search.stopped and not self._closed
             reused = alive and self._spare is None
             if reused:
                 self._spare = worker

@@ -20,10 +20,10 @@ from oomless.report.charts import STYLE
 from oomless.studio.offers import SETTINGS, offers
 from oomless.studio.runs import Runs
 from oomless.studio.safety import Safe
-from oomless.studio.searches import Searches
+from oomless.studio.searches import LOG, Searches
 
 FILES = Path(__file__).parent / "files"
-ASKED = {"model", "gpu", *SETTINGS, "prefer", "tokens", "hours", "host_memory"}
+ASKED = {LOG, "model", "gpu", *SETTINGS, "prefer", "tokens", "hours", "host_memory"}
 """What a question may say. None of it is a file, but for a model."""
 
 MOST_BYTES = 8 << 20
@@ -52,6 +52,7 @@ def application(folders: list[Path], token: str) -> Safe:
         Route("/api/runs/show", _asking(lambda asked: {"html": runs.parts(_texts(asked, "names"))}), methods=["POST"]),
         Route("/api/runs/stop", _asking(lambda asked: runs.stop(_text(asked, "name"))), methods=["POST"]),
         Route("/api/runs/resume", _asking(lambda asked: runs.resume(_text(asked, "name"))), methods=["POST"]),
+        Route("/api/explain/keep", _asking(lambda asked: searches.keep(_text(asked, "text"))), methods=["POST"]),
         Route("/api/plan/offers", _asking(offered)),
         Route(
             "/api/plan/look",

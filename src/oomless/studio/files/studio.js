@@ -203,6 +203,59 @@ function questions(query) {
   return made;
 }
 
+const named = ({ model, gpu, max_seq_length: length }) => `${model} on ${gpu}${length ? `, ${length} tokens` : ""}`;
+
+// How far the answer to a question is, and then the answer, in `room`.
+function card(room, question, named, several = false) {
+  const place = made("article", "", { "aria-busy": "true" });
+  place.setAttribute("aria-label", named);
+  if (several) place.append(made("h2", named));
+  const going = made("div", "", { class: "going" });
+  const bar = made("progress", "", { max: "1", "aria-label": `Search: ${named}` });
+  const words = made("span", "asking");
+  const enough = made("button", "Take the best so far", { type: "button" });
+  enough.addEventListener("click", () => ask("plan/enough", { question }).catch((error) => trouble(error.message)));
+  going.append(bar, words);
+  if (room === "plan") going.append(enough);
+  const answer = made("div", "", { class: "drawn" });
+  place.append(going, answer);
+  find(`#${room}-answers`).append(place);
+  const one = { question, wanted: true };
+  repeat(
+    () => one.wanted,
+    async () => {
+      const said = await ask("plan/look", { question, viewer }).catch((error) => {
+        if (error instanceof Refused) return { error: error.message };
+        throw error;
+      });
+      if (!one.wanted) return;
+      if (said.share != null) bar.value = said.share;
+      words.textContent = `${said.seconds} s  ${said.words}`;
+      if (said.partial) show(answer, said.partial);
+      if (said.html == null && said.error == null) return;
+      one.wanted = false;
+      going.remove();
+      place.setAttribute("aria-busy", "false");
+      if (said.error != null) answer.replaceChildren(made("p", said.error, { class: "error", role: "alert" }));
+      else {
+        show(answer, said.html);
+        for (const text of answer.querySelectorAll("pre.copied")) copies(text);
+      }
+      find(`#${room}-said`).textContent = `${named}: answered.`;
+    },
+    true,
+  );
+  return one;
+}
+
+function leave(cards, closing) {
+  for (const one of cards) {
+    if (!one.wanted) continue;
+    one.wanted = false;
+    ask("plan/leave", { question: one.question, viewer }, { keepalive: closing }).catch(() => {});
+  }
+}
+
 const plan = {
   asked: "",
   cards: [],
@@ -239,59 +292,15 @@ const plan = {
     if (!query.get("model")) return;
     const asked = questions(query);
     find("#plan-said").textContent = asked.length > MOST_COMPARED ? `The first ${MOST_COMPARED} of ${asked.length} are compared.` : "";
-    this.cards = asked.slice(0, MOST_COMPARED).map((question) => this.card(question, asked.length > 1));
+    this.cards = asked.slice(0, MOST_COMPARED).map((question) => card("plan", question, named(question), asked.length > 1));
     find("#plan-answers").classList.toggle("beside", asked.length > 1);
   },
   fill() {
     for (const field of find("#plan-form").elements) if (field.name) field.value = this.query?.get(field.name) ?? "";
     if ([...find("#plan-form details").querySelectorAll("[name]")].some((field) => field.value)) find("#plan-form details").open = true;
   },
-  card(question, several) {
-    const place = made("article", "", { "aria-busy": "true" });
-    const named = `${question.model} on ${question.gpu}${question.max_seq_length ? `, ${question.max_seq_length} tokens` : ""}`;
-    place.setAttribute("aria-label", named);
-    if (several) place.append(made("h2", named));
-    const going = made("div", "", { class: "going" });
-    const bar = made("progress", "", { max: "1", "aria-label": `Search: ${named}` });
-    const words = made("span", "asking");
-    const enough = made("button", "Take the best so far", { type: "button" });
-    enough.addEventListener("click", () => ask("plan/enough", { question }).catch((error) => trouble(error.message)));
-    going.append(bar, words, enough);
-    const answer = made("div", "", { class: "drawn" });
-    place.append(going, answer);
-    find("#plan-answers").append(place);
-    const card = { question, wanted: true };
-    repeat(
-      () => card.wanted,
-      async () => {
-        const said = await ask("plan/look", { question, viewer }).catch((error) => {
-          if (error instanceof Refused) return { error: error.message };
-          throw error;
-        });
-        if (!card.wanted) return;
-        if (said.share != null) bar.value = said.share;
-        words.textContent = `${said.seconds} s  ${said.words}`;
-        if (said.html == null && said.error == null) return;
-        card.wanted = false;
-        going.remove();
-        place.setAttribute("aria-busy", "false");
-        if (said.error != null) answer.append(made("p", said.error, { class: "error", role: "alert" }));
-        else {
-          show(answer, said.html);
-          for (const text of answer.querySelectorAll("pre.copied")) copies(text);
-        }
-        find("#plan-said").textContent = `${named}: answered.`;
-      },
-      true,
-    );
-    return card;
-  },
   leave(closing = false) {
-    for (const card of this.cards) {
-      if (!card.wanted) continue;
-      card.wanted = false;
-      ask("plan/leave", { question: card.question, viewer }, { keepalive: closing }).catch(() => {});
-    }
+    leave(this.cards, closing);
     this.cards = [];
     this.asked = "";
   },
@@ -319,12 +328,45 @@ find("#plan-form").addEventListener("submit", (event) => {
   go("plan", query);
   enter();
 });
-window.addEventListener("pagehide", () => plan.leave(true));
+window.addEventListener("pagehide", () => [plan, explain].forEach((room) => room.leave(true)));
 window.addEventListener("pageshow", (event) => event.persisted && enter());
+
+// ---- the room of explanations
+
+const explain = {
+  cards: [],
+  enter() {
+    plan.offer();
+  },
+  async explain(form) {
+    this.leave();
+    find("#explain-answers").replaceChildren();
+    find("#explain-said").textContent = "";
+    try {
+      const question = await ask("explain/keep", { text: find("#explain-log").value });
+      for (const field of form.elements) if (field.name && field.value.trim()) question[field.name] = field.value.trim();
+      this.cards = [card("explain", question, "The log")];
+    } catch (error) {
+      find("#explain-said").textContent = error.message;
+    }
+  },
+  leave(closing = false) {
+    leave(this.cards, closing);
+    this.cards = [];
+  },
+};
+
+find("#explain-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  explain.explain(event.target);
+});
+find("#explain-file").addEventListener("change", async (event) => {
+  if (event.target.files[0]) find("#explain-log").value = await event.target.files[0].text();
+});
 
 // ---- which room is shown
 
-const rooms = { runs, plan };
+const rooms = { runs, plan, explain };
 
 function enter() {
   const { room, query } = address();
@@ -338,7 +380,7 @@ function enter() {
     else link.removeAttribute("aria-current");
   }
   document.title = `${find(`#${room} h1`).textContent} - oomless studio`;
-  if (room !== "plan") plan.leave();
+  for (const other of [plan, explain]) if (rooms[room] !== other) other.leave();
   rooms[room].enter(query);
 }
 
