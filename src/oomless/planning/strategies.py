@@ -21,7 +21,6 @@ from typing import Any, Literal, get_args
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
-from oomless.techniques.sharding import why_whole
 from oomless.units import counted
 
 CHOSEN = {"trainable", "optimizer", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_bytes"}
@@ -258,6 +257,8 @@ def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = Fal
     """
     every = _every_placement(quality, pins, experts)
     found = [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
+    from oomless.techniques.sharding import why_whole  # torch, which reading settings does not need
+
     if gpus == 1 or not found or "sharding" in pins or why_whole(_example(pins, quality.settings() | found[0])):
         return found
     return [way for placement in found for way in (placement | REPLICATED, placement)]
