@@ -186,6 +186,11 @@ def test_the_longest_sequence_is_found_and_trained(places, tmp_path):
         refused = oomless(*given, "--gpu", gpu, *more)
         assert refused.code == 2
         assert "max is found by a search" in refused.err
+    page = tmp_path / "plan.html"
+    planned = oomless("plan", *given[1:], "--gpu", "virtual:12MiB", "--why", "--html", page)
+    assert planned.code == 0, planned.err
+    assert re.search(r"blocks? of\s+512\s+tokens", planned.out)
+    assert page.exists()
     first = oomless(*given, "--gpu", "virtual:12MiB")
     assert first.code == 0, first.err
     assert yaml.safe_load((run / "config.yaml").read_text())["max_seq_length"] == 512

@@ -117,8 +117,7 @@ def _choose(given: Settings, target: Target, results: Path | None, wish: Wish, p
 
     def at(length: int, held: Quality | None) -> Choice:
         settings = {**UNPLANNED, **pins, "max_seq_length": length}
-        wanted = wish if held is None else None
-        return search(spec, settings, target, held=held, wish=wanted, results=results, progress=progress)
+        return search(spec, settings, target, held=held, wish=wish, results=results, progress=progress)
 
     lengths = _lengths(spec, pins, target.gpus)
     require_host(lengths[0], target)
