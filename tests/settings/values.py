@@ -18,7 +18,7 @@ OF_CHATS = {"chat_template", "loss_on"}
 """What has no effect on the text of these tests; ``tests/data`` has chats."""
 
 OF_SEVERAL_GPUS = {"sharding"}
-"""What has no effect on the one GPU of these tests; ``tests/training/test_several_gpus.py`` has two."""
+"""What means nothing on the one GPU of these tests; ``tests/training/test_several_gpus.py`` has two."""
 
 CHOSEN = {
     "tokenizer": ["{model}"],

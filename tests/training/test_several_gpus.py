@@ -485,10 +485,8 @@ def test_sharding_is_refused_where_it_is_not_there(make_checkpoint):
     with pytest.raises(ConfigError, match="^sharding: shard cannot be used here: adafactor needs whole matrices"):
         sharding.check(make_config("none", "none", "none", sharding="shard", optimizer="adafactor"))
     folder = str(make_checkpoint("llama"))
-    with pytest.raises(ConfigError, match="^sharding has no effect on one GPU: remove it"):
-        assemble(
-            resolve(folder), make_config(folder, "none", "none", sharding="replicate"), virtual_device(), fill=False
-        )
+    with pytest.raises(ConfigError, match="^sharding: shard has no effect on one GPU: remove it"):
+        assemble(resolve(folder), make_config(folder, "none", "none", sharding="shard"), virtual_device(), fill=False)
 
 
 def test_refused_of_the_surroundings(monkeypatch):

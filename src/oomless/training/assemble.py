@@ -110,8 +110,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     check_length(spec, config)
     if ranks.count > 1:
         sharding.check(config)
-    elif config.sharding != "auto":
-        raise ConfigError("sharding has no effect on one GPU: remove it, or start with torchrun")
+    elif config.sharding == "shard":
+        raise ConfigError("sharding: shard has no effect on one GPU: remove it, or start with torchrun")
     whole = sharding.why_whole(config)
     if ranks.count > 1 and whole is None:
         return _assemble_shards(spec, config, device, fill, ranks)
