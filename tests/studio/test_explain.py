@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from tests.cli.test_cli import oomless
 from tests.studio.test_plan import look, processes, until
 
@@ -32,6 +33,7 @@ def test_a_log_is_explained_as_the_command_explains_it(studio, tmp_path):
     assert processes() == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_explained_is_said(studio, tmp_path):
     question = studio.post("/api/explain/keep", json={"text": LOG}).json()
     assert "paste it again" in look(studio, {"log": "0" * 32})["error"]

@@ -109,6 +109,7 @@ def test_further_searches_wait_and_nothing_else_does(studio, monkeypatch):
     until(studio, second, lambda said: not said["words"].startswith("waiting"))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_answer(studio, monkeypatch):
     question = {"model": "meta-llama/Llama-3.1-8B", "gpu": "T4"}
     look(studio, question)
