@@ -90,13 +90,16 @@ class PackedBlocks:
         return max(0, last - (self.packing == "concatenate"))
 
     def weights_of_blocks(self) -> tuple[Any, Any]:
-        """Return for each block how many documents it holds, and how long the longest of them is; padding is left out."""
+        """Return for each block how many documents it holds, padding among them, and how long the longest of them is."""
         if self.packing in ("concatenate", "one by one"):
             return np.ones(self.count, dtype=np.int64), np.full(self.count, self.length, dtype=np.int64)
         begins = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
         sizes = self.ends - begins
+        padding = np.zeros(self.count, dtype=np.int64)
         if self.packing == "best_fit":
-            return np.diff(self.first_part), np.maximum.reduceat(sizes, self.first_part[:-1])
+            padding += self.length - np.add.reduceat(sizes, self.first_part[:-1])
+            longest = np.maximum.reduceat(sizes, self.first_part[:-1])
+            return np.diff(self.first_part) + (padding > 0), np.maximum(longest, padding)
         begins, ends = begins[sizes > 0], self.ends[sizes > 0]
         first, last = begins // self.length, (ends - 1) // self.length
         # A document opens one count in its first block and closes it behind its last.
@@ -104,7 +107,8 @@ class PackedBlocks:
         longest = np.where(np.cumsum(_changes(first + 1, last, self.count))[: self.count] > 0, self.length, 0)
         np.maximum.at(longest, first, np.minimum(ends - begins, (first + 1) * self.length - begins))
         np.maximum.at(longest, last, ends - np.maximum(begins, last * self.length))
-        return np.cumsum(steps)[: self.count], longest
+        padding[-1] = self.count * self.length - self.ends[-1]
+        return np.cumsum(steps)[: self.count] + (padding > 0), np.maximum(longest, padding)
 
     def __iter__(self) -> Iterator[Block]:
         return (self[number] for number in range(len(self)))
