@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import time
+from html.parser import HTMLParser
 
 import pytest
 import yaml
@@ -29,6 +30,19 @@ def until(studio, question, wanted, viewer="one"):
     return said
 
 
+def markup_of(html):
+    """The names of the tags of ``html``, and of their attributes."""
+    tags, attributes = set(), set()
+
+    class Reading(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.add(tag)
+            attributes.update(name for name, _ in attrs)
+
+    Reading().feed(html)
+    return tags, attributes
+
+
 def processes():
     """The processes that search for this one."""
     listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
@@ -50,7 +64,10 @@ def test_a_plan_is_what_the_command_finds_and_its_command_trains(studio, make_ch
     first = look(studio, question)
     assert (first["html"], first["error"]) == (None, None)
     html = until(studio, question, lambda said: said["html"] or said["error"])["html"]
-    assert not re.search(r"<(img|script)\b|\sstyle=|\son\w+=", html.replace("&lt;img src=x onerror=alert(1)&gt;", ""))
+    tags, attributes = markup_of(html)
+    assert tags
+    assert not tags & {"img", "script"}
+    assert not [name for name in attributes if name == "style" or name.startswith("on")]
     for part in ("What fits", "Memory at the peak", "To train it", "What the figures rest on"):
         assert f"<h2>{part}</h2>" in html, part
     written = re.search(r'aria-label="YAML" tabindex="0">(.*?)</pre>', html, re.DOTALL)[1]
