@@ -42,7 +42,7 @@ def counted(name: str, dtype: torch.dtype, way: str | None, fused: bool) -> tupl
         mode.work.on = True
         optimizer.step(gradient_scale=scale, found_inf=found_inf)
         mode.work.on = False
-        costs = mode.work.work(1).of_passes
+        costs = mode.work.work().of_passes
     return sum(cost[2] * count for cost, count in costs) / SIDE**2, sum(count for _, count in costs)
 
 

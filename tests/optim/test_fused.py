@@ -264,7 +264,7 @@ def test_adafactor_reads_the_gradient_three_times(dtype, way, peak_temporaries):
         mode.work.on = True
         optimizer.step(gradient_scale=torch.ones(()), found_inf=torch.zeros(()))
         mode.work.on = False
-        costs = mode.work.work(1).of_passes
+        costs = mode.work.work().of_passes
     kept = sum(tensor.nbytes for name, tensor in optimizer.state[weight].items() if name in ("master", "correction"))
     read_weight = weight.nbytes if way != "master" else 0
     least = 3 * weight.grad.nbytes + weight.nbytes + read_weight + 2 * kept
@@ -292,7 +292,7 @@ def counted(name, dtype, way):
         optimizer.step(**scaling)
         mode.work.on = False
         state_bytes = sum(tensor.nbytes for tensor in optimizer.state[weight].values())
-        costs = mode.work.work(1).of_passes
+        costs = mode.work.work().of_passes
     read_weight = weight.nbytes if way != "master" else 0
     least = weight.nbytes + read_weight + weight.grad.nbytes + 2 * state_bytes
     return sum(cost[2] * count for cost, count in costs) / least, sum(count for _, count in costs)

@@ -8,6 +8,7 @@ from oomless.memory.fake_mode import QuickFakeMode
 from oomless.memory.work import cost_of
 from oomless.models.spec import resolve
 from oomless.planning import rehearse as rehearsal
+from oomless.planning.layout import Layout
 from oomless.planning.rehearse import rehearse, virtual_device
 
 T, V, D, F, LAYERS = 64, 512, 64, 96, 2
@@ -145,6 +146,21 @@ def test_gradients_of_whole_models_are_sent_once_a_step(make_checkpoint):
     assert found.passes == 2
     assert found.exchanged_bytes_of_update == 2 * 4 * weights
     assert found.exchanged_bytes_of_passes <= 2 * 2 * 4
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_pass_costs_the_same_however_many_are_rehearsed(make_checkpoint, gpus, whole):
+    """Of text that is known several micro-batches are tried, by each measure of which is the heaviest."""
+    folder = make_checkpoint("llama")
+    config = TrainConfig.from_mapping(
+        {"model": str(folder), "data": "none", "output_dir": "none", "max_seq_length": T, "dtype": "fp32"}
+        | {"packing": "concatenate", "gradient_accumulation_steps": 16}
+    )
+    blocks = tuple((number, (T,)) for number in range(4))
+    layout = Layout(train=((T,),) * 4, ranked=(blocks, blocks[::-1]), evaluation=(), blocks_per_epoch=400)
+    found = rehearse(resolve(str(folder)), config, virtual_device(), layout=layout, whole=whole, gpus=gpus).work
+    assert {rate: flops / found.passes for rate, flops in found.flops().items()} == work(folder).flops()
 
 
 def test_what_is_frozen_costs_less(make_checkpoint):

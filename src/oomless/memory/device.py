@@ -74,8 +74,8 @@ class Device:
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know the modules, gradients and optimizer state from now on, for the record of memory."""
 
-    def count_work(self, on: bool) -> None:
-        """Begin or stop to count what is computed and moved, where that is counted: in a rehearsal."""
+    def count_work(self, passes: int) -> None:
+        """Count afresh what a step of so many ``passes`` computes and moves, where that is counted: in a rehearsal; 0 ends it."""
 
     def repeating(self, key: Any, function: Callable[[], None]) -> None:
         """Call ``function``; a rehearsal, in which nothing has a value, may repeat what an earlier call with ``key`` asked for."""

@@ -292,9 +292,9 @@ class VirtualGPU(Device):
                     if self._watcher is not None:
                         self._watcher.scan()
 
-    def count_work(self, on: bool) -> None:  # noqa: D102
+    def count_work(self, passes: int) -> None:  # noqa: D102
         if self._fake_mode is not None:
-            self._fake_mode.work.on = on
+            self._fake_mode.work.count(passes)
 
     @contextmanager
     def counting_update(self) -> Iterator[None]:
@@ -302,9 +302,9 @@ class VirtualGPU(Device):
         with self._fake_mode.work.update() if self._fake_mode is not None else nullcontext():
             yield
 
-    def work(self, passes: int) -> Work | None:
-        """Return what was counted for a step of ``passes`` passes; ``None`` on real tensors."""
-        return None if self._fake_mode is None else self._fake_mode.work.work(passes)
+    def work(self) -> Work | None:
+        """Return what was counted of a step; ``None`` on real tensors."""
+        return None if self._fake_mode is None else self._fake_mode.work.work()
 
     def label(self, tensors: Iterable[Tensor], category: Category, *, overwrite: bool = True) -> None:
         """Say what ``tensors`` are for; with ``overwrite=False`` only those not labelled so far."""

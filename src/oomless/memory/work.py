@@ -111,9 +111,19 @@ class WorkCounter:
     """Counts what is dispatched while it is ``on``."""
 
     def __init__(self) -> None:
-        self.on = False
         self._known: dict[Any, Any] = {}
         self._update = False
+        self.count(0)
+        self._begin(1)
+
+    def count(self, passes: int) -> None:
+        """Begin afresh, for a step of so many ``passes``; 0 leaves it at what was counted."""
+        self.on = bool(passes)
+        if passes:
+            self._begin(passes)
+
+    def _begin(self, passes: int) -> None:
+        self._passes = passes
         self._costs: tuple[Counter[Cost], Counter[Cost]] = (Counter(), Counter())
         self._link = [0, 0]
         self._exchanged = [0, 0]
@@ -169,10 +179,10 @@ class WorkCounter:
             self._costs[place].update(costs)
             self._link[place] += link
 
-    def work(self, passes: int) -> Work:
-        """Return what was counted, of ``passes`` passes and one update."""
+    def work(self) -> Work:
+        """Return what was counted, of some passes and one update."""
         return Work(
-            passes=passes,
+            passes=self._passes,
             of_passes=tuple(self._costs[0].items()),
             of_update=tuple(self._costs[1].items()),
             link_bytes_of_passes=self._link[0],

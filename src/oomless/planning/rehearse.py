@@ -145,7 +145,7 @@ def rehearse(
     return Rehearsal(
         profile=device.profile(),
         device=device,
-        work=device.work(passes_of(config)),
+        work=device.work(),
         parameters=sum(row.parameters for row in trainable.table(model)) if model is not None else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
         out_of_memory=failure,

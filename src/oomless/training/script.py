@@ -58,16 +58,16 @@ def begin(life: Life) -> None:
     for blocks in life.data.train.heaviest(config.per_device_train_batch_size):
         with life.device.host():
             batches = list(micro_batches(blocks * passes_of(config), config.per_device_train_batch_size))
+        life.device.count_work(len(batches))
         with suppress(Abandoned):  # the run was asked to end, and does so before its first step
             life.guard.rehearse(batches)
+        life.device.count_work(0)
 
 
 def play_first_step(life: Life) -> None:
     """Run as far as the first step's memory is known, counting the step's work; for a rehearsal that need not know more."""
     if life.guard.active:
-        life.device.count_work(True)
         begin(life)
-        life.device.count_work(False)
     else:
         life.total_steps = 1
         steps.train(life)

@@ -44,9 +44,9 @@ def train(life: Life) -> None:
         for group in parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         batches, tokens = _next_batches(life)
-        device.count_work(life.step == life.total_steps - 1)
+        device.count_work(len(batches) if life.step == life.total_steps - 1 else 0)
         outcome = _run_step(life, batches, tokens)
-        device.count_work(False)
+        device.count_work(0)
         if outcome is None:
             logged_at = (time.perf_counter(), life.tokens)
             continue
