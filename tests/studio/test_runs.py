@@ -180,7 +180,7 @@ def test_too_many_folders_are_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("arguments", "message"), [(["nowhere"], "nowhere is none"), (["--port", "99999"], "--port")])
 def test_the_command_says_what_is_wrong(tmp_path, arguments, message):
     command = [sys.executable, "-m", "oomless", "studio", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=240)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
