@@ -478,12 +478,12 @@ def test_a_disk_that_is_full_for_one_ends_all(make_checkpoint, corpus, tmp_path,
 )
 def test_refused_before_anything_starts(settings, reason):
     with pytest.raises(ConfigError, match=f"^{next(reversed(settings))} cannot be used with several GPUs: .*{reason}"):
-        sharding.check(make_config("none", "none", "none", **settings))
+        sharding.check(make_config("none", "none", "none", **settings), 2)
 
 
 def test_sharding_is_refused_where_it_is_not_there(make_checkpoint):
     with pytest.raises(ConfigError, match="^sharding: shard cannot be used here: adafactor needs whole matrices"):
-        sharding.check(make_config("none", "none", "none", sharding="shard", optimizer="adafactor"))
+        sharding.check(make_config("none", "none", "none", sharding="shard", optimizer="adafactor"), 2)
     folder = str(make_checkpoint("llama"))
     with pytest.raises(ConfigError, match="^sharding: shard has no effect on one GPU: remove it"):
         assemble(resolve(folder), make_config(folder, "none", "none", sharding="shard"), virtual_device(), fill=False)

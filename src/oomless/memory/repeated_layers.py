@@ -6,8 +6,9 @@ what the first kept, and asks in its own backward for what the last asked for. T
 if all had run, so the books are the same to the byte, which ``tests/planning/test_repeated_layers.py`` compares.
 
 Where backward runs through a layer is known exactly: autograd calls the node before it when its gradient is complete. What crosses
-from one layer to the next is the hidden state, its gradient, and small tensors that an update carries on (a running norm). A
-layer that frees anything else cannot be repeated, and ``CannotRepeat`` says so: then all layers have to be run.
+from one layer to the next is the hidden state, its gradient, what backward carries on (a running norm, an input that is fetched
+ahead), and where inputs go to the host the one of the layer before, which the next layer frees. A layer that frees anything else
+cannot be repeated, and ``CannotRepeat`` says so: then all layers have to be run.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ class _Layer(nn.Module):
         self.name, self.kind, self.stack = name, kind, stack
         self.runs, self.keeps_tape, self.leads = runs, keeps_tape, leads
         self.tape: Tape | None = None
+        self.booking: Any = None
         self.input: Any = None
         self.counted: Counted = ()
         self.keeps_input = False
@@ -170,8 +172,8 @@ class _Layer(nn.Module):
         stack.before = self
         if before is None or before.runs:
             stack.lingering = None if before is None else before.note_whether_input_is_kept()
-        booking = stack.booking(hidden)
-        self.input = booking, booking.allocation
+        self.booking = stack.booking(hidden)
+        self.input = self.booking.allocation
         if not self.runs:
             if self.kind.forward is None or before is None:
                 raise CannotRepeat("layers run in another order")
@@ -213,11 +215,10 @@ class _Layer(nn.Module):
 
     def note_whether_input_is_kept(self) -> Booking | None:
         """Look, when the next layer begins, whether something holds this one's input, and return its booking if so."""
-        booking, allocation = self.input
-        self.keeps_input = allocation.block is not None
+        self.keeps_input = self.input.block is not None
         if self.keeps_tape:
             self.kind.keeps_input = self.keeps_input and not self.kind.frees_previous
-        return booking if self.keeps_input else None
+        return self.booking if self.keeps_input else None
 
     # A layer that runs: its backward lies between the marks that call these two.
 
@@ -232,7 +233,7 @@ class _Layer(nn.Module):
         if self.keeps_tape:
             known.pop(self.kind.output, None)  # the next layer's input by now
         if self.keeps_input:
-            known[INPUT] = self.input[1]
+            known[INPUT] = self.input
         known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
         known |= {("old", name): stack.booking(old).allocation for name, old in self._gradients()}
         self.tape = Tape("backward", known)
@@ -278,7 +279,7 @@ class _Layer(nn.Module):
         stack.tracker.repeat(kind.forward, held)
         stack.work.repeat(kind.counted_forward)
         if stack.lingering is not None:  # what held that holds this one's input from now on
-            stack.lingering.ledger, stack.lingering.allocation = stack.taken(self.input[0])
+            stack.lingering.ledger, stack.lingering.allocation = stack.taken(self.booking)
         return held.pop(kind.output), held
 
     def repeat_backward(self, hidden: Tensor | None, gradient: Tensor, held: dict[Any, Held]) -> Tensor:

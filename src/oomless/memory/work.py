@@ -113,13 +113,13 @@ class WorkCounter:
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
         self._update = False
-        self.count(0)
-        self._begin(1)
+        self._begin(passes=1)
+        self.on = False
 
     def count(self, passes: int) -> None:
         """Begin afresh, for a step of so many ``passes``; 0 leaves it at what was counted."""
-        self.on = bool(passes)
-        if passes:
+        self.on = passes > 0
+        if self.on:
             self._begin(passes)
 
     def _begin(self, passes: int) -> None:

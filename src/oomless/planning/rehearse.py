@@ -156,10 +156,9 @@ def rehearse_briefly(
     spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
-    cut = how.get("gpus", 1) > 1 and sharding.why_whole(config) is None  # a part is fetched one layer ahead
-    streamed = config.stream_frozen and how.get(
-        "whole", True
-    )  # so are layers, and the last step's first are still there
+    # Parts are fetched one layer ahead, and so are streamed layers, of which a later step finds some that the one before fetched.
+    cut = how.get("gpus", 1) > 1 and sharding.why_whole(config) is None
+    streamed = config.stream_frozen and how.get("whole", True)
     if not cut and not streamed:
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)

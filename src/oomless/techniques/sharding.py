@@ -55,12 +55,16 @@ def why_whole(config: TrainConfig) -> str | None:
     return "the norms of DoRA need whole matrices" if config.use_dora else None
 
 
-def check(config: TrainConfig) -> None:
-    """Check that several GPUs can do what ``config`` asks for.
+def check(config: TrainConfig, gpus: int) -> None:
+    """Check that so many ``gpus`` can share what ``config`` asks for.
 
     Raises:
         ConfigError: they cannot.
     """
+    if gpus == 1:
+        if config.sharding == "shard":
+            raise ConfigError("sharding: shard has no effect on one GPU: remove it, or start with torchrun")
+        return
     whole = why_whole(config)
     if config.sharding == "shard" and whole is not None:
         raise ConfigError(

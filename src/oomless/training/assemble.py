@@ -108,10 +108,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
-    if ranks.count > 1:
-        sharding.check(config)
-    elif config.sharding == "shard":
-        raise ConfigError("sharding: shard has no effect on one GPU: remove it, or start with torchrun")
+    sharding.check(config, ranks.count)
     whole = sharding.why_whole(config)
     if ranks.count > 1 and whole is None:
         return _assemble_shards(spec, config, device, fill, ranks)

@@ -37,9 +37,9 @@ def train(
         TrainingError: the run went wrong and was stopped.
     """
     run = Path(config.output_dir)
-    config = sharding.shared(config, distributed.world_size())
-    if distributed.world_size() > 1:
-        sharding.check(config)
+    gpus = distributed.world_size()
+    config = sharding.shared(config, gpus)
+    sharding.check(config, gpus)
     device = open_device(config.gpu)
     listener, standing = listener or Listener(), None
     with distributed.joined(device.torch_device.type) as ranks, ExitStack() as stack:
