@@ -78,7 +78,7 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {**LORA, **CHECKPOINTED, "quantization": "nf4"},
+        {**LORA, **CHECKPOINTED, "quantization": "nf4", "sharding": "replicate"},
         {"optimizer": "adafactor", "dtype": "bf16", "cheap_recompute": True, "gradient_accumulation_steps": 3},
     ],
     ids=lambda settings: settings.get("optimizer", "lora"),
@@ -90,6 +90,23 @@ def test_the_same_where_each_of_two_gpus_holds_the_whole(make_checkpoint, settin
     assert in_the_books(some) == in_the_books(every)
     assert some.work.exchanged_bytes_of_update == every.work.exchanged_bytes_of_update > 0
     assert some.work.exchanged_bytes_of_passes == every.work.exchanged_bytes_of_passes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {**LORA, **CHECKPOINTED, "quantization": "nf4", "gradient_accumulation_steps": 4}),
+        ("qwen2", {**LORA, "quantization": "int8", "mlp_tiles": 2, "cheap_recompute": True}),
+        ("mixtral", {**LORA, "gradient_checkpointing": True, "quantization": "nf4"}),
+        ("llama", {"trainable": "lm_head", "quantization": "nf4", "dtype": "bf16"}),
+    ],
+    ids=str,
+)
+def test_the_same_where_packed_weights_are_gathered(make_checkpoint, architecture, settings):
+    folder = make_checkpoint(architecture, tied=settings["trainable"] != "lm_head", **LAYERS)
+    every, some = (rehearsal(folder, settings, run_all_layers=way, gpus=2) for way in (True, False))
+    assert in_the_books(some) == in_the_books(every)
+    assert some.work.exchanged_bytes_of_passes == every.work.exchanged_bytes_of_passes > 0
 
 
 @pytest.mark.parametrize("share", [0.55, 0.8, 0.97])

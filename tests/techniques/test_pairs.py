@@ -132,7 +132,7 @@ def ours(folder, config):
                     dataclasses.replace(batch, input_ids=rows[:, :-1], labels=rows[:, 1:], position_ids=positions)
                 )
             losses.append(float(parts.step.run(batches).loss))
-        rounded = {f"{name}.weight": layer.stored.unpack(torch.float32) for name, layer in frozen_layers(parts.model)}
+        rounded = {f"{name}.weight": layer.unpack(torch.float32) for name, layer in frozen_layers(parts.model)}
         return losses, start, moved(parts.model, start), rounded
 
 

@@ -52,6 +52,9 @@ ROUTES = {
     "replicate": ("llama", True, dict(dtype="fp32", sharding="replicate", gradient_accumulation_steps=2)),
     "nf4": ("llama", False, dict(dtype="fp32", quantization="nf4", trainable="lora", lora_r=4, optimizer="adamw_8bit")),
     "int8": ("llama", False, dict(dtype="fp32", quantization="int8", trainable="lora+lm_head", lora_r=4)),
+    "experts": ("mixtral", False, dict(dtype="fp32", quantization="nf4", gradient_checkpointing=True, **LORA)),
+    "packed but whole": ("gemma", True, dict(dtype="fp32", quantization="int8", sharding="replicate", **LORA)),
+    "packed body": ("qwen2", False, dict(dtype="fp32", quantization="nf4", trainable="lm_head", sharding="shard")),
     "dora": ("gemma", True, dict(dtype="fp32", trainable="lora", lora_r=4, use_dora=True)),
     "rows": ("llama", False, dict(dtype="fp32", trainable="lm_head", trainable_rows="0-99")),
     "adafactor": ("gemma", True, dict(dtype="fp32", optimizer="adafactor", gradient_accumulation_steps=2)),
@@ -75,6 +78,9 @@ MEMORY = {
     ),
     "fp16": ("gemma2", False, dict(dtype="fp16", gradient_checkpointing=True, checkpointed_layers=1)),
     "nf4": ("llama", False, dict(quantization="nf4", trainable="lora", lora_r=4, gradient_checkpointing=True)),
+    "int8": ("qwen2", True, dict(quantization="int8", gradient_accumulation_steps=2, **LORA)),
+    "experts": ("mixtral", False, dict(quantization="nf4", gradient_checkpointing=True, **LORA)),
+    "packed but whole": ("llama", False, dict(quantization="nf4", sharding="replicate", **LORA)),
     "replicate": ("qwen3", True, dict(sharding="replicate", gradient_accumulation_steps=2)),
     "adafactor": ("qwen3", True, dict(optimizer="adafactor", gradient_accumulation_steps=2)),
 }
@@ -171,7 +177,7 @@ def assert_same_losses(straight, other, tolerance=1e-5):
     assert {key: theirs.get(key) for key in ours} == pytest.approx(ours, abs=tolerance, rel=tolerance)
 
 
-@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit", "replicate"))
+@pytest.mark.parametrize("route", some(ROUTES, "full", "lora", "checkpointing", "8-bit", "replicate", "nf4"))
 def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, processes, route):
     architecture, tied, settings = ROUTES[route]
     model = make_checkpoint(architecture, tied=tied)
@@ -191,13 +197,31 @@ def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, proc
         assert torch.allclose(tensor, theirs[name], atol=loose), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_three_keep_parts_of_packed_weights(make_checkpoint, corpus, tmp_path, processes, kind):
+    """No number of bytes here divides by three."""
+    three = make_config(
+        make_checkpoint("llama"), corpus, tmp_path / "three", dtype="fp32", quantization=kind, eval_fraction=0.1, **LORA
+    )
+    assert together(processes, tmp_path / "out", train, three, count=3) == [6] * 3
+    loop.train(
+        TrainConfig.from_mapping(
+            {**three.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 3}
+        )
+    )
+    assert_same_losses(tmp_path / "one", tmp_path / "three")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "settings"),
     [
         (1, 2, dict(optimizer="adamw_8bit")),
         (2, 1, LORA),
         (2, 2, dict(sharding="replicate")),  # and goes on in parts
-        pytest.param(2, 1, dict(quantization="nf4", **LORA), marks=pytest.mark.slow),  # whole in every process
+        pytest.param(2, 2, dict(quantization="nf4", sharding="replicate", **LORA), marks=pytest.mark.slow),
+        pytest.param(3, 1, dict(quantization="nf4", **LORA), marks=pytest.mark.slow),
+        pytest.param(2, 3, dict(quantization="int8", **LORA), marks=pytest.mark.slow),
         pytest.param(1, 2, dict(optimizer="adafactor"), marks=pytest.mark.slow),
         pytest.param(2, 3, dict(weight_decay=0.1), marks=pytest.mark.slow),  # no number of rows here divides by three
     ],

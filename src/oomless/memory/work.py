@@ -25,8 +25,8 @@ aten = torch.ops.aten
 Cost = tuple[str, int, int]
 """The rate that applies (``fp32``, ``fp16``, ``bf16``), floating-point operations, bytes read and written."""
 
-Counted = tuple[tuple[Counter[Cost], int], ...]
-"""Costs and bytes over the link, of passes and of the update."""
+Counted = tuple[tuple[Counter[Cost], int, int], ...]
+"""Costs, bytes over the link and bytes exchanged, of passes and of the update."""
 
 _RATES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SETTING_ASIDE = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
@@ -164,20 +164,24 @@ class WorkCounter:
 
     def snapshot(self) -> Counted:
         """Return the counts so far, for ``since``."""
-        return tuple((Counter(costs), link) for costs, link in zip(self._costs, self._link, strict=True))
+        return tuple(
+            (Counter(costs), link, exchanged)
+            for costs, link, exchanged in zip(self._costs, self._link, self._exchanged, strict=True)
+        )
 
     def since(self, before: Counted) -> Counted:
         """Return what was counted since ``before``, for ``repeat``."""
         return tuple(
-            (costs - earlier, link - earlier_link)
-            for (costs, link), (earlier, earlier_link) in zip(self.snapshot(), before, strict=True)
+            (costs - earlier[0], link - earlier[1], exchanged - earlier[2])
+            for (costs, link, exchanged), earlier in zip(self.snapshot(), before, strict=True)
         )
 
     def repeat(self, counted: Counted) -> None:
         """Count again what ``since`` returned, if anything is counted now."""
-        for place, (costs, link) in enumerate(counted if self.on else ()):
+        for place, (costs, link, exchanged) in enumerate(counted if self.on else ()):
             self._costs[place].update(costs)
             self._link[place] += link
+            self._exchanged[place] += exchanged
 
     def work(self) -> Work:
         """Return what was counted, of some passes and one update."""

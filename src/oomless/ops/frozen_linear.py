@@ -24,6 +24,7 @@ from torch.nn import functional
 Quantization = Literal["nf4", "int8"]
 
 NF4_BLOCK, INT8_BLOCK, SCALE_BLOCK = 64, 256, 256
+_ALIGNED = 16
 
 
 class StoredWeight(Protocol):
@@ -98,6 +99,51 @@ def pack(weight: Tensor, kind: Quantization, code: Tensor) -> PackedWeight:
     offset = scales.mean()
     scales, coarse_scales = operators.quantize_blockwise(scales.sub_(offset), code, SCALE_BLOCK)
     return PackedWeight(kind, shape, code, values, scales, coarse_scales, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where in a row of bytes one tensor is."""
+
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, row: Tensor) -> Tensor:
+        return row[self.begin : self.end].view(self.dtype).view(self.shape)
+
+
+class RowLayout:
+    """How a matrix of ``shape`` lies in one row of bytes: in few bits, or where ``kind`` is ``None`` in ``dtype``."""
+
+    def __init__(self, shape: tuple[int, int], kind: Quantization | None, dtype: torch.dtype) -> None:
+        self.shape, self.kind = shape, kind
+        shapes = {"values": (shape, dtype)} if kind is None else packed_shapes(shape, kind)
+        self._parts: dict[str, _Part] = {}
+        self.nbytes = 0
+        for name, (size, stored) in shapes.items():
+            end = self.nbytes + torch.Size(size).numel() * stored.itemsize
+            self._parts[name] = _Part(self.nbytes, end, size, stored)
+            self.nbytes = end + -end % _ALIGNED
+
+    @property
+    def form(self) -> str:
+        """How the matrix is stored, in words."""
+        return self.kind or str(self._parts["values"].dtype).removeprefix("torch.")
+
+    def write(self, weight: Tensor, row: Tensor, code: Tensor) -> None:
+        """Store ``weight`` in ``row``, on whose device it lies unless it is stored as it is."""
+        made = weight if self.kind is None else pack(weight, self.kind, code)
+        for name, part in self._parts.items():
+            part.of(row).copy_(made if isinstance(made, Tensor) else getattr(made, name))
+
+    def unpack(self, row: Tensor, dtype: torch.dtype, code: Tensor) -> Tensor:
+        """Return the matrix in ``row``, in ``dtype``."""
+        parts = {name: part.of(row) for name, part in self._parts.items()}
+        if self.kind is None:
+            return parts["values"].to(dtype)
+        return PackedWeight(self.kind, self.shape, code, **parts).unpack(dtype)
 
 
 def frozen_linear(inputs: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:

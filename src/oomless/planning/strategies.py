@@ -257,9 +257,9 @@ def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = Fal
     """
     every = _every_placement(quality, pins, experts)
     found = [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
-    from oomless.techniques.sharding import why_whole  # torch, which reading settings does not need
+    from oomless.techniques.sharding import has_choice  # torch, which reading settings does not need
 
-    if gpus == 1 or not found or "sharding" in pins or why_whole(_example(pins, quality.settings() | found[0])):
+    if gpus == 1 or not found or "sharding" in pins or not has_choice(_example(pins, quality.settings() | found[0])):
         return found
     return [way for placement in found for way in (placement | REPLICATED, placement)]
 

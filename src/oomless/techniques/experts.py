@@ -12,7 +12,6 @@ host, the next expert comes while one is used: which is next is known, for the r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
-from oomless.ops.frozen_linear import PackedWeight, Quantization, pack, packed_shapes
+from oomless.ops.frozen_linear import Quantization, RowLayout
 from oomless.ops.grouped_linear import MatrixOf
+from oomless.techniques.peers import Peers
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
-_ALIGNED = 16
 
 
 def expert_modules(model: Any) -> Iterator[tuple[str, Any]]:
@@ -44,19 +43,6 @@ def stacks_on_device(model: Any) -> Iterator[Tensor]:
                 yield held
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Where in a row of bytes one tensor of an expert is."""
-
-    begin: int
-    end: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, row: Tensor) -> Tensor:
-        return row[self.begin : self.end].view(self.dtype).view(self.shape)
-
-
 class FrozenExperts(nn.Module):
     """One stack of frozen experts: ``stack``, which is on the meta device, without its tensor.
 
@@ -64,34 +50,30 @@ class FrozenExperts(nn.Module):
         stack: [E, rows, columns] of each matrix as it lies.
         kind: how the matrices are stored; ``None``: in the stack's dtype.
         host: the device beside whose host memory they are to lie; ``None``: they lie on the device.
+        peers: of whom each keeps a part; ``None``: all of it is here.
     """
 
-    def __init__(self, stack: nn.Parameter, kind: Quantization | None, host: Device | None) -> None:
+    def __init__(
+        self, stack: nn.Parameter, kind: Quantization | None, host: Device | None, peers: Peers | None = None
+    ) -> None:
         super().__init__()
         experts, rows, columns = stack.shape
         self.shape: tuple[int, int, int] = (experts, rows, columns)
         self.kind: Quantization | None = kind
-        self.on_host = host
+        self.on_host, self.peers = host, peers
         self.code = torch.empty(0)
-        shapes = {"values": ((rows, columns), stack.dtype)} if kind is None else packed_shapes((rows, columns), kind)
-        self._parts: dict[str, _Part] = {}
-        size = 0
-        for name, (shape, dtype) in shapes.items():
-            end = size + torch.Size(shape).numel() * dtype.itemsize
-            self._parts[name] = _Part(size, end, shape, dtype)
-            size = end + -end % _ALIGNED
-        self.row_bytes = size
+        self.layout = RowLayout((rows, columns), kind, stack.dtype)
         self.host_rows = torch.empty(0)
         self.register_buffer("rows", None)
         if host is None:
-            self.rows = torch.empty(experts, size, dtype=torch.uint8, device="meta")
+            size = (experts, self.layout.nbytes) if peers is None else peers.part(self.whole_bytes)
+            self.rows = torch.empty(size, dtype=torch.uint8, device="meta")
         self._is_hf_initialized = True
 
     @property
     def form(self) -> str:
         """How the matrices are stored, in words."""
-        kind = self.kind or str(self._parts["values"].dtype).removeprefix("torch.")
-        return f"{kind} on the host" if self.on_host is not None else kind
+        return f"{self.layout.form} on the host" if self.on_host is not None else self.layout.form
 
     @property
     def pieces(self) -> Sequence[int]:
@@ -102,7 +84,7 @@ class FrozenExperts(nn.Module):
         """Set aside what lies on the host."""
         if self.on_host is not None:
             with self.on_host.host():
-                like = torch.empty(self.shape[0], self.row_bytes, dtype=torch.uint8, device="meta")
+                like = torch.empty(self.shape[0], self.layout.nbytes, dtype=torch.uint8, device="meta")
             self.host_rows = self.on_host.pinned_like(like)
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, expert: int) -> None:
@@ -110,33 +92,40 @@ class FrozenExperts(nn.Module):
         if self.kind is None:
             with device.host():
                 matrix = torch.empty(self.shape[1:], dtype=dtype) if host is None else host
-                self._parts["values"].of(self.host_rows[expert]).copy_(matrix)
+                self.layout.write(matrix, self.host_rows[expert], self.code)
             return
         if host is None:
             weight = torch.empty(self.shape[1:], dtype=dtype, device=device.torch_device)
         else:
             weight = device.put(host, dtype)
-        made = pack(weight, self.kind, self.code)
-        if self.on_host is None:
-            row = self.rows[expert]
+        if self.on_host is None and self.peers is None:
+            self.layout.write(weight, self.rows[expert], self.code)
+            return
+        row = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device.torch_device)
+        self.layout.write(weight, row, self.code)
+        if self.peers is not None:
+            self.peers.keep(row, self.rows, expert * self.layout.nbytes)
         else:
-            row = torch.empty(self.row_bytes, dtype=torch.uint8, device=device.torch_device)
-        for name, part in self._parts.items():
-            part.of(row).copy_(getattr(made, name))
-        if self.on_host is not None:
             self.host_rows[expert].copy_(device.fetch(row))
+
+    @property
+    def own_bytes(self) -> Tensor:
+        """What this process keeps where each of several keeps a part."""
+        rows: Tensor = self.rows
+        return rows
+
+    @property
+    def whole_bytes(self) -> int:
+        """The bytes of the whole."""
+        return self.shape[0] * self.layout.nbytes
 
     def matrices(self, experts: Sequence[int]) -> MatrixOf:
         """Return what gives the matrix of each of ``experts``, which are asked for in this order."""
-        if self.on_host is None:
-            return lambda expert, dtype: self._unpack(self.rows[expert], dtype)
-        return _Fetching(self, self.on_host, experts).matrix
-
-    def _unpack(self, row: Tensor, dtype: torch.dtype) -> Tensor:
-        parts = {name: part.of(row) for name, part in self._parts.items()}
-        if self.kind is None:
-            return parts["values"].to(dtype)
-        return PackedWeight(self.kind, self.shape[1:], self.code, **parts).unpack(dtype)
+        if self.on_host is not None:
+            return _Fetching(self, self.on_host, experts).matrix
+        # Which experts have tokens differs from process to process, so all of them are gathered.
+        rows = self.rows if self.peers is None else self.peers.whole(self).view(self.shape[0], -1)
+        return lambda expert, dtype: self.layout.unpack(rows[expert], dtype, self.code)
 
 
 class _Fetching:
@@ -145,7 +134,7 @@ class _Fetching:
     def __init__(self, stack: FrozenExperts, device: Device, experts: Sequence[int]) -> None:
         self.stack, self.device, self.experts = stack, device, experts
         self.places = {expert: place for place, expert in enumerate(experts)}
-        self.slots = torch.empty(2, stack.row_bytes, dtype=torch.uint8, device=device.torch_device)
+        self.slots = torch.empty(2, stack.layout.nbytes, dtype=torch.uint8, device=device.torch_device)
         device.label([self.slots], "weights")
         self.arrived: Callable[[], None] = lambda: None
         self._fetch(0)
@@ -159,7 +148,7 @@ class _Fetching:
         place = self.places[expert]
         self.arrived()
         self._fetch(place + 1)
-        return self.stack._unpack(self.slots[place % 2], dtype)
+        return self.stack.layout.unpack(self.slots[place % 2], dtype, self.stack.code)
 
 
 def move_to_host(model: Any, kind: Quantization | None, device: Device, trained: list[nn.Module]) -> None:
@@ -181,7 +170,9 @@ def move_to_host(model: Any, kind: Quantization | None, device: Device, trained:
         raise ConfigError("experts_on_host has no effect: this model has no frozen experts; remove it")
 
 
-def replace(model: Any, kind: Quantization | None, host: Device | None, kept: set[nn.Module]) -> None:
+def replace(
+    model: Any, kind: Quantization | None, host: Device | None, kept: set[nn.Module], peers: Peers | None = None
+) -> None:
     """Put frozen experts, still empty and on the meta device, in the place of the stacks of ``model`` outside of ``kept``."""
     for _, module in expert_modules(model):
         if module in kept:
@@ -190,7 +181,7 @@ def replace(model: Any, kind: Quantization | None, host: Device | None, kept: se
             stack = getattr(module, name, None)
             if isinstance(stack, nn.Parameter):
                 delattr(module, name)
-                setattr(module, name, FrozenExperts(stack, kind, host))
+                setattr(module, name, FrozenExperts(stack, kind, host, peers))
         module._is_hf_initialized = True
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
-from oomless.ops.frozen_linear import Quantization, StoredWeight, frozen_linear
+from oomless.ops.frozen_linear import Quantization, frozen_linear
 from oomless.techniques import experts
 from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.kinds import owner_using_weight
+from oomless.techniques.peers import Peers
 
 
 class FrozenLinear(nn.Linear):
@@ -48,9 +49,8 @@ class FrozenLinear(nn.Linear):
             return buffer
         return torch.empty(0)
 
-    @property
-    def stored(self) -> StoredWeight:
-        """The weight."""
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in ``dtype`` on the device, to be dropped after the product."""
         raise NotImplementedError
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:
@@ -58,7 +58,7 @@ class FrozenLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return frozen_linear(inputs, self.stored, self.bias)
+        return frozen_linear(inputs, self, self.bias)
 
 
 def replace(
@@ -69,6 +69,7 @@ def replace(
     key: str,
     kind: Quantization | None = None,
     host: Device | None = None,
+    peers: Peers | None = None,
 ) -> None:
     """Put what ``make`` makes in the place of the linear layers of the body that do not train, and frozen experts likewise.
 
@@ -79,6 +80,7 @@ def replace(
         key: the setting that asked for it.
         kind: how experts are stored; by default in the model's dtype.
         host: the device beside which experts lie on the host; by default they are on it.
+        peers: of whom each keeps a part of every expert; by default all of them are here.
 
     Raises:
         ConfigError: there is nothing to replace, or most of the body would stay as it is.
@@ -88,7 +90,7 @@ def replace(
         if type(layer) is nn.Linear and layer not in kept and owner_using_weight(model, name) is None:
             owner, _, own_name = name.rpartition(".")
             setattr(model.get_submodule(owner), own_name, make(layer))
-    experts.replace(model, kind, host, kept)
+    experts.replace(model, kind, host, kept, peers)
     frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
     left = sum(p.numel() for p in frozen if p is not model.get_input_embeddings().weight)
     done = sum(math.prod(layer.shape) for _, layer in frozen_layers(model))

@@ -12,14 +12,20 @@ def kind_of(name: str) -> str:
     return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
 
 
-def kind_in(model: Any, name: str) -> str:
-    """Return the kind of a parameter ``name`` of ``model``, among layers of which some have parts that others have not."""
+def layer_of(name: str) -> str:
+    """Return the name of the layer that the module or parameter ``name`` is in; of what is in none, nothing."""
     pieces = name.split(".")
     number = next((place for place, piece in enumerate(pieces[:-1]) if piece.isdigit()), None)
-    if number is None:
+    return "" if number is None else ".".join(pieces[: number + 1])
+
+
+def kind_in(model: Any, name: str) -> str:
+    """Return the kind of a parameter ``name`` of ``model``, among layers of which some have parts that others have not."""
+    layer = layer_of(name)
+    if not layer:
         return name
-    layer = model.get_submodule(".".join(pieces[: number + 1]))
-    return f"{kind_of(name)} beside {', '.join(child for child, _ in layer.named_children())}"
+    children = ", ".join(child for child, _ in model.get_submodule(layer).named_children())
+    return f"{kind_of(name)} beside {children}"
 
 
 def owner_using_weight(model: Any, name: str) -> str | None:

@@ -19,35 +19,52 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.ops import packing_shapes
-from oomless.ops.frozen_linear import PackedWeight, Quantization, new_code, pack, packed_shapes
+from oomless.ops.frozen_linear import Quantization, RowLayout, new_code
 from oomless.techniques import frozen_layers
 from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.frozen_layers import FrozenLinear
+from oomless.techniques.peers import Peers
 
 
 class QuantizedLinear(FrozenLinear):
-    """A frozen linear layer whose weight lies in the buffers that ``packed_shapes`` names."""
+    """A frozen linear layer whose weight lies in few bits, or of ``peers`` each one's part of it."""
 
-    def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
+    def __init__(self, layer: nn.Linear, kind: Quantization, peers: Peers | None = None) -> None:
         super().__init__(layer)
         self.kind: Quantization = kind
         self.form = kind
-        for name, (shape, dtype) in packed_shapes(self.shape, kind).items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.peers = peers
+        self.layout = RowLayout(self.shape, kind, layer.weight.dtype)
+        size = self.layout.nbytes if peers is None else peers.part(self.layout.nbytes)
+        self.packed: Tensor
+        self.register_buffer("packed", torch.empty(size, dtype=torch.uint8, device="meta"))
         self.code = torch.empty(0)
 
     @property
-    def stored(self) -> PackedWeight:  # noqa: D102
-        return PackedWeight(self.kind, self.shape, self.code, **dict(self.named_buffers(recurse=False)))
+    def own_bytes(self) -> Tensor:
+        """What this process keeps where each of several keeps a part."""
+        return self.packed
+
+    @property
+    def whole_bytes(self) -> int:
+        """The bytes of the whole."""
+        return self.layout.nbytes
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        row = self.own_bytes if self.peers is None else self.peers.whole(self)
+        return self.layout.unpack(row, dtype, self.code)
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:  # noqa: D102
         if host is None:
             weight = torch.empty(self.shape, dtype=dtype, device=device.torch_device)
         else:
             weight = device.put(host, dtype)
-        made = pack(weight, self.kind, self.code)
-        for name, buffer in self.named_buffers(recurse=False):
-            buffer.copy_(getattr(made, name))
+        if self.peers is None:
+            self.layout.write(weight, self.own_bytes, self.code)
+            return
+        row = torch.empty(self.whole_bytes, dtype=torch.uint8, device=device.torch_device)
+        self.layout.write(weight, row, self.code)
+        self.peers.keep(row, self.own_bytes)
 
 
 def missing() -> str | None:
@@ -59,7 +76,14 @@ def missing() -> str | None:
     return None
 
 
-def replace(model: Any, kind: Quantization, trained: list[nn.Module], *, rehearsed: bool = False) -> None:
+def replace(
+    model: Any,
+    kind: Quantization,
+    trained: list[nn.Module],
+    *,
+    rehearsed: bool = False,
+    peers: Peers | None = None,
+) -> None:
     """Put quantised layers, still empty and on the meta device, in the place of those linear ones that do not train.
 
     Args:
@@ -67,6 +91,7 @@ def replace(model: Any, kind: Quantization, trained: list[nn.Module], *, rehears
         kind: how they are stored.
         trained: the modules that train, each with everything inside it.
         rehearsed: shapes are all that will be asked of the layers.
+        peers: of whom each keeps a part of every weight; by default all of it is here.
 
     Raises:
         ConfigError: bitsandbytes is missing, there is nothing to quantise, or most of the body would stay as it is.
@@ -76,7 +101,14 @@ def replace(model: Any, kind: Quantization, trained: list[nn.Module], *, rehears
         packing_shapes.define()
     elif command is not None:
         raise ConfigError(f"to train with quantization bitsandbytes is needed, and is not here: {command}")
-    frozen_layers.replace(model, lambda layer: QuantizedLinear(layer, kind), trained, key="quantization", kind=kind)
+    frozen_layers.replace(
+        model,
+        lambda layer: QuantizedLinear(layer, kind, peers),
+        trained,
+        key="quantization",
+        kind=kind,
+        peers=peers,
+    )
 
 
 def prepare(model: Any, device: Device) -> None:
@@ -92,4 +124,4 @@ def prepare(model: Any, device: Device) -> None:
     code = device.put(host)
     for layer in layers:
         layer.code = code
-    device.label([code, *(b for m in layers for n, b in m.named_buffers() if n != "values")], "quantisation")
+    device.label([code], "quantisation")

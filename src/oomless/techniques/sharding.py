@@ -15,7 +15,8 @@ Optimizers see plain tensors: each weight's local part (``local``). Those that u
 what they would do in one; 8-bit AdamW does where no part cuts a block of 256.
 
 What cannot be cut (``why_whole``), or is not to be (``sharding: replicate``), is whole on every GPU instead, as in DDP: gradients are
-summed before the update, which is then the same everywhere. That saves no memory, but the gathering before every layer.
+summed before the update, which is then the same everywhere. That saves no memory, but the gathering before every layer. Packed
+weights beside it are cut as bytes (``peers.py``).
 """
 
 from __future__ import annotations
@@ -42,17 +43,27 @@ ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 Result = TypeVar("Result")
 
 
+def cuts_packed(config: TrainConfig) -> bool:
+    """Return whether each GPU keeps a part of every packed weight."""
+    return config.quantization is not None and config.sharding != "replicate"
+
+
 def why_whole(config: TrainConfig) -> str | None:
-    """Return why every GPU holds the whole model; ``None`` where each holds a part of it."""
+    """Return why every GPU holds the whole model, packed weights left aside; ``None`` where each holds a part of it."""
     if config.sharding == "replicate":
         return "sharding is replicate"
     if config.quantization:
-        return "packed weights cannot be cut by rows"
+        return "it is small beside the packed weights"
     if config.optimizer not in ELEMENTWISE_OPTIMIZERS:
         return f"{config.optimizer} needs whole matrices"
     if config.trainable_rows:
         return "the rows of trainable_rows would lie on several GPUs"
     return "the norms of DoRA need whole matrices" if config.use_dora else None
+
+
+def has_choice(config: TrainConfig) -> bool:
+    """Return whether several GPUs may keep parts of what they could as well hold whole."""
+    return cuts_packed(config) or why_whole(config) is None
 
 
 def check(config: TrainConfig, gpus: int) -> None:
@@ -66,7 +77,7 @@ def check(config: TrainConfig, gpus: int) -> None:
             raise ConfigError("sharding: shard has no effect on one GPU: remove it, or start with torchrun")
         return
     whole = why_whole(config)
-    if config.sharding == "shard" and whole is not None:
+    if config.sharding == "shard" and not has_choice(config):
         raise ConfigError(
             f"sharding: shard cannot be used here: {whole}; remove it, and every GPU holds the whole model"
         )

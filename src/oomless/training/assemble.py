@@ -37,6 +37,7 @@ from oomless.techniques import (
     stream_frozen,
     trainable,
 )
+from oomless.techniques.peers import Peers
 from oomless.training import kernels
 from oomless.training.distributed import ALONE, Ranks, environment, world_size
 from oomless.training.precision import LossScale, choose_dtype
@@ -118,7 +119,10 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         if config.experts_on_host:
             experts.move_to_host(model, config.quantization, device, trained)
         if config.quantization is not None:
-            quantization.replace(model, config.quantization, trained, rehearsed=device.fake)
+            peers = None
+            if ranks.mesh is not None and sharding.cuts_packed(config):
+                peers = Peers(model, ranks.mesh, device)
+            quantization.replace(model, config.quantization, trained, rehearsed=device.fake, peers=peers)
         if config.stream_frozen:
             stream_frozen.replace(model, device, trained)
 
@@ -141,7 +145,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         _shape(model, config, device)
     ready = _ready(model, config, device, ranks, None)
     if ranks.count > 1:
-        notes = (*notes, f"every GPU holds the whole model: {whole}")
+        held = "all but the packed weights" if sharding.cuts_packed(config) else "the whole model"
+        notes = (*notes, f"every GPU holds {held}: {whole}")
     return replace(ready, notes=(*ready.notes, *notes))
 
 
