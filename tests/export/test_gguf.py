@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from oomless.errors import ConfigError, ModelError
-from oomless.export.gguf import QUANTIZATIONS
+from oomless.export.gguf_mixtures import QUANTIZATIONS
 from oomless.export.plan import make_plan
 from oomless.export.run import export
 from oomless.export.stream import first_difference
@@ -34,6 +34,7 @@ SHAPES = {
     "phi3": dict(model_type="phi3"),
     "olmo2": dict(model_type="olmo2"),
 }
+WIDE = (("hidden_size", 256),)
 READ_BY_TRANSFORMERS = [name for name in SHAPES if name not in ("gemma", "olmo2")]
 
 
@@ -67,6 +68,19 @@ def test_transformers_reads_what_was_trained(make_run, tmp_path, name, tied):
     assert (found - wanted).norm() / wanted.norm() < 1e-5
 
 
+@pytest.mark.parametrize("kind", [kind for kind in QUANTIZATIONS if "_k" in kind])
+def test_transformers_reads_k_quants(make_run, tmp_path, kind):
+    """Of rows that are a multiple of 256 and of such that are not."""
+    run = make_run("qwen2", shape=WIDE, trainable="full")
+    plan = make_plan(run, "gguf", quantize=kind, output=tmp_path / "out")
+    assert export(plan).checked.how == "full"
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / f"model-{kind}.gguf").tensors}
+    assert stored["blk.1.ffn_up.weight"].tensor_type.name == kind.upper()[:4]
+    assert stored["blk.1.ffn_down.weight"].tensor_type.name in ("Q4_0", "Q5_0", "Q5_1", "Q8_0")
+    assert kind[:4] in plan.files.dtype
+    assert "not all rows are a multiple of 256" in plan.files.dtype
+
+
 @pytest.mark.parametrize("name", ["gemma", "olmo2"])
 def test_what_transformers_does_not_read_is_read_back(make_run, tmp_path, name):
     run = run_of(make_run, name)
@@ -95,7 +109,7 @@ def test_each_form_is_as_exact_as_it_is_defined(make_run, tmp_path, kind):
     found = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
     blocks = wanted.unflatten(1, (-1, 32))
     wide = blocks.abs().amax(-1, keepdim=True)
-    bits = {"fp32": 24, "bf16": 9, "fp16": 12}.get(kind) or int(kind[1])
+    bits = {"F32": 24, "BF16": 9, "F16": 12}.get(tensor.tensor_type.name) or int(tensor.tensor_type.name[1])
     errors = ((found.unflatten(1, (-1, 32)) - blocks).abs() / wide).max()
     assert 0 <= float(errors) <= 2.0 ** (1 - bits) * 1.1
     assert (
@@ -198,7 +212,8 @@ def test_what_llama_cpp_computes_otherwise_is_refused(make_checkpoint, tmp_path,
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"quantize": "q4_k_m"}, "llama-quantize model-f16.gguf model-q4_k_m.gguf Q4_K_M"),
+        ({"quantize": "iq4_xs"}, "got 'iq4_xs'.*llama-quantize"),
+        ({"quantize": "q4-k-m"}, "Did you mean 'q4_k_m'?"),
         ({"quantize": "q8_0", "dtype": "bf16"}, "keep one"),
     ],
 )

@@ -24,7 +24,8 @@ def export(
         typer.Option(help=f"The numbers: {', '.join(_DTYPES)}. [default: those of the training]", show_default=False),
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="How matrices of a GGUF file are stored, such as q8_0.", show_default=False)
+        str | None,
+        typer.Option(help="How matrices of a GGUF file are stored, such as q8_0 or q4_k_m.", show_default=False),
     ] = None,
     checkpoint: OfCheckpoint = None,
     base: OfBase = None,

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oomless.errors import ConfigError
-from oomless.export import gguf_models, gguf_tokens, hugging_face
+from oomless.errors import ConfigError, nearest
+from oomless.export import gguf_models, gguf_tokens, hugging_face, k_quants
 from oomless.export.changes import blocks, require_range
 from oomless.export.formats import Files
+from oomless.export.gguf_mixtures import QUANTIZATIONS, Mixture
 from oomless.export.merged import DTYPES, Merged, trained_dtype
 from oomless.export.source import Source
 from oomless.export.stream import Piece, Stream
 from oomless.models import build
+from oomless.techniques import trainable
 
 _ALIGNED = 32
 _PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-QUANTIZATIONS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""Those that the gguf package makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class _Tensor:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """How it is stored: f32, f16, bf16 or one of ``QUANTIZATIONS``."""
+    """How it is stored, by ggml's name."""
 
     parts: Callable[[], Iterator[Tensor]]
 
@@ -46,7 +46,7 @@ def files(source: Source, dtype: str | None, quantize: str | None) -> Files:
     """Return the GGUF file of ``source`` with what lies beside it.
 
     Raises:
-        ConfigError: gguf is missing, or does not make what is asked.
+        ConfigError: gguf is missing, or what is asked is not made.
         ModelError: llama.cpp does not have the architecture or the tokenizer.
     """
     try:
@@ -56,36 +56,36 @@ def files(source: Source, dtype: str | None, quantize: str | None) -> Files:
     if dtype is not None and quantize is not None:
         raise ConfigError("--dtype and --quantize both say how the numbers of a GGUF file are stored: keep one")
     if quantize is not None and quantize not in QUANTIZATIONS:
-        kind = quantize.upper()
         raise ConfigError(
-            f"--quantize makes {', '.join(QUANTIZATIONS)}; got {quantize!r}: export with --dtype fp16, then llama.cpp's own "
-            f"llama-quantize model-f16.gguf model-{quantize}.gguf {kind}"
+            f"--quantize is one of {', '.join(QUANTIZATIONS)}; got {quantize!r}.{nearest(quantize, QUANTIZATIONS)} Others are made by "
+            "llama.cpp's llama-quantize of an export with --dtype fp16"
         )
     gguf_models.architecture(source.base.config.get_text_config())
     merged = Merged(source, torch.float32)
     text = merged.model.config.get_text_config()
     known = gguf_models.architecture(text)
     kind = quantize or _PLAIN[DTYPES[dtype] if dtype is not None else trained_dtype(source)]
+    one = trainable.is_tied(merged.model) and known.head != "always"
+    mixture = Mixture.of(kind, text, head_is_embedding=one)
     tokenizer = hugging_face.tokenizer_of(source)
-    tensors = list(_tensors(merged, text, known, kind))
+    tensors = list(_tensors(merged, text, known, mixture))
     head = _head(source, text, known, tokenizer, tensors, kind)
     name = f"model-{kind}.gguf"
 
     def describe(folder: Path) -> None:
         (folder / "Modelfile").write_text(_modelfile(name, tokenizer, text), encoding="utf-8")
 
-    odd = kind in QUANTIZATIONS and any(tensor.kind == "f16" for tensor in tensors)
     return Files(
         streams={name: Stream(head, [_piece(tensor) for tensor in tensors])},
         describe=describe,
-        dtype=f"{kind} (f16 where rows are no multiple of 32)" if odd else kind,
+        dtype=mixture.described((tensor.kind, tensor.shape) for tensor in tensors),
         parameters=build.parameter_count(source.base),
         loads=known.transformers_reads,
         config=text if text.model_type != "mistral" else None,  # to transformers llama.cpp's llama is a Llama
     )
 
 
-def _tensors(merged: Merged, config: Any, known: gguf_models.Architecture, kind: str) -> Iterator[_Tensor]:
+def _tensors(merged: Merged, config: Any, known: gguf_models.Architecture, mixture: Mixture) -> Iterator[_Tensor]:
     import gguf
 
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
@@ -104,14 +104,15 @@ def _tensors(merged: Merged, config: Any, known: gguf_models.Architecture, kind:
             for part, half in halves.items() if stack == "gate_up_proj" else [("down", slice(0, rows))]:
                 shape = (experts, half.stop - half.start, columns)
                 parts = partial(_experts, tensor.expert, experts, half)
-                yield _Tensor(f"{place.replace('gate', part)}.weight", shape, _kind("x", shape, kind), parts)
+                place_of_part = f"{place.replace('gate', part)}.weight"
+                yield _Tensor(place_of_part, shape, mixture.kind(place_of_part, shape), parts)
             continue
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place is not None, f"llama.cpp has no place for {name}"
         make = partial(_whole, tensor.make, gguf_models.form_of(name, config, known))
-        yield _Tensor(place, tensor.shape, _kind(place, tensor.shape, kind), make)
+        yield _Tensor(place, tensor.shape, mixture.kind(place, tensor.shape), make)
         if known.head == "always" and place == "token_embd.weight" and config.tie_word_embeddings:
-            yield _Tensor("output.weight", tensor.shape, _kind(place, tensor.shape, kind), make)
+            yield _Tensor("output.weight", tensor.shape, mixture.kind("output.weight", tensor.shape), make)
 
 
 def _whole(make: Callable[[], Tensor], form: gguf_models.Form | None) -> Iterator[Tensor]:
@@ -125,13 +126,6 @@ def _whole(make: Callable[[], Tensor], form: gguf_models.Form | None) -> Iterato
 
 def _experts(expert: Callable[[int], Tensor], experts: int, half: slice) -> Iterator[Tensor]:
     return (expert(number)[half] for number in range(experts))
-
-
-def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Return how the tensor is stored in a file of ``kind``: vectors, norms and routers in fp32, as llama.cpp does."""
-    if len(shape) == 1 or name.endswith("_norm.weight") or ".ffn_gate_inp." in name:
-        return "f32"
-    return "f16" if kind in QUANTIZATIONS and shape[-1] % 32 else kind
 
 
 def _type(kind: str) -> Any:
@@ -157,8 +151,12 @@ def _stored(tensor: _Tensor, padding: int) -> Iterator[Any]:
     import gguf
 
     for part in tensor.parts():
-        require_range(tensor.name, part, torch.float16 if tensor.kind == "f16" else torch.float32)
-        yield gguf.quants.quantize(part.float().contiguous().numpy(), _type(tensor.kind)).data
+        require_range(tensor.name, part, torch.float32 if tensor.kind in ("f32", "bf16") else torch.float16)
+        part = part.float().contiguous()
+        if tensor.kind in k_quants.KINDS:
+            yield k_quants.quantize(part, tensor.kind).numpy().data
+        else:
+            yield gguf.quants.quantize(part.numpy(), _type(tensor.kind)).data
     yield bytes(padding)
 
 

@@ -41,6 +41,11 @@ def describe(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     by_bytes = "ByteLevel" in json.dumps(said.get("decoder")) or "ByteLevel" in json.dumps(said.get("pre_tokenizer"))
     if not by_bytes and not model.get("byte_fallback"):
         raise _unknown("has neither bytes nor SentencePiece's fallback to them")
+    beyond = max([*model["vocab"].values(), *(added["id"] for added in said["added_tokens"])])
+    if beyond >= vocabulary:
+        raise ModelError(
+            f"the tokenizer has a token of number {beyond}, and the model rows for {vocabulary} tokens: the two do not belong together"
+        )
     texts = [f"[PAD{number}]" for number in range(vocabulary)]
     kinds = [TokenType.UNUSED] * vocabulary
     for text, number in model["vocab"].items():

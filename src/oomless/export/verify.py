@@ -40,12 +40,14 @@ TOLERANCE = {
     "f32": 1e-3,
     "bf16": 5e-2,
     "f16": 1e-2,
-    "q8_0": 5e-2,
+    "q8": 5e-2,
+    "q6": 1e-1,
+    "q5": 2e-1,
+    "q4": 5e-1,
+    "q3": 7e-1,
+    "q2": 1.0,
 }
 """By how much the logits of half of the tokens may be off, as a share of their length. The rounding of each format, in a deep model."""
-
-_LOOSE = 0.5
-"""The same of formats of about four bits."""
 
 _TOKENS = 64
 
@@ -103,7 +105,8 @@ def _compare_logits(plan: Plan, folder: Path) -> Checked:
         found = _load(plan, folder)(input_ids=ids, use_cache=False).logits.float()
     errors = (found - live).norm(dim=-1) / live.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     error = float(errors.median())
-    tolerance = TOLERANCE.get(plan.quantize or plan.files.dtype.split(",")[0], _LOOSE)
+    form = plan.files.dtype.split(",")[0] if plan.quantize is None else plan.quantize[:2]
+    tolerance = TOLERANCE.get(form, TOLERANCE["float32"])
     if not error <= tolerance:
         raise ModelError(
             f"the logits of the export are off by {error:.1%} of their length, more than the {tolerance:.1%} of its form"
