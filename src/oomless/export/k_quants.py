@@ -21,7 +21,8 @@ _ALIKE = 1e-5
 
 def quantize(rows: Tensor, kind: str) -> Tensor:
     """Return the bytes of ``rows``, [N, in] in fp32 where in is a multiple of 256, stored as ``kind``."""
-    made = [_KINDS[kind](blocks) for blocks in rows.reshape(-1, BLOCK).split(_BLOCKS_AT_ONCE)]
+    parts = torch.split(rows.reshape(-1, BLOCK), _BLOCKS_AT_ONCE)  # type: ignore[no-untyped-call]
+    made = [_KINDS[kind](blocks) for blocks in parts]
     return torch.cat(made).reshape(rows.shape[0], -1)
 
 
@@ -161,9 +162,9 @@ def _about_zero(blocks: Tensor, bits: int, scale_bits: int, reaches: Tensor) -> 
 def _in_one_byte(integers: Tensor, bits: int, lies: int) -> Tensor:
     """Return integers of ``bits``, [blocks, 256], several in a byte: the first are ``lies`` numbers apart, the last in the upper bits."""
     in_a_byte = 8 // bits
-    apart = integers.unflatten(1, (-1, in_a_byte, lies))
+    apart = integers.reshape(integers.shape[0], -1, in_a_byte, lies)
     shifts = (torch.arange(in_a_byte, dtype=torch.uint8) * bits).reshape(-1, 1)
-    return (apart << shifts).sum(2, dtype=torch.uint8).flatten(1)
+    return torch.sum(apart << shifts, 2, dtype=torch.uint8).flatten(1)
 
 
 def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
