@@ -21,7 +21,7 @@ _ALIKE = 1e-5
 
 def quantize(rows: Tensor, kind: str) -> Tensor:
     """Return the bytes of ``rows``, [N, in] in fp32 where in is a multiple of 256, stored as ``kind``."""
-    parts = torch.split(rows.reshape(-1, BLOCK), _BLOCKS_AT_ONCE)  # type: ignore[no-untyped-call]
+    parts = torch.split(rows.reshape(-1, BLOCK), _BLOCKS_AT_ONCE)
     made = [_KINDS[kind](blocks) for blocks in parts]
     return torch.cat(made).reshape(rows.shape[0], -1)
 
@@ -35,10 +35,6 @@ class _Parts:
 
     weights: Tensor
     """How much a loss of each matters."""
-
-    @property
-    def size(self) -> int:
-        return self.numbers.shape[0]
 
 
 def _parts(blocks: Tensor, size: int) -> _Parts:
