@@ -22,9 +22,8 @@ from oomless.planning.strategies import (
     placements,
     qualities,
     require_any,
-    rungs,
 )
-from oomless.planning.trial import Laboratory, Setting
+from oomless.planning.trial import Laboratory, Setting, try_out
 from oomless.planning.wish import Wish
 from oomless.training.assemble import assemble
 
@@ -66,7 +65,7 @@ def best_of_all(setting):
         if built.refused is not None:
             continue
         for quality in qualities(pins, parts, sixteen_bit=built.sixteen_bit):
-            ways = itertools.product(placements(quality, pins), micro_batches(pins), rungs(pins, built.layers))
+            ways = itertools.product(placements(quality, pins), micro_batches(pins), built.rungs(pins))
             every = [quality.settings() | placement | size | rung for placement, size, rung in ways]
             trials = zip(every, laboratory.trials(every), strict=True)
             fitting = [judge._found(settings, trial) for settings, trial in trials if judge._fits(trial)]
@@ -111,6 +110,8 @@ PINS = [
 def cases():
     """(architecture, tied, pins, capacity) from a seed."""
     draw = random.Random(0)
+    for number, architecture in enumerate(("gpt_neox", "mixtral")):
+        yield pytest.param(architecture, False, PINS[0], (8 + 4 * number) * MiB, id=f"rungs-{architecture}")
     for number in range(52):
         architecture, tied = draw.choice(["llama", "gemma", "qwen2"]), draw.random() < 0.5
         pins = PINS[number % len(PINS)]
@@ -119,7 +120,7 @@ def cases():
 
 @pytest.mark.parametrize(
     ("architecture", "tied", "pins", "capacity_bytes"),
-    some(cases(), by_default=(0, 2, 5), slow=8),
+    some(cases(), by_default=(0, 2, 4, 7), slow=10),
 )
 def test_the_pick_is_the_best_of_all(make_checkpoint, architecture, tied, pins, capacity_bytes):
     folder = make_checkpoint(architecture, tied=tied, **SHAPE)
@@ -237,7 +238,7 @@ def test_the_pick_trains_and_the_next_better_runs_out(make_checkpoint, architect
                 setting.base, {name: getattr(better, name) for name in ("trainable", "tied_weights", "quantization")}
             )
         )
-        leanest = rungs(setting.base, built.layers)[-1]
+        leanest = built.rungs(setting.base)[-1]
         for placement in placements(better, setting.base):
             settings = better.settings() | placement | micro_batches({"max_seq_length": 64, **pins})[0] | leanest
             with pytest.raises(torch.OutOfMemoryError):
@@ -346,3 +347,39 @@ def test_offloading_stays_within_the_host(make_checkpoint):
     assert rich.picked.quality.optimizer == rich.rows[0].quality.optimizer == "adamw"
     assert poor.picked is None or poor.picked.quality.optimizer != "adamw"
     assert any(row.host_bytes > MiB for row in poor.rows)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kept", "left_out"),
+    [
+        ("gpt_neox", {"gradient_checkpointing": True}, {"cheap_recompute", "mlp_tiles"}),
+        ("mixtral", {"offload_activations": True, "cheap_recompute": True}, {"mlp_tiles"}),
+        ("llama", {"offload_activations": True, "cheap_recompute": True, "mlp_tiles": 8}, set()),
+    ],
+)
+def test_a_model_without_the_parts_of_one_technique_has_the_others(make_checkpoint, architecture, kept, left_out):
+    folder = make_checkpoint(architecture, num_hidden_layers=6)
+    setting = Setting(spec=resolve(str(folder)), target=target_of(1 << 40), base=given_for(folder))
+    built = Laboratory(setting, 1, None).parts({"trainable": "full", "optimizer": "adamw"})
+    ladder = built.rungs(setting.base)
+    assert kept.items() <= ladder[-1].items()
+    assert not left_out & {name for rung in ladder for name in rung}
+    chosen = {"trainable": "full", "optimizer": "adamw", "weight_precision": "stochastic"}
+    needed = {}
+    for number in (0, len(ladder) - 1):
+        trial = try_out(setting, chosen | ladder[number])
+        assert trial.refused is None
+        needed[number] = trial.needed_bytes
+    assert needed[len(ladder) - 1] < needed[0]
+
+
+@pytest.mark.parametrize("way", [{}, {"offload_optimizer": True, "cheap_recompute": True}], ids=["plain", "lean"])
+def test_a_trial_that_never_comes_to_its_limit_goes_as_without_one(make_checkpoint, way):
+    folder = make_checkpoint("llama", **OFFLOADABLE)
+    setting = Setting(spec=resolve(str(folder)), target=target_of(1 << 30), base=given_for(folder))
+    chosen = {"trainable": "full", "optimizer": "adamw", "weight_precision": "stochastic", **way}
+    assert try_out(setting, chosen).fits
+    assert try_out(setting, chosen) == try_out(setting, chosen, limited=False)
+    laboratory = Laboratory(setting, 1, None)
+    assert laboratory.trials([chosen], limited=False) == laboratory.trials([chosen])
+    assert laboratory.made == 1

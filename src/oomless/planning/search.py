@@ -15,6 +15,7 @@ where it could be better by some preference. Ctrl-C takes the best so far.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +28,11 @@ from oomless.memory.work import Work
 from oomless.models.make import ties
 from oomless.models.spec import ModelSpec
 from oomless.planning.choice import Choice
+from oomless.planning.known import Known
 from oomless.planning.layout import OF_THE_TEXT, read_layout
 from oomless.planning.plan import Target
 from oomless.planning.row import Row
 from oomless.planning.strategies import (
-    CHEAP,
     COMMON,
     COMPARED,
     FROZEN_BITS,
@@ -45,7 +46,6 @@ from oomless.planning.strategies import (
     parts_in_order,
     placements,
     qualities,
-    rungs,
 )
 from oomless.planning.throughput import Throughput, relative_seconds, throughput
 from oomless.planning.trial import Laboratory, Parts, Setting, Trial, host_bytes_of_state, state_bytes
@@ -104,6 +104,18 @@ def search(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """A quality and where its gradients, state and frozen weights lie."""
+
+    settings: Settings
+    fixed_bytes: int
+    """What is on the GPU whatever its activations are, where all of it exists together."""
+
+    bound: _Failure | None
+    """Why it cannot fit whatever they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Failure:
     """Why a candidate does not fit."""
 
@@ -131,6 +143,7 @@ class _Search:
         self.slower: set[tuple[str, str | None]] = set()
         """Parts that no memory would make better than what fits."""
 
+        self.known = Known(self.usable_bytes)
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 
@@ -236,7 +249,7 @@ class _Search:
             if self.held not in (None, quality) or not (first is None or leaner):
                 continue
             self._say(str(quality), begun + (number / len(kinds) / len(order) if share is None else 0.0), found)
-            if (leaner or number == 0) and not self._may_be_preferred(quality, found):
+            if (leaner or number == 0) and not self._may_be_preferred(quality, built, found, leaner=leaner):
                 if leaner:
                     continue
                 self.slower.add((quality.trainable, quality.tied_weights))
@@ -247,18 +260,21 @@ class _Search:
                 return
             first = quality if row.fits and first is None else first
 
-    def _may_be_preferred(self, quality: Quality, found: Mapping[tuple[int, int], Row]) -> bool:
-        """Whether ``quality`` would be the best of what is ``found`` by some preference if it had all the memory that it wants."""
+    def _may_be_preferred(
+        self, quality: Quality, built: Parts, found: Mapping[tuple[int, int], Row], *, leaner: bool
+    ) -> bool:
+        """Whether ``quality`` would be the best of what is ``found`` by some preference if all fitted that is not known not to."""
         fitting = [row for row in found.values() if row.fits]
-        always = self.held is not None or (quality.trainable, quality.quantization) in COMMON
+        always = self.held is not None or (not leaner and (quality.trainable, quality.quantization) in COMMON)
         if self.wish is None or not fitting or always:
             return True
-        for at_best in self._at_best(quality.settings() | placements(quality, self.pins, gpus=self.target.gpus)[0]):
-            for one in at_best:
-                row = Row(quality=quality, settings=one.settings, fits=True, needed_bytes=0, seconds=one.seconds)
-                if any(best is row for best in self.wish.choices([*fitting, row]).values()):
-                    return True
-        return False
+        possible = [way for way in self._ways(quality, built) if way.bound is None]
+        for way in possible:
+            seconds = self._soonest(way, built.rungs(self.pins), self.known.least_work)
+            row = Row(quality=quality, settings=way.settings, fits=True, needed_bytes=0, seconds=seconds)
+            if any(best is row for best in self.wish.choices([*fitting, row]).values()):
+                return True
+        return not possible  # and why is worth a line
 
     def _say(self, text: str, share: float, found: Mapping[tuple[int, int], Row]) -> None:
         fitting = [row for row in found.values() if row.fits]
@@ -270,15 +286,14 @@ class _Search:
         """Return the fastest way to train with ``quality`` that fits, or why none does."""
         found: _Found | None = None
         failures: list[_Failure] = []
-        ladder = rungs(self.pins, built.layers)
-        for placement in placements(quality, self.pins, experts=built.expert_bytes > 0, gpus=self.target.gpus):
-            bound = self._bound(quality, placement, self._whole(quality) if "sharding" in placement else built)
-            if bound is not None:
-                failures.append(bound)
+        ladder = built.rungs(self.pins)
+        for way in self._ways(quality, built):
+            if way.bound is not None:
+                failures.append(way.bound)
                 continue
-            if found is not None and not self._could_be_faster(quality, placement, found):
+            if found is not None and not self._could_be_faster(way, ladder, found):
                 continue
-            candidate, failed = self._fastest(quality.settings() | placement, ladder)
+            candidate, failed = self._fastest(way, ladder)
             failures += [failed] if failed is not None else []
             if candidate is not None and (found is None or candidate.seconds < found.seconds):
                 found = candidate
@@ -307,8 +322,11 @@ class _Search:
         parts = {name: getattr(quality, name) for name in ("trainable", "tied_weights", "quantization")}
         return self.laboratory.parts(any_run(self.pins, parts) | REPLICATED)
 
-    def _bound(self, quality: Quality, placement: Settings, built: Parts) -> _Failure | None:
-        """Return why ``placement`` cannot fit whatever its activations are, or ``None``."""
+    def _ways(self, quality: Quality, built: Parts) -> Iterator[_Way]:
+        for placement in placements(quality, self.pins, experts=built.expert_bytes > 0, gpus=self.target.gpus):
+            yield self._way(quality, placement, self._whole(quality) if "sharding" in placement else built)
+
+    def _way(self, quality: Quality, placement: Settings, built: Parts) -> _Way:
         total, movable = state_bytes(built.trainable, quality.optimizer, quality.weight_precision)
         moved = movable if placement.get("offload_optimizer") else 0
         streamed = built.streamed_bytes if placement.get("stream_frozen") else 0
@@ -321,47 +339,52 @@ class _Search:
             f"{OPTIMIZER_NAMES.get(quality.optimizer, quality.optimizer)} state": total - moved,
             "gradients": 0 if used_up else built.trainable_bytes,
         }
-        needed = sum(parts.values())
-        if needed > self.usable_bytes:
-            return _Failure(needed_bytes=needed, reason=f"needs at least {format_bytes(needed)}: {_listed(parts)}")
-        if self.target.host_bytes is None or not moved + streamed:
-            return None
+        needed, bound = sum(parts.values()), None
         hosted = moved + streamed
-        if moved and hosted <= self.target.host_bytes:
-            hosted = streamed + host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
-        if hosted > self.target.host_bytes:
-            reason = f"offloaded, {self._of_the_host(hosted)}"
-            return _Failure(needed_bytes=needed, reason=reason, host_bytes=hosted)
-        return None
+        if needed > self.usable_bytes:
+            bound = _Failure(needed_bytes=needed, reason=f"needs at least {format_bytes(needed)}: {_listed(parts)}")
+        elif self.target.host_bytes is not None and hosted:
+            if moved and hosted <= self.target.host_bytes:
+                hosted = streamed + host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
+            if hosted > self.target.host_bytes:
+                reason = f"offloaded, {self._of_the_host(hosted)}"
+                bound = _Failure(needed_bytes=needed, reason=reason, host_bytes=hosted)
+        return _Way(settings=quality.settings() | placement, fixed_bytes=needed, bound=bound)
 
-    def _could_be_faster(self, quality: Quality, placement: Settings, found: _Found) -> bool:
-        """Whether ``placement`` could be faster than ``found`` by computing less again."""
+    def _could_be_faster(self, way: _Way, ladder: list[Settings], found: _Found) -> bool:
+        """Whether ``way``, with another placement than ``found``, could be faster by computing less again."""
         if not set(found.settings) & {"gradient_checkpointing", "cheap_recompute", "mlp_tiles"}:
             return False
-        for at_best in self._at_best(quality.settings() | placement):
-            faster = [candidate.settings for candidate in at_best if candidate.seconds < found.seconds]
-            if any("cheap_recompute" in settings for settings in faster):
-                return True  # and so may be others that compute more again
-            if any(self._fits(trial) for trial in self.laboratory.trials(faster)):
-                return True
-        return False
+        return self._soonest(way, ladder, self.known.work) < found.seconds
 
-    def _at_best(self, settings: Settings) -> Iterator[list[_Found]]:
-        """Yield what ``settings`` are with all the memory that they want: with the smallest micro-batch, then with the largest."""
+    def _soonest(self, way: _Way, ladder: list[Settings], known: Callable[[Settings], Work | None]) -> float:
+        """Return the seconds for a token than which ``way`` cannot be faster, with the smallest micro-batch or with the largest.
+
+        They are those of the first rung that is not known not to fit or, where its work is not ``known``, of the nearest before it.
+        """
+        soonest = math.inf
         for size in self.passes[:1] if self.busy else self.passes[:1] + self.passes[1:][-1:]:
-            ways = [settings | size | rung for rung in ({}, CHEAP)]
-            trials = self.laboratory.trials(ways, limited=False)
-            yield [self._found(way, trial) for way, trial in zip(ways, trials, strict=True) if trial.work is not None]
+            whole = [way.settings | size | rung for rung in ladder]
+            first = self.known.first_possible(whole, way.fixed_bytes)
+            works = ((settings, known(settings)) for settings in reversed(whole[: first + 1]))
+            settings, work = next(((settings, work) for settings, work in works if work), (whole[first], None))
+            if work is None:
+                (trial,) = self.laboratory.trials([settings], limited=False)
+                self.known.learn(settings, trial, way.fixed_bytes)
+                work = self.known.work(settings)
+            if work is not None:
+                soonest = min(soonest, relative_seconds(work, self.target, self.setting.config(settings)))
+        return soonest
 
-    def _fastest(self, settings: Settings, ladder: list[Settings]) -> tuple[_Found | None, _Failure | None]:
-        """Return the fastest micro-batch and rung of ``settings`` that fit; larger micro-batches are tried while they pay."""
+    def _fastest(self, way: _Way, ladder: list[Settings]) -> tuple[_Found | None, _Failure | None]:
+        """Return the fastest micro-batch and rung of ``way`` that fit; larger micro-batches are tried while they pay."""
         best: _Found | None = None
         failure: _Failure | None = None
         first = 0
         for size in self.passes:
-            if best is not None and not self._larger_may_pay(settings | size, ladder, first, best):
+            if best is not None and not self._larger_may_pay(way.settings | size, ladder, first, best):
                 break
-            candidate, failed, first = self._first_fitting(settings | size, ladder, first)
+            candidate, failed, first = self._first_fitting(way, size, ladder, first)
             failure = failure or failed
             if candidate is None or (best is not None and candidate.seconds >= best.seconds):
                 break
@@ -379,19 +402,23 @@ class _Search:
         return trial.work is None or self._found(way, trial).seconds < best.seconds
 
     def _first_fitting(
-        self, settings: Settings, ladder: list[Settings], first: int
+        self, way: _Way, size: Settings, ladder: list[Settings], first: int
     ) -> tuple[_Found | None, _Failure | None, int]:
-        """Return ``settings`` with the first rung of ``ladder`` that fits, why the leanest that was tried does not, and the rung's number.
+        """Return ``way`` with micro-batches of ``size`` and the first rung of ``ladder`` that fits, why the leanest that was tried does not, and the rung's number.
 
         No rung before ``first`` fits.
         """
-        given = ladder
+        given, settings = ladder, way.settings | size
         failure: tuple[int, _Failure] | None = None
         trials: dict[int, Trial] = {}
-        low, high = first - 1, len(ladder)
+        possible = self.known.first_possible([settings | rung for rung in ladder], way.fixed_bytes)
+        low, high = max(first, possible) - 1, len(ladder)
         while high - low > 1:
-            probes = [first] if first and low < first else _probes(low, high, len(ladder), self.laboratory.processes)
-            made = self.laboratory.trials([settings | ladder[index] for index in probes])
+            whole = [settings | rung for rung in ladder]
+            probes = [first]
+            if not first or low >= first:
+                probes = self.known.probes(whole, way.fixed_bytes, low, high, self.laboratory.processes)
+            made = self.laboratory.trials([whole[index] for index in probes])
             refused = [
                 index for index, trial in zip(probes, made, strict=True) if self._cannot_apply(trial, ladder[index])
             ]
@@ -404,6 +431,7 @@ class _Search:
                 if trial.fits and not self._fits(trial):
                     return None, self._failure(trial), first  # a lean rung asks no less of the host
                 trials[index] = trial
+                self.known.learn(whole[index], trial, way.fixed_bytes)
                 if self._fits(trial) and settings | ladder[index] not in self.disproved:
                     high = min(high, index)
                 else:
@@ -415,12 +443,6 @@ class _Search:
         if high == len(ladder):
             return None, failure[1] if failure else None, first
         found = self._found(settings | ladder[high], trials[high])
-        if high == 0 and ladder[1:2] == [CHEAP]:
-            # Of frozen norms its backward moves less than autograd's, so that it may be the faster one.
-            cheap = settings | CHEAP
-            (trial,) = self.laboratory.trials([cheap])
-            if self._fits(trial) and cheap not in self.disproved:
-                found = min(found, self._found(cheap, trial), key=lambda candidate: candidate.seconds)
         return found, None, given.index(ladder[high])
 
     def _fits(self, trial: Trial) -> bool:
@@ -468,14 +490,3 @@ def is_tied(spec: ModelSpec) -> bool:
 
 def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
-
-
-def _probes(low: int, high: int, count: int, at_once: int) -> list[int]:
-    """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try at once."""
-    between = range(low + 1, high)
-    if high == count:
-        # Nothing fits so far: the fastest and what suffices most often, then the leanest.
-        first = [between[0], max(between[0], count - 4)] if low < 0 else [count - 1, (low + count) // 2]
-        return sorted({index for index in first[:at_once] if index in between} or {between[-1]})
-    apart = (high - low) / (at_once + 1)
-    return sorted({min(max(low + round(apart * number), low + 1), high - 1) for number in range(1, at_once + 1)})

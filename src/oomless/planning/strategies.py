@@ -76,9 +76,6 @@ TILES = 8
 SMALL_LOSS_CHUNK_BYTES = 16 << 20
 
 Settings = dict[str, Any]
-CHEAP: Settings = {"cheap_recompute": True}
-"""The first rung that computes anything again."""
-
 REPLICATED: Settings = {"sharding": "replicate"}
 """Every GPU holds the whole model, and nothing is gathered before a layer."""
 
@@ -278,12 +275,14 @@ def _every_placement(quality: Quality, pins: Mapping[str, Any], experts: bool = 
     return [{name: True for name, on in zip(ways, chosen, strict=True) if on} for chosen in product(*ways.values())]
 
 
-def rungs(pins: Mapping[str, Any], layers: int) -> list[Settings]:
+def rungs(pins: Mapping[str, Any], layers: int, *, cheap_recompute: bool, mlp_tiles: bool) -> list[Settings]:
     """Return the ways to keep less for backward that agree with ``pins``, the fastest first and the leanest last.
 
-    ``layers`` is how many can be checkpointed.
+    ``layers`` is how many can be checkpointed; ``cheap_recompute`` and ``mlp_tiles`` say whether the model has parts for them.
     """
-    cheap, tiles, offload = CHEAP, {"mlp_tiles": TILES}, {"offload_activations": True}
+    cheap: Settings = {"cheap_recompute": True} if cheap_recompute else {}
+    tiles: Settings = {"mlp_tiles": TILES} if mlp_tiles else {}
+    offload = {"offload_activations": True}
     small_chunk = {"loss_chunk_bytes": SMALL_LOSS_CHUNK_BYTES}
     ladder: list[Settings] = [{}, cheap]
     if not layers:

@@ -28,6 +28,7 @@ from oomless import optim
 from oomless.config import TrainConfig
 from oomless.errors import UnplannableError, UserError
 from oomless.kept import Kept, key_of, user_folder
+from oomless.memory.device import Phase
 from oomless.memory.profile import MemoryProfile, Request
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec
@@ -36,6 +37,8 @@ from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.layout import Layout
 from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on, require_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
+from oomless.planning.strategies import rungs
+from oomless.techniques import cheap_recompute, mlp_tiles
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.experts import stacks_on_device
 from oomless.techniques.sharding import local, shared
@@ -57,6 +60,9 @@ class Trial:
     fits: bool
     needed_bytes: int
     """The most that was reserved; where it does not fit, until then."""
+
+    passes_bytes: int
+    """The most that was allocated in forward and backward passes."""
 
     host_bytes: int
     """The most that lay in host memory."""
@@ -94,11 +100,21 @@ class Parts:
     expert_bytes: int = 0
     """Of the weights, those that ``experts_on_host`` would move to the host."""
 
+    cheap_recompute: bool = False
+    """Whether the model has parts for it."""
+
+    mlp_tiles: bool = False
+    """Whether each layer has an MLP for it."""
+
     refused: str | None = None
 
     def __post_init__(self) -> None:
         hashable = tuple((tuple(shape), *others) for shape, *others in self.trainable)  # JSON has made lists of them
         object.__setattr__(self, "trainable", hashable)
+
+    def rungs(self, pins: Settings) -> list[Settings]:
+        """Return the ways to keep less for backward that agree with ``pins``; see ``strategies.rungs``."""
+        return rungs(pins, self.layers, cheap_recompute=self.cheap_recompute, mlp_tiles=self.mlp_tiles)
 
     @property
     def sixteen_bit(self) -> bool:
@@ -168,18 +184,30 @@ def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Tr
         raise  # no other settings help
     except UserError as error:
         return Trial(
-            fits=False, needed_bytes=0, host_bytes=0, held_bytes={}, stopped_at=None, work=None, refused=str(error)
+            fits=False,
+            needed_bytes=0,
+            passes_bytes=0,
+            host_bytes=0,
+            held_bytes={},
+            stopped_at=None,
+            work=None,
+            refused=str(error),
         )
     timeline = found.profile.timeline.bytes_by_category
     failures: tuple[Request, ...] = found.profile.failures
     return Trial(
         fits=found.out_of_memory is None,
         needed_bytes=found.profile.peak_reserved_bytes,
+        passes_bytes=_most(found.profile, "forward", "loss", "backward"),
         host_bytes=found.device.host_peak_allocated_bytes,
         held_bytes={category: max(timeline[category], default=0) for category in FIXED},
         stopped_at=asdict(failures[-1]) if found.out_of_memory is not None and failures else None,
         work=asdict(found.work) if found.out_of_memory is None and found.work is not None else None,
     )
+
+
+def _most(profile: MemoryProfile, *phases: Phase) -> int:
+    return max((profile.phases[name].allocated_bytes for name in phases if name in profile.phases), default=0)
 
 
 def prove(setting: Setting, settings: Settings) -> Proof:
@@ -227,6 +255,8 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
         trainable_bytes=sum(p.nbytes for p, _ in trained),
         streamed_bytes=sum(weight.nbytes for weight in (*linear, *stacks) if not weight.requires_grad),
         expert_bytes=sum(stack.nbytes for stack in stacks if not stack.requires_grad),
+        cheap_recompute=cheap_recompute.applies(model),
+        mlp_tiles=mlp_tiles.applies(model),
     )
 
 
@@ -312,11 +342,7 @@ class Laboratory:
     def trials(self, candidates: Sequence[Settings], *, limited: bool = True) -> list[Trial]:
         """Return what each candidate came to, in their order; without an end of memory, for its work, where not ``limited``."""
         function = partial(try_out, limited=limited)
-        keys = [self._key("trial", settings) for settings in candidates]
-        if not limited:  # the work of what fits is known
-            fitting = [key in self._results and self._results[key].fits for key in keys]
-            unlimited = [self._key("unlimited trial", settings) for settings in candidates]
-            keys = [key if fits else other for key, other, fits in zip(keys, unlimited, fitting, strict=True)]
+        keys = [self._key_of_trial(settings, limited=limited) for settings in candidates]
         running: dict[str, Future[Trial]] = {}
         for key, settings in zip(keys, candidates, strict=True):
             if key in self._results or key in running or self._read(key, Trial):
@@ -329,6 +355,17 @@ class Laboratory:
         for key, future in running.items():
             self._keep(key, future.result())
         return [self._results[key] for key in keys]
+
+    def _key_of_trial(self, settings: Settings, *, limited: bool) -> str:
+        """Return the key of a trial whose result is what is asked for: what never comes to the limit goes as without one."""
+        below, free = self._key("trial", settings), self._key("unlimited trial", settings)
+        if limited:
+            target, known = self.setting.target, self._results.get(free)
+            within = (
+                known is not None and known.fits and known.needed_bytes <= target.usable_bytes - target.margin_bytes
+            )
+            return free if within and below not in self._results else below
+        return below if below in self._results and self._results[below].fits else free
 
     def proof(self, settings: Settings) -> Callable[[], Proof]:
         """Begin to rehearse the whole run; call what is returned to wait for what came of it."""

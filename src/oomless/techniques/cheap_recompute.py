@@ -30,6 +30,12 @@ _EPSILONS = ("variance_epsilon", "eps")
 _ACTIVATIONS = ("act_fn", "activation_fn")
 
 
+def applies(model: Any) -> bool:
+    """Return whether ``apply`` finds anything in ``model``."""
+    parts = model.base_model.modules()
+    return bool(layers_of_backward(model)) and any(norm_form(part) or gated_mlp(part) for part in parts)
+
+
 def apply(model: Any, *, norm_dtype: torch.dtype | None = None) -> None:
     """Replace the norms and gated MLPs of the body of ``model``; call after its layers were chosen for checkpointing.
 
@@ -105,9 +111,9 @@ def norm_form(module: nn.Module) -> NormForm | None:
 
 def gated_mlp(module: nn.Module) -> GatedMLP | None:
     """Return the parts of ``module`` if it is an MLP whose forward is ``down(activation(gate(x)) * up(x))``, else ``None``."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, _GatedMLP):
-        return forward.parts
+    known = getattr(vars(module).get("forward"), "parts", None)
+    if isinstance(known, GatedMLP):
+        return known
     names = set(module._modules)
     activation = next((name for name in _ACTIVATIONS if name in names), None)
     if activation is None or module._parameters or not _is_untouched(module):

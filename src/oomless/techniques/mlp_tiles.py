@@ -22,6 +22,12 @@ from oomless.techniques.cheap_recompute import gated_mlp
 from oomless.techniques.checkpointing import decoder_layers
 
 
+def applies(model: Any) -> bool:
+    """Return whether ``apply`` can cut every layer of ``model``."""
+    layers = decoder_layers(model)
+    return bool(layers) and all(any(gated_mlp(module) for module in layer.modules()) for layer in layers)
+
+
 def apply(model: Any, tiles: int) -> None:
     """Cut the work of every MLP of ``model`` into ``tiles``; call after ``cheap_recompute.apply``.
 
@@ -47,6 +53,7 @@ class _Tiles:
 
     def __init__(self, module: nn.Module, tiles: int) -> None:
         self.module = weakref.ref(module)  # the module holds this: a strong reference would keep both from dying
+        self.parts = gated_mlp(module)
         self.own: Function | None = vars(module).get("forward")
         self.tiles = tiles
         dropouts = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]

@@ -1,0 +1,143 @@
+"""What the trials of a search tell about strategies that were not tried.
+
+Forward and backward passes ask for the same and compute the same whatever the optimizer is and wherever its state lies; an update
+is the same for every rung and micro-batch. So the work of a strategy is put together from two trials, and one whose passes alone
+hold more than there is need not be tried. What also hangs on fragments is guessed, which decides what is tried first, never what fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from oomless.memory.work import Work
+from oomless.planning.trial import Trial
+
+Settings = Mapping[str, Any]
+_Key = tuple[tuple[str, Any], ...]
+
+_OF_OPTIMIZER = {"optimizer", "weight_precision", "offload_optimizer"}
+_OF_PARTS = {"trainable", "tied_weights", "quantization", "sharding"}
+_OF_PLACES = {"experts_on_host", "stream_frozen", "optimizer_in_backward"}
+_ON_HOST = {"experts_on_host", "stream_frozen", "offload_optimizer"}
+_SURE = 1 / 64
+"""Blocks are not cut to the byte, so that the same tensors take a little more or less, by what was cached before."""
+
+
+class Known:
+    """What was learned; ``fixed_bytes`` is what a strategy has on the GPU beside its activations."""
+
+    def __init__(self, usable_bytes: int) -> None:
+        self._usable_bytes = usable_bytes
+        self._passes: dict[_Key, Work] = {}
+        self._updates: dict[_Key, Work] = {}
+        self._held: dict[_Key, int] = {}
+        self._needed: dict[_Key, dict[str, int]] = {}
+        self._at_least: dict[tuple[_Key, str], int] = {}
+
+    def learn(self, settings: Settings, trial: Trial, fixed_bytes: int | None = None) -> None:
+        """Remember what ``settings`` came to; without ``fixed_bytes`` only their work."""
+        if trial.refused is not None:
+            return
+        if trial.work is not None:
+            work = Work.from_dict(trial.work)
+            self._passes.setdefault(_of_passes(settings), work)
+            self._updates.setdefault(_of_update(settings), work)
+        if fixed_bytes is None:
+            return
+        rung, kind = _of_rung(settings), _kind(settings)
+        beyond = trial.needed_bytes - fixed_bytes
+        if trial.fits:
+            self._held[_of_passes(settings)] = trial.passes_bytes - fixed_bytes
+            self._needed.setdefault(rung, {})[kind] = beyond
+        elif trial.stopped_at is not None:
+            self._at_least[rung, kind] = beyond + trial.stopped_at["size_bytes"]
+
+    def work(self, settings: Settings) -> Work | None:
+        """Return the work of ``settings``, where it is known."""
+        passes, update = self._passes.get(_of_passes(settings)), self._updates.get(_of_update(settings))
+        if passes is None or update is None:
+            return None
+        return replace(
+            passes,
+            of_update=update.of_update,
+            link_bytes_of_update=update.link_bytes_of_update,
+            exchanged_bytes_of_update=update.exchanged_bytes_of_update,
+        )
+
+    def least_work(self, settings: Settings) -> Work | None:
+        """Return the work of ``settings``, or what it is at least, where that is known: the same with nothing on the host."""
+        on_device = {name: value for name, value in settings.items() if name not in _ON_HOST}
+        return self.work(settings) or self.work(on_device)
+
+    def first_possible(self, ladder: Sequence[Settings], fixed_bytes: int) -> int:
+        """Return the first of ``ladder`` whose passes alone do not ask for too much; never more than the last."""
+        for index in range(len(ladder) - 2, -1, -1):
+            held = self._held.get(_of_passes(ladder[index]))
+            if held is not None and (fixed_bytes + held) * (1 - _SURE) > self._usable_bytes:
+                return index + 1
+        return 0
+
+    def probes(self, ladder: Sequence[Settings], fixed_bytes: int, low: int, high: int, at_once: int) -> list[int]:
+        """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try now.
+
+        Those are the last that is expected not to fit and the first that is, where anything is expected; else so many as are
+        tried ``at_once``.
+        """
+        between = range(low + 1, high)
+        needs = self._needs(ladder)
+        room = self._usable_bytes - fixed_bytes
+        fitting = next((index for index in between if index in needs and needs[index] <= room), None)
+        if fitting is None and high == len(ladder):  # what fits is leaner than all that is known
+            return _spread(low, high, len(ladder), at_once)
+        first = high if fitting is None else fitting
+        return [index for index in (first - 1, first) if index in between]
+
+    def _needs(self, ladder: Sequence[Settings]) -> dict[int, float]:
+        """Return what is expected beyond what is fixed, from the first rung of which anything is known to the last."""
+        known = {}
+        for index, settings in enumerate(ladder):
+            rung, kind = _of_rung(settings), _kind(settings)
+            needed = self._needed.get(rung, {})
+            others = [*needed.values(), *([self._at_least[rung, kind]] if (rung, kind) in self._at_least else [])]
+            if others:
+                known[index] = needed.get(kind, max(others))
+        needs: dict[int, float] = dict(known)
+        for left, right in zip(known, list(known)[1:], strict=False):
+            for index in range(left + 1, right):
+                needs[index] = known[left] + (known[right] - known[left]) * (index - left) / (right - left)
+        return needs
+
+
+def _of_passes(settings: Settings) -> _Key:
+    return _key(settings, set() if settings.get("optimizer_in_backward") else _OF_OPTIMIZER)
+
+
+def _of_update(settings: Settings) -> _Key:
+    if settings.get("optimizer_in_backward"):
+        return _key(settings)
+    return _key(settings, set(settings) - _OF_PARTS - _OF_OPTIMIZER)
+
+
+def _of_rung(settings: Settings) -> _Key:
+    return _key(settings, _OF_PARTS | _OF_OPTIMIZER | _OF_PLACES)
+
+
+def _key(settings: Settings, without: Iterable[str] = ()) -> _Key:
+    return tuple(sorted((name, value) for name, value in settings.items() if name not in without))
+
+
+def _kind(settings: Settings) -> str:
+    return str(settings["trainable"]).split("+")[0]
+
+
+def _spread(low: int, high: int, count: int, at_once: int) -> list[int]:
+    """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try at once."""
+    between = range(low + 1, high)
+    if high == count:
+        # Nothing fits so far: the fastest and what suffices most often, then the leanest.
+        first = [between[0], max(between[0], count - 4)] if low < 0 else [count - 1, (low + count) // 2]
+        return sorted({index for index in first[:at_once] if index in between} or {between[-1]})
+    apart = (high - low) / (at_once + 1)
+    return sorted({min(max(low + round(apart * number), low + 1), high - 1) for number in range(1, at_once + 1)})
