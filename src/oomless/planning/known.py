@@ -92,7 +92,7 @@ class Known:
         if fitting is None and high == len(ladder):  # what fits is leaner than all that is known
             return _spread(low, high, len(ladder), at_once)
         first = high if fitting is None else fitting
-        return [index for index in (first - 1, first) if index in between]
+        return [index for index in (first - 1, first) if index in between][-at_once:]
 
     def _needs(self, ladder: Sequence[Settings]) -> dict[int, float]:
         """Return what is expected beyond what is fixed, from the first rung of which anything is known to the last."""
@@ -104,9 +104,13 @@ class Known:
             if others:
                 known[index] = needed.get(kind, max(others))
         needs: dict[int, float] = dict(known)
-        for left, right in zip(known, list(known)[1:], strict=False):
+        places = list(known)
+        for left, right in zip(places, places[1:], strict=False):
+            # Between the first rung and the second lies the largest step: where two others are known, theirs goes on.
+            first, last = (right, places[2]) if left == 0 and len(places) > 2 else (left, right)
+            slope = (known[last] - known[first]) / (last - first)
             for index in range(left + 1, right):
-                needs[index] = known[left] + (known[right] - known[left]) * (index - left) / (right - left)
+                needs[index] = min(known[first] + slope * (index - first), known[left])
         return needs
 
 

@@ -8,6 +8,7 @@ and are kept on disk, by everything that decides them: the model, the settings, 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -418,6 +419,7 @@ class Laboratory:
 def _begin_process(parent: int) -> None:
     """Compute on one thread, leave Ctrl-C to the parent, and end with it, however it ends."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: the collector need not look through it again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
