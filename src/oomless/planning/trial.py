@@ -344,17 +344,20 @@ class Laboratory:
         """Return what each candidate came to, in their order; without an end of memory, for its work, where not ``limited``."""
         function = partial(try_out, limited=limited)
         keys = [self._key_of_trial(settings, limited=limited) for settings in candidates]
-        running: dict[str, Future[Trial]] = {}
-        for key, settings in zip(keys, candidates, strict=True):
-            if key in self._results or key in running or self._read(key, Trial):
-                continue
-            self.made += 1
-            if self._processes == 1:
+        open_ones = {
+            key: settings
+            for key, settings in zip(keys, candidates, strict=True)
+            if key not in self._results and not self._read(key, Trial)
+        }
+        self.made += len(open_ones)
+        # What is learned here, such as what operators return, forks know from their beginning.
+        if self._processes == 1 or (self._pool is None and len(open_ones) == 1):
+            for key, settings in open_ones.items():
                 self._keep(key, function(self.setting, settings))
-            else:
-                running[key] = self._submit(function, settings)
-        for key, future in running.items():
-            self._keep(key, future.result())
+        else:
+            running = {key: self._submit(function, settings) for key, settings in open_ones.items()}
+            for key, future in running.items():
+                self._keep(key, future.result())
         return [self._results[key] for key in keys]
 
     def _key_of_trial(self, settings: Settings, *, limited: bool) -> str:
