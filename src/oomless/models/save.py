@@ -209,11 +209,13 @@ def require_own_names(model: Any) -> None:
 def original_weights(model: Any, folder: Path, device: Device) -> dict[str, LateTensor]:
     """Return the weights of the frozen layers of ``model`` that are stored in another form, as they lie in ``folder``.
 
-    They are in the model's dtype, adapters added in fp32, and each is made when it is written.
+    So are those frozen matrices of which this process holds some rows, where other layers are stored in another form. They are in the model's dtype, adapters added in fp32, and each is made when it is written.
     """
     modules = dict(model.named_modules())
     layers = frozen_layers.frozen_weights(model)
-    weights = Weights(folder, model, list(layers), device)
+    cut = {name: p for name, p in model.named_parameters(remove_duplicate=False) if is_cut(p)}
+    weights = Weights(folder, model, [*layers, *cut], device)
+    found = {id(parameter): name for name, parameter in cut.items() if name in weights.names}
 
     def add(tensor: Tensor, delta: Tensor | None) -> Tensor:
         with device.host():
@@ -237,7 +239,12 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
 
         return LateTensor(layer.shape, model.dtype, whole, expert)
 
-    return {name: late(name, layer) for name, layer in layers.items()}
+    def late_matrix(parameter: Tensor) -> LateTensor:
+        name = found[id(parameter)]
+        return LateTensor(tuple(parameter.shape), model.dtype, lambda: add(weights.read(name), None))
+
+    ends = {name: late_matrix(parameter) for name, parameter in model.named_parameters() if is_cut(parameter)}
+    return {name: late(name, layer) for name, layer in layers.items()} | ends
 
 
 def save_model(

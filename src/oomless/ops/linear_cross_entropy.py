@@ -18,7 +18,8 @@ Two orders of work:
                 matrix products; each row of the head's gradient is made in one product, accumulated in fp32 inside it
                 and rounded once, so there is neither a rounding sum nor an fp32 copy of a V x D gradient.
 
-By columns is used where a 16-bit head needs a gradient, by rows everywhere else. ``scale`` (in fp16 the loss scale,
+By columns is used where a 16-bit head needs a gradient, or where several processes each have some rows of the head (then each
+goes through the tokens of all with its own rows, and only sums are exchanged), by rows everywhere else. ``scale`` (in fp16 the loss scale,
 divided by the tokens of the step) enters before the gradient is stored: unscaled, most of a softmax is below what fp16
 can hold.
 
@@ -29,7 +30,8 @@ Shapes in names: N tokens, V vocabulary, D width of the model.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +40,31 @@ from torch.autograd.function import once_differentiable
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
 
 IGNORED = -100
+
+
+class HeadParts(Protocol):
+    """How a frozen head is shared among processes, each of which has some of its rows."""
+
+    first: int
+    """How many rows come before this process's."""
+
+    count: int
+    """Of the rows of all."""
+
+    def of_all(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor`` [N, ...] of every process, one after the other."""
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Return this process's part of what ``of_all`` returned, as a view."""
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Turn each number into the largest that any process has in its place."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Turn each number into the sum of those that all processes have in its place."""
+
+    def own_sum(self, tensor: Tensor) -> Tensor:
+        """Return ``own`` of the sum over all processes of ``tensor``."""
 
 
 def linear_cross_entropy(
@@ -55,6 +82,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_bytes: int = 64 << 20,
     destination: GradientDestination = "new",
+    parts: HeadParts | None = None,
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of a linear head: 0-dim, fp32 (fp64 for a head in fp64).
 
@@ -74,6 +102,8 @@ def linear_cross_entropy(
         chunk_bytes: most bytes of logits, in all their copies, held at once; at least one row or column is.
         destination: where the gradient of ``weight`` goes; unless "new" it is added to the ``.grad`` that is there as soon
             as the loss is computed, and the loss must be what ``backward()`` is called on.
+        parts: where ``weight`` and ``bias`` are only this process's rows of a frozen head; there are no ``rows`` then, and N and
+            ``scale`` are the same in all processes, which call this together.
 
     Raises:
         ValueError: ``destination`` is not "new" and ``weight`` is not a leaf, or there are ``rows`` and ``weight`` wants a
@@ -96,6 +126,7 @@ def linear_cross_entropy(
         chunk_bytes=chunk_bytes,
         gradients=torch.is_grad_enabled(),
         destination=destination,
+        parts=parts,
     )
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, rows, scale_tensor, work)  # type: ignore[no-untyped-call]
@@ -116,7 +147,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = (work.gradients and needed for needed in ctx.needs_input_grad[:4])
         for_hidden, for_weight, for_bias, for_rows = needs
         buffer = take_buffer(work.destination, weight_VD) if for_weight else None
-        if for_weight and not work.single:
+        if work.parts is not None:
+            loss, gradients = work.of_parts(work.parts, scale, for_hidden)
+        elif for_weight and not work.single:
             loss, gradients = work.by_columns(scale, buffer, for_hidden, for_bias)
         else:
             loss, gradients = work.by_rows(scale, buffer, for_hidden, for_weight, for_bias, for_rows)
@@ -160,10 +193,15 @@ class _Work:
         chunk_bytes: int,
         gradients: bool,
         destination: GradientDestination,
+        parts: HeadParts | None = None,
     ) -> None:
+        if parts is not None:
+            hidden_ND, targets_N = parts.of_all(hidden_ND), parts.of_all(targets_N)
+        self.parts, self.first = parts, 0 if parts is None else parts.first
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
         self.rows_RD, self.row_ids_R = rows_RD, row_ids_R
-        self.tokens, self.vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
+        self.tokens = hidden_ND.shape[0]
+        self.vocabulary = weight_VD.shape[0] if parts is None else parts.count
         self.softcap, self.logit_scale, self.gradients = softcap, logit_scale, gradients
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.destination = destination
@@ -287,16 +325,64 @@ class _Work:
         self, scale: Tensor, buffer_VD: Tensor | None, for_hidden: bool, for_bias: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Go through the vocabulary twice; return the summed loss and the gradients, the head's added to ``buffer_VD``."""
-        hidden_grad = torch.zeros_like(self.hidden_ND, dtype=self.exact) if for_hidden else None
         weight_grad = torch.empty_like(self.weight_VD) if buffer_VD is None else buffer_VD
         bias_grad = torch.empty_like(self.bias_V) if for_bias and self.bias_V is not None else None
-        columns = min(self.vocabulary, max(1, self.logits_at_once // max(1, self.tokens)))
-        buffers = self._buffers(self.tokens * columns)
-        parts = [slice(start, min(start + columns, self.vocabulary)) for start in range(0, self.vocabulary, columns)]
+        buffers = self._column_buffers()
+        largest, sums, target_logits, totals = self._denominators(buffers)
+        losses, denominators = self._losses(largest, sums, target_logits, totals)
+        loss = losses.sum()
+        del losses, largest, target_logits, totals
+
+        def of_head(part: slice, gradient: Tensor) -> None:
+            if buffer_VD is None:
+                torch.mm(gradient.t(), self.hidden_ND, out=weight_grad[part])
+            else:
+                buffer_VD[part].addmm_(gradient.t(), self.hidden_ND)
+            if bias_grad is not None:
+                bias_grad[part] = gradient.sum(dim=0)
+
+        hidden_grad = self._column_gradients(buffers, denominators, scale, for_hidden, of_head)
+        return loss, [
+            None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype),
+            weight_grad,
+            bias_grad,
+            None,
+        ]
+
+    def of_parts(self, parts: HeadParts, scale: Tensor, for_hidden: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Go through this process's rows of the vocabulary; return the summed loss of its tokens, and their gradient."""
+        buffers = self._column_buffers()
+        own_largest, sums, target_logits, totals = self._denominators(buffers)
+        largest = parts.largest(own_largest.clone())
+        sums.mul_((own_largest - largest).exp_())
+        found = parts.sum(torch.stack([sums, target_logits, *([] if totals is None else [totals])]))
+        losses, denominators = self._losses(largest, found[0], found[1], None if totals is None else found[2])
+        loss = parts.own(losses).sum()
+        del own_largest, sums, target_logits, totals, largest, losses
+        hidden_grad = None
+        if for_hidden:
+            of_all = self._column_gradients(buffers, denominators, scale, for_hidden, lambda part, gradient: None)
+            assert of_all is not None
+            hidden_grad = parts.own_sum(of_all).to(self.hidden_ND.dtype)
+        return loss, [hidden_grad, None, None, None]
+
+    def _columns(self) -> list[slice]:
+        rows = self.weight_VD.shape[0]
+        columns = max(1, self.logits_at_once // max(1, self.tokens))
+        return [slice(start, min(start + columns, rows)) for start in range(0, rows, columns)]
+
+    def _column_buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        most = max((part.stop - part.start for part in self._columns()), default=0)
+        return self._buffers(self.tokens * most)
+
+    def _denominators(
+        self, buffers: tuple[Tensor, Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return of each token's logits the largest, the sum of exponentials beside it, the target's, and where asked their sum."""
         largest = torch.full_like(self.kept_N, -torch.inf)
         sums, target_logits = torch.zeros_like(self.kept_N), torch.zeros_like(self.kept_N)
         totals = torch.zeros_like(self.kept_N) if self.label_smoothing else None
-        for part in parts:
+        for part in self._columns():
             _, full, _ = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
             places, inside = self._places(part)
             target_logits += full.gather(1, places)[:, 0] * inside
@@ -305,11 +391,30 @@ class _Work:
             larger = torch.maximum(largest, full.amax(dim=1))
             sums.mul_((largest - larger).exp_()).add_(full.sub_(larger[:, None]).exp_().sum(dim=1))
             largest = larger
-        denominators = sums.log_().add_(largest)
-        loss = ((denominators - self._aim(target_logits, totals) + self.z_loss * denominators**2) * self.kept_N).sum()
+        return largest, sums, target_logits, totals
+
+    def _losses(
+        self, largest: Tensor, sums: Tensor, target_logits: Tensor, totals: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return each token's loss, and the logarithm of its softmax's denominator."""
+        denominators = sums.log().add_(largest)
+        return (
+            denominators - self._aim(target_logits, totals) + self.z_loss * denominators**2
+        ) * self.kept_N, denominators
+
+    def _column_gradients(
+        self,
+        buffers: tuple[Tensor, Tensor, Tensor | None],
+        denominators: Tensor,
+        scale: Tensor,
+        for_hidden: bool,
+        of_head: Callable[[slice, Tensor], None],
+    ) -> Tensor | None:
+        """Go through the columns again; hand the gradients of their logits to ``of_head``, and return that of the hidden states."""
+        hidden_grad = torch.zeros_like(self.hidden_ND, dtype=self.exact) if for_hidden else None
         factor = self.kept_N * scale
         steeper = factor * (1 + 2 * self.z_loss * denominators)
-        for part in parts:
+        for part in self._columns():
             low, full, slope = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
             full.sub_(denominators[:, None]).exp_().mul_(steeper[:, None])
             places, inside = self._places(part)
@@ -317,20 +422,10 @@ class _Work:
             if self.label_smoothing:
                 full.sub_((factor * (self.label_smoothing / self.vocabulary))[:, None])
             gradient = self._to_gradient(low, full, slope)
-            if buffer_VD is None:
-                torch.mm(gradient.t(), self.hidden_ND, out=weight_grad[part])
-            else:
-                buffer_VD[part].addmm_(gradient.t(), self.hidden_ND)
+            of_head(part, gradient)
             if hidden_grad is not None:
                 hidden_grad += gradient @ self.weight_VD[part]
-            if bias_grad is not None:
-                bias_grad[part] = gradient.sum(dim=0)
-        return loss, [
-            None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype),
-            weight_grad,
-            bias_grad,
-            None,
-        ]
+        return hidden_grad
 
     def _aim(self, target_logits: Tensor, totals: Tensor | None) -> Tensor:
         """Return the logit that each token should have [N], with smoothing some of the mean of all, whose sum is given."""
@@ -343,6 +438,6 @@ class _Work:
 
     def _places(self, part: slice) -> tuple[Tensor, Tensor]:
         """Return each target's column in the chunk [N, 1] (any, where it lies outside), and 1 where it lies inside."""
-        columns = self.targets_N - part.start
+        columns = self.targets_N - (self.first + part.start)
         inside = (columns >= 0) & (columns < part.stop - part.start)
         return columns.clamp(0, part.stop - part.start - 1)[:, None], inside.to(self.exact)

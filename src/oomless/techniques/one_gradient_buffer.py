@@ -20,7 +20,7 @@ from oomless.ops.gradient_buffer import GradientDestination
 def apply(model: Any) -> None:
     """Have the embedding of ``model`` add its gradient to what is there, if it trains."""
     module = model.get_input_embeddings()
-    if module.weight.requires_grad and _only_looks_up(module):
+    if module.weight.requires_grad and only_looks_up(module):
         module.forward = _Lookup(module)
 
 
@@ -45,7 +45,7 @@ class _Lookup:
         return rows if scale is None else rows * scale.to(module.weight.dtype)
 
 
-def _only_looks_up(module: nn.Module) -> bool:
+def only_looks_up(module: nn.Module) -> bool:
     """Return whether ``module`` is torch's plain embedding, or Gemma's, which multiplies by ``embed_scale``."""
     if (
         not isinstance(module, nn.Embedding)

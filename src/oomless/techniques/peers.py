@@ -21,7 +21,7 @@ from oomless.memory.device import Device
 from oomless.techniques.fetched import Coming, Fetched
 
 _ALIGNED = 16
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """The second is its name before torch 2.13."""
 
 
@@ -52,5 +52,5 @@ class Peers:
         part: Tensor = layer.own_bytes
         whole = torch.empty(self._count * part.numel(), dtype=torch.uint8, device=self._device.torch_device)
         self._device.label([whole], "weights")
-        work = _all_gather(whole, part, group=self._group, async_op=True)
+        work = all_gather(whole, part, group=self._group, async_op=True)
         return whole, work.wait

@@ -16,7 +16,7 @@ what they would do in one; 8-bit AdamW does where no part cuts a block of 256.
 
 What cannot be cut (``why_whole``), or is not to be (``sharding: replicate``), is whole on every GPU instead, as in DDP: gradients are
 summed before the update, which is then the same everywhere. That saves no memory, but the gathering before every layer. Packed
-weights beside it are cut as bytes (``peers.py``).
+weights beside it are cut as bytes (``peers.py``), and ends that do not train by rows (``vocabulary_parts.py``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def why_whole(config: TrainConfig) -> str | None:
     if config.sharding == "replicate":
         return "sharding is replicate"
     if config.quantization:
-        return "it is small beside the packed weights"
+        return "it is small beside the rest"
     if config.optimizer not in ELEMENTWISE_OPTIMIZERS:
         return f"{config.optimizer} needs whole matrices"
     if config.trainable_rows:

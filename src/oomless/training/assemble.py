@@ -36,6 +36,7 @@ from oomless.techniques import (
     sharding,
     stream_frozen,
     trainable,
+    vocabulary_parts,
 )
 from oomless.techniques.peers import Peers
 from oomless.training import kernels
@@ -114,17 +115,21 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     if ranks.count > 1 and whole is None:
         return _assemble_shards(spec, config, device, fill, ranks)
 
+    mesh = ranks.mesh if sharding.cuts_packed(config) else None
+
     def prepare(model: Any) -> None:
         trained = trainable.trained_modules(model, config)
         if config.experts_on_host:
             experts.move_to_host(model, config.quantization, device, trained)
         if config.quantization is not None:
-            peers = None
-            if ranks.mesh is not None and sharding.cuts_packed(config):
-                peers = Peers(model, ranks.mesh, device)
+            peers = None if mesh is None else Peers(model, mesh, device)
             quantization.replace(model, config.quantization, trained, rehearsed=device.fake, peers=peers)
         if config.stream_frozen:
             stream_frozen.replace(model, device, trained)
+
+    def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:
+        if mesh is not None:
+            vocabulary_parts.apply(model, mesh, trainable.trained_modules(model, config), device)
 
     model = build.build(
         spec,
@@ -132,6 +137,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         dtype=choose_dtype(config.dtype, device),
         form=form.choose(spec, config.packing),
         prepare=prepare,
+        cut=cut,
     )
     if ranks.count > 1:
         sharding.check_no_dropout(model)
@@ -145,7 +151,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         _shape(model, config, device)
     ready = _ready(model, config, device, ranks, None)
     if ranks.count > 1:
-        held = "all but the packed weights" if sharding.cuts_packed(config) else "the whole model"
+        held = "all but what is frozen and was cut" if mesh is not None else "the whole model"
         notes = (*notes, f"every GPU holds {held}: {whole}")
     return replace(ready, notes=(*ready.notes, *notes))
 

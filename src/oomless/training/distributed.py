@@ -65,12 +65,10 @@ class Ranks:
         return items[self.rank * each : (self.rank + 1) * each]
 
     def share_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield every ``count``-th of ``batches``; as many in every process, so the last may be one that predicts nothing."""
+        """Yield every ``count``-th of ``batches``; as many and as large in every process, where need be with what predicts nothing."""
         while group := list(islice(batches, self.count)):
-            if self.rank < len(group):
-                yield group[self.rank]
-            else:
-                yield replace(group[0], labels=torch.full_like(group[0].labels, IGNORED), target_count=0)
+            nothing = replace(group[0], labels=torch.full_like(group[0].labels, IGNORED), target_count=0)
+            yield _filled_up(group[self.rank], nothing) if self.rank < len(group) else nothing
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up ``tensor``, which lies on the device, over all processes, in place."""
@@ -140,6 +138,24 @@ class Ranks:
                 raise CheckpointError(f"{what} failed in another process ({'; '.join(others)})")
         if failure is not None:
             raise failure
+
+
+def _filled_up(batch: MicroBatch, other: MicroBatch) -> MicroBatch:
+    """Return ``batch`` with as many blocks as ``other``, which predicts nothing, has, the last of them taken from there."""
+    there = len(batch.input_ids)
+    if there == len(other.input_ids):
+        return batch
+
+    def filled_up(own: Tensor, others: Tensor) -> Tensor:
+        return torch.cat([own, others[there:]])
+
+    return replace(
+        batch,
+        input_ids=filled_up(batch.input_ids, other.input_ids),
+        labels=filled_up(batch.labels, other.labels),
+        position_ids=filled_up(batch.position_ids, other.position_ids),
+        document_lengths=(*batch.document_lengths, *other.document_lengths[there:]),
+    )
 
 
 ALONE = Ranks()

@@ -43,6 +43,9 @@ def write(
     """
     adapted = checkpoint.is_adapted(model)
     late = save.original_weights(model, source, device) if frozen_layers.has_frozen_layers(model) else {}
+    in_parts = (
+        sharding.has_parts(model) and not late
+    )  # what is cut beside packed weights is read from the files as they are
 
     def fill(folder: Path) -> None:
         if adapted and not merge:
@@ -55,10 +58,10 @@ def write(
             checkpoint.save_tokenizer(tokenizer, folder)
         else:
             _take_over(last, folder)
-        check_saved(folder, model, device, late, alone=not sharding.has_parts(model))
+        check_saved(folder, model, device, late, alone=not in_parts)
 
     with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
-        if adapted and merge and sharding.has_parts(model):
+        if adapted and merge and in_parts:
             _write_merged_parts(target, model, tokenizer, source, device, ranks)
             return
         with ranks.together("the final model"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from oomless.models import body
 from oomless.ops.gradient_buffer import GradientDestination
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
+from oomless.techniques import vocabulary_parts
 from oomless.techniques.trainable import body_trains
 from oomless.techniques.trained_rows import rows_of
 
@@ -70,18 +71,32 @@ def head_loss(
     head = model.get_output_embeddings()
     softcap, logit_scale = body.logit_transform(model.config)
     rows, row_ids = rows_of(head)
-    return linear_cross_entropy(
-        hidden.flatten(0, -2),
-        head.weight,
-        labels.flatten(),
-        bias=head.bias,
-        rows=rows,
-        row_ids=row_ids,
-        scale=scale,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        chunk_bytes=chunk_bytes,
-        destination=destination,
-    )
+    parts = vocabulary_parts.of(head)
+    weight, bias, tokens_at_once = head.weight, head.bias, hidden[..., 0].numel()
+    if parts is not None:
+        weight, tokens_at_once = parts.weight, parts.tokens_at_once(chunk_bytes)
+        bias = None if bias is None else bias[parts.first :][: len(weight)]
+    losses = [
+        linear_cross_entropy(
+            some,
+            weight,
+            targets,
+            bias=bias,
+            rows=rows,
+            row_ids=row_ids,
+            scale=scale,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            chunk_bytes=chunk_bytes,
+            destination=destination,
+            parts=parts,
+        )
+        for some, targets in zip(
+            torch.split(hidden.flatten(0, -2), tokens_at_once),
+            torch.split(labels.flatten(), tokens_at_once),
+            strict=True,
+        )
+    ]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
