@@ -19,12 +19,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oomless.config import TrainConfig
 from oomless.errors import CheckpointError, ConfigError, HardwareError, ModelError
 from oomless.export import plan as planning
 from oomless.export import verify
+from oomless.export.compare import Pair
 from oomless.export.plan import make_plan
 from oomless.export.run import export
-from oomless.export.source import find
+from oomless.export.source import find, find_two
+from oomless.training.loop import train
 
 LORA = {"trainable": "lora", "lora_r": 4}
 MODES = {
@@ -427,3 +430,29 @@ def test_two_exports_to_one_place(make_run, tmp_path):
     export(first, say)
     assert refused
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+
+
+def test_a_run_is_found_from_every_folder(make_checkpoint, corpus, tmp_path, monkeypatch):
+    """Its model and its text were named from the folder that it was begun in; of one of an earlier version --base is asked for."""
+    begun_in, elsewhere = tmp_path / "begun in", tmp_path / "elsewhere"
+    begun_in.mkdir()
+    elsewhere.mkdir()
+    shutil.copytree(make_checkpoint("llama"), begun_in / "model")
+    shutil.copy(corpus, begun_in / "text.jsonl")
+    settings = {**LORA, "max_seq_length": 32, "max_steps": 2, "dtype": "fp32", "gpu": "cpu", "eval_fraction": 0.1}
+    config = {"model": "model", "tokenizer": "model", "data": "tex*.jsonl", "output_dir": "run", **settings}
+    monkeypatch.chdir(begun_in)
+    train(TrainConfig.from_mapping(config))
+    train(TrainConfig.from_mapping({**config, "max_steps": 3, "resume": True}))
+    monkeypatch.chdir(elsewhere)
+    export(make_plan(begun_in / "run", "safetensors", verify="sample"))
+    assert Pair(begun_in / "run", held_out=True).compare().base.losses
+    saved = begun_in / "run" / "checkpoint-3" / "trainer" / "state.json"
+    config_file = begun_in / "run" / "config.yaml"
+    assert str(begun_in / "tex*.jsonl") in config_file.read_text()
+    for path in (saved, config_file):
+        path.write_text(path.read_text().replace(str(begun_in / "model"), "model"))
+    for find_it in (find, find_two):
+        with pytest.raises(ModelError, match=r"began with the model model, which is not found: .*--base"):
+            find_it(begun_in / "run")
+        find_it(begun_in / "run", base=str(begun_in / "model"))

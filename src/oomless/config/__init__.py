@@ -9,6 +9,8 @@ until that choice is made, and get their defaults then.
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,15 @@ class TrainConfig(Recovery, Running, Memory, Optimizer, Batch, Trained, Data, Mo
         if getattr(self, name) is None:
             self.put(name, value)
 
+    def from_anywhere(self) -> TrainConfig:
+        """Return the same settings, with what a run reads named from the root of the disk, so that they mean the same from every folder."""
+        texts = {
+            key: [dataclasses.replace(source, path=_from_root(source.path)) for source in getattr(self, key)]
+            for key in ("data", "eval_data")
+        }
+        names = {key: _from_root(name) for key in ("model", "tokenizer") if (name := getattr(self, key)) is not None}
+        return dataclasses.replace(self, **texts, **names)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are set, as plain values for YAML or JSON."""
         return plain(dataclasses.asdict(self))
@@ -102,6 +113,12 @@ def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
             values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, known[key])
     folder = adapter.folder_of(values["model"]) if "model" in values else None
     return values if folder is None else adapter.agree(folder, values)
+
+
+def _from_root(path: str) -> str:
+    """Return ``path`` from the root, where it is a file, a folder or a glob of some; a name on the Hub as it is."""
+    whole = os.path.abspath(os.path.expanduser(path))
+    return whole if os.path.exists(whole) or next(glob.iglob(whole, recursive=True), None) else path
 
 
 def outrank(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

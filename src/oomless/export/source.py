@@ -95,9 +95,10 @@ def find_two(place: Path, which: str | None = None, base: str | None = None) -> 
     if whole and located.run is None:
         raise ConfigError(f"nothing in {place} says what it was trained from: give the folder of a run, or an adapter")
     found = _of_folder(located, None if whole else base)
+    said_by = None if base else found.folder
     if base is None and located.run is not None:
         base = located.run.model
-    begun_with = found.base if base is None else resolve(base, trust_remote_code=found.base.trust_remote_code)
+    begun_with = found.base if base is None else _resolved(base, found.base.trust_remote_code, said_by)
     folder = begun_with.folder if base is None else begun_with.adapter or begun_with.folder
     if folder is None:
         raise ModelError(f"{base} is a config without weights: give the folder of the model with --base")
@@ -192,10 +193,22 @@ def _of_folder(located: _Located, base: str | None) -> Source:
     if kind == "model" and base is not None:
         raise ConfigError(f"--base is for an adapter; {folder} holds a whole model: leave it out")
     whole = str(folder) if kind == "model" else base or _base_of(folder, kind, run)
-    spec = resolve(whole, trust_remote_code=run is not None and run.trust_remote_code)
+    spec = _resolved(whole, run is not None and run.trust_remote_code, None if base or kind == "model" else folder)
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: give the folder of the model with --base")
     return Source(folder=folder, kind=kind, base=spec, name=located.name, run=run, saved=located.saved)
+
+
+def _resolved(name: str, trust_remote_code: bool, changed: Path | None) -> ModelSpec:
+    """Return the spec of ``name``, which is what the weights in ``changed`` say that they began with."""
+    try:
+        return resolve(name, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        if changed is None:
+            raise
+        raise ModelError(
+            f"{changed} began with the model {name}, which is not found: {error} Or name its folder with --base"
+        ) from error
 
 
 def _base_of(folder: Path, kind: Kind, run: TrainConfig | None) -> str:

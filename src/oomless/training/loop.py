@@ -38,7 +38,7 @@ def train(
     """
     run = Path(config.output_dir)
     gpus = distributed.world_size()
-    config = sharding.shared(config, gpus)
+    config = sharding.shared(config.from_anywhere(), gpus)
     sharding.check(config, gpus)
     device = open_device(config.gpu)
     listener, standing = listener or Listener(), None

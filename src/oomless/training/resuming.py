@@ -61,7 +61,7 @@ def checkpoint_to_resume(
 
 
 def _check_same_config(earlier: TrainConfig, config: TrainConfig) -> None:
-    before, now = earlier.to_dict(), config.to_dict()
+    before, now = earlier.from_anywhere().to_dict(), config.to_dict()
     for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(key) != now.get(key):
             raise ConfigError(
