@@ -61,12 +61,12 @@ class TrainConfig(Recovery, Running, Memory, Optimizer, Batch, Trained, Data, Mo
 
     def from_anywhere(self) -> TrainConfig:
         """Return the same settings, with what a run reads named from the root of the disk, so that they mean the same from every folder."""
-        texts = {
+        found: dict[str, Any] = {
             key: [dataclasses.replace(source, path=_from_root(source.path)) for source in getattr(self, key)]
             for key in ("data", "eval_data")
         }
-        names = {key: _from_root(name) for key in ("model", "tokenizer") if (name := getattr(self, key)) is not None}
-        return dataclasses.replace(self, **texts, **names)
+        found |= {key: _from_root(name) for key in ("model", "tokenizer") if (name := getattr(self, key)) is not None}
+        return dataclasses.replace(self, **found)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are set, as plain values for YAML or JSON."""
