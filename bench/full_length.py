@@ -29,6 +29,7 @@ CLAIMS = {
     "damage": "training/test_survival.py::test_every_flip_and_cut_is_noticed",
     "exports_killed": "export/test_export.py::test_killed_at_every_moment_it_goes_on",
     "exports_on_full_disks": "export/test_export.py::test_a_disk_that_is_full_or_read_only",
+    "exports_in_every_form": "export/test_gguf.py::test_every_mode_in_every_form",
     "llama_cpp": "export/test_llama_cpp.py",
     "soak": "training/test_survival.py::test_soak",
     "picks": "planning/test_search.py::test_the_pick_is_the_best_of_all",

@@ -88,7 +88,13 @@ def test_every_mode_is_merged_right(run, tmp_path):
     assert loaded.config.tie_word_embeddings == final.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("mode", ["lora", "dora", "experts", "lora and an untied head", "lora and rows"])
+OFTEN = ("lora", "dora", "experts", "lora and an untied head", "lora and rows")
+WITH_ADAPTERS = [mode for mode, (_, _, settings) in MODES.items() if settings["trainable"].startswith("lora")]
+
+
+@pytest.mark.parametrize(
+    "mode", [mode if mode in OFTEN else pytest.param(mode, marks=pytest.mark.slow) for mode in WITH_ADAPTERS]
+)
 def test_an_adapter_is_loaded_by_peft(make_run, tmp_path, mode):
     architecture, tied, settings = MODES[mode]
     run = make_run(architecture, tied=tied, **settings)
@@ -170,12 +176,20 @@ def test_a_model_and_a_checkpoint_are_exported_as_well(make_run, tmp_path):
         assert filecmp.cmp(place / "model.safetensors", tmp_path / str(number) / "model.safetensors", shallow=False)
 
 
-def test_the_card_says_what_was_trained_on_what(make_run, corpus, tmp_path):
-    run = make_run("llama", **LORA)
+@pytest.mark.parametrize("settings", [LORA, {"trainable": "full"}])
+def test_the_card_says_what_was_trained_on_what(make_run, corpus, tmp_path, settings):
+    run = make_run("llama", **settings)
     export(make_plan(run, "safetensors", output=tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
     model = json.loads((run / "checkpoint-2/trainer/state.json").read_text())["config"]["model"]
-    for word in (f"base_model: {model}", str(corpus), "2 steps", "lora_r: 4", "library_name: transformers", "float32"):
+    for word in (
+        f"base_model: {model}",
+        str(corpus),
+        "2 steps",
+        f"trainable: {settings['trainable']}",
+        "library_name: transformers",
+        "float32",
+    ):
         assert word in card, word
 
 

@@ -16,6 +16,8 @@ from oomless.export.plan import make_plan
 from oomless.export.run import export
 from oomless.export.stream import first_difference
 
+from .test_export import MODES
+
 LORA = {"trainable": "lora", "lora_r": 4}
 TEXT = "def export(self, name):\n    return self.what(name) or None\n"
 GEMMA = dict(head_dim=16, query_pre_attn_scalar=16, hidden_activation="gelu_pytorch_tanh")
@@ -87,6 +89,33 @@ def test_what_transformers_does_not_read_is_read_back(make_run, tmp_path, name):
     with pytest.raises(ConfigError, match="--verify sample"):
         make_plan(run, "gguf", output=tmp_path / "out", verify="full")
     assert export(make_plan(run, "gguf", output=tmp_path / "out")).checked.how == "sample"
+
+
+OF_GGUF = {
+    **{mode: made for mode, made in MODES.items() if made[0] in ("llama", "qwen2", "qwen3")},
+    "experts": ("qwen3_moe", False, LORA),
+    "experts, nf4": ("qwen3_moe", False, {**LORA, "quantization": "nf4"}),
+    "experts, full": ("qwen3_moe", False, {"trainable": "full"}),
+    "rank-stabilised, tied": ("gemma2", True, {**LORA, "use_rslora": True}),
+}
+TARGETS = dict.fromkeys(("fp32", "bf16", "fp16", *QUANTIZATIONS), pytest.mark.full_length)
+TARGETS |= {"fp32": (), **dict.fromkeys(("fp16", "q8_0", "q4_k_m"), pytest.mark.slow)}
+
+
+@pytest.mark.parametrize("mode", OF_GGUF)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=marks) for kind, marks in TARGETS.items()])
+def test_every_mode_in_every_form(make_run, tmp_path, record_property, mode, kind):
+    """Read by transformers, its logits are within the tolerance of the form; in fp32 they are those of the run's own final model."""
+    name, tied, settings = OF_GGUF[mode]
+    run = make_run("llama", tied=tied, shape=tuple(SHAPES[name].items()), **settings)
+    choice = {"quantize": kind} if kind in QUANTIZATIONS else {"dtype": kind}
+    exported = export(make_plan(run, "gguf", output=tmp_path / "out", verify="full", **choice))
+    record_property("logits off by millionths", round(exported.checked.error * 1e6))
+    assert exported.checked.error <= exported.checked.tolerance
+    if kind == "fp32":
+        _, found = logits(exported.folder, "model-f32.gguf", run / "model")
+        _, wanted = logits(run / "model")
+        assert (found - wanted).norm() / wanted.norm() < 1e-5
 
 
 def merged_and_stored(make_run, tmp_path, kind):

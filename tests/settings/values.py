@@ -34,7 +34,7 @@ CHOSEN = {
     "trainable_rows": ["5", "5,10-20", "0-3,500"],
     "lora_r": [1, 4, 16],
     "lora_alpha": [0.5, 16, 32.0],
-    "lora_target_modules": ["all-linear", "q_proj", "q_proj,v_proj"],
+    "lora_target_modules": ["all-linear", "q_proj", "q_proj,v_proj", r".*\.0\..*_proj"],
     "per_device_train_batch_size": [1, 2, 3],
     "tokens_per_step": [LENGTH, 2 * LENGTH, 4 * LENGTH],
     "num_train_epochs": [0.001, 0.01, 0.02],
@@ -58,7 +58,7 @@ WRONG = {
     "cache_dir": ["{corpus}/below", "/proc/below", ""],
     "trainable": ["", "lora+", "full+lora", "layers.99", "lm_hed"],
     "trainable_rows": ["x", "20-10", "5,,6", "99999", "-1"],
-    "lora_target_modules": ["nothing", "", "q_prj"],
+    "lora_target_modules": ["nothing", "", "q_prj", "q_proj("],
     "optimizer": ["adam", "", "AdamW"],
     "max_seq_length": ["1", "1.5", "100000", "x"],
 }

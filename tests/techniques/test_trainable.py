@@ -60,6 +60,17 @@ def test_lora_targets(make_checkpoint):
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trains(model)} == {"q_proj", "v_proj"}
 
 
+def test_lora_targets_by_an_expression(make_checkpoint):
+    model = applied(make_checkpoint("llama"), trainable="lora", lora_target_modules=r".*layers\.1\..*\.(q|up)_proj")
+    assert {name.split(".lora_")[0] for name in trains(model)} == {
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    }
+    for wrong, message in ((r"q_proj(", "no regular expression"), (r".*\.9\..*", "names no linear layer")):
+        with pytest.raises(ConfigError, match=message):
+            applied(make_checkpoint("llama"), trainable="lora", lora_target_modules=wrong)
+
+
 class TestTied:
     @pytest.mark.parametrize("part", ["lm_head", "embed_tokens"])
     def test_choice_must_be_made_and_its_cost_is_shown(self, make_checkpoint, part):

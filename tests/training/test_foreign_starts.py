@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from oomless.config import TrainConfig
-from oomless.errors import ConfigError
+from oomless.errors import ConfigError, ModelError
 from oomless.export.compare import Pair
+from oomless.export.plan import make_plan
+from oomless.export.run import export
 from oomless.memory.device import Device
 from oomless.models.spec import load_tokenizer, resolve, resolve_for_plan
 from oomless.planning.given import read_given
@@ -27,6 +29,42 @@ ADAPTERS = {
     "transposed": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "with a head": ("llama", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
     "all layers": ("llama", {"target_modules": "all-linear"}),
+    "ranks and scales by pattern": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 3},
+            "alpha_pattern": {"layers.0.mlp.down_proj": 32},
+        },
+    ),
+    "layers by pattern": ("llama", {"target_modules": r".*layers\.1\..*(q|v)_proj|.*\.0\.mlp\.(up|down)_proj"}),
+    "some layers": (
+        "gpt2",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "layers_to_transform": [1], "fan_in_fan_out": True},
+    ),
+    "a layer of a stack": (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    ),
+    "all but some": ("llama", {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    "all but a pattern": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*_proj"}),
+    "rows of the embedding": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [210, 5, 7]}),
+    "rows of both": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [27, 14], "lm_head": [14, 27]},
+        },
+    ),
+    "experts by pattern": (
+        "mixtral",
+        {
+            "target_modules": r".*\.q_proj",
+            "target_parameters": ["mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"experts.down_proj": 32},
+        },
+    ),
 }
 
 
@@ -38,7 +76,9 @@ def make_adapter(make_checkpoint, tmp_path):
         base = make_checkpoint(architecture)
         torch.manual_seed(3)
         plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-        model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", **settings))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # it uses those of parameters
+            model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", **settings))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -116,6 +156,22 @@ def test_what_is_trained_on_is_an_adapter_of_the_base(make_adapter, make_checkpo
         assert side.losses["library.jsonl"] == pytest.approx(measured["eval_loss/library.jsonl"], abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["ranks and scales by pattern", "all but a pattern", "rows of the embedding"])
+def test_what_went_on_is_exported(make_adapter, corpus, tmp_path, kind):
+    """The adapter that comes of it is what peft makes of it, and so is what is merged."""
+    architecture, made = ADAPTERS[kind]
+    folder, _ = make_adapter(architecture, **made)
+    train(settings(folder, corpus, tmp_path / "run"))
+    for to in ("adapter", "safetensors"):
+        plan = make_plan(tmp_path / "run", to, verify="full")
+        assert export(plan).checked.error < 1e-4
+    final, merged = (
+        AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager")(IDS).logits
+        for place in (tmp_path / "run" / "model", plan.target)
+    )
+    assert (final - merged).abs().max() < 1e-4
+
+
 def test_a_plan_and_a_search_take_the_adapter_as_it_is(make_adapter):
     folder, _ = make_adapter(target_modules=["q_proj"], use_rslora=True)
     pins = read_given({"model": str(folder)})
@@ -133,14 +189,26 @@ def test_a_plan_and_a_search_take_the_adapter_as_it_is(make_adapter):
         ({}, {"trainable": "full"}, "has trainable lora.* got full: .*oomless export"),
         ({}, {"lora_r": 8}, "has lora_r 4.* got 8"),
         ({"bias": "lora_only"}, {}, "has bias"),
-        ({"rank_pattern": {"q_proj": 2}}, {}, "has rank_pattern"),
-        ({"target_modules": r".*\.q_proj"}, {}, "by a pattern"),
+        ({"init_lora_weights": "olora"}, {}, "has init_lora_weights olora"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+            {},
+            "rows of one embedding and other rows",
+        ),
+        ({"trainable_token_indices": [1], "modules_to_save": ["lm_head"]}, {}, "or all, of another"),
     ],
 )
 def test_what_cannot_go_on_says_how_it_can(make_adapter, corpus, tmp_path, made, given, message):
     folder, _ = make_adapter(**{"target_modules": ["q_proj"], **made})
     with pytest.raises(ConfigError, match=message):
         settings(folder, corpus, tmp_path / "run", **given)
+
+
+@pytest.mark.parametrize("began", ["olora", "pissa"])
+def test_what_changed_the_models_own_matrices_is_not_merged_into_them(make_adapter, tmp_path, began):
+    folder, _ = make_adapter(target_modules=["q_proj"], init_lora_weights=began)
+    with pytest.raises(ModelError, match=f"has init_lora_weights {began}, .* merge it with peft"):
+        make_plan(folder, "safetensors", output=tmp_path / "merged")
 
 
 def test_damaged_adapters(make_adapter, corpus, tmp_path):

@@ -6,6 +6,7 @@ So what trains, and LoRA's own settings, are those of the adapter: they are fill
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,14 @@ FILE = "adapter_config.json"
 _OWN = ("lora_dropout", "merge_lora")
 """LoRA's settings that a run may choose anew."""
 
-_UNKNOWN = (
-    "rank_pattern",
-    "alpha_pattern",
-    "layer_replication",
-    "lora_bias",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
+_OTHER = (
+    *("layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
-"""What peft does beside LoRA, and no setting here says."""
+"""What makes another model of LoRA than the sum of a matrix and a product of two."""
+
+_CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How an adapter begins that takes what it begins with off the model's own matrices, which it is then of no use beside."""
 
 
 def folder_of(model: object) -> Path | None:
@@ -62,6 +62,27 @@ def base_of(folder: Path) -> str:
     return str(named)
 
 
+def beyond_lora(said: Mapping[str, Any]) -> list[str]:
+    """Return what the adapter of which ``said`` is told is, beside LoRA, that its tensors and its model's do not tell."""
+    begun = str(said.get("init_lora_weights"))
+    changed = [f"init_lora_weights {begun}"] if begun.startswith(_CHANGES_THE_MODEL) else []
+    return [*(name for name in _OTHER if said.get(name)), *changed]
+
+
+def patterns(model: object) -> dict[str, Any]:
+    """Return the ranks and scales of single layers of the adapter that ``model`` names, as peft has them; none of a model."""
+    folder = folder_of(model)
+    said = {} if folder is None else facts(folder)
+    return {name: dict(said.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+
+
+def row_ids(said: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the rows of embeddings that train, in the order of the file, by the last part of their modules' names."""
+    named = said.get("trainable_token_indices") or {}
+    named = named if isinstance(named, Mapping) else {"embed_tokens": named}
+    return {str(name).rpartition(".")[2]: [int(number) for number in ids] for name, ids in named.items()}
+
+
 def agree(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``given`` with the settings of the adapter in ``folder``.
 
@@ -86,7 +107,7 @@ def agree(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     said = facts(folder)
-    odd = [name for name in _UNKNOWN if said.get(name)]
+    odd = beyond_lora(said)
     if said.get("peft_type", "LORA") != "LORA":
         raise ConfigError(
             f"the adapter in {folder} is of the kind {said['peft_type']}; LORA is trained: merge it into its model with peft"
@@ -99,12 +120,21 @@ def _settings(folder: Path) -> dict[str, Any]:
         )
     whole = sorted({str(name).rpartition(".")[2] for name in said.get("modules_to_save") or ()})
     try:
+        rows = row_ids(said)
+        ids = {tuple(sorted(numbers)) for numbers in rows.values()}
+        if len(ids) > 1 or (rows and whole):
+            raise ConfigError(
+                f"the adapter in {folder} trains some rows of one embedding and other rows, or all, of another, with which it cannot go on "
+                f"training here: {_merged(folder)}"
+            )
+        of_rows = {"trainable_rows": ",".join(map(str, *ids))} if rows else {}
         return {
-            "trainable": "+".join(["lora", *whole]),
+            "trainable": "+".join(["lora", *whole, *sorted(rows)]),
+            **of_rows,
             "lora_r": int(said["r"]),
             "lora_alpha": float(said["lora_alpha"]),
             "lora_dropout": float(said.get("lora_dropout") or 0.0),
-            "lora_target_modules": _targets(folder, said),
+            "lora_target_modules": _targets(said),
             "use_rslora": bool(said.get("use_rslora")),
             "use_dora": bool(said.get("use_dora")),
         }
@@ -112,16 +142,38 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / FILE} is damaged: {error!r}") from error
 
 
-def _targets(folder: Path, said: Mapping[str, Any]) -> str:
+def _targets(said: Mapping[str, Any]) -> str:
+    """Return which layers have the adapter: their endings, or a pattern where peft picks them otherwise."""
     named = said.get("target_modules") or []
-    if isinstance(named, str) and named != "all-linear":
-        raise ConfigError(
-            f"the adapter in {folder} names its layers by a pattern ({named}), with which it cannot go on: {_merged(folder)}"
-        )
-    if isinstance(named, str):
-        return named
     experts = [str(name).removesuffix(".weight") for name in said.get("target_parameters") or ()]
-    return ",".join(sorted([*map(str, named), *experts]))
+    picked = _picked(said)
+    if isinstance(named, str) and (named == "all-linear" or not (picked or experts)):
+        return named
+    if not isinstance(named, str) and not picked:
+        return ",".join(sorted([*map(str, named), *experts]))
+    linear = picked + (f"(?:{named})" if isinstance(named, str) else _ending(named))
+    return "|".join([f"(?:{linear})", *([_ending(experts)] if experts else [])])
+
+
+def _picked(said: Mapping[str, Any]) -> str:
+    """Return what a name must begin with beside the names of the layers, as expressions that look ahead."""
+    found = ""
+    if excluded := said.get("exclude_modules"):
+        found += f"(?!(?:{excluded})$)" if isinstance(excluded, str) else f"(?!{_ending(excluded)}$)"
+    layers = said.get("layers_to_transform")
+    numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
+    if numbers and not isinstance(said.get("target_modules"), str):
+        stack = said.get("layers_pattern") or ()
+        stacks = "|".join([stack] if isinstance(stack, str) else stack)
+        before = (
+            rf"(?:.*?\.)?(?:{stacks})\." if stacks else r"(?:(?!\d+\.)[^.]+\.)+"
+        )  # the first number of a name is the layer's
+        found += rf"(?={before}(?:{'|'.join(map(str, numbers))})\.)"
+    return found
+
+
+def _ending(names: Any) -> str:
+    return rf"(?:.*\.)?(?:{'|'.join(sorted(re.escape(str(name)) for name in names))})"
 
 
 def _merged(folder: Path) -> str:

@@ -47,7 +47,8 @@ class Trained:
     """Dropout before LoRA's first matrix. [default: 0]"""
 
     lora_target_modules: str | None = None
-    """Linear layers that get LoRA: all-linear, or name endings joined by commas. [default: all-linear]"""
+    """Linear layers that get LoRA: all-linear, name endings joined by commas, or a regular expression that is all of a name.
+    [default: all-linear]"""
 
     use_rslora: bool | None = None
     """Scale LoRA by alpha / sqrt(r) instead of alpha / r. [default: off]"""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oomless.config.adapter import beyond_lora
 from oomless.errors import ModelError
 from oomless.export.changes import Change, LowRank, Replaced, Rows, low_rank
 from oomless.export.source import TRAINED, Source
@@ -162,7 +163,7 @@ def _scale(settings: Mapping[str, Any], name: str, rank: int) -> float:
 
 def _require_mergeable(source: Source, settings: Mapping[str, Any]) -> None:
     kind = settings.get("peft_type")
-    odd = [name for name in ("layer_replication", "lora_bias", "alora_invocation_tokens") if settings.get(name)]
+    odd = beyond_lora(settings)
     if kind != "LORA":
         raise ModelError(f"{source.folder} is an adapter of the kind {kind}; LORA is merged: merge it with peft")
     if odd:

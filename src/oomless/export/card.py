@@ -28,7 +28,7 @@ def write(plan: Plan, folder: Path) -> None:
 def text(plan: Plan) -> str:
     """Return the card of ``plan``: the Hub's front matter, then prose."""
     source = plan.source
-    base = source.base.config._name_or_path
+    base = source.began_with
     front: dict[str, Any] = {"base_model": base, "library_name": _library(plan), "tags": ["oomless"]}
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_title(plan)}", ""]
     if source.run is None:

@@ -152,11 +152,11 @@ def _stored(tensor: _Tensor, padding: int) -> Iterator[Any]:
 
     for part in tensor.parts():
         require_range(tensor.name, part, torch.float32 if tensor.kind in ("f32", "bf16") else torch.float16)
-        part = part.float().contiguous()
+        numbers = part.float().contiguous().numpy()
         if tensor.kind in k_quants.KINDS:
-            yield k_quants.quantize(part, tensor.kind).numpy().data
+            yield k_quants.quantize(numbers, tensor.kind).data
         else:
-            yield gguf.quants.quantize(part.numpy(), _type(tensor.kind)).data
+            yield gguf.quants.quantize(numbers, _type(tensor.kind)).data
     yield bytes(padding)
 
 

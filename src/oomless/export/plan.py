@@ -30,6 +30,9 @@ RECORD = "export.json"
 _BESIDE_BYTES = 32 * MiB
 """What tokenizer, config and card take at most."""
 
+_BEGINNING_S = 2.0
+"""What is made in less may have taken most of it to begin, and is timed again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -61,7 +64,7 @@ class Plan:
         """Return what it takes, for a program."""
         return {
             "from": str(self.source.folder),
-            "base": self.source.base.name,
+            "base": self.source.began_with,
             "target": str(self.target),
             "to": self.to,
             "numbers": self.files.dtype,
@@ -166,7 +169,6 @@ def _rehearse(piece: Piece, target: Path) -> tuple[int, float]:
         )
     device, folder = Device(), _existing(target)
     resident = device.usage().allocated_bytes
-    began = time.perf_counter()
 
     def make() -> None:
         with TemporaryFile(dir=folder) as file:
@@ -175,10 +177,16 @@ def _rehearse(piece: Piece, target: Path) -> tuple[int, float]:
                 file.write(memoryview(part).cast("B")[: 64 * MiB])
 
     try:
+        began = time.perf_counter()
         beyond = device.most_beyond(make)
+        seconds = time.perf_counter() - began
+        if seconds < _BEGINNING_S:
+            began = time.perf_counter()
+            make()
+            seconds = time.perf_counter() - began
     except OSError as error:
         raise CheckpointError(f"nothing can be written to {folder}: {error.strerror}; give another --output") from error
-    return resident + beyond, (time.perf_counter() - began) / max(1, piece.size)
+    return resident + beyond, seconds / max(1, piece.size)
 
 
 def _require_room(plan: Plan) -> None:

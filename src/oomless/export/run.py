@@ -66,7 +66,7 @@ def export(plan: Plan, say: Say = lambda text, share: None) -> Exported:
             "to": plan.to,
             "numbers": plan.files.dtype,
             "from": str(plan.source.folder),
-            "base": plan.source.base.name,
+            "base": plan.source.began_with,
             "step": None if plan.source.saved is None else plan.source.saved.step,
             "verified": checked.to_dict(),
         }

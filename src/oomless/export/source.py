@@ -49,6 +49,13 @@ class Source:
     """The checkpoint of the run that it is."""
 
     @property
+    def began_with(self) -> str:
+        """The name of the model that training changed; of what nobody trained here, the model itself."""
+        if self.kind == "model" and self.run is not None:
+            return self.run.model
+        return str(self.base.config._name_or_path)
+
+    @property
     def adapter(self) -> Mapping[str, Any]:
         """What ``adapter_config.json`` says."""
         found: dict[str, Any] = read_json(self.folder / "adapter_config.json")

@@ -29,16 +29,21 @@ class ExpertAdapter(nn.Module):
     """The adapter of one stack of ``shape``, [E, rows, columns] of the matrices, which are [in, out] if ``transposed``."""
 
     def __init__(
-        self, shape: tuple[int, int, int], transposed: bool, config: TrainConfig, dtype: torch.dtype, device: Device
+        self,
+        shape: tuple[int, int, int],
+        transposed: bool,
+        config: TrainConfig,
+        rank: int,
+        alpha: float,
+        dtype: torch.dtype,
+        device: Device,
     ) -> None:
         super().__init__()
-        assert config.lora_r is not None
-        assert config.lora_alpha is not None
         self.experts, rows, columns = shape
         self.inputs, self.outputs = (rows, columns) if transposed else (columns, rows)
-        self.rank, self.transposed = config.lora_r, transposed
+        self.rank, self.transposed = rank, transposed
         self.dropout = config.lora_dropout or 0.0
-        self.scaling = config.lora_alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
+        self.scaling = alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
         self.merged = False
         self.A = nn.Parameter(
             torch.empty(self.experts * self.rank, self.inputs, dtype=dtype, device=device.torch_device)
@@ -87,8 +92,8 @@ def targets(model: Any) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def inject(model: Any, names: list[str], config: TrainConfig, device: Device) -> None:
-    """Give the stacks ``names`` of ``model`` their adapters.
+def inject(model: Any, names: list[str], config: TrainConfig, device: Device, settings: Any) -> None:
+    """Give the stacks ``names`` of ``model`` their adapters, of the ranks and scales that peft's ``settings`` say.
 
     Raises:
         ConfigError: they are to be DoRA's, which peft has no form for.
@@ -99,10 +104,17 @@ def inject(model: Any, names: list[str], config: TrainConfig, device: Device) ->
             "q_proj,k_proj,v_proj,o_proj, or leave use_dora out",
             *("use_dora", "lora_target_modules"),
         )
+    from peft.utils.other import get_pattern_key
+
     known = targets(model)
     for name in names:
         module, stack = known[name]
-        adapter = ExpertAdapter(getattr(module, stack).shape, module.is_transposed, config, model.dtype, device)
+        rank, alpha = (
+            pattern.get(get_pattern_key(list(pattern), name), usual)
+            for pattern, usual in ((settings.rank_pattern, settings.r), (settings.alpha_pattern, settings.lora_alpha))
+        )
+        shape = getattr(module, stack).shape
+        adapter = ExpertAdapter(shape, module.is_transposed, config, rank, alpha, model.dtype, device)
         setattr(module, PREFIX + stack, adapter)
 
 

@@ -9,6 +9,7 @@ model given, in place; ``lm_head`` and ``embed_tokens`` beside LoRA are trained 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from oomless.config import TrainConfig
+from oomless.config import adapter as settings
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
@@ -53,16 +55,18 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
         use_dora=config.use_dora,
         target_modules=linear,
         task_type="CAUSAL_LM",
+        **settings.patterns(config.model),
     )
     if linear:
         with warnings.catch_warnings(), torch.device("meta"):
-            # peft asks transformers about gradient checkpointing under a name that transformers is giving up, and says how GPT-2's
-            # matrices lie.
+            # peft asks transformers about gradient checkpointing under a name that transformers is giving up, says how GPT-2's
+            # matrices lie, and takes patterns for experts to be of no use.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             peft.inject_adapter_in_model(adapter, _Unknown(model), adapter_name=ADAPTER)
     model.peft_config = {ADAPTER: adapter}
-    expert_adapters.inject(model, stacks, config, device)
+    expert_adapters.inject(model, stacks, config, device, adapter)
     for module in _adapted_layers(model):
         _materialise(module, model.dtype, device)
     for parameter in trained:
@@ -142,9 +146,9 @@ def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[
         if not any(found):
             raise ConfigError("this model has no linear layer that can have an adapter: train it without lora")
         return found
-    endings = [ending.strip() for ending in wanted.split(",")]
+    endings = [wanted] if _PATTERN.search(wanted) else [ending.strip() for ending in wanted.split(",")]
     for ending in endings:
-        named = [name for name in [*obstacles, *stacks] if name == ending or name.endswith(f".{ending}")]
+        named = [name for name in [*obstacles, *stacks] if _is_named(name, ending)]
         if not named:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear | stacks})
             raise ConfigError(
@@ -153,8 +157,22 @@ def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[
             )
         if obstacle := next((obstacles[name] for name in named if obstacles.get(name)), None):
             raise ConfigError(f"lora_target_modules: {ending!r} cannot have an adapter: {obstacle}; leave it out")
-    named = [name for name in sorted(linear | stacks) if any(name == e or name.endswith(f".{e}") for e in endings)]
+    named = [name for name in sorted(linear | stacks) if any(_is_named(name, ending) for ending in endings)]
     return [name for name in named if name in linear], [name for name in named if name in stacks]
+
+
+_PATTERN = re.compile(r"[^\w.,\s-]")
+"""What is in an expression, and in no name of a layer."""
+
+
+def _is_named(name: str, ending: str) -> bool:
+    """Return whether ``name`` is a name that ends in ``ending``, or that it, an expression, is all of."""
+    if not _PATTERN.search(ending):
+        return name == ending or name.endswith(f".{ending}")
+    try:
+        return re.fullmatch(ending, name) is not None
+    except re.error as error:
+        raise ConfigError(f"lora_target_modules: {ending!r} is no regular expression: {error}") from error
 
 
 def _obstacle(model: Any, name: str, layer: nn.Module, unreached: Collection[str]) -> str | None:
@@ -220,10 +238,16 @@ def go_on(model: Any, folder: Path, tensors: Any, device: Device) -> tuple[str, 
             f"(oomless export {folder} --output MERGED) and give --model MERGED"
         )
     rounded = set()
+    rows = settings.row_ids(settings.facts(folder))
     with torch.no_grad():
         for name, parameter in wanted.items():
             with device.host():
                 stored = tensors.get_tensor(name)
+                if (
+                    "trainable_tokens_delta" in name
+                ):  # rows lie in the order of their ids here, and in peft's as they were named
+                    ids = rows[name.removesuffix(".token_adapter.trainable_tokens_delta").rpartition(".")[2]]
+                    stored = stored[torch.tensor(ids).argsort()]
                 tensor = stored.to(parameter.dtype)
                 if not torch.equal(tensor.to(stored.dtype), stored):
                     rounded.add(f"{stored.dtype} to {parameter.dtype}".replace("torch.", ""))
