@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from oomless.memory.device import Device
 from oomless.models import save
 from oomless.models.layout import LateTensor
+from provenance import write
 
 RANK = 16
-RESULTS = Path(__file__).parent / "results" / "export_memory.json"
 
 OURS = """
 import json, sys, time
@@ -131,5 +131,5 @@ def compare(folder: Path, size_bytes: int, *, theirs: bool = True) -> dict[str, 
 if __name__ == "__main__":
     began = time.perf_counter()
     answer = compare(Path(sys.argv[1]), round(float((sys.argv[2:] or ["4"])[0]) * 1e9))
-    RESULTS.write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
+    write("export_memory", answer)
     print(json.dumps(answer, indent=2), f"\n{time.perf_counter() - began:.0f} s in all")
