@@ -4,6 +4,7 @@ Nothing runs out, and what is allocated and reserved at most is what was planned
 with recovery as it is by default.
 """
 
+import json
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.planning.choose import choose_training
+from oomless.planning.layout import SHORT_RUN_STEPS
 from oomless.planning.plan import plan_training
 from oomless.training import loop
 
@@ -113,6 +115,23 @@ def test_a_run_in_the_size_of_its_plan(make_checkpoint, corpus, tmp_path, monkey
     architecture, shape, settings = CASES[case]
     folder = make_checkpoint(architecture, tied=True, **shape)
     in_its_size(configure(folder, corpus, tmp_path, **BASE | settings), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(recover_from_oom=False),
+        pytest.param(dict(optimizer_in_backward=True, eval_steps=4, save_steps=5), marks=pytest.mark.slow),
+    ],
+)
+def test_a_long_run_is_planned_by_its_heaviest_blocks(make_checkpoint, tmp_path, monkeypatch, settings):
+    """It is not played whole, and what weighs most comes in the middle of it, when the numbers of a step before are there."""
+    lines = ["def a(b):\n    return b + 1\n" * (40 if number == 40 else 1 + number % 3) for number in range(200)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    long = dict(max_steps=SHORT_RUN_STEPS + 4, shuffle=False, eval_fraction=0.02)
+    folder = make_checkpoint("gemma2", tied=True)
+    in_its_size(configure(folder, text, tmp_path, **BASE | long | settings), monkeypatch)
 
 
 @pytest.mark.slow

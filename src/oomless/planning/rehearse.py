@@ -247,7 +247,7 @@ def play(
         script.probe(life)
         script.play(life)
     else:
-        script.play_first_step(life)
+        script.begin(life)  # the first step's memory is then known, and its work counted
 
 
 class NoFolder(Keeper):

@@ -247,12 +247,12 @@ class Guard:
         return result
 
     def rehearse(self, batches: Sequence[MicroBatch]) -> None:
-        """Run ``batches`` as one optimizer step that changes nothing, and so find the rung at which it fits.
+        """Run ``batches`` as one optimizer step that changes nothing, and so find the rung at which it fits; not on a CPU.
 
         Raises:
-            torch.OutOfMemoryError: no rung fits.
+            torch.OutOfMemoryError: no rung fits, or the guard is not active.
         """
-        if not self.active:
+        if self.device.capacity_bytes is None:
             return
         random_before = self._random_state()
         self._rehearsing = True
@@ -265,8 +265,10 @@ class Guard:
 
     def _rehearse(self, batches: list[MicroBatch], tokens: int | None) -> None:
         self._reserve_bytes = 0
-        self._reserve_bytes = self.step.rehearse(batches, tokens)
-        self._reserve()
+        beyond = self.step.rehearse(batches, tokens)
+        if self.active:
+            self._reserve_bytes = beyond
+            self._reserve()
 
     def _recovering(
         self,

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from oomless.config import TrainConfig
 from oomless.data.loader import Loader
 from oomless.data.prepare import PreparedData
@@ -87,6 +89,8 @@ class Life:
         assert total is not None
         self.total_steps = total
         self.step, self.tokens = 0, 0
+        self.unapplied: Tensor
+        """In how many steps since the last line of metrics something was not finite; on the device."""
         self.bad_loss = BadLoss(config.on_bad_loss, config.bad_loss_factor, dynamic_scale=assembly.loss_scale.dynamic)
         self.best = Best()
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import torch
+
 from oomless.data.loader import micro_batches
 from oomless.training import steps
 from oomless.training.evaluation import evaluate
@@ -54,6 +56,7 @@ def _play(life: Life) -> None:
 def begin(life: Life) -> None:
     """Run the heaviest micro-batches that the data can give, and change nothing, so that what does not fit shows now."""
     config = life.config
+    life.unapplied = life.guard.retried(torch.zeros, (), device=life.device.torch_device)
     life.device.empty_cache()  # what was cached while the model was built and probed has not its sizes
     for blocks in life.data.train.heaviest(config.per_device_train_batch_size):
         with life.device.host():
@@ -62,15 +65,6 @@ def begin(life: Life) -> None:
         with suppress(Abandoned):  # the run was asked to end, and does so before its first step
             life.guard.rehearse(batches)
         life.device.count_work(0)
-
-
-def play_first_step(life: Life) -> None:
-    """Run as far as the first step's memory is known, counting the step's work; for a rehearsal that need not know more."""
-    if life.guard.active:
-        begin(life)
-    else:
-        life.total_steps = 1
-        steps.train(life)
 
 
 def finish(life: Life) -> None:

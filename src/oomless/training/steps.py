@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 
-import torch
-
 from oomless.config import BadLossPolicy
 from oomless.data.loader import MicroBatch, micro_batches
 from oomless.errors import DataError, HostMemoryError, TrainingError
@@ -36,13 +34,13 @@ def train(life: Life) -> None:
     audit = None
     if life.step == 0:
         audit = retried(TrainabilityAudit, parts.model, parts.optimizer, device, life.listener.said, life.ranks.any_of)
-    unapplied = retried(torch.zeros, (), device=device.torch_device)
     began, tokens_before, logged_at = time.perf_counter(), life.tokens, (time.perf_counter(), life.tokens)
     saved_at = began
     while life.step < life.total_steps and not (_lasts_too_long(life) or life.interrupted.agreed()):
         factor = learning_rate_factor(config.lr_scheduler_type, life.step, life.total_steps, config.warmup_ratio)
         for group in parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        outcome = None  # what the last one measured is not held through the next
         batches, tokens = _next_batches(life)
         device.count_work(len(batches) if life.step == life.total_steps - 1 else 0)
         outcome = _run_step(life, batches, tokens)
@@ -51,7 +49,7 @@ def train(life: Life) -> None:
             logged_at = (time.perf_counter(), life.tokens)
             continue
         life.step += 1
-        unapplied += outcome.found_inf
+        life.unapplied += outcome.found_inf
         reason = _judge(life, outcome)
         if reason is None:
             life.tokens += tokens
@@ -63,8 +61,8 @@ def train(life: Life) -> None:
         logs = reason is None and (life.step % config.logging_steps == 0 or life.step == life.total_steps)
         if logs or saves:
             loss = device.number(outcome.loss)
-            _check_finite(life, loss, device.number(unapplied), batches)
-            unapplied.zero_()
+            _check_finite(life, loss, device.number(life.unapplied), batches)
+            life.unapplied.zero_()
         if logs:
             now = time.perf_counter()
             speed = (life.tokens - logged_at[1]) / (now - logged_at[0])
