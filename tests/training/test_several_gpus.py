@@ -29,7 +29,9 @@ from oomless.planning.trial import Setting
 from oomless.techniques import sharding
 from oomless.training import checkpoint, distributed, loop
 from oomless.training.assemble import assemble, open_device
+from oomless.training.bad_loss import BadLoss
 from oomless.training.checkpoint import Checkpoint, damage, list_checkpoints
+from oomless.training.step import TrainingStep
 
 LENGTHS = (20, 1, 43)
 LONGEST_S = 120
@@ -54,6 +56,12 @@ ROUTES = {
     "int8": ("llama", False, dict(dtype="fp32", quantization="int8", trainable="lora+lm_head", lora_r=4)),
     "experts": ("mixtral", False, dict(dtype="fp32", quantization="nf4", gradient_checkpointing=True, **LORA)),
     "packed but whole": ("gemma", True, dict(dtype="fp32", quantization="int8", sharding="replicate", **LORA)),
+    "dropout": ("llama", True, dict(dtype="fp32", lora_dropout=0.3, gradient_accumulation_steps=2, **LORA)),
+    "packed with dropout": (
+        "qwen2",
+        False,
+        dict(dtype="fp32", quantization="nf4", lora_dropout=0.3, gradient_checkpointing=True, **LORA),
+    ),
     "packed beside frozen ends": (
         "gemma2",
         True,
@@ -480,6 +488,77 @@ def test_sigterm_to_one_saves_and_ends_all(make_checkpoint, corpus, tmp_path, pr
     assert [(one.step, damage(one)) for one in list_checkpoints(tmp_path / "run")] == [(2, None)]
 
 
+def terminated_in_a_step(config, rank, call):
+    """Train, and get SIGTERM in one process before its ``call``-th loss."""
+    original, calls = TrainingStep._loss, iter(range(1, 1000))
+
+    def loss(self, *arguments, **more):
+        if next(calls) == call and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **more)
+
+    TrainingStep._loss = loss
+    result = loop.train(config)
+    return [result.interrupted, result.steps]
+
+
+@pytest.mark.parametrize("parts", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_step_that_would_outlast_the_grace_of_one_is_abandoned_by_all(
+    make_checkpoint, corpus, tmp_path, processes, parts
+):
+    """Asked for in the first of the two micro-batches of step 3."""
+    settings = dict(dtype="fp32", trainable=parts, gradient_accumulation_steps=2, save_steps=1, eval_fraction=0)
+    settings |= dict(lora_r=4, quantization="nf4", lora_dropout=0.2) if parts == "lora" else {}
+    config = make_config(
+        make_checkpoint("llama"), corpus, tmp_path / "run", preemption_grace_s=1e-6, max_steps=4, **settings
+    )
+    ends = together(processes, tmp_path / "out", terminated_in_a_step, config, 1, 2 * 2 + 1)
+    assert ends == [[True, 2], [True, 2]]
+    assert together(processes, tmp_path / "out", train, again(config)) == [4, 4]
+    one = TrainConfig.from_mapping(
+        {**config.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 4}
+    )
+    loop.train(one)
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
+
+
+def bad_once(config, step):
+    """Train, but the step ``step`` is judged to be bad the first time."""
+    original, asked = BadLoss.judge, []
+
+    def judge(self, number, loss, norm):
+        if number == step and not asked:
+            asked.append(number)
+            self.in_a_row += 1
+            return "it is said to be"
+        return original(self, number, loss, norm)
+
+    BadLoss.judge = judge
+    try:
+        return loop.train(config).steps
+    finally:
+        BadLoss.judge = original
+
+
+@pytest.mark.parametrize("parts", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_all_rewind_as_one_does(make_checkpoint, corpus, tmp_path, processes, parts):
+    settings = dict(dtype="fp32", trainable=parts, on_bad_loss="rewind", max_steps=6)
+    settings |= dict(lora_r=4, quantization="nf4", lora_dropout=0.2) if parts == "lora" else {}
+    two = make_config(make_checkpoint("llama"), corpus, tmp_path / "two", **settings)
+    assert together(processes, tmp_path / "out", bad_once, two, 5) == [6, 6]
+    one = TrainConfig.from_mapping(
+        {**two.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
+    )
+    assert bad_once(one, 5) == 6
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    answers = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "answer" in line]
+        for run in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0]["blocks"] == [16, 17, 18, 19]
+
+
 def full_disk_in_one(config, rank):
     """Train, but ``rank`` finds no room whenever it writes its part."""
     if os.environ["RANK"] == str(rank):
@@ -508,9 +587,8 @@ def test_a_disk_that_is_full_for_one_ends_all(make_checkpoint, corpus, tmp_path,
     [
         (dict(optimizer_in_backward=True), "gradients are complete only when all GPUs have added theirs"),
         (dict(trainable="lora", stream_frozen=True), "host's memory already"),
-        (dict(trainable="lora", lora_dropout=0.1), "random state of one process"),
+        (dict(trainable="lora", lora_dropout=0.1, mlp_tiles=2), "inside of tiles"),
         (dict(undo_updates=True), "not run again"),
-        (dict(on_bad_loss="rewind"), "one process so far"),
     ],
 )
 def test_refused_before_anything_starts(settings, reason):

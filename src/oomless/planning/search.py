@@ -242,7 +242,7 @@ class _Search:
         if built.refused is not None:
             self.refused = self.refused or built.refused
             return
-        kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit)
+        kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit, gpus=self.target.gpus)
         first: Quality | None = None
         for number, quality in enumerate(kinds):
             leaner = first is not None and quality == replace(first, optimizer=quality.optimizer)
@@ -324,7 +324,10 @@ class _Search:
 
     def _ways(self, quality: Quality, built: Parts) -> Iterator[_Way]:
         for placement in placements(quality, self.pins, experts=built.expert_bytes > 0, gpus=self.target.gpus):
-            yield self._way(quality, placement, self._whole(quality) if "sharding" in placement else built)
+            way = self._way(quality, placement, built)
+            if "sharding" in placement and way.bound is None:  # what is too large in parts is too large whole
+                way = self._way(quality, placement, self._whole(quality))
+            yield way
 
     def _way(self, quality: Quality, placement: Settings, built: Parts) -> _Way:
         total, movable = state_bytes(built.trainable, quality.optimizer, quality.weight_precision)

@@ -205,13 +205,13 @@ def _reason(pins: Mapping[str, Any], every: list[Settings]) -> ConfigError:
     return next((reason for reason in found if set(reason.settings) <= set(pins)), found[0])
 
 
-def qualities(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool) -> list[Quality]:
-    """Return every quality with ``parts`` that agrees with ``pins``, best first.
+def qualities(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool, gpus: int = 1) -> list[Quality]:
+    """Return every quality with ``parts`` that agrees with ``pins`` and that so many ``gpus`` can share, best first.
 
     ``sixteen_bit`` says whether any of the weights that train has 16 bits.
     """
     every = _every_quality(pins, parts, sixteen_bit=sixteen_bit)
-    return [quality for quality in every if placements(quality, pins)]
+    return [quality for quality in every if placements(quality, pins, gpus=gpus)]
 
 
 def _every_quality(pins: Mapping[str, Any], parts: Settings, *, sixteen_bit: bool) -> list[Quality]:
@@ -254,9 +254,12 @@ def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = Fal
     """
     every = _every_placement(quality, pins, experts)
     found = [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
-    from oomless.techniques.sharding import has_choice  # torch, which reading settings does not need
+    if gpus == 1:
+        return found
+    from oomless.techniques.sharding import can_share, has_choice  # torch, which reading settings does not need
 
-    if gpus == 1 or not found or "sharding" in pins or not has_choice(_example(pins, quality.settings() | found[0])):
+    found = [placement for placement in found if can_share(_example(pins, quality.settings() | placement), gpus)]
+    if not found or "sharding" in pins or not has_choice(_example(pins, quality.settings() | found[0])):
         return found
     return [way for placement in found for way in (placement | REPLICATED, placement)]
 

@@ -39,11 +39,11 @@ class BlockDropout:
         self._step = self._call = self._first = self._count = self._length = 0
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def begin_step(self) -> None:
-        """Begin with block 0 of a new step, whose seed is the next of the ordinary random numbers."""
+    def begin_step(self, first: int = 0) -> None:
+        """Begin with block ``first`` of a new step, whose seed is the next of the ordinary random numbers."""
         with _disable_current_modes():
             self._step = int(torch.randint(1 << 62, ()))
-        self._first = self._count = 0
+        self._first, self._count = first, 0
 
     def begin(self, count: int, length: int) -> None:
         """Begin with the step's next ``count`` blocks of ``length`` tokens, until the next call."""

@@ -32,10 +32,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, ModelError
+from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.optim.adamw import is_quantisable
 from oomless.optim.blockwise import BLOCK
-from oomless.techniques.block_dropout import has_dropout
+from oomless.techniques.block_dropout import belongs_to_blocks
 from oomless.techniques.checkpointing import decoder_layers
 
 FSDP = "torch.distributed.fsdp"
@@ -86,27 +87,36 @@ def check(config: TrainConfig, gpus: int) -> None:
         and "gradients are complete only when all GPUs have added theirs",
         "experts_on_host": config.experts_on_host and "they lie in the host's memory already",
         "stream_frozen": config.stream_frozen and "streamed weights lie in the host's memory already",
-        "lora_dropout": config.lora_dropout and "the random state of one process is all that a checkpoint keeps",
+        "mlp_tiles": config.mlp_tiles
+        and config.lora_dropout
+        and "beside lora_dropout, masks inside of tiles do not belong to blocks, and GPUs would draw the same for other text",
         "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
         "allow_leaner_optimizer": config.allow_leaner_optimizer
         and "a step that ran out of memory in one process is not run again",
-        "preemption_grace_s": config.preemption_grace_s is not None and "a step can only be finished by all processes",
-        "on_bad_loss": config.on_bad_loss == "rewind" and "rewind is for one process so far; use skip or stop",
     }
     for name, reason in reasons.items():
         if reason:
             raise ConfigError(f"{name} cannot be used with several GPUs: {reason}")
 
 
-def check_no_dropout(model: Any) -> None:
-    """Check that ``model`` has no dropout.
+def can_share(config: TrainConfig, gpus: int) -> bool:
+    """Return whether so many ``gpus`` can share what ``config`` asks for."""
+    try:
+        check(config, gpus)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_dropout(model: Any, device: Device) -> None:
+    """Check that masks of dropout of ``model`` on ``device`` are those of the step's blocks, whichever process has them.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: they are not.
     """
-    if has_dropout(model):
+    if not belongs_to_blocks(model, device):
         raise ConfigError(
-            "dropout cannot be used with several GPUs: the random state of one process is all that a checkpoint keeps; set "
+            f"dropout of {type(model).__name__} is not cut by blocks, so several GPUs would draw the same masks for other text: set "
             "the model's dropouts to 0"
         )
 
@@ -151,12 +161,10 @@ class Sharded:
         materialise: allocates the parameters of a module on the device; they are cut one module at a time.
 
     Raises:
-        ConfigError: the model has dropout.
         ModelError: some of its parameters belong neither to its body nor to its head.
     """
 
     def __init__(self, model: Any, mesh: DeviceMesh, materialise: Callable[[nn.Module], None]) -> None:
-        check_no_dropout(model)
         self._materialise, self._mesh = materialise, mesh
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head.weight is embedding.weight

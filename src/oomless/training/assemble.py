@@ -139,8 +139,6 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         prepare=prepare,
         cut=cut,
     )
-    if ranks.count > 1:
-        sharding.check_no_dropout(model)
     if fill:
         build.load_weights(model, spec, device=device)
     with device.phase("load"):

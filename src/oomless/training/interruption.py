@@ -91,19 +91,23 @@ class Interruption:
         self.save_s = time.monotonic() - began
 
     def check_step(self) -> None:
-        """Let the step go on to its next micro-batch, or not.
+        """Let the step go on to its next micro-batch, or not; all of the run's processes call this together.
 
         Raises:
             Abandoned: its rest and the save might outlast the grace period, or are not known because none was measured.
         """
-        if self.grace_s is None or self._terminated_at is None:
-            return
-        now = time.monotonic()
-        left_s = self._terminated_at + self.grace_s - now
+        if self.grace_s is not None and self._agree(self._lasts_too_long(self.grace_s)):
+            self._asked.set()
+            raise Abandoned
+
+    def _lasts_too_long(self, grace_s: float) -> bool:
+        if self._terminated_at is None:
+            return False
         if self.longest_step_s is None or self.save_s is None:
-            raise Abandoned
-        if max(0.0, self._step_began + self.longest_step_s - now) + self.save_s > left_s:
-            raise Abandoned
+            return True
+        now = time.monotonic()
+        left_s = self._terminated_at + grace_s - now
+        return max(0.0, self._step_began + self.longest_step_s - now) + self.save_s > left_s
 
     def until_set(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield ``items``.

@@ -130,12 +130,13 @@ class RunFolder(Keeper):
 
     def go_back(self, life: Life, leave_out: Iterable[int] = ()) -> str | None:  # noqa: D102
         left_out = life.loader.left_out | set(leave_out)
-        last = checkpoint.newest_good(self.folder, self.listener.said)
+        last = self.ranks.from_first(lambda: checkpoint.newest_good(self.folder, self.listener.said))
         if last is None:
             return None
         resuming.restore(life, self.spec, last)
         self.saved = last
-        self.metrics.cut(life.step)
+        if self.ranks.first:
+            self.metrics.cut(life.step)
         life.loader.left_out |= left_out
         return last.folder.name
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 import torch
 
 from oomless.data.loader import micro_batches
+from oomless.techniques import sharding
 from oomless.training import steps
 from oomless.training.evaluation import evaluate
 from oomless.training.guard import OutOfMemory, is_out_of_memory
@@ -20,6 +21,8 @@ def probe(life: Life) -> None:
     """Ask the model whether its architecture is one that trains right; see ``probe``."""
     parts = life.assembly
     parts.step.run_whole(lambda: check_architecture(parts.model, life.config.packing, life.device))
+    if life.ranks.count > 1:
+        parts.step.run_whole(lambda: sharding.check_dropout(parts.model, life.device))
 
 
 def play(life: Life) -> None:

@@ -101,7 +101,8 @@ class TrainingStep:
     def _begin(self, micro_batches: Sequence[MicroBatch], tokens: int | None = None) -> int:
         """Begin a step, and return how many tokens it predicts: ``tokens``, or those of ``micro_batches``."""
         if self._block_dropout is not None:
-            self._block_dropout.begin_step()
+            # Random numbers are the same in all processes, each of which has as many of the step's blocks.
+            self._block_dropout.begin_step(self.ranks.rank * sum(len(batch.input_ids) for batch in micro_batches))
         return max(1, tokens or sum(batch.target_count for batch in micro_batches))
 
     def rehearse(self, micro_batches: Sequence[MicroBatch], tokens: int | None = None) -> int:
