@@ -68,6 +68,18 @@ def test_claims_at_full_length_were_kept(claim):
     assert any(result in page.read_text(encoding="utf-8") for page in PAGES)
 
 
+def test_an_export_takes_less_than_pefts_merge():
+    found = json.loads((ROOT / "bench" / "results" / "export_memory.json").read_text(encoding="utf-8"))
+    ours, theirs = found["ours, verify none"], found["peft"]
+    assert found["model_bytes"] > 4e9
+    assert max(ours["peak_bytes"], found["ours, verify sample"]["peak_bytes"]) < 1e9 + 3 * found["largest_tensor_bytes"]
+    assert ours["peak_bytes"] < theirs["peak_bytes"] / 4
+    assert ours["seconds"] < theirs["seconds"]
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert f"holds {ours['peak_bytes'] / 1e9:.1f} GB" in page
+    assert f"hold {theirs['peak_bytes'] / 1e9:.1f} GB" in page
+
+
 def test_readme_shows_what_was_measured_beside_the_trainer():
     parity, speed = (
         json.loads((ROOT / "bench" / "results" / f"trainer_{name}.json").read_text()) for name in ("parity", "speed")

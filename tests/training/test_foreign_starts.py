@@ -49,6 +49,10 @@ ADAPTERS = {
     "all but some": ("llama", {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
     "all but a pattern": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*_proj"}),
     "rows of the embedding": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [210, 5, 7]}),
+    "rows of a tied embedding": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [210, 5, 7], "tied": True},
+    ),
     "rows of both": (
         "llama",
         {
@@ -72,8 +76,8 @@ ADAPTERS = {
 def make_adapter(make_checkpoint, tmp_path):
     """A function that has peft make an adapter whose every number counts, and returns its folder and the model with it."""
 
-    def make(architecture="llama", pickled=False, **settings):
-        base = make_checkpoint(architecture)
+    def make(architecture="llama", pickled=False, tied=False, **settings):
+        base = make_checkpoint(architecture, tied=tied)
         torch.manual_seed(3)
         plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
         with warnings.catch_warnings():
@@ -112,7 +116,7 @@ def settings(model, corpus, run, **more):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_goes_on_where_peft_left_it(make_adapter, make_checkpoint, corpus, tmp_path, kind):
+def test_an_adapter_goes_on_where_peft_left_it(make_adapter, corpus, tmp_path, kind):
     architecture, made = ADAPTERS[kind]
     folder, model = make_adapter(architecture, pickled=kind == "in a pickle", **made)
     config = settings(folder, corpus, tmp_path / "run")
@@ -123,7 +127,7 @@ def test_an_adapter_goes_on_where_peft_left_it(make_adapter, make_checkpoint, co
     assert trains == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logits = begun.eval()(IDS).logits
     assert (logits - model(input_ids=IDS).logits).abs().max() < 1e-4
-    plain = AutoModelForCausalLM.from_pretrained(make_checkpoint(architecture), attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_pretrained(spec.folder, attn_implementation="eager")
     assert (logits - plain(IDS).logits).abs().max() > 1e-3
 
 
@@ -156,7 +160,7 @@ def test_what_is_trained_on_is_an_adapter_of_the_base(make_adapter, make_checkpo
         assert side.losses["library.jsonl"] == pytest.approx(measured["eval_loss/library.jsonl"], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ranks and scales by pattern", "all but a pattern", "rows of the embedding"])
+@pytest.mark.parametrize("kind", ["ranks and scales by pattern", "all but a pattern", "rows of a tied embedding"])
 def test_what_went_on_is_exported(make_adapter, corpus, tmp_path, kind):
     """The adapter that comes of it is what peft makes of it, and so is what is merged."""
     architecture, made = ADAPTERS[kind]

@@ -20,6 +20,9 @@ BLOCK = 256
 _BLOCKS_AT_ONCE = 512
 """What is searched at once stays in a core's cache."""
 
+_AT_ONCE = 16
+"""Threads, of which each holds some MiB."""
+
 _ALIKE = 1e-5
 """Integers that are so much alike do not tell a scale from a minimum."""
 
@@ -28,7 +31,7 @@ def quantize(rows: Array, kind: str) -> Array:
     """Return the bytes of ``rows``, [N, in] in fp32 where in is a multiple of 256, stored as ``kind``."""
     blocks = rows.reshape(-1, BLOCK)
     parts = [blocks[first : first + _BLOCKS_AT_ONCE] for first in range(0, len(blocks), _BLOCKS_AT_ONCE)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
         made = list(pool.map(_KINDS[kind], parts))
     return np.concatenate(made).reshape(rows.shape[0], -1)
 

@@ -219,9 +219,8 @@ def _resolved(name: str, trust_remote_code: bool, changed: Path | None) -> Model
 
 
 def _base_of(folder: Path, kind: Kind, run: TrainConfig | None) -> str:
-    if run is not None:
-        return run.model
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if kind == "adapter" else None
+    named = named or (run.model if run is not None else None)
     if not named:
         raise ConfigError(f"{folder} does not say which model it changes: give its folder or name with --base")
     return str(named)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from oomless.config import TrainConfig
+from oomless.config import TrainConfig, adapter
 from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
 from oomless.techniques import frozen_layers, lora, trained_rows
@@ -135,7 +135,13 @@ def _decide_tied(model: Any, config: TrainConfig, device: Device, modules: list[
         if config.tied_weights is not None:
             raise ConfigError("tied_weights has no effect: neither embed_tokens nor lm_head is trained; remove it")
         return
-    if wants_embedding != wants_head and config.tied_weights is None:
+    rows_of_both = config.trainable_rows is not None and adapter.folder_of(config.model) is not None  # as peft has them
+    if rows_of_both and config.tied_weights == "untied":
+        raise ConfigError(
+            "the adapter that is the model trains rows of embed_tokens and lm_head as one matrix, and goes on so: leave tied_weights out",
+            "tied_weights",
+        )
+    if wants_embedding != wants_head and config.tied_weights is None and not rows_of_both:
         part = "lm_head" if wants_head else "embed_tokens"
         reach = "ends at the head" if wants_head else "runs through the whole model, as with shared"
         raise ConfigError(
