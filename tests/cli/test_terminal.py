@@ -87,6 +87,7 @@ def test_what_was_trained_is_exported_shown_and_heard(make_checkpoint, corpus, t
         (("export", run, "--to", "gguf"), r"━.* \d+ s  \S", run / "export" / "gguf"),
         (("report", run), None, run / "report.html"),
         (("generate", run, "--prompt", "def main(", "--max-new-tokens", 8, "--gpu", "cpu"), None, None),
+        (("compare", run, "--prompt", "def main(", "--max-new-tokens", 8, "--gpu", "cpu"), r"━.* \d+ s  \S", None),
     ):
         with Terminal(*command, columns=columns) as terminal:
             assert terminal.run() == 0, terminal.text()
@@ -104,6 +105,28 @@ def test_explain(make_checkpoint):
         drawn = live(terminal, r"^ +\d+ s  (the run|cure: )")
         assert len(set(drawn)) >= 3
         assert "What cures it" in terminal.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 40])
+def test_rehearse(tmp_path, columns):
+    """What the script prints is its own; the answer stands below it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "model = torch.nn.Linear(1024, 1024).cuda()\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "for step in range(9):\n"
+        "    model(torch.randn(64, 1024, device='cuda')).square().mean().backward()\n"
+        "    optimizer.step()\n"
+        "    print('[bold] step', step)\n"
+    )
+    with Terminal("rehearse", script, "--gpu", "T4", columns=columns) as terminal:
+        assert terminal.run() == 0, terminal.text()
+        assert "[bold] step 1" in terminal.text()
+        assert "script.py on T4: fits. It needs" in terminal.text()
+        assert not any("\x1b" in line or "[K" in line for line in terminal.lines())
+        assert all(len(line) <= columns for line in terminal.lines())
 
 
 def test_what_is_piped_holds_no_control_code_and_json_nothing_else(make_checkpoint, tmp_path):
