@@ -278,19 +278,21 @@ def test_a_real_error_is_named_and_cured(folder_of, run):
     assert cures is not False
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_forty_real_errors(folder_of):
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.full_length)]
+)
+def test_real_errors_of_every_kind(folder_of, sizes):
     outcomes = []
     for run in RUNS:
         folder = folder_of(run)
-        for number, capacity in enumerate(capacities(run, folder, 4)):
-            outcome = examine(run, folder, capacity, length_known=number != 3)
+        for number, capacity in enumerate(capacities(run, folder, sizes)):
+            outcome = examine(run, folder, capacity, length_known=number != sizes - 1)
             if outcome is not None:
                 outcomes.append((run.name, capacity, *outcome))
                 print(outcomes[-1], flush=True)
     wrong = [outcome for outcome in outcomes if not outcome[2]]
-    assert len(outcomes) >= 40
+    assert len(outcomes) >= 10 * sizes
     assert len(wrong) <= 0.1 * len(outcomes), wrong
     cured_ones = [outcome[5] for outcome in outcomes if outcome[5] is not None]
     assert all(cured_ones)

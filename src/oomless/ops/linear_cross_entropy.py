@@ -31,6 +31,7 @@ Shapes in names: N tokens, V vocabulary, D width of the model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,13 @@ from torch.autograd.function import once_differentiable
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
 
 IGNORED = -100
+
+Repeating = Callable[[Any, Callable[[], None]], None]
+"""Calls a function; what that asks for follows from the key (``Device.repeating``)."""
+
+
+def _each(key: Any, function: Callable[[], None]) -> None:
+    function()
 
 
 class HeadParts(Protocol):
@@ -83,6 +91,7 @@ def linear_cross_entropy(
     chunk_bytes: int = 64 << 20,
     destination: GradientDestination = "new",
     parts: HeadParts | None = None,
+    repeating: Repeating = _each,
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of a linear head: 0-dim, fp32 (fp64 for a head in fp64).
 
@@ -104,6 +113,7 @@ def linear_cross_entropy(
             as the loss is computed, and the loss must be what ``backward()`` is called on.
         parts: where ``weight`` and ``bias`` are only this process's rows of a frozen head; there are no ``rows`` then, and N and
             ``scale`` are the same in all processes, which call this together.
+        repeating: calls what is done to a chunk, of which a rehearsal does one of each size.
 
     Raises:
         ValueError: ``destination`` is not "new" and ``weight`` is not a leaf, or there are ``rows`` and ``weight`` wants a
@@ -127,6 +137,7 @@ def linear_cross_entropy(
         gradients=torch.is_grad_enabled(),
         destination=destination,
         parts=parts,
+        repeating=repeating,
     )
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, rows, scale_tensor, work)  # type: ignore[no-untyped-call]
@@ -194,6 +205,7 @@ class _Work:
         gradients: bool,
         destination: GradientDestination,
         parts: HeadParts | None = None,
+        repeating: Repeating = _each,
     ) -> None:
         if parts is not None:
             hidden_ND, targets_N = parts.of_all(hidden_ND), parts.of_all(targets_N)
@@ -212,6 +224,15 @@ class _Work:
         own, exact = weight_VD.element_size(), self.exact.itemsize
         per_logit = own + (0 if self.single else exact) + (exact if softcap else 0)
         self.logits_at_once = max(1, chunk_bytes // per_logit)
+        shapes = [None if tensor is None else tensor.shape for tensor in (hidden_ND, weight_VD, bias_V, rows_RD)]
+        facts = (*shapes, weight_VD.dtype, softcap, logit_scale, label_smoothing, z_loss, chunk_bytes)
+        self._repeating, self._facts = repeating, facts
+
+    def _for_each(self, chunks: list[slice], function: Callable[[slice], None], of: Any = ()) -> None:
+        """Call ``function`` on each of ``chunks``; what it asks for follows from ``of``, from the inputs, and from a chunk's size."""
+        for chunk in chunks:
+            key = (function.__qualname__, chunk.stop - chunk.start, of, self._facts)
+            self._repeating(key, partial(function, chunk))
 
     def _buffers(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return flat room for a chunk's logits in the head's dtype, in fp32, and for the soft cap's slope."""
@@ -272,8 +293,8 @@ class _Work:
         loss = self.hidden_ND.new_zeros((), dtype=self.exact)
         rows = max(1, min(self.tokens, self.logits_at_once // self.vocabulary))
         buffers = self._buffers(rows * self.vocabulary)
-        for start in range(0, self.tokens, rows):
-            part = slice(start, start + rows)
+
+        def take(part: slice) -> None:
             hidden, targets, kept = self.hidden_ND[part], self.targets_N[part, None], self.kept_N[part]
             low, full, slope = self._logits(hidden, self.weight_VD, self.bias_V, buffers)
             largest = full.amax(dim=1, keepdim=True)
@@ -282,9 +303,9 @@ class _Work:
             sums = full.exp_().sum(dim=1)
             logs = sums.log()
             denominators = logs + largest[:, 0]
-            loss += ((logs - aims + self.z_loss * denominators**2) * kept).sum()
+            loss.add_(((logs - aims + self.z_loss * denominators**2) * kept).sum())
             if not (for_hidden or for_weight or for_bias or for_rows):
-                continue
+                return
             # What multiplies a whole row goes on the product's smaller side, unless 16 bits need it before they round.
             factor = (kept * scale / sums)[:, None]
             if self.z_loss:
@@ -298,7 +319,7 @@ class _Work:
             if weight_grad is not None:
                 weight_grad.addmm_(gradient.t(), hidden * factor)
             if bias_grad is not None:
-                bias_grad += (gradient.t() @ factor)[:, 0] if self.single else gradient.sum(dim=0, dtype=self.exact)
+                bias_grad.add_((gradient.t() @ factor)[:, 0] if self.single else gradient.sum(dim=0, dtype=self.exact))
             replaced = None
             if self.row_ids_R is not None:
                 # What the matrix holds in the replaced rows must not matter, not even by rounding.
@@ -313,6 +334,8 @@ class _Work:
                     hidden_grad[part].addmm_(replaced, self.rows_RD)
                 if self.single:
                     hidden_grad[part].mul_(factor)
+
+        self._for_each(_cut(self.tokens, rows), take, (for_hidden, for_weight, for_bias, for_rows))
         dtype = self.weight_VD.dtype
         return loss, [
             hidden_grad,
@@ -341,7 +364,8 @@ class _Work:
             if bias_grad is not None:
                 bias_grad[part] = gradient.sum(dim=0)
 
-        hidden_grad = self._column_gradients(buffers, denominators, scale, for_hidden, of_head)
+        of = (buffer_VD is None, for_bias)
+        hidden_grad = self._column_gradients(buffers, denominators, scale, for_hidden, of_head, of)
         return loss, [
             None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype),
             weight_grad,
@@ -367,9 +391,7 @@ class _Work:
         return loss, [hidden_grad, None, None, None]
 
     def _columns(self) -> list[slice]:
-        rows = self.weight_VD.shape[0]
-        columns = max(1, self.logits_at_once // max(1, self.tokens))
-        return [slice(start, min(start + columns, rows)) for start in range(0, rows, columns)]
+        return _cut(self.weight_VD.shape[0], max(1, self.logits_at_once // max(1, self.tokens)))
 
     def _column_buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
         most = max((part.stop - part.start for part in self._columns()), default=0)
@@ -382,15 +404,18 @@ class _Work:
         largest = torch.full_like(self.kept_N, -torch.inf)
         sums, target_logits = torch.zeros_like(self.kept_N), torch.zeros_like(self.kept_N)
         totals = torch.zeros_like(self.kept_N) if self.label_smoothing else None
-        for part in self._columns():
+
+        def take(part: slice) -> None:
             _, full, _ = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
             places, inside = self._places(part)
-            target_logits += full.gather(1, places)[:, 0] * inside
+            target_logits.add_(full.gather(1, places)[:, 0] * inside)
             if totals is not None:
-                totals += full.sum(dim=1)
+                totals.add_(full.sum(dim=1))
             larger = torch.maximum(largest, full.amax(dim=1))
             sums.mul_((largest - larger).exp_()).add_(full.sub_(larger[:, None]).exp_().sum(dim=1))
-            largest = larger
+            largest.copy_(larger)
+
+        self._for_each(self._columns(), take)
         return largest, sums, target_logits, totals
 
     def _losses(
@@ -409,12 +434,17 @@ class _Work:
         scale: Tensor,
         for_hidden: bool,
         of_head: Callable[[slice, Tensor], None],
+        of: Any = (),
     ) -> Tensor | None:
-        """Go through the columns again; hand the gradients of their logits to ``of_head``, and return that of the hidden states."""
+        """Go through the columns again; hand the gradients of their logits to ``of_head``, and return that of the hidden states.
+
+        What ``of_head`` asks for follows from ``of``.
+        """
         hidden_grad = torch.zeros_like(self.hidden_ND, dtype=self.exact) if for_hidden else None
         factor = self.kept_N * scale
         steeper = factor * (1 + 2 * self.z_loss * denominators)
-        for part in self._columns():
+
+        def take(part: slice) -> None:
             low, full, slope = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
             full.sub_(denominators[:, None]).exp_().mul_(steeper[:, None])
             places, inside = self._places(part)
@@ -424,7 +454,9 @@ class _Work:
             gradient = self._to_gradient(low, full, slope)
             of_head(part, gradient)
             if hidden_grad is not None:
-                hidden_grad += gradient @ self.weight_VD[part]
+                hidden_grad.add_(gradient @ self.weight_VD[part])
+
+        self._for_each(self._columns(), take, (for_hidden, of))
         return hidden_grad
 
     def _aim(self, target_logits: Tensor, totals: Tensor | None) -> Tensor:
@@ -441,3 +473,8 @@ class _Work:
         columns = self.targets_N - (self.first + part.start)
         inside = (columns >= 0) & (columns < part.stop - part.start)
         return columns.clamp(0, part.stop - part.start - 1)[:, None], inside.to(self.exact)
+
+
+def _cut(count: int, size: int) -> list[slice]:
+    """Return ``count`` places in chunks of ``size``, of which the last may be smaller."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -63,11 +63,9 @@ def head_loss(
     scale: Tensor | float,
     chunk_bytes: int,
     destination: GradientDestination = "new",
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    **how: Any,
 ) -> Tensor:
-    """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``."""
+    """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``; ``how`` is for that."""
     head = model.get_output_embeddings()
     softcap, logit_scale = body.logit_transform(model.config)
     rows, row_ids = rows_of(head)
@@ -87,11 +85,10 @@ def head_loss(
             scale=scale,
             softcap=softcap,
             logit_scale=logit_scale,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
             chunk_bytes=chunk_bytes,
             destination=destination,
             parts=parts,
+            **how,
         )
         for some, targets in zip(
             torch.split(hidden.flatten(0, -2), tokens_at_once),

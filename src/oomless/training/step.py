@@ -202,7 +202,8 @@ class TrainingStep:
         def loss_of_head(hidden: Tensor) -> Tensor:
             with self.device.phase("loss"):
                 labels = put(batch.labels)
-                return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)
+                how = {"repeating": self.device.repeating, **added}
+                return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **how)
 
         def whole_loss() -> Tensor:
             with self.device.phase("forward"):
