@@ -62,6 +62,23 @@ ROUTES = {
         False,
         dict(dtype="fp32", quantization="nf4", lora_dropout=0.3, gradient_checkpointing=True, **LORA),
     ),
+    "in backward": (
+        "llama",
+        True,
+        dict(dtype="fp32", max_grad_norm=None, optimizer_in_backward=True, sharding="replicate"),
+    ),
+    "packed, in backward": (
+        "qwen2",
+        False,
+        dict(
+            dtype="fp32",
+            quantization="nf4",
+            max_grad_norm=None,
+            optimizer_in_backward=True,
+            gradient_accumulation_steps=2,
+            **LORA,
+        ),
+    ),
     "packed beside frozen ends": (
         "gemma2",
         True,
@@ -102,6 +119,11 @@ MEMORY = {
     "int8": ("qwen2", True, dict(quantization="int8", gradient_accumulation_steps=2, **LORA)),
     "experts": ("mixtral", False, dict(quantization="nf4", gradient_checkpointing=True, **LORA)),
     "packed but whole": ("llama", False, dict(quantization="nf4", sharding="replicate", **LORA)),
+    "in backward": (
+        "llama",
+        False,
+        dict(quantization="nf4", optimizer_in_backward=True, gradient_accumulation_steps=2, max_grad_norm=None, **LORA),
+    ),
     "replicate": ("qwen3", True, dict(sharding="replicate", gradient_accumulation_steps=2)),
     "adafactor": ("qwen3", True, dict(optimizer="adafactor", gradient_accumulation_steps=2)),
 }
@@ -585,7 +607,7 @@ def test_a_disk_that_is_full_for_one_ends_all(make_checkpoint, corpus, tmp_path,
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (dict(optimizer_in_backward=True), "gradients are complete only when all GPUs have added theirs"),
+        (dict(optimizer_in_backward=True), "sharding: replicate can"),
         (dict(trainable="lora", stream_frozen=True), "host's memory already"),
         (dict(trainable="lora", lora_dropout=0.1, mlp_tiles=2), "inside of tiles"),
         (dict(undo_updates=True), "not run again"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,10 @@ class Device:
 
     def count_work(self, passes: int) -> None:
         """Count afresh what a step of so many ``passes`` computes and moves, where that is counted: in a rehearsal; 0 ends it."""
+
+    def counting_update(self) -> AbstractContextManager[None]:
+        """Count what is done inside as the update's, where work is counted."""
+        return nullcontext()
 
     def repeating(self, key: Any, function: Callable[[], None]) -> None:
         """Call ``function``; a rehearsal, in which nothing has a value, may repeat what an earlier call with ``key`` asked for."""

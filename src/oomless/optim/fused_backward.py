@@ -17,7 +17,7 @@ What it costs in freedom:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,14 @@ from oomless.optim.gradients import global_gradient_norm
 class FusedBackward:
     """Attach ``optimizer``, any of this package, to the backward passes inside ``updating``.
 
-    After each of them call ``finish`` instead of ``optimizer.step``.
+    After each of them call ``finish`` instead of ``optimizer.step``. ``complete`` is given each gradient before it is used, to add in
+    place what other processes have of it.
     """
 
-    def __init__(self, optimizer: MemoryLeanOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self, optimizer: MemoryLeanOptimizer, complete: Callable[[Tensor], object] = lambda gradient: None
+    ) -> None:
+        self.optimizer, self._complete = optimizer, complete
         self._gradient_scale: Tensor | None = None
         self._updating = self._changes_nothing = False
         self._updated: set[Tensor] = set()
@@ -57,6 +60,7 @@ class FusedBackward:
             )
         gradient = parameter.grad
         assert gradient is not None
+        self._complete(gradient)
         norm = global_gradient_norm([parameter], slice_bytes=self.optimizer.slice_bytes)
         self._norm = norm if self._norm is None else torch.hypot(self._norm, norm)
         found_inf = torch.ones_like(norm) if self._changes_nothing else _not_finite(norm)

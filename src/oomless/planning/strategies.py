@@ -258,10 +258,16 @@ def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = Fal
         return found
     from oomless.techniques.sharding import can_share, has_choice  # torch, which reading settings does not need
 
-    found = [placement for placement in found if can_share(_example(pins, quality.settings() | placement), gpus)]
-    if not found or "sharding" in pins or not has_choice(_example(pins, quality.settings() | found[0])):
-        return found
-    return [way for placement in found for way in (placement | REPLICATED, placement)]
+    def settings(placement: Settings) -> TrainConfig:
+        return _example(pins, quality.settings() | placement)
+
+    choice = {True: (REPLICATED, {}), False: ({},)}
+    ways = [
+        placement | way
+        for placement in found
+        for way in choice["sharding" not in pins and has_choice(settings(placement))]
+    ]
+    return [way for way in ways if can_share(settings(way), gpus)]
 
 
 def _every_placement(quality: Quality, pins: Mapping[str, Any], experts: bool = False) -> list[Settings]:

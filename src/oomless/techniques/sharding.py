@@ -84,7 +84,8 @@ def check(config: TrainConfig, gpus: int) -> None:
         )
     reasons = {
         "optimizer_in_backward": config.optimizer_in_backward
-        and "gradients are complete only when all GPUs have added theirs",
+        and whole is None
+        and "of a model in parts a gradient is complete only after backward has gone on; sharding: replicate can",
         "experts_on_host": config.experts_on_host and "they lie in the host's memory already",
         "stream_frozen": config.stream_frozen and "streamed weights lie in the host's memory already",
         "mlp_tiles": config.mlp_tiles

@@ -70,7 +70,7 @@ class TrainingStep:
         self.balance = balance
         self.ranks, self.sharded = ranks, sharded
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
-        self.fused = FusedBackward(optimizer) if in_backward else None
+        self.fused = FusedBackward(optimizer, self._sum_over_processes) if in_backward else None
         self.limits = (math.inf, math.inf)
         """What loss and gradient norm must stay below, or the step changes nothing; not looked at with ``in_backward``."""
         self.before_micro_batch: Callable[[], None] = lambda: None
@@ -93,6 +93,7 @@ class TrainingStep:
             loss = self.accumulate(micro_batches[:-1], tokens)
             with self.fused.updating(1 / self.loss_scale.scale):
                 loss += self.accumulate(micro_batches[-1:], tokens)
+            loss = self.ranks.sum(loss)
             norm, found_inf = self.fused.finish()
             norm = norm / self.loss_scale.scale
         self.loss_scale.update(~torch.isfinite(norm))
@@ -141,6 +142,10 @@ class TrainingStep:
             coefficient = coefficient * clip_coefficient(norm, self.max_grad_norm)
         self.optimizer.step(gradient_scale=coefficient, found_inf=found_inf)
         return norm, found_inf
+
+    def _sum_over_processes(self, gradient: Tensor) -> None:
+        with self.device.counting_update():  # as elsewhere gradients are exchanged once a step
+            self.ranks.sum(gradient)
 
     def _gradient_norm(self) -> Tensor:
         """Return the norm of all gradients; those of parts are then where the optimizer, which has plain tensors, finds them."""
