@@ -261,11 +261,10 @@ def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = Fal
     def settings(placement: Settings) -> TrainConfig:
         return _example(pins, quality.settings() | placement)
 
-    choice = {True: (REPLICATED, {}), False: ({},)}
     ways = [
         placement | way
         for placement in found
-        for way in choice["sharding" not in pins and has_choice(settings(placement))]
+        for way in ([REPLICATED, {}] if "sharding" not in pins and has_choice(settings(placement)) else [{}])
     ]
     return [way for way in ways if can_share(settings(way), gpus)]
 
