@@ -114,7 +114,7 @@ class TrainingStep:
         """
         tokens = self._begin(micro_batches, tokens)
         if self.fused is None:
-            loss = self.accumulate(micro_batches, tokens)
+            loss = self.ranks.sum(self.accumulate(micro_batches, tokens))
             with self.device.phase("optimizer"):
                 return self.device.most_beyond(lambda: self._update(loss, changes_nothing=True))
         loss = self.accumulate(micro_batches[:-1], tokens)
