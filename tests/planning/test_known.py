@@ -8,7 +8,7 @@ from oomless.memory.work import Work
 from oomless.models.spec import resolve
 from oomless.planning.known import Known
 from oomless.planning.plan import Target
-from oomless.planning.trial import Setting, state_bytes, try_out
+from oomless.planning.trial import Setting, Trial, state_bytes, try_out
 from oomless.planning.trial import measure_parts as parts_of
 
 MiB = 1 << 20
@@ -86,3 +86,30 @@ def test_passes_hold_the_same_whatever_the_optimizer_is_and_so_some_are_known_no
             known.learn(settings, trial, fixed)
             assert known.first_possible(ladder, others_fixed) == first
             assert known.first_possible(ladder[:1], others_fixed) == 0  # the leanest is tried
+
+
+def test_what_is_tried_first_is_guessed_and_a_wrong_guess_is_not_repeated():
+    ladder = [{"trainable": "full", "checkpointed_layers": count} for count in range(12)]
+    known = Known(100)
+    assert known.probes(ladder, 40, -1, 12, at_once=2) == [0, 8]  # nothing is known
+    for count, beyond in ((0, 200), (4, 70), (6, 60), (11, 20)):
+        known.learn({**ladder[count], "trainable": "lora"}, trial(needed_bytes=beyond), 0)
+    assert known.probes(ladder, 40, -1, 12, at_once=2) == [5, 6]
+    assert known.probes(ladder, 40, -1, 12, at_once=1) == [5, 6]
+    assert known.probes(ladder, 28, -1, 12, at_once=2) == [3, 4]  # as 4 and 6 go on, not as 0 and 4
+    assert known.probes(ladder, 90, -1, 12, at_once=2) == [0, 8]  # leaner than all that is known
+    assert known.probes(ladder, 40, 6, 11, at_once=2) == [8, 9]  # 6 was to fit: halves from here on
+    known.learn(ladder[6], trial(needed_bytes=65), 0)
+    assert known.probes(ladder, 40, -1, 12, at_once=2) == [6, 7]  # what the same parts needed counts for more
+
+
+def trial(needed_bytes):
+    return Trial(
+        fits=True,
+        needed_bytes=needed_bytes,
+        passes_bytes=needed_bytes,
+        host_bytes=0,
+        held_bytes={},
+        stopped_at=None,
+        work=None,
+    )

@@ -34,7 +34,6 @@ class Known:
         self._updates: dict[_Key, Work] = {}
         self._held: dict[_Key, int] = {}
         self._needed: dict[_Key, dict[str, int]] = {}
-        self._at_least: dict[tuple[_Key, str], int] = {}
 
     def learn(self, settings: Settings, trial: Trial, fixed_bytes: int | None = None) -> None:
         """Remember what ``settings`` came to; without ``fixed_bytes`` only their work."""
@@ -44,15 +43,9 @@ class Known:
             work = Work.from_dict(trial.work)
             self._passes.setdefault(_of_passes(settings), work)
             self._updates.setdefault(_of_update(settings), work)
-        if fixed_bytes is None:
-            return
-        rung, kind = _of_rung(settings), _kind(settings)
-        beyond = trial.needed_bytes - fixed_bytes
-        if trial.fits:
+        if fixed_bytes is not None and trial.fits:
             self._held[_of_passes(settings)] = trial.passes_bytes - fixed_bytes
-            self._needed.setdefault(rung, {})[kind] = beyond
-        elif trial.stopped_at is not None:
-            self._at_least[rung, kind] = beyond + trial.stopped_at["size_bytes"]
+            self._needed.setdefault(_of_rung(settings), {})[_kind(settings)] = trial.needed_bytes - fixed_bytes
 
     def work(self, settings: Settings) -> Work | None:
         """Return the work of ``settings``, where it is known."""
@@ -82,27 +75,25 @@ class Known:
     def probes(self, ladder: Sequence[Settings], fixed_bytes: int, low: int, high: int, at_once: int) -> list[int]:
         """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try now.
 
-        Those are the last that is expected not to fit and the first that is, where anything is expected; else so many as are
-        tried ``at_once``.
+        Those are the last that is expected not to fit and the first that is, where something is expected of both; else so many
+        as are tried ``at_once``, evenly apart.
         """
         between = range(low + 1, high)
         needs = self._needs(ladder)
         room = self._usable_bytes - fixed_bytes
         fitting = next((index for index in between if index in needs and needs[index] <= room), None)
-        if fitting is None and high == len(ladder):  # what fits is leaner than all that is known
+        was_wrong = low in needs and needs[low] <= room
+        if fitting is None or was_wrong:
             return _spread(low, high, len(ladder), at_once)
-        first = high if fitting is None else fitting
-        return [index for index in (first - 1, first) if index in between][-at_once:]
+        return [index for index in (fitting - 1, fitting) if index in between]
 
     def _needs(self, ladder: Sequence[Settings]) -> dict[int, float]:
         """Return what is expected beyond what is fixed, from the first rung of which anything is known to the last."""
         known = {}
         for index, settings in enumerate(ladder):
-            rung, kind = _of_rung(settings), _kind(settings)
-            needed = self._needed.get(rung, {})
-            others = [*needed.values(), *([self._at_least[rung, kind]] if (rung, kind) in self._at_least else [])]
-            if others:
-                known[index] = needed.get(kind, max(others))
+            needed = self._needed.get(_of_rung(settings))
+            if needed is not None:
+                known[index] = needed.get(_kind(settings), max(needed.values()))
         needs: dict[int, float] = dict(known)
         places = list(known)
         for left, right in zip(places, places[1:], strict=False):
