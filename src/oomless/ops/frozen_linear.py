@@ -13,6 +13,7 @@ Both through bitsandbytes' operators, which run on the CPU as well and have shap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -103,44 +104,55 @@ def pack(weight: Tensor, kind: Quantization, code: Tensor) -> PackedWeight:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Where in a row of bytes one tensor is."""
+    """In which row of bytes, and where in it, one tensor is."""
 
+    row: int
     begin: int
     end: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def of(self, row: Tensor) -> Tensor:
-        return row[self.begin : self.end].view(self.dtype).view(self.shape)
+    def of(self, rows: Sequence[Tensor]) -> Tensor:
+        return rows[self.row][self.begin : self.end].view(self.dtype).view(self.shape)
 
 
 class RowLayout:
-    """How a matrix of ``shape`` lies in one row of bytes: in few bits, or where ``kind`` is ``None`` in ``dtype``."""
+    """How a matrix of ``shape`` lies in rows of bytes: in few bits, or where ``kind`` is ``None`` in ``dtype``.
 
-    def __init__(self, shape: tuple[int, int], kind: Quantization | None, dtype: torch.dtype) -> None:
+    It is one row; or two, values and all else ``apart``: the values of most matrices are whole MiB, of which the allocator rounds
+    nothing up.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], kind: Quantization | None, dtype: torch.dtype, *, apart: bool = False
+    ) -> None:
         self.shape, self.kind = shape, kind
         shapes = {"values": (shape, dtype)} if kind is None else packed_shapes(shape, kind)
         self._parts: dict[str, _Part] = {}
-        self.nbytes = 0
+        self.sizes = [0, 0] if apart else [0]
+        """The bytes of each row."""
+
         for name, (size, stored) in shapes.items():
-            end = self.nbytes + torch.Size(size).numel() * stored.itemsize
-            self._parts[name] = _Part(self.nbytes, end, size, stored)
-            self.nbytes = end + -end % _ALIGNED
+            row = int(apart and name != "values")
+            begin = self.sizes[row]
+            end = begin + torch.Size(size).numel() * stored.itemsize
+            self._parts[name] = _Part(row, begin, end, size, stored)
+            self.sizes[row] = end + -end % _ALIGNED
 
     @property
     def form(self) -> str:
         """How the matrix is stored, in words."""
         return self.kind or str(self._parts["values"].dtype).removeprefix("torch.")
 
-    def write(self, weight: Tensor, row: Tensor, code: Tensor) -> None:
-        """Store ``weight`` in ``row``, on whose device it lies unless it is stored as it is."""
+    def write(self, weight: Tensor, rows: Sequence[Tensor], code: Tensor) -> None:
+        """Store ``weight`` in ``rows``, on whose device it lies unless it is stored as it is."""
         made = weight if self.kind is None else pack(weight, self.kind, code)
         for name, part in self._parts.items():
-            part.of(row).copy_(made if isinstance(made, Tensor) else getattr(made, name))
+            part.of(rows).copy_(made if isinstance(made, Tensor) else getattr(made, name))
 
-    def unpack(self, row: Tensor, dtype: torch.dtype, code: Tensor) -> Tensor:
-        """Return the matrix in ``row``, in ``dtype``."""
-        parts = {name: part.of(row) for name, part in self._parts.items()}
+    def unpack(self, rows: Sequence[Tensor], dtype: torch.dtype, code: Tensor) -> Tensor:
+        """Return the matrix in ``rows``, in ``dtype``."""
+        parts = {name: part.of(rows) for name, part in self._parts.items()}
         if self.kind is None:
             return parts["values"].to(dtype)
         return PackedWeight(self.kind, self.shape, code, **parts).unpack(dtype)

@@ -63,10 +63,11 @@ class FrozenExperts(nn.Module):
         self.on_host, self.peers = host, peers
         self.code = torch.empty(0)
         self.layout = RowLayout((rows, columns), kind, stack.dtype)
+        (self.row_bytes,) = self.layout.sizes
         self.host_rows = torch.empty(0)
         self.register_buffer("rows", None)
         if host is None:
-            size = (experts, self.layout.nbytes) if peers is None else peers.part(self.whole_bytes)
+            size = (experts, self.row_bytes) if peers is None else peers.part(*self.whole_sizes)
             self.rows = torch.empty(size, dtype=torch.uint8, device="meta")
         self._is_hf_initialized = True
 
@@ -84,7 +85,7 @@ class FrozenExperts(nn.Module):
         """Set aside what lies on the host."""
         if self.on_host is not None:
             with self.on_host.host():
-                like = torch.empty(self.shape[0], self.layout.nbytes, dtype=torch.uint8, device="meta")
+                like = torch.empty(self.shape[0], self.row_bytes, dtype=torch.uint8, device="meta")
             self.host_rows = self.on_host.pinned_like(like)
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, expert: int) -> None:
@@ -92,40 +93,39 @@ class FrozenExperts(nn.Module):
         if self.kind is None:
             with device.host():
                 matrix = torch.empty(self.shape[1:], dtype=dtype) if host is None else host
-                self.layout.write(matrix, self.host_rows[expert], self.code)
+                self.layout.write(matrix, [self.host_rows[expert]], self.code)
             return
         if host is None:
             weight = torch.empty(self.shape[1:], dtype=dtype, device=device.torch_device)
         else:
             weight = device.put(host, dtype)
         if self.on_host is None and self.peers is None:
-            self.layout.write(weight, self.rows[expert], self.code)
+            self.layout.write(weight, [self.rows[expert]], self.code)
             return
-        row = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device.torch_device)
-        self.layout.write(weight, row, self.code)
+        row = torch.empty(self.row_bytes, dtype=torch.uint8, device=device.torch_device)
+        self.layout.write(weight, [row], self.code)
         if self.peers is not None:
-            self.peers.keep(row, self.rows, expert * self.layout.nbytes)
+            self.peers.keep(row, self.rows, expert * self.row_bytes)
         else:
             self.host_rows[expert].copy_(device.fetch(row))
 
     @property
-    def own_bytes(self) -> Tensor:
-        """What this process keeps where each of several keeps a part."""
-        rows: Tensor = self.rows
-        return rows
+    def own_rows(self) -> list[Tensor]:
+        """What this process keeps, one row of all experts, where each of several keeps a part."""
+        return [self.rows]
 
     @property
-    def whole_bytes(self) -> int:
-        """The bytes of the whole."""
-        return self.shape[0] * self.layout.nbytes
+    def whole_sizes(self) -> list[int]:
+        """The bytes of the whole row."""
+        return [self.shape[0] * self.row_bytes]
 
     def matrices(self, experts: Sequence[int]) -> MatrixOf:
         """Return what gives the matrix of each of ``experts``, which are asked for in this order."""
         if self.on_host is not None:
             return _Fetching(self, self.on_host, experts).matrix
         # Which experts have tokens differs from process to process, so all of them are gathered.
-        rows = self.rows if self.peers is None else self.peers.whole(self).view(self.shape[0], -1)
-        return lambda expert, dtype: self.layout.unpack(rows[expert], dtype, self.code)
+        rows = self.rows if self.peers is None else self.peers.whole(self)[0].view(self.shape[0], -1)
+        return lambda expert, dtype: self.layout.unpack([rows[expert]], dtype, self.code)
 
 
 class _Fetching:
@@ -134,7 +134,7 @@ class _Fetching:
     def __init__(self, stack: FrozenExperts, device: Device, experts: Sequence[int]) -> None:
         self.stack, self.device, self.experts = stack, device, experts
         self.places = {expert: place for place, expert in enumerate(experts)}
-        self.slots = torch.empty(2, stack.layout.nbytes, dtype=torch.uint8, device=device.torch_device)
+        self.slots = torch.empty(2, stack.row_bytes, dtype=torch.uint8, device=device.torch_device)
         device.label([self.slots], "weights")
         self.arrived: Callable[[], None] = lambda: None
         self._fetch(0)
@@ -148,7 +148,7 @@ class _Fetching:
         place = self.places[expert]
         self.arrived()
         self._fetch(place + 1)
-        return self.stack.layout.unpack(self.slots[place % 2], dtype, self.stack.code)
+        return self.stack.layout.unpack([self.slots[place % 2]], dtype, self.stack.code)
 
 
 def move_to_host(model: Any, kind: Quantization | None, device: Device, trained: list[nn.Module]) -> None:

@@ -4,7 +4,7 @@ Saves: with n GPUs all but 1/n of the packed weights; while one is used, it and 
 weight come over the links for each product with it: in forward, in backward, and in the recomputation between where there is
 checkpointing. Nothing of it trains, so nothing goes back.
 
-A weight is one row of bytes, and process r keeps the r-th of as many even parts; the last is padded. All processes must ask for the
+A weight is a row or two of bytes, and process r keeps the r-th of as many even parts of each; the last is padded. All processes must ask for the
 same weights in the same order. Layers do not fetch ahead for each other: each begins as the others do, which a rehearsal relies on.
 """
 
@@ -44,13 +44,25 @@ class Peers:
         if low < high:
             part[low - begin : high - begin].copy_(piece[low - start : high - start])
 
-    def whole(self, layer: Any) -> Tensor:
-        """Return all bytes of the weight of ``layer``, whose ``own_bytes`` are this process's; every process has to ask."""
-        return self._fetched.take(layer)[: layer.whole_bytes]
+    def whole(self, layer: Any) -> list[Tensor]:
+        """Return the whole rows of the weight of ``layer``, whose ``own_rows`` are this process's; every process has to ask."""
+        rows = self._rows(self._fetched.take(layer), layer)
+        return [row[:size] for row, size in zip(rows, layer.whole_sizes, strict=True)]
+
+    def _rows(self, gathered: Tensor, layer: Any) -> tuple[Tensor, ...]:
+        return torch.split(gathered, [self._count * own.numel() for own in layer.own_rows])
 
     def _gather(self, layer: Any) -> Coming:
-        part: Tensor = layer.own_bytes
-        whole = torch.empty(self._count * part.numel(), dtype=torch.uint8, device=self._device.torch_device)
-        self._device.label([whole], "weights")
-        work = all_gather(whole, part, group=self._group, async_op=True)
-        return whole, work.wait
+        size = self._count * sum(own.numel() for own in layer.own_rows)
+        gathered = torch.empty(size, dtype=torch.uint8, device=self._device.torch_device)
+        self._device.label([gathered], "weights")
+        works = [
+            all_gather(row, own, group=self._group, async_op=True)
+            for row, own in zip(self._rows(gathered, layer), layer.own_rows, strict=True)
+        ]
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return gathered, wait

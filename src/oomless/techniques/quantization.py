@@ -34,25 +34,27 @@ class QuantizedLinear(FrozenLinear):
         self.kind: Quantization = kind
         self.form = kind
         self.peers = peers
-        self.layout = RowLayout(self.shape, kind, layer.weight.dtype)
-        size = self.layout.nbytes if peers is None else peers.part(self.layout.nbytes)
-        self.packed: Tensor
-        self.register_buffer("packed", torch.empty(size, dtype=torch.uint8, device="meta"))
+        self.layout = RowLayout(self.shape, kind, layer.weight.dtype, apart=True)
+        self.values: Tensor
+        self.scales: Tensor
+        for name, whole in zip(("values", "scales"), self.layout.sizes, strict=True):
+            size = whole if peers is None else peers.part(whole)
+            self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device="meta"))
         self.code = torch.empty(0)
 
     @property
-    def own_bytes(self) -> Tensor:
-        """What this process keeps where each of several keeps a part."""
-        return self.packed
+    def own_rows(self) -> list[Tensor]:
+        """What this process keeps of each row of bytes where each of several keeps a part."""
+        return [self.values, self.scales]
 
     @property
-    def whole_bytes(self) -> int:
-        """The bytes of the whole."""
-        return self.layout.nbytes
+    def whole_sizes(self) -> list[int]:
+        """The bytes of each whole row."""
+        return self.layout.sizes
 
     def unpack(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
-        row = self.own_bytes if self.peers is None else self.peers.whole(self)
-        return self.layout.unpack(row, dtype, self.code)
+        rows = self.own_rows if self.peers is None else self.peers.whole(self)
+        return self.layout.unpack(rows, dtype, self.code)
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:  # noqa: D102
         if host is None:
@@ -60,11 +62,12 @@ class QuantizedLinear(FrozenLinear):
         else:
             weight = device.put(host, dtype)
         if self.peers is None:
-            self.layout.write(weight, self.own_bytes, self.code)
+            self.layout.write(weight, self.own_rows, self.code)
             return
-        row = torch.empty(self.whole_bytes, dtype=torch.uint8, device=device.torch_device)
-        self.layout.write(weight, row, self.code)
-        self.peers.keep(row, self.own_bytes)
+        rows = [torch.empty(size, dtype=torch.uint8, device=device.torch_device) for size in self.whole_sizes]
+        self.layout.write(weight, rows, self.code)
+        for row, own in zip(rows, self.own_rows, strict=True):
+            self.peers.keep(row, own)
 
 
 def missing() -> str | None:
