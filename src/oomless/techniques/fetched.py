@@ -13,7 +13,6 @@ from typing import Any
 from torch import _C, Tensor, nn
 
 from oomless.techniques import in_flight
-from oomless.techniques.checkpointing import decoder_layers
 from oomless.techniques.kinds import layer_of
 
 Coming = tuple[Tensor, Callable[[], None]]
@@ -40,8 +39,6 @@ class Fetched:
 
         self._coming: tuple[nn.Module, Coming] | None = None
         in_flight.note(model, self.clear)
-        for layer in [] if across_layers else decoder_layers(model):
-            layer.register_forward_hook(self._forward_ended)
 
     def take(self, user: nn.Module) -> Tensor:
         """Return the weight of ``user`` on the device, and begin to fetch the one that came after it the last time."""
@@ -62,13 +59,8 @@ class Fetched:
         self._drop()
         self._place = (False, "", 0)
 
-    def _forward_ended(self, *_: Any) -> None:
-        # What came next when the layer's MLP was cut into more tiles. A layer that is computed again goes on into its backward.
-        if not _in_backward():
-            self._drop()
-
     def _next_place(self, user: nn.Module) -> tuple[bool, str, int]:
-        visit = (_in_backward(), self._layer(user))
+        visit = (_C._current_graph_task_id() != -1, self._layer(user))
         used = self._place[2] if self._place[:2] == visit and self._place[2] < _LONGEST_VISIT else 0
         return *visit, used + 1
 
@@ -83,7 +75,3 @@ class Fetched:
             _, (_, wait) = self._coming
             wait()
             self._coming = None
-
-
-def _in_backward() -> bool:
-    return _C._current_graph_task_id() != -1
