@@ -57,6 +57,7 @@ class Fetched:
     def clear(self) -> None:
         """Let go of what is on the device, as after a step that was cut short; the next one comes by as the first did."""
         self._drop()
+        self._after.clear()
         self._place = (False, "", 0)
 
     def _next_place(self, user: nn.Module) -> tuple[bool, str, int]:

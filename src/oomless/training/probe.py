@@ -18,6 +18,7 @@ from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, form
 from oomless.models.make import attend
+from oomless.techniques import in_flight
 
 
 @torch.no_grad()
@@ -29,9 +30,14 @@ def check_architecture(model: Any, packing: Packing, device: Device) -> None:
             other.
     """
     model.eval()
-    with own_attention(model):
-        logits = form.own_logits(model, form.length_for(model))
-    problem = form.find_problem(model, logits, packing, form.tolerance(model), device)
+    # Each of its texts has a length of its own, of which more or fewer tiles are made, so that none tells what the next fetches.
+    fresh = model.base_model.register_forward_pre_hook(lambda *_: in_flight.drop(model))
+    try:
+        with own_attention(model):
+            logits = form.own_logits(model, form.length_for(model))
+        problem = form.find_problem(model, logits, packing, form.tolerance(model), device)
+    finally:
+        fresh.remove()
     if problem is not None:
         raise ModelError(problem.text)
 
