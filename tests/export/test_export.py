@@ -448,7 +448,7 @@ def test_two_exports_to_one_place(make_run, tmp_path):
 
 def test_a_run_is_found_from_every_folder(make_checkpoint, corpus, tmp_path, monkeypatch):
     """Its model and its text were named from the folder that it was begun in; of one of an earlier version --base is asked for."""
-    begun_in, elsewhere = tmp_path / "begun in", tmp_path / "elsewhere"
+    begun_in, elsewhere = tmp_path / "begun_in", tmp_path / "elsewhere"
     begun_in.mkdir()
     elsewhere.mkdir()
     shutil.copytree(make_checkpoint("llama"), begun_in / "model")
