@@ -76,8 +76,9 @@ def test_ctrl_c_in_the_demo_says_what_is_there(tmp_path):
         assert "Traceback" not in terminal.text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 40])
+@pytest.mark.parametrize(
+    "columns", [pytest.param(80, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.full_length)]
+)
 def test_what_was_trained_is_exported_shown_and_heard(make_checkpoint, corpus, tmp_path, columns):
     run = tmp_path / "run"
     arguments = ("--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", run)

@@ -337,8 +337,14 @@ def test_a_process_killed_while_it_builds_breaks_nothing(building, corpus, texts
     assert not opened(corpus, encoder, tmp_path / "cache")[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["records", "one file", "parquet"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("records", marks=pytest.mark.full_length),
+        pytest.param("one file", marks=pytest.mark.slow),
+        pytest.param("parquet", marks=pytest.mark.full_length),
+    ],
+)
 def test_memory_stays_bounded(tmp_path, kind):
     """As bench/data_memory.py, on 120 MB."""
     subprocess.run(
