@@ -58,8 +58,8 @@ def test_the_work_of_a_strategy_is_that_of_the_passes_of_one_and_the_update_of_a
     known = Known(64 * MiB)
     rows = [trials[index : index + len(RUNGS)] for index in range(0, len(trials), len(RUNGS))]
     assert known.work(rows[0][0][0]) is None
-    for settings, trial, _ in [*rows[0], *(row[0] for row in rows[1:])]:
-        known.learn(settings, trial)
+    for settings, trial, fixed in [*rows[0], *(row[0] for row in rows[1:])]:
+        known.learn(settings, trial, fixed)
     for settings, trial, _ in trials:
         assert known.work(settings) == Work.from_dict(trial.work), settings
 
@@ -68,7 +68,7 @@ def test_what_offloading_adds_is_no_part_of_the_least(trials):
     known = Known(64 * MiB)
     on_host = next(entry for entry in trials if "offload_optimizer" in entry[0])
     settings = {name: value for name, value in on_host[0].items() if name != "offload_optimizer"}
-    known.learn(settings, trials[0][1])
+    known.learn(settings, *trials[0][1:])
     assert known.work(on_host[0]) is None
     assert known.least_work(on_host[0]) == known.work(settings)
 

@@ -35,15 +35,15 @@ class Known:
         self._held: dict[_Key, int] = {}
         self._needed: dict[_Key, dict[str, int]] = {}
 
-    def learn(self, settings: Settings, trial: Trial, fixed_bytes: int | None = None) -> None:
-        """Remember what ``settings`` came to; without ``fixed_bytes`` only their work."""
+    def learn(self, settings: Settings, trial: Trial, fixed_bytes: int) -> None:
+        """Remember what ``settings`` came to."""
         if trial.refused is not None:
             return
         if trial.work is not None:
             work = Work.from_dict(trial.work)
             self._passes.setdefault(_of_passes(settings), work)
             self._updates.setdefault(_of_update(settings), work)
-        if fixed_bytes is not None and trial.fits:
+        if trial.fits:
             self._held[_of_passes(settings)] = trial.passes_bytes - fixed_bytes
             self._needed.setdefault(_of_rung(settings), {})[_kind(settings)] = trial.needed_bytes - fixed_bytes
 

@@ -5,7 +5,8 @@ For each quality (``strategies.py``), best first:
 1. *Exact lower bounds* reject what cannot fit: the weights as they are built, the optimizer's state as it is made, gradients where
    all of them exist together. No activation is counted, so nothing that fits is rejected.
 2. *Trials* (``trial.py``) find for each placement and micro-batch the fastest rung that fits: what a rung needs falls from one to
-   the next, so a few trials, several at a time, find the place where fitting begins.
+   the next, so a few trials, several at a time, find the place where fitting begins. What they tell of others (``known.py``) says
+   where to look first, and what need not be tried.
 3. The fastest by predicted speed is rehearsed whole, at the capacity less the margin: the pick.
 
 Every better quality has then been proved not to fit, by its bound or by a rehearsal that ran out. For a wish (``wish.py``) what people
@@ -407,7 +408,8 @@ class _Search:
     def _first_fitting(
         self, way: _Way, size: Settings, ladder: list[Settings], first: int
     ) -> tuple[_Found | None, _Failure | None, int]:
-        """Return ``way`` with micro-batches of ``size`` and the first rung of ``ladder`` that fits, why the leanest that was tried does not, and the rung's number.
+        """Return ``way`` with micro-batches of ``size`` and the first rung of ``ladder`` that fits, why the leanest that was tried
+        does not, and the rung's number.
 
         No rung before ``first`` fits.
         """

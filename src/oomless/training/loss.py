@@ -65,7 +65,7 @@ def head_loss(
     destination: GradientDestination = "new",
     **how: Any,
 ) -> Tensor:
-    """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``; ``how`` is for that."""
+    """Return ``scale`` times the summed cross-entropy of the head of ``model`` on ``hidden``; ``how`` is for ``linear_cross_entropy``."""
     head = model.get_output_embeddings()
     softcap, logit_scale = body.logit_transform(model.config)
     rows, row_ids = rows_of(head)

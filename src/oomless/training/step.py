@@ -120,6 +120,7 @@ class TrainingStep:
         loss = self.accumulate(micro_batches[:-1], tokens)
         with self.fused.updating(1 / self.loss_scale.scale, changes_nothing=True):
             loss += self.accumulate(micro_batches[-1:], tokens)
+        self.ranks.sum(loss)
         self.fused.finish()
         return 0
 
