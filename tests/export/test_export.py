@@ -43,6 +43,8 @@ MODES = {
     "lora and rows": ("llama", True, {**LORA, "trainable": "lora+embed_tokens+lm_head", "trainable_rows": "5,200-210"}),
     "rows": ("llama", False, {"trainable": "embed_tokens+lm_head", "trainable_rows": "5,200-210"}),
     "an untied head": ("llama", True, {"trainable": "lm_head", "tied_weights": "untied"}),
+    "lora and biases": ("gpt2", True, {**LORA, "bias": "all"}),
+    "lora and its biases, nf4": ("qwen2", False, {**LORA, "bias": "lora_only", "quantization": "nf4"}),
     "lora, nf4": ("qwen3", False, {**LORA, "quantization": "nf4"}),
     "head, int8": ("llama", False, {"trainable": "lm_head", "quantization": "int8"}),
     "rows, nf4": ("llama", True, {"trainable": "embed_tokens+lm_head", "trainable_rows": "7", "quantization": "nf4"}),

@@ -36,7 +36,7 @@ def places(make_checkpoint, corpus, tmp_path):
 
 
 def base(run, places, *, out=None):
-    kind = "mixtral" if values.OF_EXPERTS & set(run) else "llama"
+    kind = "mixtral" if values.OF_EXPERTS & set(run) else "qwen2" if "bias" in run else "llama"
     model = places["make"](kind, tied="tied_weights" in run)
     given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
     given |= {} if out is None else {"output_dir": str(out)}

@@ -60,6 +60,14 @@ ADAPTERS = {
             "trainable_token_indices": {"embed_tokens": [27, 14], "lm_head": [14, 27]},
         },
     ),
+    "biases of its layers": ("qwen2", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
+    "all biases": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    "biases where there are none": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "a bias of its own": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}),
+    "a bias of its own on a bias": (
+        "qwen2",
+        {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "bias": "lora_only", "use_rslora": True},
+    ),
     "experts by pattern": (
         "mixtral",
         {
@@ -82,13 +90,17 @@ def make_adapter(make_checkpoint, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # it uses those of parameters
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
             model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", **settings))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
         folder = tmp_path / "adapter"
-        model.eval().save_pretrained(folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LoRA tensor")  # peft takes a bias for a matrix that was cut
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+            model.eval().save_pretrained(folder)
         if pickled:
             torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
             (folder / "adapter_model.safetensors").unlink()
@@ -160,12 +172,19 @@ def test_what_is_trained_on_is_an_adapter_of_the_base(make_adapter, make_checkpo
         assert side.losses["library.jsonl"] == pytest.approx(measured["eval_loss/library.jsonl"], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ranks and scales by pattern", "all but a pattern", "rows of a tied embedding"])
-def test_what_went_on_is_exported(make_adapter, corpus, tmp_path, kind):
+WENT_ON = ("ranks and scales by pattern", "all but a pattern", "rows of a tied embedding", "all biases")
+ITS_OWN = "a bias of its own on a bias"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [*((kind, {}) for kind in WENT_ON), (ITS_OWN, {}), (ITS_OWN, {"quantization": "nf4"})],
+)
+def test_what_went_on_is_exported(make_adapter, corpus, tmp_path, kind, more):
     """The adapter that comes of it is what peft makes of it, and so is what is merged."""
     architecture, made = ADAPTERS[kind]
     folder, _ = make_adapter(architecture, **made)
-    train(settings(folder, corpus, tmp_path / "run"))
+    train(settings(folder, corpus, tmp_path / "run", **more))
     for to in ("adapter", "safetensors"):
         plan = make_plan(tmp_path / "run", to, verify="full")
         assert export(plan).checked.error < 1e-4
@@ -174,6 +193,24 @@ def test_what_went_on_is_exported(make_adapter, corpus, tmp_path, kind):
         for place in (tmp_path / "run" / "model", plan.target)
     )
     assert (final - merged).abs().max() < 1e-4
+    before, after = (
+        load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "run/checkpoint-2")
+    )
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before if not name.endswith("k_proj.bias"))
+
+
+def test_a_bias_that_a_plain_model_has_no_place_for(make_adapter, corpus, tmp_path):
+    """It goes on as an adapter, and is exported as one; merged it cannot be, which is said before anything trains."""
+    folder, model = make_adapter("llama", target_modules=["q_proj"], lora_bias=True)
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj has none .* --merge-lora false"):
+        train(settings(folder, corpus, run))
+    with pytest.raises(ModelError, match="it cannot be merged; --to adapter"):
+        make_plan(folder, "safetensors", output=tmp_path / "merged")
+    train(settings(folder, corpus, run, merge_lora=False))
+    export(make_plan(run, "adapter", output=tmp_path / "out"))
+    assert "lora_B.bias" in " ".join(load_file(tmp_path / "out" / "adapter_model.safetensors"))
 
 
 def test_a_plan_and_a_search_take_the_adapter_as_it_is(make_adapter):
@@ -192,7 +229,7 @@ def test_a_plan_and_a_search_take_the_adapter_as_it_is(make_adapter):
     [
         ({}, {"trainable": "full"}, "has trainable lora.* got full: .*oomless export"),
         ({}, {"lora_r": 8}, "has lora_r 4.* got 8"),
-        ({"bias": "lora_only"}, {}, "has bias"),
+        ({"bias": "all"}, {"bias": "none"}, "has bias all.* got none"),
         ({"init_lora_weights": "olora"}, {}, "has init_lora_weights olora"),
         (
             {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},

@@ -93,6 +93,7 @@ ROUTES = {
         ),
     ),
     "packed body": ("qwen2", False, dict(dtype="fp32", quantization="nf4", trainable="lm_head", sharding="shard")),
+    "biases": ("gpt2", True, dict(dtype="fp32", bias="all", **LORA)),
     "dora": ("gemma", True, dict(dtype="fp32", trainable="lora", lora_r=4, use_dora=True)),
     "rows": ("llama", False, dict(dtype="fp32", trainable="lm_head", trainable_rows="0-99")),
     "adafactor": ("gemma", True, dict(dtype="fp32", optimizer="adafactor", gradient_accumulation_steps=2)),

@@ -18,7 +18,7 @@ _OWN = ("lora_dropout", "merge_lora")
 """LoRA's settings that a run may choose anew."""
 
 _OTHER = (
-    *("layer_replication", "lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
     *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
 """What makes another model of LoRA than the sum of a matrix and a product of two."""
@@ -69,11 +69,15 @@ def beyond_lora(said: Mapping[str, Any]) -> list[str]:
     return [*(name for name in _OTHER if said.get(name)), *changed]
 
 
-def patterns(model: object) -> dict[str, Any]:
-    """Return the ranks and scales of single layers of the adapter that ``model`` names, as peft has them; none of a model."""
+def beside_settings(model: object) -> dict[str, Any]:
+    """Return what no setting says of the adapter that ``model`` names, as peft has it; nothing of a model.
+
+    These are ranks and scales of single layers, and whether the second matrix of each has a bias.
+    """
     folder = folder_of(model)
     said = {} if folder is None else facts(folder)
-    return {name: dict(said.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    own = {name: dict(said.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    return {**own, "lora_bias": bool(said.get("lora_bias"))}
 
 
 def row_ids(said: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -112,8 +116,6 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the adapter in {folder} is of the kind {said['peft_type']}; LORA is trained: merge it into its model with peft"
         )
-    if said.get("bias", "none") != "none":
-        odd.append("bias")
     if odd:
         raise ConfigError(
             f"the adapter in {folder} has {', '.join(odd)}, with which it cannot go on training here: {_merged(folder)}"
@@ -137,6 +139,7 @@ def _settings(folder: Path) -> dict[str, Any]:
             "lora_target_modules": _targets(said),
             "use_rslora": bool(said.get("use_rslora")),
             "use_dora": bool(said.get("use_dora")),
+            "bias": said.get("bias") or "none",
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / FILE} is damaged: {error!r}") from error

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from oomless.config import TrainConfig
 
 TiedWeights = Literal["shared", "untied"]
+Bias = Literal["none", "lora_only", "all"]
 LORA_DEFAULTS: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32.0,
@@ -19,6 +20,7 @@ LORA_DEFAULTS: dict[str, Any] = {
     "lora_target_modules": "all-linear",
     "use_rslora": False,
     "use_dora": False,
+    "bias": "none",
     "merge_lora": True,
 }
 
@@ -55,6 +57,9 @@ class Trained:
 
     use_dora: bool | None = None
     """Train magnitude and direction apart (DoRA). [default: off]"""
+
+    bias: Bias | None = None
+    """Biases of the model that train beside LoRA: none, those of its layers (lora_only), or all. [default: none]"""
 
     merge_lora: bool | None = None
     """Add LoRA's matrices to the final model's; off: the final model is the adapter alone, as peft loads it. [default: on]"""

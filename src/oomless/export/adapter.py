@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oomless.config.adapter import beyond_lora
 from oomless.errors import ModelError
-from oomless.export.changes import Change, LowRank, Replaced, Rows, low_rank
+from oomless.export.changes import Added, Change, LowRank, Replaced, Rows, low_rank
 from oomless.export.source import TRAINED, Source
 from oomless.models.weights import adapter_file, open_file, shown
 from oomless.techniques import trained_rows
@@ -27,7 +27,7 @@ from oomless.techniques.experts import STACKS, expert_modules
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.*?)(?P<inside>(\.base_layer)*)"
-    r"\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight)?"
+    r"\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight|(?P<bias>\.bias))?"
 )
 
 
@@ -105,7 +105,7 @@ def _of_adapter(source: Source, model: Any, late: Late) -> dict[str, Change]:
         if match is None:
             found[name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = Replaced(new)
         else:
-            parts.setdefault(f"{match['module']}{match['inside']}", {})[match["part"]] = new
+            parts.setdefault(f"{match['module']}{match['inside']}", {})[match["part"] + (match["bias"] or "")] = new
     experts = dict(expert_modules(model))
     for place, own in parts.items():
         module = place.partition(".base_layer")[0]
@@ -119,7 +119,10 @@ def _of_adapter(source: Source, model: Any, late: Late) -> dict[str, Change]:
                 experts[module].is_transposed,
             )
         else:
-            found[f"{module}.weight"] = _of_module(settings, module, own, model)
+            found[f"{module}.weight"] = changed = _of_module(settings, module, own, model)
+            if bias := own.get("lora_B.bias"):
+                assert isinstance(changed, LowRank)
+                found[f"{module}.bias"] = Added(bias, changed.scale, found.get(f"{module}.bias"))
     return _known(source, model, found)
 
 
@@ -175,6 +178,12 @@ def _require_mergeable(source: Source, settings: Mapping[str, Any]) -> None:
 def _known(source: Source, model: Any, found: dict[str, Change]) -> dict[str, Change]:
     """Return ``found`` where ``model`` has all of it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    alone = [name for name, change in found.items() if isinstance(change, Added) and name not in shapes]
+    if alone:
+        raise ModelError(
+            f"the adapter in {source.folder} has biases of its own (lora_bias), and {source.base.name} has no {shown(alone)} to add them "
+            "to: it cannot be merged; --to adapter leaves it as it is"
+        )
     unknown = [name for name, change in found.items() if name not in shapes or not change.fits(shapes[name])]
     if unknown:
         raise ModelError(

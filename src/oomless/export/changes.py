@@ -54,6 +54,22 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """A vector times ``scale`` is added to it, as it is or as it was ``trained`` itself."""
+
+    new: Callable[[], Tensor]
+    scale: float
+    trained: Change | None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:  # noqa: D102
+        return tuple(self.new().shape) == shape and (self.trained is None or self.trained.fits(shape))
+
+    def of(self, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:  # noqa: D102
+        vector = read().float() if self.trained is None else self.trained.of(read, torch.float32)
+        return (vector + self.new().float() * self.scale).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """A product of two thin matrices is added: ``scale * b @ a``, [out, in], to a matrix that may lie [in, out]."""
 

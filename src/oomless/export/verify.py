@@ -185,5 +185,6 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # Of a head and an embedding that are one matrix peft holds two copies, and says so: both are in the adapter.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")  # it is not merged
         warnings.simplefilter("ignore", FutureWarning)  # of a name that transformers is giving up
         return PeftModel.from_pretrained(model, str(folder)).eval()

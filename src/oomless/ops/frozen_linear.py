@@ -159,7 +159,7 @@ class RowLayout:
 
 
 def frozen_linear(inputs: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
-    """Return ``inputs @ weight.T + bias``: [..., out] from [..., in], in the inputs' dtype; only ``inputs`` get a gradient."""
+    """Return ``inputs @ weight.T + bias``: [..., out] from [..., in], in the inputs' dtype; the weight gets no gradient."""
     outputs: Tensor = _FrozenLinear.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -172,5 +172,6 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        return gradient @ ctx.weight.unpack(gradient.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return gradient @ ctx.weight.unpack(gradient.dtype), None, of_bias

@@ -42,7 +42,8 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
         unreached: kinds of parameters that get no gradient; their layers get no adapter.
 
     Raises:
-        ConfigError: ``lora_target_modules`` matches no linear layer, or names one that cannot have an adapter.
+        ConfigError: ``lora_target_modules`` matches no linear layer, or names one that cannot have an adapter; or the biases that
+            shall train, or be added to, are not there.
     """
     peft = import_unbooked("peft")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -55,7 +56,7 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
         use_dora=config.use_dora,
         target_modules=linear,
         task_type="CAUSAL_LM",
-        **settings.patterns(config.model),
+        **settings.beside_settings(config.model),
     )
     if linear:
         with warnings.catch_warnings(), torch.device("meta"):
@@ -64,14 +65,46 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+            warnings.filterwarnings(
+                "ignore", "`lora_bias=True` was passed but the targeted layer"
+            )  # _require_biases says it
             peft.inject_adapter_in_model(adapter, _Unknown(model), adapter_name=ADAPTER)
     model.peft_config = {ADAPTER: adapter}
     expert_adapters.inject(model, stacks, config, device, adapter)
+    adapter.bias = config.bias  # by which peft itself would train those that the loss does not reach too
     for module in _adapted_layers(model):
         _materialise(module, model.dtype, device)
-    for parameter in trained:
+    for parameter in [*trained, *_biases(model, config, unreached)]:
         parameter.requires_grad_(True)
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
+
+
+def _biases(model: Any, config: TrainConfig, unreached: Collection[str]) -> list[nn.Parameter]:
+    """Return the biases of ``model``, which has its adapters, that train beside these; check that there are those that ``config`` wants."""
+    adapted = {f"{name}.base_layer.bias": module for name, module in model.named_modules() if _is_adapted(module)}
+    biases = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".bias") and not is_adapter(name) and kind_in(model, name) not in unreached
+    }
+    lacking = [
+        name
+        for name, module in adapted.items()
+        if name not in biases and config.merge_lora and any(module.lora_bias.values())
+    ]
+    if lacking:
+        raise ConfigError(
+            f"the adapter that is the model has biases of its own (lora_bias), and {lacking[0].removesuffix('.base_layer.bias')} has none "
+            "that a merged model could add them to: give --merge-lora false, and the final model is the adapter",
+            "merge_lora",
+        )
+    if config.bias == "none":
+        return []
+    found = [parameter for name, parameter in biases.items() if config.bias == "all" or name in adapted]
+    if not found and settings.folder_of(config.model) is None:
+        whose = "this model has" if config.bias == "all" else "the layers that LoRA is put into have"
+        raise ConfigError(f"bias: {config.bias} has no effect: {whose} no biases; leave it out", "bias")
+    return found
 
 
 class _Unknown(nn.Module):
@@ -89,7 +122,8 @@ _TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1
 def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
     """Allocate and initialise what peft left on the meta device: A as an nn.Linear's weight, B as zeros."""
     for half in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-        half.weight = nn.Parameter(torch.empty(half.weight.shape, dtype=dtype, device=device.torch_device))
+        for name, parameter in list(half.named_parameters()):
+            setattr(half, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device.torch_device)))
     layer.reset_lora_parameters(ADAPTER, True)
     if layer.use_dora[ADAPTER]:
         # B is zero, so the magnitudes of the sum are those of the matrix.
@@ -115,12 +149,24 @@ def initialise_parts(model: Any, device: Device) -> None:
 
 @torch.no_grad()
 def merge_parts(model: Any) -> None:
-    """Add every adapter into its matrix, in place, where each process holds a part of both: rows of the matrix and of B."""
+    """Add every adapter into its matrix, in place, where each process holds a part of both: rows, of a matrix that may lie [in, out]."""
     for module in _adapted_layers(model):
-        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-        added = sharding.local(b).float() @ a.full_tensor().float() * module.scaling[ADAPTER]
-        own = sharding.local(module.get_base_layer().weight)
+        a, b = (half.weight.full_tensor().float() for half in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]))
+        weight = module.get_base_layer().weight
+        own, first = sharding.local(weight), sharding.first_element(weight) // weight.shape[1]
+        left, right = (a.t(), b.t()) if module.fan_in_fan_out else (b, a)
+        added = left[first : first + len(own)] @ right * module.scaling[ADAPTER]
         own.copy_(own.float() + added)
+        _give_bias(module)
+
+
+def _give_bias(module: Any) -> None:
+    """Move the bias that an adapter of peft's ``lora_bias`` has into its layer's, in place: the sum stays."""
+    own = module.lora_B[ADAPTER].bias
+    if own is not None:
+        bias, added = sharding.local(module.get_base_layer().bias), sharding.local(own)
+        bias.copy_(bias.float() + added.float() * module.scaling[ADAPTER])
+        added.zero_()
 
 
 def _adapted_layers(model: Any) -> Iterator[Any]:
@@ -209,7 +255,7 @@ def checkpoint_parameters(model: Any) -> dict[str, nn.Parameter]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and not trained_rows.is_rows(name) and id(parameter) not in known:
             name = name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
-            found[f"base_model.model.{name.replace(f'.{ADAPTER}.weight', '.weight')}"] = parameter
+            found[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = parameter
     for name, module in trained_rows.owners(model).items():
         found[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"] = module.trained_rows
     return found
@@ -257,10 +303,14 @@ def go_on(model: Any, folder: Path, tensors: Any, device: Device) -> tuple[str, 
 
 def save_config(model: Any, folder: Path) -> None:
     """Write peft's ``adapter_config.json``; matrices that are trained whole are its ``modules_to_save``."""
-    whole = {
-        name.rpartition(".")[0]
+    beside = [
+        name
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad and not is_adapter(name) and not trained_rows.is_rows(name)
+    ]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in beside}
+    whole = {
+        name.rpartition(".")[0] for name, owner in owners.items() if not (name.endswith(".bias") and not trains(owner))
     }
     rows = {name: module.trained_row_ids.tolist() for name, module in trained_rows.owners(model).items()}
     adapter = copy.deepcopy(model.peft_config[ADAPTER])
@@ -291,7 +341,10 @@ def merge(model: Any, device: Device) -> None:
     form stay as they are: ``delta`` is what is added to what is saved for them.
     """
     for module in _adapted_layers(model):
-        if not module.merged and not isinstance(module.get_base_layer(), frozen_layers.FrozenLinear):
+        if isinstance(module.get_base_layer(), frozen_layers.FrozenLinear):
+            with torch.no_grad():
+                _give_bias(module)
+        elif not module.merged:
             with _on_the_host(module, device):
                 module.merge(safe_merge=not device.fake)
     expert_adapters.merge(model)

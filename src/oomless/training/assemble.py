@@ -129,7 +129,9 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
 
     def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:
         if mesh is not None:
-            vocabulary_parts.apply(model, mesh, trainable.trained_modules(model, config), device)
+            head = model.get_output_embeddings()
+            its_bias = [head] if config.bias == "all" and head.bias is not None else []
+            vocabulary_parts.apply(model, mesh, [*trainable.trained_modules(model, config), *its_bias], device)
 
     model = build.build(
         spec,
