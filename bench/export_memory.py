@@ -1,15 +1,16 @@
 """Peak host memory and time of a merge: `oomless export` beside peft's `merge_and_unload` and `save_pretrained`.
 
-    python bench/export_memory.py FOLDER [GB]
+    python bench/export_memory.py FOLDER [GB] [gguf]
 
 makes a Llama of so many GB (default 4) in bf16 with a LoRA of rank 16 on every linear layer in FOLDER, and merges it with both, each in a
-process of its own. What is counted is the process's largest resident memory (VmHWM), of which pages of mapped files are a part.
+process of its own; or with gguf writes it as GGUF, in bf16 and in few bits. What is counted is the process's largest resident memory (VmHWM), of which pages of mapped files are a part.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,9 @@ began = time.perf_counter()
 from pathlib import Path
 from oomless.export.plan import make_plan
 from oomless.export.run import export
-export(make_plan(Path(sys.argv[1]), "safetensors", output=Path(sys.argv[2]), verify=sys.argv[3]))
+adapter, output, verify, *quantize = sys.argv[1:]
+to = "gguf" if quantize else "safetensors"
+export(make_plan(Path(adapter), to, output=Path(output), verify=verify, quantize=(quantize or [None])[0] or None))
 """
 THEIRS = """
 import sys, time, torch
@@ -103,33 +106,38 @@ def tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bytes_alone).save_pretrained(folder)
 
 
-def measured(program: str, *arguments: str) -> dict[str, float]:
-    """Run ``program`` and return its peak memory and its time."""
-    ended = subprocess.run(
-        [sys.executable, "-c", program + MEASURED, *arguments], capture_output=True, text=True, check=True
-    )
+def measured(program: str, adapter: str, output: Path, *arguments: str) -> dict[str, float]:
+    """Run ``program``, forget what it wrote, and return its peak memory and its time."""
+    command = [sys.executable, "-c", program + MEASURED, adapter, str(output), *arguments]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    shutil.rmtree(output)
     found = re.search(r"MEASURED (\d+) (\S+)", ended.stdout)
     assert found is not None
     return {"peak_bytes": int(found[1]), "seconds": float(found[2])}
 
 
-def compare(folder: Path, size_bytes: int, *, theirs: bool = True) -> dict[str, Any]:
-    """Return what both take, and how the merges differ."""
+def compare(folder: Path, size_bytes: int, *, gguf: bool = False, theirs: bool = True) -> dict[str, Any]:
+    """Return what both take, or what GGUF does."""
     largest = make(folder, size_bytes)
-    base, adapter = str(folder / "base"), str(folder / "adapter")
+    base, adapter, output = str(folder / "base"), str(folder / "adapter"), folder / "out"
     result: dict[str, Any] = {
         "model_bytes": sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
     }
     result["largest_tensor_bytes"] = largest
+    if gguf:
+        forms = {"gguf, bf16": "", "gguf, q8_0": "q8_0", "gguf, q4_k_m": "q4_k_m"}
+        return result | {name: measured(OURS, adapter, output, "none", form) for name, form in forms.items()}
     for verify in ("none", "sample"):
-        result[f"ours, verify {verify}"] = measured(OURS, adapter, str(folder / f"ours-{verify}"), verify)
+        result[f"ours, verify {verify}"] = measured(OURS, adapter, output, verify)
     if theirs:
-        result["peft"] = measured(THEIRS, adapter, str(folder / "peft"), base)
+        result["peft"] = measured(THEIRS, adapter, output, base)
     return result
 
 
 if __name__ == "__main__":
     began = time.perf_counter()
-    answer = compare(Path(sys.argv[1]), round(float((sys.argv[2:] or ["4"])[0]) * 1e9))
-    write("export_memory", answer)
+    place, *size = (argument for argument in sys.argv[1:] if argument != "gguf")
+    of_gguf = "gguf" in sys.argv
+    answer = compare(Path(place), round(float((size or ["4"])[0]) * 1e9), gguf=of_gguf)
+    write("export_memory_gguf" if of_gguf else "export_memory", answer)
     print(json.dumps(answer, indent=2), f"\n{time.perf_counter() - began:.0f} s in all")
