@@ -96,7 +96,8 @@ OF_GGUF = {
     "experts": ("qwen3_moe", False, LORA),
     "experts, nf4": ("qwen3_moe", False, {**LORA, "quantization": "nf4"}),
     "experts, full": ("qwen3_moe", False, {"trainable": "full"}),
-    "rank-stabilised, tied": ("gemma2", True, {**LORA, "use_rslora": True}),
+    # By a larger scale two steps leave logits that are almost the same for every token: what is left of them, four bits may lose.
+    "rank-stabilised, tied": ("gemma2", True, {**LORA, "use_rslora": True, "lora_alpha": 8}),
 }
 TARGETS = dict.fromkeys(("fp32", "bf16", "fp16", *QUANTIZATIONS), pytest.mark.full_length)
 TARGETS |= {"fp32": (), **dict.fromkeys(("fp16", "q8_0", "q4_k_m"), pytest.mark.slow)}
