@@ -55,7 +55,7 @@ def test_tables_are_those_that_were_measured(result, page):
 
 
 STEPS_AND_RUNS = ("faults_in_steps", "faults_in_a_larger_model", "faults_in_runs")
-EXPORTS = ("exports_killed", "exports_on_full_disks", "llama_cpp")
+EXPORTS = ("exports_killed", "exports_on_full_disks", "exports_in_every_form", "llama_cpp")
 CLAIMS = (*STEPS_AND_RUNS, "kills", "full_disks", "damage", "soak", "picks", "plans", *EXPORTS)
 
 

@@ -384,7 +384,22 @@ def test_another_base_a_missing_shard_a_damaged_checkpoint(make_run, make_checkp
     wide = make_checkpoint("llama", intermediate_size=128)
     with pytest.raises(ModelError, match="another model"):
         make_plan(run, "safetensors", base=str(wide), output=tmp_path / "out")
+    shutil.copytree(make_checkpoint("llama"), tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    same_shapes = str(tmp_path / "other")
+    for place in (run, run / "checkpoint-2"):
+        for to in ("adapter", "safetensors"):
+            with pytest.raises(ModelError, match="trained on another model than .* its embedding"):
+                make_plan(place, to, base=same_shapes, output=tmp_path / "out")
+    export(make_plan(run, "adapter", output=tmp_path / "run" / "adapter"))
+    with pytest.raises(ModelError, match="trained on another model than .* its embedding"):
+        make_plan(tmp_path / "run" / "adapter", "safetensors", base=same_shapes, output=tmp_path / "out")
     base = tmp_path / "base"
+    export(make_plan(make_checkpoint("llama"), "safetensors", dtype="bf16", output=base))  # the same but for rounding
+    make_plan(run, "safetensors", base=str(base), output=tmp_path / "out")
+    shutil.rmtree(base)
     shutil.copytree(make_checkpoint("llama"), base)
     tensors = load_file(base / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -396,7 +411,7 @@ def test_another_base_a_missing_shard_a_damaged_checkpoint(make_run, make_checkp
         file.write(b"?")
     with pytest.raises(CheckpointError, match="damaged"):
         make_plan(run, "safetensors", output=tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "other", "run"]
 
 
 def test_the_best_checkpoint_is_the_final_model(make_run, tmp_path):

@@ -3,12 +3,13 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import CheckpointError, ConfigError
@@ -133,6 +134,21 @@ def again(config, **changes):
 def test_what_would_change_the_result_is_refused(stopped_run, changes, message):
     with pytest.raises(ConfigError, match=message):
         loop.train(again(stopped_run[0], **changes))
+
+
+def test_what_trained_beside_another_model_is_not_gone_on_with(make_checkpoint, corpus, tmp_path):
+    """Of a run with LoRA the model was changed meanwhile; where it was only written anew, in bf16, the run goes on."""
+    shutil.copytree(make_checkpoint("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    config = make_config(tmp_path / "model", corpus, tmp_path / "run", trainable="lora", max_steps=2, save_steps=2)
+    loop.train(config)
+    tensors = load_file(file)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    loop.train(again(config, max_steps=3))
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="changes another model than the one in"):
+        loop.train(again(config, max_steps=4))
 
 
 def test_micro_batch_may_change(make_checkpoint, corpus, tmp_path):

@@ -75,6 +75,8 @@ def _adapter(source: Source, dtype: torch.dtype | None) -> Files:
     if source.kind != "adapter":
         how = "trained whole matrices" if source.run is not None else "is no adapter"
         raise ConfigError(f"{source.folder} {how}, so there is no adapter to export: use --to safetensors")
+    if not source.adapter.get("lora_bias"):  # which may be one that cannot be merged
+        Merged(source)  # is of this base
     path = adapter_file(source.folder)
     kept = open_file(path)
     tensors = {name: _late(path, name, kept.get_tensor(name), dtype) for name in sorted(kept.keys())}

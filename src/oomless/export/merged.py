@@ -18,7 +18,7 @@ from oomless.export.adapter import LowRankExperts, changes, file_of
 from oomless.export.changes import Change, Replaced, Rows, require_range
 from oomless.export.source import Source
 from oomless.memory.device import Device
-from oomless.models import layout
+from oomless.models import layout, sample
 from oomless.models.layout import LateTensor, Savable
 from oomless.models.make import left_out, make
 from oomless.models.weights import Weights, open_file
@@ -55,7 +55,10 @@ class Merged:
         self._read_bytes = 0
         self._weights.check_whole({name: id(tensor) for name, tensor in state.items()})
         setattr(self.model, layout.NAMES, self._weights.names_in_files)
-        self._changes: Mapping[str, Change] = {} if source.kind == "model" else changes(source, self.model)
+        self._changes: Mapping[str, Change] = {}
+        if source.kind != "model":
+            self._changes = changes(source, self.model)
+            _require_base(source, self.model, self._weights)
         in_files = {id(state[name]): name for name in reversed(self._weights.names)}
         stored = {name: in_files.get(id(tensor), name) for name, tensor in state.items()}
         own = stored
@@ -109,6 +112,20 @@ class Merged:
                 "not belong together"
             )
         return tensor
+
+
+def _require_base(source: Source, model: Any, weights: Weights) -> None:
+    """Check that ``weights``, those of ``model``, are what the weights of ``source`` were trained beside, where it kept what those were."""
+    embedding = model.get_input_embeddings().weight
+    name = next(
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor is embedding and name in weights.names
+    )
+    if (began := source.base_sample) and not sample.same(began, sample.of(weights.read(name))):
+        raise ModelError(
+            f"{source.folder} was trained on another model than {source.base.name}: its embedding is another one; name the right one with --base"
+        )
 
 
 def trained_dtype(source: Source) -> torch.dtype:

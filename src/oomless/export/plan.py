@@ -18,7 +18,7 @@ from oomless import __version__
 from oomless.errors import CheckpointError, ConfigError, HardwareError
 from oomless.export.adapter import file_of
 from oomless.export.formats import Files, To, files
-from oomless.export.source import Source, find
+from oomless.export.source import RECORD, Source, find
 from oomless.export.stream import Piece
 from oomless.hardware import available_host_bytes
 from oomless.memory.device import Device
@@ -26,7 +26,6 @@ from oomless.training import checkpoint
 from oomless.units import MiB, format_bytes
 
 Verify = Literal["full", "sample", "none"]
-RECORD = "export.json"
 _BESIDE_BYTES = 32 * MiB
 """What tokenizer, config and card take at most."""
 

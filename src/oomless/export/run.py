@@ -15,7 +15,8 @@ from typing import Any
 from oomless import __version__
 from oomless.errors import CheckpointError, ModelError
 from oomless.export import card, stream, verify
-from oomless.export.plan import RECORD, Plan, recorded
+from oomless.export.plan import Plan, recorded
+from oomless.export.source import RECORD
 from oomless.training import checkpoint
 
 Say = Callable[[str, float], None]
@@ -60,7 +61,7 @@ def export(plan: Plan, say: Say = lambda text, share: None) -> Exported:
             checkpoint.delete(bad)
             temporary.rename(bad)
             raise ModelError(f"{error}; it was marked as bad: {bad}") from error
-        record = {
+        record: dict[str, Any] = {
             "key": plan.key,
             "oomless": __version__,
             "to": plan.to,
@@ -70,6 +71,8 @@ def export(plan: Plan, say: Say = lambda text, share: None) -> Exported:
             "step": None if plan.source.saved is None else plan.source.saved.step,
             "verified": checked.to_dict(),
         }
+        if plan.to == "adapter":
+            record[checkpoint.BASE_SAMPLE] = plan.source.base_sample
         (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         checkpoint.put_in_place(target)
     return Exported(folder=target, was_there=False, checked=checked)

@@ -24,6 +24,9 @@ from oomless.training.run_folder import Metrics
 Kind = Literal["model", "adapter", "trained"]
 _WHICH = ("last", "best", "final")
 TRAINED = "trained.safetensors"
+RECORD = "export.json"
+"""What an export says of itself."""
+
 _KINDS: Mapping[str, Kind] = {"adapter_config.json": "adapter", TRAINED: "trained", "config.json": "model"}
 """By which file each is known."""
 
@@ -54,6 +57,16 @@ class Source:
         if self.kind == "model" and self.run is not None:
             return self.run.model
         return str(self.base.config._name_or_path)
+
+    @property
+    def base_sample(self) -> Sequence[float] | None:
+        """What the model that the weights were trained beside is known by, where that was kept (``models.sample``)."""
+        if self.saved is not None:
+            state = checkpoint.read_state(self.saved)
+        else:
+            state = read_json(self.folder / RECORD) if (self.folder / RECORD).is_file() else {}
+        sample: Sequence[float] | None = state.get(checkpoint.BASE_SAMPLE)
+        return sample
 
     @property
     def adapter(self) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
-from oomless.models import attention, experts, layout
+from oomless.models import attention, experts, layout, sample
 from oomless.models import form as form_of
 from oomless.models.form import Form
 from oomless.models.make import make
@@ -158,6 +158,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
         setattr(model, layout.NAMES, weights.names_in_files)
         setattr(model, layout.SOURCE, spec.base or spec.folder)
         filled: dict[int, str] = {}
+        embedding = model.get_input_embeddings().weight
         for name in weights.names:
             if name in stored:
                 continue
@@ -167,6 +168,8 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
                 _check_tied(name, tensor, filled[id(parameter)], weights)
                 continue
             with device.host():
+                if parameter is embedding:
+                    setattr(model, sample.NAME, sample.of(tensor))
                 tensor = tensor.to(parameter.dtype)
             sharding.fill(parameter, tensor)
             filled[id(parameter)] = name

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from oomless.errors import CheckpointError
 from oomless.memory.device import Device, random_state, set_random_state
-from oomless.models import build, save
+from oomless.models import build, sample, save
 from oomless.models.layout import Savable
 from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
@@ -43,6 +43,9 @@ from oomless.units import format_bytes
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HASHED_AT_ONCE = 1 << 24
+BASE_SAMPLE = "base_sample"
+"""Where a checkpoint of what trained alone keeps what the model beside it is known by."""
+
 _CHECKSUMS = "trainer/checksums.json"
 
 
@@ -179,7 +182,9 @@ def save_checkpoint(
         save_tokenizer(tokenizer, folder)
         trainer = folder / "trainer"
         trainer.mkdir()
-        (trainer / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+        of_base = {} if trained is None else {BASE_SAMPLE: getattr(model, sample.NAME, None)}
+        told = {"step": step, **state, **of_base}
+        (trainer / "state.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
 
     def seal(folder: Path) -> None:
         sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -389,11 +394,17 @@ def restore(
     """Put weights, optimizer state, loss scale and random state of the checkpoint into the live objects.
 
     Raises:
-        CheckpointError: the checkpoint was made with other trainable parts or another optimizer.
+        CheckpointError: the checkpoint was made with other trainable parts or another optimizer, or beside another model.
     """
     with device.phase("load"), torch.no_grad():
         file = _trained_file(model)
         if file is not None:
+            began, now = read_state(checkpoint).get(BASE_SAMPLE), getattr(model, sample.NAME, None)
+            if began and now and not sample.same(began, now):
+                raise CheckpointError(
+                    f"{checkpoint.folder} changes another model than the one in {spec.folder}, which was the run's: put that back, or start "
+                    "anew in another output_dir"
+                )
             trained = _trained(model)
             for name, tensor in _read(checkpoint.folder / file, set(trained), device):
                 sharding.fill(trained[name], tensor)
