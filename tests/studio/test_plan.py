@@ -19,7 +19,7 @@ PINNED = {"max_seq_length": "64", "tokens": "1M", "trainable": "lora", "optimize
 
 
 def look(studio, question, viewer="one"):
-    return studio.post("/api/plan/look", json={"question": question, "viewer": viewer}).json()
+    return studio.post("/api/look", json={"question": question, "viewer": viewer}).json()
 
 
 def until(studio, question, wanted, viewer="one"):
@@ -101,10 +101,10 @@ def test_a_search_that_nobody_looks_at_ends(studio, monkeypatch):
     for viewer in ("one", "two"):
         assert look(studio, question, viewer)["error"] is None
     assert processes() == 1
-    studio.post("/api/plan/leave", json={"question": question, "viewer": "one"})
+    studio.post("/api/leave", json={"question": question, "viewer": "one"})
     assert processes() == 1
     until(studio, question, lambda said: said["words"] not in ("beginning", "waiting for another search to end"), "two")
-    studio.post("/api/plan/leave", json={"question": question, "viewer": "two"})
+    studio.post("/api/leave", json={"question": question, "viewer": "two"})
     assert processes() == 0
     look(studio, question)
     assert processes() == 1
@@ -122,7 +122,7 @@ def test_further_searches_wait_and_nothing_else_does(studio, monkeypatch):
     look(studio, first)
     assert look(studio, second)["words"].startswith("waiting")
     assert studio.get("/api/runs").status_code == 200
-    studio.post("/api/plan/leave", json={"question": first, "viewer": "one"})
+    studio.post("/api/leave", json={"question": first, "viewer": "one"})
     until(studio, second, lambda said: not said["words"].startswith("waiting"))
 
 
@@ -146,7 +146,7 @@ def test_no_model_outside_the_folders_is_read(tmp_path, model):
     (top / "linked").symlink_to(secret)
     (top / "inside" / "config.json").symlink_to(secret / "config.json")
     with TestClient(application([top], "t"), base_url="http://localhost", headers={TOKEN: "t"}) as client:
-        answer = client.post("/api/plan/look", json={"question": {"model": model, "gpu": "T4"}, "viewer": "v"})
+        answer = client.post("/api/look", json={"question": {"model": model, "gpu": "T4"}, "viewer": "v"})
         assert answer.status_code == 422
         assert "lies outside" in answer.json()["error"]
         assert processes() == 0
@@ -160,6 +160,6 @@ def test_no_model_outside_the_folders_is_read(tmp_path, model):
     "question", [None, [], {"model": 1}, {"data": "x"}, {"trust_remote_code": "true"}, {"output_dir": "/x"}]
 )
 def test_what_is_no_question_of_a_plan_is_refused(studio, question):
-    answer = studio.post("/api/plan/look", json={"question": question, "viewer": "v"})
+    answer = studio.post("/api/look", json={"question": question, "viewer": "v"})
     assert answer.status_code == 400
     assert processes() == 0

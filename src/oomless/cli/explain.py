@@ -12,8 +12,7 @@ import typer
 
 from oomless.cli.command import CONFIG, own
 from oomless.cli.options import given_settings, require_writable
-from oomless.config import plain, read
-from oomless.errors import ConfigError, UserError
+from oomless.errors import ConfigError
 
 OPTIONS = (
     ("file", Annotated[str | None, typer.Argument(help="A log with the error; - for standard input.")], None),
@@ -74,11 +73,12 @@ def explain(
         text = sys.stdin.buffer.read().decode(errors="replace") if file == "-" else _read_text(file)
 
     from oomless.cli.voice import out
+    from oomless.diagnosis.first_answer import first_answer, usable
     from oomless.diagnosis.situation import why_not_rehearsed
     from oomless.report.first_answer import print_first_answer, print_missing, print_remedies, print_why_not
 
     notes: list[str] = []
-    given = _usable(given_settings(config, settings), notes)
+    given = usable(given_settings(config, settings), notes)
     how: dict[str, str | None] = {"tool": tool}
     for name, value, known in (
         ("mixed_precision", mixed_precision, ("fp16", "bf16")),
@@ -87,7 +87,7 @@ def explain(
         how[name] = value if value in known else None
         if value is not None and value not in known:
             notes.append(f"--{name.replace('_', '-')} {value} is left out: it is one of {', '.join(known)}")
-    first = _first(text, given, snapshot, how, notes)
+    first = first_answer(text, given, snapshot=snapshot, notes=tuple(notes), **how)
     if not json:
         print_first_answer(out(), first)
         out().file.flush()
@@ -98,18 +98,6 @@ def explain(
         print_missing(out(), first.missing)
         return
     _rehearse(first, (60.0 if budget is None else budget) - (time.monotonic() - began), json, html)
-
-
-def _first(text: str, given: dict[str, Any], snapshot: Path | None, how: dict[str, Any], notes: list[str]) -> Any:
-    from oomless.diagnosis.first_answer import first_answer
-
-    try:
-        return first_answer(text, given, snapshot=snapshot, notes=tuple(notes), **how)
-    except UserError as error:
-        if not text:
-            raise
-        notes.append(f"the snapshot is left out: {error}")
-        return first_answer(text, given, notes=tuple(notes), **how)
 
 
 def _rehearse(first: Any, budget: float, json: bool, html: Path | None) -> None:
@@ -132,17 +120,6 @@ def _rehearse(first: Any, budget: float, json: bool, html: Path | None) -> None:
         printer.close(answer)
     if html is not None:
         write_page(answer, html)
-
-
-def _usable(settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Return those of ``settings`` that can be read; the others are said in ``notes``."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        try:
-            found |= plain(read({name: value}))
-        except ConfigError as error:
-            notes.append(f"{name} {value} is left out: {error}")
-    return found
 
 
 def _read_text(source: str) -> str:

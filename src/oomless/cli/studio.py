@@ -17,7 +17,10 @@ def studio(
             help="Folders with runs and models; no other is looked at. [default: this one]", show_default=False
         ),
     ] = None,
-    port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 0,
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 0,
+    host: Annotated[
+        str, typer.Option(help="Who may reach it: this machine alone, or with 0.0.0.0 every machine that can.")
+    ] = "127.0.0.1",
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
 ) -> None:
     """Plan, watch runs and explain logs in a browser on this machine: live curves, memory against its prediction; stop and resume. Ctrl-C closes it.
@@ -39,5 +42,10 @@ def studio(
     def ready(address: str) -> None:
         out().print(f"the studio is at {address}", soft_wrap=True)
         out().print("Only who has this address can use it. Ctrl-C closes it; runs go on.", style="dim")
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            out().print(
+                "It is not encrypted: whoever reads this network has the address too. ssh -L is safer (docs/studio.md).",
+                style="bold",
+            )
 
-    serve(given, port, ready, open_page=open_page)
+    serve(given, host, port, ready, open_page=open_page)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oomless import config
+from oomless.config import plain
 from oomless.diagnosis.attribution import Suspect, suspects, suspects_in_the_catalogue
 from oomless.diagnosis.findings import Finding, find
 from oomless.diagnosis.logs import Occurrence, read
 from oomless.diagnosis.remedies import Remedy, advise
 from oomless.diagnosis.situation import Situation, read_situation
 from oomless.diagnosis.tensors import Tensor, of_activations, of_weights
+from oomless.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from oomless.diagnosis.snapshots import SnapshotReading
@@ -53,18 +56,34 @@ def first_answer(
         notes: what is known to be of no use in what was given.
 
     Raises:
-        UserError: the snapshot cannot be read.
+        UserError: the snapshot cannot be read, and there is no text.
     """
     reading, recorded = read(text), None
     if snapshot is not None:
         from oomless.diagnosis.snapshots import read_snapshot
 
-        recorded = read_snapshot(snapshot)
-        if recorded.out_of_memory is not None and reading.first is None:
-            occurrence = Occurrence(message=recorded.out_of_memory, place=recorded.place)
-            reading = replace(reading, occurrences=(occurrence, *reading.occurrences))
+        try:
+            recorded = read_snapshot(snapshot)
+        except UserError as error:
+            if not text:
+                raise
+            notes = (*notes, f"the snapshot is left out: {error}")
+    if recorded is not None and recorded.out_of_memory is not None and reading.first is None:
+        occurrence = Occurrence(message=recorded.out_of_memory, place=recorded.place)
+        reading = replace(reading, occurrences=(occurrence, *reading.occurrences))
     situation = read_situation(reading, given or {}, tool=tool, mixed_precision=mixed_precision, attention=attention)
     return answer_of(replace(situation, notes=(*notes, *situation.notes)), recorded)
+
+
+def usable(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Return those of ``settings`` that can be read; the others are said in ``notes``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        try:
+            found |= plain(config.read({name: value}))
+        except ConfigError as error:
+            notes.append(f"{name} {value} is left out: {error}")
+    return found
 
 
 def answer_of(situation: Situation, recorded: SnapshotReading | None = None) -> FirstAnswer:

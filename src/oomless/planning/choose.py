@@ -18,7 +18,7 @@ from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
 from oomless.planning.layout import OF_THE_TEXT
 from oomless.planning.plan import Target, require_host, target_for
-from oomless.planning.search import Progress, search
+from oomless.planning.search import Heard, Progress, search
 from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
 from oomless.planning.trial import results_folder
 from oomless.planning.wish import Wish
@@ -45,6 +45,7 @@ def choose_training(
     host_bytes: int | None = None,
     keep_trials: bool = True,
     progress: Progress | None = None,
+    heard: Heard | None = None,
 ) -> Choice:
     """Return the best training that agrees with ``given`` (as in YAML: model, gpu and what is pinned) and fits the GPU.
 
@@ -60,13 +61,14 @@ def choose_training(
         host_bytes: memory of the machine, for offloading; by default what is free here, or an assumption (``target_for``).
         keep_trials: keep what was rehearsed in the user's cache folder, and use what is there.
         progress: is told what is being tried, and what share of a search is done, from 0 to 1.
+        heard: is told the strategies that were looked at so far, each time that there is one more.
 
     Raises:
         UserError: model, GPU or settings do not fit together.
     """
     target = target_for(str(given.get("gpu", "auto")), host_bytes)
     wish = Wish(prefer=prefer, tokens=tokens, hours=hours)
-    return _choose(given, target, results_folder() if keep_trials else None, wish, progress)
+    return _choose(given, target, results_folder() if keep_trials else None, wish, progress, heard)
 
 
 def compare(
@@ -103,7 +105,9 @@ def compare(
     return found
 
 
-def _choose(given: Settings, target: Target, results: Path | None, wish: Wish, progress: Any) -> Choice:
+def _choose(
+    given: Settings, target: Target, results: Path | None, wish: Wish, progress: Any, heard: Heard | None = None
+) -> Choice:
     if wish.hours is not None and (target.gpu is None or target.gpu.bandwidth_bytes_per_s is None):
         raise ConfigError(
             f"hours need a GPU whose speed is known; got {target.name}: name one of the catalogue, or leave them out"
@@ -113,11 +117,11 @@ def _choose(given: Settings, target: Target, results: Path | None, wish: Wish, p
     if pins.get("max_seq_length") != LONGEST:
         require_host(pins.get("max_seq_length", TrainConfig.max_seq_length), target)
         settings, wish = with_batch({**UNPLANNED, **pins}, wish, target.gpus)
-        return search(spec, settings, target, wish=wish, results=results, progress=progress)
+        return search(spec, settings, target, wish=wish, results=results, progress=progress, heard=heard)
 
     def at(length: int, held: Quality | None) -> Choice:
         settings = {**UNPLANNED, **pins, "max_seq_length": length}
-        return search(spec, settings, target, held=held, wish=wish, results=results, progress=progress)
+        return search(spec, settings, target, held=held, wish=wish, results=results, progress=progress, heard=heard)
 
     lengths = _lengths(spec, pins, target.gpus)
     require_host(lengths[0], target)

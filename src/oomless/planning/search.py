@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from oomless.planning.wish import Wish
 from oomless.units import format_bytes
 
 Progress = Callable[[str, float], None]
+Heard = Callable[[Sequence[Row]], None]
 BUSY_PASS_TOKENS = 1 << 9
 """So many tokens keep a GPU busy: what a larger pass gains is less than what it costs to compute more again for it."""
 
@@ -79,6 +80,7 @@ def search(
     results: Path | None = None,
     wish: Wish | None = None,
     progress: Progress | None = None,
+    heard: Heard | None = None,
 ) -> Choice:
     """Return the best training of ``spec`` that agrees with ``given`` and fits ``target``.
 
@@ -91,6 +93,7 @@ def search(
         results: a folder that keeps trials for later searches.
         wish: what is wanted of what fits, for which strategies that give up more are compared; by default the first that fits is taken.
         progress: is told what is being tried, and what share of the search is done, from 0 to 1.
+        heard: is told the rows that were found so far, each time that there is one more.
 
     Raises:
         UserError: what was given does not fit together.
@@ -99,7 +102,7 @@ def search(
     setting = Setting(spec=spec, target=target, base=dict(given), layout=read_layout(text))
     laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
     try:
-        return _Search(setting, laboratory, progress or (lambda *_: None), held, wish).run()
+        return _Search(setting, laboratory, progress or (lambda *_: None), held, wish, heard).run()
     finally:
         laboratory.close()
 
@@ -135,7 +138,9 @@ class _Search:
         progress: Progress,
         held: Quality | None = None,
         wish: Wish | None = None,
+        heard: Heard | None = None,
     ) -> None:
+        self.heard = heard or (lambda _: None)
         self.setting, self.laboratory, self.progress, self.held, self.wish = setting, laboratory, progress, held, wish
         self.pins, self.target = setting.base, setting.target
         self.usable_bytes = self.target.usable_bytes - self.target.margin_bytes
@@ -155,6 +160,7 @@ class _Search:
         try:
             for place, row in self._rows(found):
                 found[place] = row
+                self.heard([one for _, one in sorted(found.items())])
         except KeyboardInterrupt:
             if not any(row.fits for row in found.values()):
                 raise

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from rich.padding import Padding
 
 from oomless.diagnosis.attribution import Suspect
 from oomless.diagnosis.cures import Cure, Cures, own_settings
@@ -16,19 +14,22 @@ from oomless.diagnosis.first_answer import FirstAnswer
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun
 from oomless.memory.profile import CATEGORIES
+from oomless.report.charts import page
 from oomless.report.first_answer import (
     print_first_answer,
     print_missing,
     print_remedies,
     print_suspects,
     print_why_not,
-    title,
 )
-from oomless.report.screen import Screen
-from oomless.report.tables import bars
+from oomless.report.paper import Paper, Teller
+from oomless.report.pictures import DOES_NOT_FIT, FITS, held_over_time, made_of, ranked
+from oomless.report.plan import held_by
+from oomless.training.checkpoint import write_atomically
 from oomless.units import counted, format_bytes
 
-PAGE_WIDTH = 110
+HOLDERS = 8
+"""So many places that held memory are named."""
 
 
 class Printer(Listener):
@@ -36,7 +37,7 @@ class Printer(Listener):
 
     def __init__(
         self,
-        screen: Screen,
+        screen: Teller,
         first: FirstAnswer,
         say: Callable[[str], None] = lambda _: None,
         hide: Callable[[], None] = lambda: None,
@@ -68,7 +69,7 @@ class Printer(Listener):
             )
             return
         if not self._fitting:
-            title(self.screen, "What cures it, in the order of what it costs (each rehearsed)")
+            self.screen.title("What cures it, in the order of what it costs (each rehearsed)")
         self._fitting += 1
         _print_cure(self.screen, self._fitting, cure, self.first.situation.tool)
 
@@ -80,13 +81,14 @@ class Printer(Listener):
         for note in diagnosis.first.situation.notes[len(self.first.situation.notes) :]:
             screen.say(note, style="dim")
         if cures is not None:
+            screen.draw(lambda: _cures_beside(cures))
             _print_end_of_cures(screen, cures)
         if cures is None or not cures.fitting:
             print_remedies(screen, diagnosis.first)
         print_missing(screen, diagnosis.missing)
 
 
-def print_diagnosis(screen: Screen, diagnosis: Diagnosis) -> None:
+def print_diagnosis(screen: Teller, diagnosis: Diagnosis) -> None:
     """Print what failed, what asked, what held the rest, and what would cure it."""
     first, run = diagnosis.first, diagnosis.run
     print_first_answer(screen, first)
@@ -106,13 +108,12 @@ def write_page(diagnosis: Diagnosis, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    screen = Screen(io.StringIO(), record=True, width=PAGE_WIDTH, force_terminal=True)
-    print_diagnosis(screen, diagnosis)
-    page = screen.export_html(inline_styles=True)
-    path.write_text(page.replace("<head>", "<head>\n<title>out of memory</title>", 1), encoding="utf-8")
+    paper = Paper()
+    print_diagnosis(paper, diagnosis)
+    write_atomically(path, page("Out of memory", paper.parts()))
 
 
-def print_holders(screen: Screen, answer: FirstAnswer) -> None:
+def print_holders(screen: Teller, answer: FirstAnswer) -> None:
     """Print what held the memory by the snapshot."""
     recorded = answer.snapshot
     assert recorded is not None
@@ -121,18 +122,22 @@ def print_holders(screen: Screen, answer: FirstAnswer) -> None:
         "peak": "at the peak of what was recorded",
         "end": "when it was written, as no history was recorded",
     }[recorded.moment]
-    title(screen, f"What held the memory of GPU {recorded.gpu}, by the snapshot, {when}")
+    screen.title(f"What held the memory of GPU {recorded.gpu}, by the snapshot, {when}")
     screen.say(
         f"{format_bytes(recorded.allocated_bytes)} allocated of {format_bytes(recorded.reserved_bytes)} reserved; the largest "
         f"free piece is {format_bytes(recorded.largest_cached_bytes)}",
         indent=2,
     )
-    for holder in recorded.holders[:8]:
+    named = [(holder.where or "no stack was recorded", holder.size_bytes) for holder in recorded.holders[:HOLDERS]]
+    others = ("elsewhere", sum(holder.size_bytes for holder in recorded.holders[HOLDERS:]))
+    reserved = [("reserved by the allocator", float(recorded.reserved_bytes))]
+    for holder in recorded.holders[:HOLDERS]:
         where = holder.where or "no stack was recorded"
         screen.say(f"{format_bytes(holder.size_bytes)} in {counted(holder.blocks, 'block')}: {where}", indent=2)
+    screen.draw(lambda: made_of("What was held, by who asked for it", [*named, others], reserved))
 
 
-def _print_run(screen: Screen, run: FailedRun) -> None:
+def _print_run(screen: Teller, run: FailedRun) -> None:
     assert run.target is not None
     words = {"log": "from the text", "message": "from the message", "tool": "the tool's default"}
     settings = [("model", run.model), ("gpu", run.target.name), *run.values.items()]
@@ -146,16 +151,16 @@ def _print_run(screen: Screen, run: FailedRun) -> None:
         parts.append("chosen and rejected together")
     if run.reference:
         parts.append("a frozen copy as reference")
-    title(screen, "The run that is rehearsed")
+    screen.title("The run that is rehearsed")
     screen.say(", ".join(parts), indent=2)
 
 
-def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcome, free: Outcome) -> None:
+def _print_held(screen: Teller, first: FirstAnswer, run: FailedRun, held: Outcome, free: Outcome) -> None:
     assert run.target is not None
     occurrence = first.situation.reading.first
     name = "oomless" if run.tool == "oomless" else "the plain step (transformers' loss, torch's optimizers)"
     if held.stopped_at is None:
-        title(screen, "What holds the memory at the peak")
+        screen.title("What holds the memory at the peak")
         assumed = [
             n
             for n in ("max_seq_length", "dtype", "per_device_train_batch_size")
@@ -170,7 +175,7 @@ def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcom
         )
     else:
         where = f" in {held.stopped_at.module}" if held.stopped_at.module else ""
-        title(screen, "What held the rest")
+        screen.title("What held the rest")
         screen.say(
             f"Rehearsed, {name} stops in the {held.stopped_at.phase} phase{where}, where {held.stopped_at.operation} asks for "
             f"{format_bytes(held.stopped_at.size_bytes)}. The whole run needs {format_bytes(free.needed_bytes)} of "
@@ -187,8 +192,10 @@ def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcom
         ("cached but unused", held.reserved_bytes - held.allocated_bytes),
         ("outside the allocator", run.target.outside_bytes),
     ]
-    full_bytes = sum(size for _, size in sizes)
-    screen.print(Padding.indent(bars(screen, sizes, full_bytes), 2))
+    limits = [("the GPU has", float(run.target.capacity_bytes))]
+    screen.sizes("What it was made of", sizes, sum(size for _, size in sizes), limits=limits, indent=2)
+    usable = [("the allocator can have", float(run.target.usable_bytes))]
+    screen.draw(lambda: held_over_time(held_by(held.device.profile(), usable)))
     if occurrence is not None and occurrence.message.allocated is not None:
         screen.say(
             f"allocated at that moment: {format_bytes(held.allocated_bytes)} rehearsed, {occurrence.message.allocated.text} in the "
@@ -208,7 +215,7 @@ def _print_held(screen: Screen, first: FirstAnswer, run: FailedRun, held: Outcom
         )
 
 
-def _print_end_of_cures(screen: Screen, cures: Cures) -> None:
+def _print_end_of_cures(screen: Teller, cures: Cures) -> None:
     if cures.not_reached:
         screen.say(
             f"\nThe time did not suffice for {len(cures.not_reached)} more: --budget gives it more seconds.",
@@ -222,7 +229,7 @@ def _print_end_of_cures(screen: Screen, cures: Cures) -> None:
             screen.say(elsewhere, indent=4)
 
 
-def _print_cure(screen: Screen, number: int, cure: Cure, tool: str | None) -> None:
+def _print_cure(screen: Teller, number: int, cure: Cure, tool: str | None) -> None:
     screen.say(
         (f"{number}. fits: ", "bold green"),
         (cure.title, "bold"),
@@ -235,10 +242,13 @@ def _print_cure(screen: Screen, number: int, cure: Cure, tool: str | None) -> No
         screen.say(f"{f'in {tool}' if tool else 'do'}: ", (cure.tool, "cyan"), indent=5)
     if cure.config is not None:
         screen.say("oomless train --config with this YAML:", indent=5)
-        for line in _yaml_lines(cure):
-            screen.say(line, indent=7, style="cyan")
+        screen.code("YAML", yaml.safe_dump(own_settings(cure.config), sort_keys=False), indent=7)
 
 
-def _yaml_lines(cure: Cure) -> Iterable[str]:
-    assert cure.config is not None
-    return str(yaml.safe_dump(own_settings(cure.config), sort_keys=False)).splitlines()
+def _cures_beside(cures: Cures) -> str:
+    """Return what the run needs as it was and with each cure, as bars; empty where none was rehearsed."""
+    if not cures.tried:
+        return ""
+    bars = [("as it was", cures.before_bytes, DOES_NOT_FIT)]
+    bars += [(cure.title, cure.needed_bytes, FITS if cure.fits else DOES_NOT_FIT) for cure in cures.tried]
+    return ranked("What the run needs with each cure", bars, [("the allocator can have", float(cures.usable_bytes))])

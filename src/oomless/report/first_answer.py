@@ -6,7 +6,8 @@ from oomless.diagnosis.attribution import Suspect
 from oomless.diagnosis.findings import outside_bytes
 from oomless.diagnosis.first_answer import FirstAnswer
 from oomless.diagnosis.messages import OutOfMemory
-from oomless.report.screen import Screen
+from oomless.report.paper import Teller
+from oomless.report.pictures import made_of
 from oomless.units import format_bytes
 
 SUSPECTS = 3
@@ -23,7 +24,7 @@ TITLES = {
 FROM = {"given": "given", "log": "from the text", "tool": "the tool's default", "default": "by default"}
 
 
-def print_first_answer(screen: Screen, answer: FirstAnswer) -> None:
+def print_first_answer(screen: Teller, answer: FirstAnswer) -> None:
     """Print what can be said at once."""
     _print_error(screen, answer)
     _print_numbers(screen, answer)
@@ -35,48 +36,43 @@ def print_first_answer(screen: Screen, answer: FirstAnswer) -> None:
     print_suspects(screen, answer, answer.suspects)
 
 
-def print_remedies(screen: Screen, answer: FirstAnswer) -> None:
+def print_remedies(screen: Teller, answer: FirstAnswer) -> None:
     """Print what to try, of which nothing is rehearsed."""
     if not answer.remedies:
         return
-    title(screen, "What to try, in this order (from the reading alone, not rehearsed)")
+    screen.title("What to try, in this order (from the reading alone, not rehearsed)")
     for number, remedy in enumerate(answer.remedies, 1):
         screen.say((f"{number}. ", "bold"), (remedy.title, "bold"), indent=2)
         screen.say((remedy.how, "cyan"), indent=5)
 
 
-def print_why_not(screen: Screen, answer: FirstAnswer, why: str) -> None:
+def print_why_not(screen: Teller, answer: FirstAnswer, why: str) -> None:
     """Print why nothing is rehearsed."""
     if answer.situation.reading.first is not None:
         screen.say((f"\nNothing is rehearsed: {why.rstrip('.')}.", "dim"))
 
 
-def print_missing(screen: Screen, missing: tuple[str, ...]) -> None:
+def print_missing(screen: Teller, missing: tuple[str, ...]) -> None:
     """Print what would make the answer better."""
     if missing:
-        title(screen, "What would make this more certain")
+        screen.title("What would make this more certain")
         for line in missing:
             screen.say(line, indent=2)
 
 
-def title(screen: Screen, text: str) -> None:
-    """Print a heading."""
-    screen.say((f"\n{text}", "bold"))
-
-
-def _print_error(screen: Screen, answer: FirstAnswer) -> None:
+def _print_error(screen: Teller, answer: FirstAnswer) -> None:
     reading = answer.situation.reading
     first = reading.first
     if first is None:
         known = answer.situation.model is not None
-        title(screen, "No out-of-memory error is in the text")
+        screen.title("No out-of-memory error is in the text")
         if not known:
             screen.say(
                 "Paste the error itself with the traceback above it, or give --model and --gpu and the settings of the run."
             )
         return
     message, place = first.message, first.place
-    title(screen, f"{message.source}: {TITLES[message.kind]}")
+    screen.title(f"{message.source}: {TITLES[message.kind]}")
     screen.say(" ".join(message.words.split())[:600], style="dim")
     if first.count > 1:
         ranks = f", on ranks {', '.join(map(str, first.ranks))}" if first.ranks else ""
@@ -94,7 +90,7 @@ def _print_error(screen: Screen, answer: FirstAnswer) -> None:
         )
 
 
-def _print_numbers(screen: Screen, answer: FirstAnswer) -> None:
+def _print_numbers(screen: Teller, answer: FirstAnswer) -> None:
     first = answer.situation.reading.first
     if first is None or first.message.kind != "allocator":
         return
@@ -103,28 +99,46 @@ def _print_numbers(screen: Screen, answer: FirstAnswer) -> None:
         rows.insert(0, ("the code asks for", format_bytes(first.place.asked_bytes)))
     if len(rows) < 2:
         return
-    width = max(len(name) for name, _ in rows)
-    for name, size in rows:
-        screen.say(f"{name:<{width}}  {size:>11}", indent=2)
+    screen.rows(rows)
+    screen.draw(lambda: _filled(first.message))
+
+
+def _filled(message: OutOfMemory) -> str:
+    """Return what filled the GPU and what was asked for beyond it as a bar; empty where the message does not say."""
+    if message.capacity is None or message.allocated is None or message.requested is None:
+        return ""
+    sizes = [
+        ("held by tensors", message.allocated.middle),
+        ("cached by PyTorch, unused", _cached_bytes(message) or 0),
+        ("not PyTorch's here", outside_bytes(message) or 0),
+        ("asked for", message.requested.middle),
+    ]
+    return made_of("What filled the GPU, by the message", sizes, [("the GPU has", message.capacity.middle)])
+
+
+def _cached_bytes(message: OutOfMemory) -> int | None:
+    if message.unallocated is not None:
+        return message.unallocated.middle
+    if message.reserved_bytes is None or message.allocated is None:
+        return None
+    return max(0, message.reserved_bytes.middle - message.allocated.middle)
 
 
 def _numbers(message: OutOfMemory) -> list[tuple[str, str]]:
-    reserved = message.reserved_bytes
-    cached = message.unallocated
     sizes = [("asked for", message.requested), ("the GPU has", message.capacity), ("free", message.free)]
     sizes += [("allowed to this process", message.allowed), ("held by tensors", message.allocated)]
     rows = [(name, size.text) for name, size in sizes if size is not None]
+    cached = _cached_bytes(message)
     if cached is not None:
-        rows.append(("cached by PyTorch, unused", cached.text))
-    elif reserved is not None and message.allocated is not None:
-        rows.append(("cached by PyTorch, unused", format_bytes(max(0, reserved.middle - message.allocated.middle))))
+        said = format_bytes(cached) if message.unallocated is None else message.unallocated.text
+        rows.append(("cached by PyTorch, unused", said))
     outside = outside_bytes(message)
     if outside is not None and message.source in ("CUDA", "HIP"):
         rows.append(("not PyTorch's here", format_bytes(outside)))
     return rows
 
 
-def _print_known(screen: Screen, answer: FirstAnswer) -> None:
+def _print_known(screen: Teller, answer: FirstAnswer) -> None:
     situation = answer.situation
     parts = [
         f"{name} {value}"
@@ -151,14 +165,14 @@ def _print_known(screen: Screen, answer: FirstAnswer) -> None:
         screen.say(note, style="dim")
 
 
-def print_suspects(screen: Screen, answer: FirstAnswer, suspects: tuple[Suspect, ...]) -> None:
+def print_suspects(screen: Teller, answer: FirstAnswer, suspects: tuple[Suspect, ...]) -> None:
     """Print which tensors are of the size that was asked for."""
     first = answer.situation.reading.first
     if not suspects or first is None:
         return
     message = first.message
     asked = message.requested.text if message.requested is not None else ""
-    title(screen, f"What asked for {asked}: what has this size")
+    screen.title(f"What asked for {asked}: what has this size")
     alike: dict[tuple[str, int | None, tuple[str, ...]], list[str]] = {}
     for suspect in suspects:
         alike.setdefault(_same(suspect), []).append(suspect.tensor.kind)

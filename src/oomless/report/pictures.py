@@ -22,6 +22,9 @@ from oomless.report.charts import (
 )
 from oomless.units import GiB, KiB, MiB, format_bytes
 
+FITS, DOES_NOT_FIT = 2, 1
+"""Of the colours of a chart."""
+
 FAR = 6
 """A limit that is so many times what is drawn is told in words, or nothing else would be seen."""
 
@@ -132,6 +135,27 @@ def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple
         rows.append((text(name), format_bytes(int(value)), ""))
     shown = scrolling("".join(drawn) + "</svg>", title)
     return f"<section><h2>{text(title)}</h2>{shown}{table(title, ('', 'memory', 'share'), rows)}<p>{text(said)}</p></section>"
+
+
+def ranked(title: str, bars: Sequence[tuple[str, int, int]], limits: Sequence[tuple[str, float]]) -> str:
+    """Return ``bars``, names with bytes and a colour, below each other, with ``limits`` across them, as a section of a page."""
+    most = max([*(size for _, size, _ in bars), *(value for _, value in limits), 1])
+    ticks = round_ticks(0, most, unit_of(most))
+    frame = Frame(title, (0, max(ticks[-1], most)), (0, 1), TOP + BAR * len(bars) + BOTTOM)
+    said = "; ".join(f"{name} {format_bytes(size)}" for name, size, _ in bars)
+    parts = [frame.begin(said), *frame.columns(ticks, shown_bytes)]
+    for number, (name, size, colour) in enumerate(bars):
+        top = TOP + BAR * number
+        parts.append(
+            f'<rect class="area c{colour % LINES}" x="{LEFT}" y="{top + BAR / 2:.0f}" width="{frame.x(size) - LEFT:.1f}" height="{BAR / 2 - 5:.0f}"/>'
+            f'<text class="in" x="{LEFT + 4}" y="{top + BAR / 2 - 4:.0f}">{text(name)}: {format_bytes(size)}</text>'
+        )
+    for _, value in limits:
+        at = frame.x(value)
+        parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{frame.height - BOTTOM}"/>')
+    named = "; ".join(f"{name} {format_bytes(int(value))}" for name, value in limits)
+    shown = scrolling("".join(parts) + "</svg>", title)
+    return f"<section><h2>{text(title)}</h2>{shown}<p>Dashed: {text(named)}.</p></section>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,7 @@ from oomless.memory.profile import CATEGORIES, MemoryProfile
 from oomless.planning.plan import Plan
 from oomless.report.charts import page
 from oomless.report.pictures import Held, held_over_time
-from oomless.report.screen import Screen
-from oomless.report.tables import COLOURS, bars
+from oomless.report.screen import COLOURS, Screen
 from oomless.units import GiB, counted, format_bytes
 
 
@@ -75,7 +74,7 @@ def _print_bars(screen: Screen, plan: Plan) -> None:
     sizes: list[tuple[str, int]] = [(c, profile.peak_bytes_by_category.get(c, 0)) for c in CATEGORIES]
     sizes += [("cached but unused", plan.cached_bytes), ("outside the allocator", plan.target.outside_bytes)]
     total = sum(size for _, size in sizes)
-    screen.print(bars(screen, sizes, max(plan.target.capacity_bytes, total)))
+    screen.sizes("Memory at the peak", sizes, max(plan.target.capacity_bytes, total))
     screen.print(f"together {format_bytes(total)} of {format_bytes(plan.target.capacity_bytes)}", style="bold")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from shlex import quote
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 from oomless.memory.profile import CATEGORIES
 from oomless.planning.choice import Choice
 from oomless.planning.choose import picked_settings
-from oomless.planning.plan import Plan
+from oomless.planning.plan import Plan, Target
 from oomless.planning.row import Row
 from oomless.planning.strategies import Settings, in_words
 from oomless.planning.throughput import Throughput
@@ -28,7 +28,7 @@ from oomless.report.choice import (
     rejected_rows,
     speed_in_words,
 )
-from oomless.report.pictures import Dot, choices, held_over_time, made_of
+from oomless.report.pictures import DOES_NOT_FIT, FITS, Dot, choices, held_over_time, made_of, ranked
 from oomless.report.plan import held_by
 from oomless.units import counted, format_bytes
 
@@ -49,6 +49,20 @@ def plan_page(plan: Plan, speed: Throughput | None) -> str:
     return page(f"{plan.model} on {plan.target.name}", [*head, *plan_parts(plan)])
 
 
+def in_short(choice: Choice) -> dict[str, str]:
+    """Return the pick in a few words, to stand beside other picks."""
+    row = choice.picked
+    if row is None:
+        return {"strategy": "nothing fits"}
+    return {
+        "strategy": str(row.quality),
+        "memory": format_bytes(row.needed_bytes),
+        "speed": speed_in_words(row),
+        "hours": hours_of(choice, row),
+        "how": in_words(row.settings),
+    }
+
+
 def choice_parts(choice: Choice) -> Iterator[str]:
     """Yield what a search found, part by part."""
     if choice.picked is None or choice.plan is None:
@@ -66,6 +80,15 @@ def choice_parts(choice: Choice) -> Iterator[str]:
     yield from plan_parts(choice.plan)
     yield from _rejected(choice)
     yield from _rests_on(choice)
+
+
+def found_so_far(rows: Sequence[Row], target: Target) -> str:
+    """Return what a search has looked at until now, as bars."""
+    bars = [
+        (f"{row.quality}{'' if row.fits else ' (does not fit)'}", row.needed_bytes, FITS if row.fits else DOES_NOT_FIT)
+        for row in rows
+    ]
+    return ranked("Looked at so far", bars, [("a plan may fill", float(target.usable_bytes - target.margin_bytes))])
 
 
 def plan_parts(plan: Plan) -> Iterator[str]:

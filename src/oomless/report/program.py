@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from oomless.memory.profile import CATEGORIES
 from oomless.programs.rehearse import ProgramAnswer
 from oomless.report.screen import Screen
-from oomless.report.tables import bars
 from oomless.units import counted, format_bytes
 
 
@@ -25,7 +24,7 @@ def print_program(screen: Screen, answer: ProgramAnswer) -> None:
     sizes: list[tuple[str, int]] = [(c, profile.peak_bytes_by_category.get(c, 0)) for c in CATEGORIES]
     sizes += [("cached but unused", profile.cached_bytes), ("outside the allocator", target.outside_bytes)]
     total = sum(size for _, size in sizes)
-    screen.print(bars(screen, sizes, max(target.capacity_bytes, total)))
+    screen.sizes("Memory at the peak", sizes, max(target.capacity_bytes, total))
     screen.print(f"together {format_bytes(total)} of {format_bytes(target.capacity_bytes)}", style="bold")
     if profile.peak is not None:
         where = f" in {profile.peak.module}" if profile.peak.module else ""

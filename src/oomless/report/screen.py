@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import IO, Any, cast
 
@@ -19,12 +19,29 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.segment import Segment, Segments
+from rich.table import Table
 from rich.text import Text
+
+from oomless.units import format_bytes
 
 SECONDS_BETWEEN_LOG_LINES = 10.0
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control codes but tab and new line, changes of direction, and halves of characters, which no file takes."""
 
+
+BAR_WIDTH = 40
+BESIDE_BARS = 35
+"""The columns that names and sizes take."""
+
+COLOURS = {
+    "weights": "#4477aa",
+    "gradients": "#ee6677",
+    "optimizer state": "#228833",
+    "saved activations": "#ccbb44",
+    "logits and loss": "#66ccee",
+    "quantisation": "#aa3377",
+    "temporaries": "#888888",
+}
 
 Part = str | Text | tuple[str, str]
 
@@ -41,6 +58,48 @@ class Screen(Console):
         """Print ``parts``, texts and texts with a style, in one paragraph."""
         text = Text.assemble(*parts, style=style)
         self.print(Padding.indent(text, indent) if indent else text)
+
+    def title(self, text: str) -> None:
+        """Print a heading."""
+        self.say((f"\n{text}", "bold"))
+
+    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Print names with their sizes."""
+        width = max(len(name) for name, _ in rows)
+        for name, size in rows:
+            self.say(f"{name:<{width}}  {size:>11}", indent=2)
+
+    def sizes(
+        self,
+        name: str,
+        sizes: Iterable[tuple[str, int]],
+        full_bytes: int,
+        *,
+        limits: Sequence[tuple[str, float]] = (),
+        indent: int = 0,
+    ) -> None:
+        """Print ``sizes``, those that are not 0, with bars in proportion to ``full_bytes``.
+
+        A picture of them is called ``name`` and has ``limits`` across it.
+        """
+        width = max(1, min(BAR_WIDTH, self.width - BESIDE_BARS))
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column()
+        for part, size in sizes:
+            if size:
+                drawn = "█" * max(1, round(width * size / full_bytes))
+                table.add_row(part, format_bytes(size), Text(drawn, COLOURS.get(part, "#bbbbbb")))
+        self.print(Padding.indent(table, indent) if indent else table)
+
+    def code(self, name: str, text: str, *, indent: int = 0) -> None:
+        """Print what is to be copied; ``name`` is what it is called where it can be."""
+        for line in text.splitlines():
+            self.say(line, indent=indent, style="cyan")
+
+    def draw(self, picture: Callable[[], str]) -> None:
+        """Draw nothing: a terminal has no room for a ``picture``, of which all that matters is printed too."""
 
     def stream(self, text: str) -> None:
         """Print a piece of a text, every space and line end as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Group
@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from oomless.report.screen import Screen
-from oomless.units import format_bytes
 
 Cell = str | Text
 
@@ -67,32 +66,3 @@ class Grid:
             for part in (Text(", ").join(facts), below):
                 if part:
                     screen.print(Padding.indent(part, 2))
-
-
-BAR_WIDTH = 40
-BESIDE_BARS = 35
-"""The columns that names and sizes take."""
-
-COLOURS = {
-    "weights": "#4477aa",
-    "gradients": "#ee6677",
-    "optimizer state": "#228833",
-    "saved activations": "#ccbb44",
-    "logits and loss": "#66ccee",
-    "quantisation": "#aa3377",
-    "temporaries": "#888888",
-}
-
-
-def bars(screen: Screen, sizes: Iterable[tuple[str, int]], full_bytes: int) -> Table:
-    """Return ``sizes``, those that are not 0, with bars in proportion to ``full_bytes``."""
-    width = max(1, min(BAR_WIDTH, screen.width - BESIDE_BARS))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
-    for name, size in sizes:
-        if size:
-            drawn = "█" * max(1, round(width * size / full_bytes))
-            table.add_row(name, format_bytes(size), Text(drawn, COLOURS.get(name, "#bbbbbb")))
-    return table

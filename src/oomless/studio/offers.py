@@ -13,12 +13,15 @@ from oomless.config import TrainConfig
 from oomless.config.values import field_help, kinds, plain_kind
 from oomless.errors import ConfigError
 from oomless.planning.strategies import OPTIMIZER_NAMES, PARTS, PREFERENCES
-from oomless.units import format_bytes, short
+from oomless.units import GiB, format_bytes, short
 
 DEEPEST = 6
 """So many folders below one that was given what is looked for may lie."""
 
 MOST_FOLDERS = 5_000
+LENGTHS = [str(1 << power) for power in range(8, 18)]
+"""Lengths in tokens at which a slider stops."""
+
 SETTINGS = ("max_seq_length", "trainable", "tokens_per_step", "quantization", "optimizer", "weight_precision", "dtype")
 """Settings that the form has a field for, beside the model and the GPU."""
 
@@ -52,12 +55,23 @@ def offers(tops: Sequence[Path]) -> dict[str, Any]:
     return {
         "model": {**lie, **dict(sorted(known.items(), key=lambda item: item[0].lower()))},
         "gpu": {gpu.name: format_bytes(gpu.usable_bytes) for gpu in catalogue.gpus()},
+        "gpus_by_memory": _by_memory(),
+        "lengths": LENGTHS,
+        "usual_length": str(TrainConfig.max_seq_length),
         "prefer": dict.fromkeys(PREFERENCES, ""),
         "trainable": dict.fromkeys(PARTS, ""),
         "optimizer": OPTIMIZER_NAMES,
         **{name: _values(name) for name in SETTINGS if typing.get_args(plain_kind(kinds(TrainConfig)[name]))},
         "help": {name: texts[name] for name in ("model", *SETTINGS)},
     }
+
+
+def _by_memory() -> list[str]:
+    """Return the GPUs of which each has another number of GiB, the smallest first."""
+    sizes: dict[int, str] = {}
+    for gpu in sorted(catalogue.gpus(), key=lambda gpu: gpu.usable_bytes):
+        sizes.setdefault(round(gpu.usable_bytes / GiB), gpu.name)
+    return [*sizes.values()]
 
 
 def _values(name: str) -> dict[str, str]:

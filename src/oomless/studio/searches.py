@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from json import dumps, loads
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from oomless.errors import ConfigError
-from oomless.report.charts import text
+from oomless.studio.worker import LOG, RUN, SNAPSHOT
 
 MOST_AT_ONCE = max(4, os.cpu_count() or 1)
 """So many searches run at a time; further ones wait."""
@@ -34,31 +34,23 @@ LEFT_S = 90.0
 
 LAST_WORDS_BYTES = 2000
 
-
-LOG = "log"
-"""What a question about a log names it by."""
-
 MOST_LOGS = 16
-COLUMNS = 100
-"""Of what is printed."""
+MOST_SNAPSHOTS = 4
 
 
 class Worker:
     """A process of ``worker.py``."""
 
-    reusable = True
-
-    def __init__(self, folder: Path, *command: str) -> None:
+    def __init__(self, folder: Path) -> None:
         """Start it in ``folder``; it imports while nothing is asked yet."""
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *(command or ("oomless.studio.worker",))],
+            [sys.executable, "-m", "oomless.studio.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             start_new_session=True,
             cwd=folder,
-            env={**os.environ, "COLUMNS": str(COLUMNS), "NO_COLOR": "1"},
         )
 
     def ask(self, question: Mapping[str, str]) -> None:
@@ -95,41 +87,13 @@ class Worker:
                     file.close()
 
 
-class Explanation(Worker):
-    """``oomless explain`` of a log, read as it is printed."""
-
-    reusable = False
-
-    def __init__(self, folder: Path, question: Mapping[str, str], log: str) -> None:
-        """Start it in ``folder``."""
-        options = [f"--{name}={value}" for name, value in question.items() if name != LOG]
-        super().__init__(folder, "oomless", "explain", "-", *options)
-        self.log = log
-
-    def ask(self, question: Mapping[str, str]) -> None:  # noqa: D102
-        assert self.process.stdin is not None
-        self.process.stdin.write(self.log.encode(errors="replace"))
-        self.process.stdin.close()
-
-    def lines(self) -> Any:  # noqa: D102
-        assert self.process.stdout is not None
-        printed = b""
-        while piece := os.read(self.process.stdout.fileno(), 1 << 16):
-            printed += piece
-            yield {"words": "rehearsing the run and its cures", "partial": _as_page(printed)}
-        if self.process.wait() == 0:
-            yield {"html": _as_page(printed)}
-
-
-def _as_page(printed: bytes) -> str:
-    return f'<pre class="printed wide" tabindex="0">{text(printed.decode(errors="replace").strip())}</pre>'
-
-
 @dataclass(kw_only=True)
 class Search:
     """One question, and how far its answer is."""
 
     question: Mapping[str, str]
+    asked: Mapping[str, str]
+    """The question with what its names stand for."""
     viewers: dict[str, float] = field(default_factory=dict)
     """Who looks at it, and when each asked last."""
     began: float = field(default_factory=time.monotonic)
@@ -139,6 +103,10 @@ class Search:
     partial: str | None = None
     """The answer as far as it goes."""
     html: str | None = None
+    pick: dict[str, str] | None = None
+    """The pick of a plan in short."""
+    train: dict[str, Any] | None = None
+    """The settings of the pick, and on how many GPUs it trains."""
     error: str | None = None
     stopped: bool = False
     """By who looks at it: it takes the best so far."""
@@ -150,11 +118,13 @@ class Search:
 
 
 class Searches:
-    """The searches of a studio that may read models in ``folders``."""
+    """The searches of a studio that may read models in ``folders``; ``run_of`` finds a run by its name."""
 
-    def __init__(self, folders: list[Path]) -> None:
+    def __init__(self, folders: list[Path], run_of: Callable[[str], Path]) -> None:
         """Search nothing yet."""
-        self.folders = folders
+        self.folders, self.run_of = folders, run_of
+        self._place = tempfile.TemporaryDirectory(prefix="oomless-studio-")
+        self._snapshots: OrderedDict[str, Path] = OrderedDict()
         self._searches: OrderedDict[str, Search] = OrderedDict()
         self._spare: Worker | None = None
         self._logs: OrderedDict[str, str] = OrderedDict()
@@ -177,20 +147,44 @@ class Searches:
                 self._logs.popitem(last=False)
         return {LOG: name}
 
+    def place_for_snapshot(self) -> Path:
+        """Return a new file into which a snapshot may be written; ``keep_snapshot`` keeps it."""
+        handle, name = tempfile.mkstemp(dir=self._place.name)
+        os.close(handle)
+        return Path(name)
+
+    def keep_snapshot(self, path: Path) -> dict[str, str]:
+        """Keep the snapshot that was written to ``path`` for a question about it, and return its name."""
+        with self._lock:
+            self._snapshots[path.name] = path
+            while len(self._snapshots) > MOST_SNAPSHOTS:
+                self._snapshots.popitem(last=False)[1].unlink(missing_ok=True)
+        return {SNAPSHOT: path.name}
+
+    def training_of(self, question: Mapping[str, str]) -> dict[str, Any]:
+        """Return the settings that train the pick of a plan, and on how many GPUs.
+
+        Raises:
+            ConfigError: there is no answer that picks something.
+        """
+        with self._lock:
+            search = self._searches.get(dumps(question, sort_keys=True))
+            if search is None or search.train is None:
+                raise ConfigError("this plan is not here any more, or nothing of it fits: plan it again")
+            return search.train
+
     def look(self, question: Mapping[str, str], viewer: str) -> dict[str, Any]:
         """Return how far the answer to ``question`` is; it is searched if nobody has asked it before.
 
         Raises:
-            ConfigError: it is of a model outside the folders given, or of a log that is not kept any more.
+            ConfigError: it is of a model outside the folders given, of a log or snapshot that is not kept any more, or of no run.
         """
         key = dumps(question, sort_keys=True)
         with self._lock:
             search = self._searches.get(key)
             if search is None:
                 self._require_inside(question.get("model", ""))
-                if LOG in question and question[LOG] not in self._logs:
-                    raise ConfigError("the log is not kept any more: paste it again")
-                search = self._searches[key] = Search(question=question)
+                search = self._searches[key] = Search(question=question, asked=self._to_ask(question))
                 self._begin_more()
                 self._forget()
             self._searches.move_to_end(key)
@@ -198,6 +192,8 @@ class Searches:
             seconds = round(time.monotonic() - search.began)
             return {
                 "html": search.html,
+                "pick": search.pick,
+                "trains": search.train is not None,
                 "partial": search.partial,
                 "error": search.error,
                 "words": search.words,
@@ -230,6 +226,7 @@ class Searches:
             for search in self._searches.values():
                 if search.worker is not None:
                     search.worker.end()
+            self._place.cleanup()
 
     def _require_inside(self, model: str) -> None:
         """Check that a model, where it is a path, lies in the folders given."""
@@ -246,31 +243,26 @@ class Searches:
         for search in self._searches.values():
             if running < MOST_AT_ONCE and search.worker is None and not search.ended and not self._closed:
                 running += 1
-                search.worker = self._worker_for(search.question)
+                search.worker, self._spare = self._spare or Worker(self.folders[0]), None
                 search.words = "beginning"
                 threading.Thread(target=self._follow, args=(search, search.worker), daemon=True).start()
-
-    def _worker_for(self, question: Mapping[str, str]) -> Worker:
-        if LOG in question:
-            return Explanation(self.folders[0], question, self._logs.get(question[LOG], ""))
-        worker, self._spare = self._spare or Worker(self.folders[0]), None
-        return worker
 
     def _follow(self, search: Search, worker: Worker) -> None:
         """Ask, and note what comes until there is an answer."""
         with suppress(OSError, ValueError):
-            worker.ask(self._absolute(search.question))
+            worker.ask(search.asked)
             for said in worker.lines():
                 with self._lock:
                     search.words, search.share = said.get("words", search.words), said.get("share", search.share)
-                    search.partial = said.get("partial")
+                    search.partial = said.get("partial", search.partial)
+                    search.pick, search.train = said.get("pick"), said.get("train")
                     search.html, search.error = said.get("html"), said.get("error")
                 if search.ended:
                     break
         words = None if search.ended else worker.last_words()
         with self._lock:
-            search.worker, search.error = None, search.error or words
-            alive = worker.reusable and worker.process.poll() is None and not search.stopped and not self._closed
+            search.worker, search.asked, search.error = None, {}, search.error or words
+            alive = worker.process.poll() is None and not search.stopped and not self._closed
             reused = alive and self._spare is None
             if reused:
                 self._spare = worker
@@ -278,10 +270,22 @@ class Searches:
         if not reused:
             worker.close()
 
-    def _absolute(self, question: Mapping[str, str]) -> dict[str, str]:
+    def _to_ask(self, question: Mapping[str, str]) -> dict[str, str]:
+        """Return ``question`` with what its names stand for: where models, runs and snapshots lie, and what logs say."""
+        asked = dict(question)
         model = question.get("model", "")
         path = self.folders[0] / Path(model).expanduser()
-        return {**question, "model": str(path)} if model and path.exists() else dict(question)
+        if model and path.exists():
+            asked["model"] = str(path)
+        with self._lock:
+            for name, kept in ((LOG, self._logs), (SNAPSHOT, self._snapshots)):
+                if name in question:
+                    if question[name] not in kept:
+                        raise ConfigError(f"the {name} is not kept any more: give it again")
+                    asked[name] = str(kept[question[name]])
+        if RUN in question:
+            asked[RUN] = str(self.run_of(question[RUN]))
+        return asked
 
     def _watch(self) -> None:
         while not self._closed:

@@ -16,29 +16,28 @@ import uvicorn
 from oomless.errors import ConfigError
 from oomless.studio.server import application
 
-HOST = "127.0.0.1"
+ANY = ("0.0.0.0", "::")
 
 
-def serve(folders: Sequence[Path], port: int, ready: Callable[[str], None], *, open_page: bool) -> None:
-    """Serve the studio of ``folders``; ``ready`` is told the address when it answers.
+def serve(folders: Sequence[Path], host: str, port: int, ready: Callable[[str], None], *, open_page: bool) -> None:
+    """Serve the studio of ``folders`` on ``host``; ``ready`` is told the address when it answers.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: there is no such host here, or the port is taken.
     """
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((HOST, port))
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigError(
-            f"port {port} cannot be used: {error.strerror}; name another --port, or leave it out"
+            f"port {port} of {host} cannot be used: {error.strerror}; name another --port or --host, or leave them out"
         ) from error
-    listening.listen()
-    token = secrets.token_urlsafe(24)
-    address = f"http://{HOST}:{listening.getsockname()[1]}/#token={token}"
+    token, name = secrets.token_urlsafe(24), socket.gethostname() if host in ANY else host
+    shown = f"[{name}]" if ":" in name else name
+    address = f"http://{shown}:{listening.getsockname()[1]}/#token={token}"
     server = uvicorn.Server(
         uvicorn.Config(
-            application(list(folders), token), log_level="error", access_log=False, timeout_graceful_shutdown=1
+            application(list(folders), token, [name]), log_level="error", access_log=False, timeout_graceful_shutdown=1
         )
     )
     ready(address)

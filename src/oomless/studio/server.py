@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from json import loads
 from pathlib import Path
@@ -20,23 +20,51 @@ from oomless.report.charts import STYLE
 from oomless.studio.offers import SETTINGS, offers
 from oomless.studio.runs import Runs
 from oomless.studio.safety import Safe
-from oomless.studio.searches import LOG, Searches
+from oomless.studio.searches import Searches
+from oomless.studio.worker import LOG, RUN, SNAPSHOT
+from oomless.units import format_bytes
 
 FILES = Path(__file__).parent / "files"
-ASKED = {LOG, "model", "gpu", *SETTINGS, "prefer", "tokens", "hours", "host_memory"}
+ASKED = {LOG, SNAPSHOT, "model", "gpu", *SETTINGS, "prefer", "tokens", "hours", "host_memory", RUN, "texts", "no_loss"}
 """What a question may say. None of it is a file, but for a model."""
 
 MOST_BYTES = 8 << 20
 """What is asked is no longer than this."""
 
+MOST_SNAPSHOT_BYTES = 1 << 30
 
-def application(folders: list[Path], token: str) -> Safe:
-    """Return the studio of ``folders`` for who knows ``token``."""
-    runs, searches = Runs(folders), Searches(folders)
+
+def application(folders: list[Path], token: str, names: Collection[str] = ()) -> Safe:
+    """Return the studio of ``folders`` for who knows ``token`` and asks by an address, as localhost, or by one of ``names``."""
+    runs = Runs(folders)
+    searches = Searches(folders, runs.path)
 
     def offered(_: dict[str, Any]) -> dict[str, Any]:
         searches.warm()
         return offers(folders)
+
+    def begun(asked: dict[str, Any]) -> dict[str, Any]:
+        """Begin a run from the pick of a plan."""
+        training, given = searches.training_of(_question(asked)), asked.get("given")
+        if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+            raise HTTPException(400, "what is given to a run are texts")
+        return {"name": runs.begin(_text(asked, "name"), training["settings"], given, training["gpus"])}
+
+    async def snapshot_given(request: Request) -> Response:
+        path, size = searches.place_for_snapshot(), 0
+        try:
+            with path.open("wb") as file:
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size > MOST_SNAPSHOT_BYTES:
+                        raise HTTPException(
+                            413, f"a snapshot is at most {format_bytes(MOST_SNAPSHOT_BYTES)} here; use oomless explain"
+                        )
+                    await run_sync(file.write, piece)
+        except BaseException:
+            path.unlink()
+            raise
+        return JSONResponse(searches.keep_snapshot(path))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -48,27 +76,36 @@ def application(folders: list[Path], token: str) -> Safe:
         Route("/studio.js", _file("studio.js", "text/javascript")),
         Route("/studio.css", _style),
         Route("/studio.svg", _file("studio.svg", "image/svg+xml")),
-        Route("/api/runs", _asking(lambda _: {"runs": runs.list()})),
+        Route("/api/runs", _asking(lambda _: {"runs": runs.listed()})),
         Route("/api/runs/show", _asking(lambda asked: {"html": runs.parts(_texts(asked, "names"))}), methods=["POST"]),
         Route("/api/runs/stop", _asking(lambda asked: runs.stop(_text(asked, "name"))), methods=["POST"]),
         Route("/api/runs/resume", _asking(lambda asked: runs.resume(_text(asked, "name"))), methods=["POST"]),
+        Route("/api/runs/begin", _asking(begun), methods=["POST"]),
+        Route("/api/compare", _asking(lambda _: {"runs": runs.compared()})),
+        Route(
+            "/api/compare/show",
+            _asking(lambda asked: {"html": runs.comparison(_text(asked, "name"))}),
+            methods=["POST"],
+        ),
         Route("/api/explain/keep", _asking(lambda asked: searches.keep(_text(asked, "text"))), methods=["POST"]),
+        Route("/api/explain/snapshot", snapshot_given, methods=["POST"]),
         Route("/api/plan/offers", _asking(offered)),
         Route(
-            "/api/plan/look",
+            "/api/look",
             _asking(lambda asked: searches.look(_question(asked), _text(asked, "viewer"))),
             methods=["POST"],
         ),
         Route(
-            "/api/plan/leave",
+            "/api/leave",
             _asking(lambda asked: searches.leave(_question(asked), _text(asked, "viewer"))),
             methods=["POST"],
         ),
-        Route("/api/plan/enough", _asking(lambda asked: searches.enough(_question(asked))), methods=["POST"]),
+        Route("/api/enough", _asking(lambda asked: searches.enough(_question(asked))), methods=["POST"]),
     ]
     return Safe(
         Starlette(routes=routes, lifespan=lifespan, exception_handlers={UserError: _refused, HTTPException: _not_here}),
         token,
+        names,
     )
 
 
@@ -132,7 +169,7 @@ def _question(asked: dict[str, Any]) -> dict[str, str]:
         raise HTTPException(400, "a question is an object of texts")
     unknown = question.keys() - ASKED
     if unknown:
-        raise HTTPException(400, f"a plan is not asked for {', '.join(sorted(unknown))}")
+        raise HTTPException(400, f"nothing is asked for {', '.join(sorted(unknown))}")
     return question
 
 

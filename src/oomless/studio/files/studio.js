@@ -20,7 +20,8 @@ class Refused extends Error {}
 
 async function ask(path, asked, how = {}) {
   const headers = { "x-oomless-token": localStorage.getItem(KEY) ?? "" };
-  const options = asked === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(asked), ...how };
+  const body = asked instanceof Blob ? asked : JSON.stringify(asked);
+  const options = asked === undefined ? { headers } : { method: "POST", headers, body, ...how };
   let answer;
   try {
     answer = await fetch(`api/${path}`, options);
@@ -191,7 +192,8 @@ const runs = {
 // ---- the room of plans
 
 const MOST_COMPARED = 6;
-const viewer = crypto.randomUUID();
+const COLOURS = 8; // of those of charts, those that tell picks apart
+const viewer = [...crypto.getRandomValues(new Uint32Array(4))].join("-");
 
 // Every question that the lists in `query` make together.
 function questions(query) {
@@ -205,8 +207,8 @@ function questions(query) {
 
 const named = ({ model, gpu, max_seq_length: length }) => `${model} on ${gpu}${length ? `, ${length} tokens` : ""}`;
 
-// How far the answer to a question is, and then the answer, in `room`.
-function card(room, question, named, several = false) {
+// How far the answer to a question is, and then the answer, in `room`; `answered` is told what was said.
+function card(room, question, named, { several = false, answered = () => {} } = {}) {
   const place = made("article", "", { "aria-busy": "true" });
   place.setAttribute("aria-label", named);
   if (several) place.append(made("h2", named));
@@ -214,7 +216,7 @@ function card(room, question, named, several = false) {
   const bar = made("progress", "", { max: "1", "aria-label": `Search: ${named}` });
   const words = made("span", "asking");
   const enough = made("button", "Take the best so far", { type: "button" });
-  enough.addEventListener("click", () => ask("plan/enough", { question }).catch((error) => trouble(error.message)));
+  enough.addEventListener("click", () => ask("enough", { question }).catch((error) => trouble(error.message)));
   going.append(bar, words);
   if (room === "plan") going.append(enough);
   const answer = made("div", "", { class: "drawn" });
@@ -224,7 +226,7 @@ function card(room, question, named, several = false) {
   repeat(
     () => one.wanted,
     async () => {
-      const said = await ask("plan/look", { question, viewer }).catch((error) => {
+      const said = await ask("look", { question, viewer }).catch((error) => {
         if (error instanceof Refused) return { error: error.message };
         throw error;
       });
@@ -241,6 +243,7 @@ function card(room, question, named, several = false) {
         show(answer, said.html);
         for (const text of answer.querySelectorAll("pre.copied")) copies(text);
       }
+      answered(said, place);
       find(`#${room}-said`).textContent = `${named}: answered.`;
     },
     true,
@@ -252,7 +255,7 @@ function leave(cards, closing) {
   for (const one of cards) {
     if (!one.wanted) continue;
     one.wanted = false;
-    ask("plan/leave", { question: one.question, viewer }, { keepalive: closing }).catch(() => {});
+    ask("leave", { question: one.question, viewer }, { keepalive: closing }).catch(() => {});
   }
 }
 
@@ -266,6 +269,7 @@ const plan = {
       const offers = await ask("plan/offers");
       const options = (place, of, empty = []) =>
         find(place).append(...empty, ...Object.entries(of).map(([value, said]) => made("option", said, { value })));
+      this.offers = offers;
       options("#plan-models", offers.model);
       options("#plan-gpus", offers.gpu);
       options("#plan-trainables", offers.trainable);
@@ -276,6 +280,7 @@ const plan = {
         find(`#plan-form [name="${name}"]`).title = said;
       }
       this.fill();
+      around.show(around.question);
     } catch (error) {
       this.offered = false;
       trouble(error.message);
@@ -289,11 +294,21 @@ const plan = {
     this.leave();
     this.asked = `${query}`;
     find("#plan-answers").replaceChildren();
-    if (!query.get("model")) return;
+    if (!query.get("model")) return around.show(null);
     const asked = questions(query);
     find("#plan-said").textContent = asked.length > MOST_COMPARED ? `The first ${MOST_COMPARED} of ${asked.length} are compared.` : "";
-    this.cards = asked.slice(0, MOST_COMPARED).map((question) => card("plan", question, named(question), asked.length > 1));
-    find("#plan-answers").classList.toggle("beside", asked.length > 1);
+    const several = asked.length > 1;
+    this.cards = asked.slice(0, MOST_COMPARED).map((question) =>
+      card("plan", question, named(question), {
+        several,
+        answered: (said, place) => {
+          around.note(question, said);
+          if (said.trains && !several) find("pre[aria-label=Command]", place).closest("section").append(beginning(question));
+        },
+      }),
+    );
+    find("#plan-answers").classList.toggle("beside", several);
+    around.show(several ? null : asked[0]);
   },
   fill() {
     for (const field of find("#plan-form").elements) if (field.name) field.value = this.query?.get(field.name) ?? "";
@@ -301,10 +316,157 @@ const plan = {
   },
   leave(closing = false) {
     leave(this.cards, closing);
+    around.leave(closing);
     this.cards = [];
     this.asked = "";
   },
 };
+
+// Other lengths and GPUs for the question that is asked, and where on these ways the pick changes.
+const around = {
+  question: null,
+  picks: new Map(), // by question: its pick in short, or an error
+  searching: [],
+  ways: {
+    max_seq_length: { title: "Length", name: (value) => `${Number(value).toLocaleString("en")} tokens`, size: Number, stops: () => plan.offers.lengths },
+    gpu: { title: "GPU", name: (value) => value, size: (gpu) => parseFloat(plan.offers.gpu[gpu] ?? gpu), stops: () => plan.offers.gpus_by_memory },
+  },
+  key: (question) => JSON.stringify(Object.entries(question).sort()),
+  note(question, said) {
+    this.picks.set(this.key(question), said.pick ?? { strategy: said.error ?? "" });
+    this.draw();
+  },
+  show(question) {
+    this.question = question;
+    const place = find("#plan-around");
+    place.hidden = !question || !plan.offers;
+    if (place.hidden) return;
+    find("#plan-ways").replaceChildren(...Object.entries(this.ways).map(([setting, way]) => this.way(setting, way)));
+    this.draw();
+  },
+  way(setting, way) {
+    const stops = [...way.stops()];
+    const now = this.question[setting] ?? plan.offers.usual_length;
+    if (!stops.includes(now) && way.size(now) > 0) {
+      const alike = stops.findIndex((stop) => way.size(stop) >= way.size(now));
+      stops.splice(alike < 0 ? stops.length : alike, 0, now);
+    }
+    const place = made("div", "", { class: "way" });
+    const id = `plan-way-${setting}`;
+    const slider = made("input", "", { type: "range", id, min: 0, max: stops.length - 1, step: 1 });
+    slider.value = Math.max(0, stops.indexOf(now));
+    const shown = made("output", "", { for: id });
+    const strip = made("div", "", { class: "strip", "aria-hidden": "true" });
+    strip.append(...stops.map((stop) => made("span", "", { title: way.name(stop) })));
+    const tell = () => {
+      const pick = this.picks.get(this.key({ ...this.question, [setting]: stops[slider.value] }));
+      shown.textContent = `${way.name(stops[slider.value])}${pick ? `: ${[pick.strategy, pick.memory].filter(Boolean).join(", ")}` : ""}`;
+      slider.setAttribute("aria-valuetext", shown.textContent);
+    };
+    slider.addEventListener("input", tell);
+    slider.addEventListener("change", () => {
+      const query = new URLSearchParams(plan.query);
+      query.set(setting, stops[slider.value]);
+      go("plan", query);
+      enter();
+      find(`#${id}`)?.focus({ preventScroll: true });
+    });
+    const all = made("button", "Plan all of them", { type: "button", "aria-label": `Plan every ${way.title}` });
+    all.addEventListener("click", () => this.search(setting, stops));
+    const changes = made("p", "", { class: "dim" });
+    place.append(made("label", way.title, { for: id }), slider, shown, all, strip, changes);
+    Object.assign(place, { draw: () => this.fill(setting, way, stops, strip, changes), tell });
+    return place;
+  },
+  // One after the other, so that what is asked otherwise does not wait; what was searched is kept by the server.
+  search(setting, stops) {
+    const of = this.question;
+    for (const stop of stops) {
+      const question = { ...of, [setting]: stop };
+      if (!this.picks.has(this.key(question))) this.searching.push({ question, wanted: true });
+    }
+    if (!this.busy) this.busy = this.work().finally(() => (this.busy = null));
+  },
+  async work() {
+    while (this.searching.length) {
+      const one = this.searching[0];
+      await repeat(
+        () => one.wanted,
+        async () => {
+          const said = await ask("look", { question: one.question, viewer }).catch((error) => ({ error: error.message }));
+          find("#plan-around-said").textContent = `${named(one.question)}: ${said.words ?? ""}; ${this.searching.length} to plan`;
+          if (!one.wanted || (said.html == null && said.error == null)) return;
+          one.wanted = false;
+          this.note(one.question, said);
+        },
+        true,
+      );
+      this.searching = this.searching.filter((other) => other !== one);
+    }
+    find("#plan-around-said").textContent = "";
+  },
+  draw() {
+    for (const place of find("#plan-ways").children) {
+      place.draw();
+      place.tell();
+    }
+  },
+  fill(setting, way, stops, strip, changes) {
+    const known = stops.map((stop) => this.picks.get(this.key({ ...this.question, [setting]: stop })));
+    const kinds = [...new Set(known.filter(Boolean).map((pick) => pick.strategy))];
+    [...strip.children].forEach((cell, number) => {
+      const pick = known[number];
+      cell.className = pick ? `c${kinds.indexOf(pick.strategy) % COLOURS}` : "";
+      cell.title = `${way.name(stops[number])}: ${pick ? [pick.strategy, pick.memory].filter(Boolean).join(", ") : "not planned"}`;
+    });
+    const spans = [];
+    known.forEach((pick, number) => {
+      if (!pick) return;
+      const last = spans.at(-1);
+      if (last?.strategy === pick.strategy) last.to = number;
+      else spans.push({ strategy: pick.strategy, from: number, to: number });
+    });
+    changes.replaceChildren(
+      ...spans.flatMap(({ strategy, from, to }) => {
+        const key = made("i", "", { class: `key area c${kinds.indexOf(strategy) % COLOURS}` });
+        const words = made("span", "", { class: "named" });
+        words.append(key, `${way.name(stops[from])}${to > from ? ` to ${way.name(stops[to])}` : ""}: ${strategy}`);
+        return [words, " "];
+      }),
+    );
+  },
+  leave(closing = false) {
+    leave(this.searching, closing);
+    this.searching = [];
+  },
+};
+
+// What begins a run from the answer to `question`.
+function beginning(question) {
+  const form = made("form", "", { class: "begin", "aria-label": "Start this run" });
+  const field = (name, label, attributes = {}) => {
+    const place = made("label", label);
+    place.append(made("input", "", { name, autocomplete: "off", spellcheck: "false", ...attributes }));
+    form.append(place);
+  };
+  field("data", "Text to train on", { required: "", placeholder: "a file or folder" });
+  field("name", "Name of the run", { required: "", placeholder: "first" });
+  field("max_steps", "Steps", { inputmode: "numeric", placeholder: "all of the text" });
+  field("learning_rate", "Learning rate", { inputmode: "decimal", placeholder: "usual" });
+  const said = made("span", "", { role: "status" });
+  form.append(made("button", "Start it", { class: "main" }), said);
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const { name, ...given } = Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim()));
+    try {
+      const begun = await ask("runs/begin", { question, name, given });
+      go("runs", new URLSearchParams([["run", begun.name]]));
+    } catch (error) {
+      said.textContent = error.message;
+    }
+  });
+  return form;
+}
 
 function copies(text) {
   const button = made("button", "Copy", { type: "button", class: "copy", "aria-label": `Copy: ${text.getAttribute("aria-label")}` });
@@ -328,7 +490,7 @@ find("#plan-form").addEventListener("submit", (event) => {
   go("plan", query);
   enter();
 });
-window.addEventListener("pagehide", () => [plan, explain].forEach((room) => room.leave(true)));
+window.addEventListener("pagehide", () => [plan, explain, compare].forEach((room) => room.leave(true)));
 window.addEventListener("pageshow", (event) => event.persisted && enter());
 
 // ---- the room of explanations
@@ -343,9 +505,12 @@ const explain = {
     find("#explain-answers").replaceChildren();
     find("#explain-said").textContent = "";
     try {
-      const question = await ask("explain/keep", { text: find("#explain-log").value });
+      const log = find("#explain-log").value;
+      const question = log.trim() ? await ask("explain/keep", { text: log }) : {};
+      if (this.snapshot) Object.assign(question, await ask("explain/snapshot", this.snapshot));
+      if (!Object.keys(question).length) throw new Error("Paste what the run printed, or choose a file.");
       for (const field of form.elements) if (field.name && field.value.trim()) question[field.name] = field.value.trim();
-      this.cards = [card("explain", question, "The log")];
+      this.cards = [card("explain", question, this.snapshot ? this.snapshot.name : "The log")];
     } catch (error) {
       find("#explain-said").textContent = error.message;
     }
@@ -360,13 +525,84 @@ find("#explain-form").addEventListener("submit", (event) => {
   event.preventDefault();
   explain.explain(event.target);
 });
-find("#explain-file").addEventListener("change", async (event) => {
-  if (event.target.files[0]) find("#explain-log").value = await event.target.files[0].text();
+// A snapshot is a pickle, which begins with its protocol; the server reads it without running anything of it.
+async function taken(file) {
+  const [first] = new Uint8Array(await file.slice(0, 1).arrayBuffer());
+  explain.snapshot = first === 0x80 ? file : null;
+  if (!explain.snapshot) find("#explain-log").value = await file.text();
+  find("#explain-taken").textContent = explain.snapshot ? `Snapshot: ${file.name}` : "";
+}
+
+find("#explain-file").addEventListener("change", (event) => {
+  if (event.target.files[0]) taken(event.target.files[0]);
+  else explain.snapshot = find("#explain-taken").textContent = "";
+});
+find("#explain-form").addEventListener("dragover", (event) => event.preventDefault());
+find("#explain-form").addEventListener("drop", (event) => {
+  if (!event.dataTransfer.files[0]) return;
+  event.preventDefault();
+  taken(event.dataTransfer.files[0]);
+});
+
+// ---- the room of comparisons
+
+const compare = {
+  cards: [],
+  async enter(query) {
+    plan.offer();
+    try {
+      const { runs: found } = await ask("compare");
+      const select = find("#compare-run");
+      find("#compare-none").hidden = found.length > 0;
+      find("#compare-form").hidden = found.length === 0;
+      select.replaceChildren(
+        ...found.map(({ name, compared }) =>
+          made("option", `${name}${compared ? ` (compared ${new Date(compared * 1000).toLocaleString()})` : ""}`, { value: name }),
+        ),
+      );
+      if (!found.length) return;
+      const latest = found.reduce((one, other) => (other.compared > one.compared ? other : one));
+      const run = query.get("run") ?? latest.name;
+      select.value = run;
+      if (!this.cards.length) await this.last(run);
+    } catch (error) {
+      trouble(error.message);
+    }
+  },
+  async last(run) {
+    this.leave();
+    const answers = find("#compare-answers");
+    const { html } = await ask("compare/show", { name: run });
+    const place = made("article", "", { class: "drawn", "aria-label": `The last comparison of ${run}` });
+    show(place, html || "<p>This run was not compared yet.</p>");
+    answers.replaceChildren(place);
+  },
+  compare(form) {
+    this.leave();
+    find("#compare-answers").replaceChildren();
+    const question = { run: form.elements.run.value };
+    if (form.elements.texts.value.trim()) question.texts = form.elements.texts.value;
+    if (!form.elements.loss.checked) question.no_loss = "yes";
+    this.cards = [card("compare", question, question.run)];
+  },
+  leave(closing = false) {
+    leave(this.cards, closing);
+    this.cards = [];
+  },
+};
+
+find("#compare-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  compare.compare(event.target);
+});
+find("#compare-run").addEventListener("change", (event) => {
+  compare.leave();
+  go("compare", new URLSearchParams([["run", event.target.value]]));
 });
 
 // ---- which room is shown
 
-const rooms = { runs, plan, explain };
+const rooms = { runs, plan, explain, compare };
 
 function enter() {
   const { room, query } = address();
@@ -380,7 +616,7 @@ function enter() {
     else link.removeAttribute("aria-current");
   }
   document.title = `${find(`#${room} h1`).textContent} - oomless studio`;
-  for (const other of [plan, explain]) if (rooms[room] !== other) other.leave();
+  for (const other of [plan, explain, compare]) if (rooms[room] !== other) other.leave();
   rooms[room].enter(query);
 }
 
