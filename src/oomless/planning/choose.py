@@ -18,7 +18,8 @@ from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
 from oomless.planning.layout import OF_THE_TEXT
 from oomless.planning.plan import Target, require_host, target_for
-from oomless.planning.search import Heard, Progress, search
+from oomless.planning.row import Heard
+from oomless.planning.search import Progress, search
 from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
 from oomless.planning.trial import results_folder
 from oomless.planning.wish import Wish

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from oomless.planning.strategies import Prefer, Quality, Settings
 from oomless.planning.throughput import Throughput
+
+Heard = Callable[[Sequence["Row"]], None]
+"""Is told of rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from oomless.planning.choice import Choice
 from oomless.planning.known import Known
 from oomless.planning.layout import OF_THE_TEXT, read_layout
 from oomless.planning.plan import Target
-from oomless.planning.row import Row
+from oomless.planning.row import Heard, Row
 from oomless.planning.strategies import (
     COMMON,
     COMPARED,
@@ -54,7 +54,6 @@ from oomless.planning.wish import Wish
 from oomless.units import format_bytes
 
 Progress = Callable[[str, float], None]
-Heard = Callable[[Sequence[Row]], None]
 BUSY_PASS_TOKENS = 1 << 9
 """So many tokens keep a GPU busy: what a larger pass gains is less than what it costs to compute more again for it."""
 
@@ -102,7 +101,7 @@ def search(
     setting = Setting(spec=spec, target=target, base=dict(given), layout=read_layout(text))
     laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
     try:
-        return _Search(setting, laboratory, progress or (lambda *_: None), held, wish, heard).run()
+        return _Search(setting, laboratory, progress or (lambda *_: None), held, wish).run(heard or (lambda _: None))
     finally:
         laboratory.close()
 
@@ -138,9 +137,7 @@ class _Search:
         progress: Progress,
         held: Quality | None = None,
         wish: Wish | None = None,
-        heard: Heard | None = None,
     ) -> None:
-        self.heard = heard or (lambda _: None)
         self.setting, self.laboratory, self.progress, self.held, self.wish = setting, laboratory, progress, held, wish
         self.pins, self.target = setting.base, setting.target
         self.usable_bytes = self.target.usable_bytes - self.target.margin_bytes
@@ -153,14 +150,14 @@ class _Search:
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 
-    def run(self) -> Choice:
+    def run(self, heard: Heard) -> Choice:
         """Find rows, prove the one that is preferred, and return them."""
         found: dict[tuple[int, int], Row] = {}
         stopped = False
         try:
             for place, row in self._rows(found):
                 found[place] = row
-                self.heard([one for _, one in sorted(found.items())])
+                heard([one for _, one in sorted(found.items())])
         except KeyboardInterrupt:
             if not any(row.fits for row in found.values()):
                 raise
@@ -184,7 +181,7 @@ class _Search:
         proof = self.laboratory.proof(picked.settings)()
         if not proof.fits:  # though a step of it did
             self.disproved.append(picked.settings)
-            return self.run()
+            return self.run(heard)
         whole = proof.as_plan(self.setting)
         named = {id(row): tuple(name for name, one in best.items() if one is row) for row in fitting}
         rows = [replace(row, named=named.get(id(row), ()), picked=row is picked) for row in rows]
