@@ -10,6 +10,8 @@ import pytest
 from starlette.testclient import TestClient
 from tests.cli.test_cli import ENVIRONMENT
 
+from oomless.errors import ConfigError
+from oomless.studio.runs import Runs
 from oomless.studio.safety import TOKEN
 from oomless.studio.server import application
 
@@ -116,3 +118,69 @@ def test_the_server_begins_without_what_takes_long_to_import():
     code = "import sys, oomless.studio.serve; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("../out", {"data": "text"}, "a run has a name below"),
+        ("", {"data": "text"}, "a run has a name below"),
+        (".", {"data": "text"}, "a run has a name below"),
+        ("one", {"data": "text"}, "choose another name"),
+        ("new", {"data": "../secret"}, "lies in the folders"),
+        ("new", {"data": "/etc/passwd"}, "lies in the folders"),
+        ("new", {"data": "linked"}, "lies in the folders"),
+        ("new", {}, "lies in the folders"),
+        ("new", {"data": "nowhere"}, "no text at"),
+        ("new", {"data": "text", "output_dir": "/tmp"}, "not begun here with output_dir"),
+        ("new", {"data": "text", "trust_remote_code": "true"}, "not begun here with trust_remote_code"),
+        ("new", {"data": "text", "max_steps": "many"}, "max_steps"),
+    ],
+)
+def test_no_run_is_begun_outside_the_folders_or_with_what_no_plan_is_asked_for(top, name, given, said):
+    a_run(top / "one")
+    (top / "text").mkdir()
+    (top.parent / "secret").mkdir()
+    (top / "linked").symlink_to(top.parent / "secret")
+    with pytest.raises(ConfigError, match=said):
+        Runs([top]).begin(name, {"model": "gpt2", "max_seq_length": 64}, given, 1)
+    assert not (top / "new").exists()
+    assert not (top.parent / "out").exists()
+
+
+def test_a_run_begins_from_a_plan_alone(top):
+    asked = {"question": {"model": "gpt2", "gpu": "T4"}, "name": "new", "given": {"data": "text"}}
+    answer = client(top).post("/api/runs/begin", json=asked)
+    assert answer.status_code == 422
+    assert "plan it again" in answer.json()["error"]
+    assert client(top).post("/api/runs/begin", json={**asked, "given": {"data": 1}}).status_code == 400
+    assert not (top / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "", "linked"])
+def test_nothing_is_compared_outside_the_folders(top, name):
+    secret = a_run(top.parent / "secret")
+    (secret / "compare.json").write_text("{}")
+    (top / "linked").symlink_to(secret)
+    asking = client(top)
+    for path, asked in (
+        ("compare/show", {"name": name}),
+        ("look", {"question": {"run": name, "texts": "def"}, "viewer": "v"}),
+    ):
+        answer = asking.post(f"/api/{path}", json=asked)
+        assert answer.status_code == 422
+        assert "there is no run" in answer.json()["error"]
+    assert asking.get("/api/compare").json() == {"runs": []}
+
+
+def test_other_machines_reach_it_by_its_name_or_address_alone(top):
+    asking = TestClient(application([top], TOLD, ["box.lan"]), headers={TOKEN: TOLD})
+    for host, status in (
+        ("box.lan:80", 200),
+        ("10.0.0.7", 200),
+        ("[fe80::1]:80", 200),
+        ("box.lan.evil", 403),
+        ("10.0.0.7.nip.io", 403),
+    ):
+        assert asking.get("/api/runs", headers={"host": host}).status_code == status, host
+    assert asking.get("/api/runs", headers={"host": "box.lan", TOKEN: ""}).status_code == 403

@@ -82,9 +82,10 @@ def choice_parts(choice: Choice) -> Iterator[str]:
     yield from _rests_on(choice)
 
 
-def found_so_far(rows: Sequence[Row], target: Target) -> str:
-    """Return what a search has looked at until now, as bars."""
-    bars = [
+def found_so_far(weights_bytes: int, rows: Sequence[Row], target: Target) -> str:
+    """Return the weights, and what a search has looked at until now, as bars."""
+    bars = [("the weights alone, in 16 bits", weights_bytes, OTHERS)]
+    bars += [
         (f"{row.quality}{'' if row.fits else ' (does not fit)'}", row.needed_bytes, FITS if row.fits else DOES_NOT_FIT)
         for row in rows
     ]

@@ -45,9 +45,10 @@ def application(folders: list[Path], token: str, names: Collection[str] = ()) ->
 
     def begun(asked: dict[str, Any]) -> dict[str, Any]:
         """Begin a run from the pick of a plan."""
-        training, given = searches.training_of(_question(asked)), asked.get("given")
+        given = asked.get("given")
         if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
             raise HTTPException(400, "what is given to a run are texts")
+        training = searches.training_of(_question(asked))
         return {"name": runs.begin(_text(asked, "name"), training["settings"], given, training["gpus"])}
 
     async def snapshot_given(request: Request) -> Response:

@@ -97,6 +97,7 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
         UserError: they do not fit together.
     """
     _imported()
+    from oomless.models.build import parameter_count
     from oomless.models.spec import resolve_for_plan
     from oomless.planning.choose import choose_training, picked_settings
     from oomless.planning.given import host_size, read_given, wish_of
@@ -110,12 +111,14 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
     wish = wish_of(asked.get("prefer"), asked.get("tokens"), asked.get("hours"), settings)
     given, host_bytes = read_given(settings), host_size(asked.get(HOST_MEMORY))
     spec, target = resolve_for_plan(given["model"]), target_for(str(given.get("gpu", "auto")), host_bytes)
+    weights_bytes = 2 * parameter_count(spec)
+    say(words="building it", partial=found_so_far(weights_bytes, [], target))
     choice = choose_training(
         given,
         **wish,
         host_bytes=host_bytes,
         progress=lambda words, share: say(words=words, share=share),
-        heard=lambda rows: say(partial=found_so_far(rows, target)),
+        heard=lambda rows: say(partial=found_so_far(weights_bytes, rows, target)),
     )
     parts = [*(f"<p>{text(note)}</p>" for note in spec.notes), *choice_parts(choice)]
     if choice.picked is not None:

@@ -333,7 +333,7 @@ const around = {
   },
   key: (question) => JSON.stringify(Object.entries(question).sort()),
   note(question, said) {
-    this.picks.set(this.key(question), said.pick ?? { strategy: said.error ?? "" });
+    this.picks.set(this.key(question), said.pick ?? { strategy: "cannot be planned" });
     this.draw();
   },
   show(question) {
@@ -347,8 +347,8 @@ const around = {
   way(setting, way) {
     const stops = [...way.stops()];
     const now = this.question[setting] ?? plan.offers.usual_length;
-    if (!stops.includes(now) && way.size(now) > 0) {
-      const alike = stops.findIndex((stop) => way.size(stop) >= way.size(now));
+    if (!stops.includes(now)) {
+      const alike = way.size(now) > 0 ? stops.findIndex((stop) => way.size(stop) >= way.size(now)) : 0;
       stops.splice(alike < 0 ? stops.length : alike, 0, now);
     }
     const place = made("div", "", { class: "way" });
