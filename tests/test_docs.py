@@ -80,6 +80,15 @@ def test_an_export_takes_less_than_pefts_merge():
     assert f"hold {theirs['peak_bytes'] / 1e9:.1f} GB" in page
 
 
+def test_an_export_to_gguf_takes_three_tensors_and_a_gigabyte():
+    found = json.loads((ROOT / "bench" / "results" / "export_memory_gguf.json").read_text(encoding="utf-8"))
+    peak = max(taken["peak_bytes"] for form, taken in found.items() if form.startswith("gguf"))
+    assert found["model_bytes"] > 4e9
+    assert peak < 1e9 + 3 * found["largest_tensor_bytes"]
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert f"it holds {peak / 1e9:.1f} GB at most" in page
+
+
 def test_readme_shows_what_was_measured_beside_the_trainer():
     parity, speed = (
         json.loads((ROOT / "bench" / "results" / f"trainer_{name}.json").read_text()) for name in ("parity", "speed")

@@ -186,10 +186,10 @@ def byte_level(texts, cut, **settings):
     return fast
 
 
-def sentencepiece(texts):
+def sentencepiece(texts, space="first"):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=space)])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -207,6 +207,15 @@ def test_added_tokens_padding_and_a_template(make_run, tmp_path, texts, ignoring
     assert (tokens[401], kinds[401]) == ("<think>", gguf.TokenType.USER_DEFINED)
     assert (tokens[511], kinds[511]) == ("[PAD511]", gguf.TokenType.UNUSED)
     assert said["tokenizer.chat_template"] == fast.chat_template
+
+
+@pytest.mark.parametrize(("space", "said"), [("first", 1), ("always", 1), ("never", 0)])
+def test_a_space_that_llama_cpp_puts_elsewhere_is_said(make_run, tmp_path, texts, space, said):
+    folder = tmp_path / "model"
+    shutil.copytree(run_of(make_run, "llama") / "model", folder)
+    sentencepiece(texts, space).save_pretrained(folder)
+    plan = make_plan(folder, "gguf", output=tmp_path / "out")
+    assert len(plan.to_dict()["notes"]) == said
 
 
 def test_a_way_to_cut_text_that_is_not_known_is_refused(make_run, tmp_path, texts):

@@ -1,6 +1,7 @@
 """llama.cpp computes what was trained. `scripts/llama.cpp` builds it, which takes minutes; without it these are skipped."""
 
 import ctypes
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oomless.export.gguf_mixtures import QUANTIZATIONS
@@ -16,7 +18,7 @@ from oomless.export.plan import make_plan
 from oomless.export.run import export
 
 from ..conftest import STANDARD_LIBRARY
-from .test_gguf import SHAPES, run_of
+from .test_gguf import CUT, SHAPES, byte_level, run_of, sentencepiece
 from .test_k_quants import drawn, lost
 
 pytestmark = pytest.mark.slow
@@ -88,6 +90,37 @@ def test_llama_cpp_computes_what_was_trained(make_run, tmp_path, llama, record_p
         text = torch.tensor([ids[:20]])
         made = hf.generate(text, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert greedy(model, ids[:20]) == made[0, 20:].tolist()
+
+
+CUT_BY = {
+    "bytes": lambda texts: byte_level(texts, CUT),
+    "bytes, whole words first": lambda texts: byte_level(texts, CUT, ignore_merges=True),
+    "SentencePiece": lambda texts: sentencepiece(texts, "always"),
+    "SentencePiece without a space": lambda texts: sentencepiece(texts, "never"),
+}
+
+
+@pytest.mark.parametrize("how", CUT_BY)
+def test_llama_cpp_cuts_text_as_transformers_does(make_run, tmp_path, texts, llama, how):
+    """Tokens that were added, and rows without a token, with them."""
+    fast = CUT_BY[how](texts)
+    fast.add_tokens([AddedToken("<|turn|>", special=True, normalized=False), AddedToken("<tool>", normalized=False)])
+    shutil.copytree(run_of(make_run, "llama") / "model", tmp_path / "model")
+    fast.save_pretrained(tmp_path / "model")
+    plan = make_plan(tmp_path / "model", "gguf", output=tmp_path / "out", verify="none")
+    export(plan)
+    model = llama(next((tmp_path / "out").glob("*.gguf")))
+    spaced = () if plan.files.notes else ("<|turn|> None<tool> b",)  # of which the notes say that it differs
+    for text in (
+        TEXT,
+        "<|turn|>def x(self):\n<tool>return<|turn|>None",
+        "a<tool><tool>b",
+        "\u12a0\u121b\u122d 12",
+        *spaced,
+    ):
+        ids = fast(text)["input_ids"]
+        assert model.tokenize(text.encode(), special=True) == ids, text
+    assert len(fast) < 512
 
 
 def perplexity(logits, ids):

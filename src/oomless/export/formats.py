@@ -43,6 +43,9 @@ class Files:
     loads: bool = True
     """Whether the library that is asked reads this form of this architecture."""
 
+    notes: tuple[str, ...] = ()
+    """What the reader of this form does otherwise."""
+
     config: Any = None
     """With what transformers reads a GGUF file, of which it takes less than it holds."""
 

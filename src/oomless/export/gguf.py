@@ -81,6 +81,7 @@ def files(source: Source, dtype: str | None, quantize: str | None) -> Files:
         dtype=mixture.described((tensor.kind, tensor.shape) for tensor in tensors),
         parameters=build.parameter_count(source.base),
         loads=known.transformers_reads,
+        notes=gguf_tokens.notes(tokenizer),
         config=text if text.model_type != "mistral" else None,  # to transformers llama.cpp's llama is a Llama
     )
 

@@ -71,6 +71,18 @@ def describe(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     _describe_special(writer, tokenizer)
 
 
+def notes(tokenizer: Any) -> tuple[str, ...]:
+    """Return what llama.cpp cuts otherwise than ``tokenizer``, of one that it has."""
+    special = next(iter(tokenizer.all_special_tokens), None)
+    if special is None or not tokenizer.tokenize("a")[0].startswith(_SPACE):
+        return ()
+    texts = ("a", f"{special}a", f"{special} a")
+    alone, after, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    if after[1:] == alone and spaced != after:
+        return ()
+    return ("after a special token llama.cpp puts a space before the text, always; this tokenizer does not",)
+
+
 def _scores(texts: list[str], kinds: list[Any], merges: list[list[str]]) -> list[float]:
     """Return SentencePiece's scores: the earlier a token is merged, the higher."""
     from gguf import TokenType

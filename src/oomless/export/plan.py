@@ -73,6 +73,7 @@ class Plan:
             "host_bytes": self.host_bytes,
             "seconds": self.seconds,
             "begun_bytes": self.begun_bytes,
+            "notes": list(self.files.notes),
         }
 
     @property

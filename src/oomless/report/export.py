@@ -30,6 +30,8 @@ def print_export_plan(screen: Screen, plan: Plan) -> None:
     )
     screen.print(f"  {format_bytes(plan.host_bytes)} of memory while it is written, about {_duration(plan.seconds)}")
     screen.print(f"  verify: {plan.verify}")
+    for note in plan.files.notes:
+        screen.print(f"  {note}")
     if plan.begun_bytes:
         screen.print(f"  {format_bytes(plan.begun_bytes)} were written before: it goes on from there")
 
