@@ -282,7 +282,7 @@ def test_a_real_error_is_named_and_cured(folder_of, run):
 @pytest.mark.parametrize(
     "sizes", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.full_length)]
 )
-def test_real_errors_of_every_kind(folder_of, sizes):
+def test_real_errors_of_every_kind(folder_of, record_property, sizes):
     outcomes = []
     for run in RUNS:
         folder = folder_of(run)
@@ -292,9 +292,11 @@ def test_real_errors_of_every_kind(folder_of, sizes):
                 outcomes.append((run.name, capacity, *outcome))
                 print(outcomes[-1], flush=True)
     wrong = [outcome for outcome in outcomes if not outcome[2]]
-    assert len(outcomes) >= 10 * sizes
-    assert len(wrong) <= 0.1 * len(outcomes), wrong
     cured_ones = [outcome[5] for outcome in outcomes if outcome[5] is not None]
+    for name, count in (("errors", len(outcomes)), ("named", len(outcomes) - len(wrong)), ("cured", sum(cured_ones))):
+        record_property(name, count)
+    assert len(outcomes) >= 10 * sizes
+    assert len(wrong) <= 0.05 * len(outcomes), wrong
     assert all(cured_ones)
     assert len(cured_ones) >= 0.6 * len(outcomes)
     assert {outcome[3][1].phase for outcome in outcomes} >= {"load", "forward", "backward", "optimizer", "evaluation"}

@@ -142,7 +142,7 @@ def suspects(
     unsloth: bool = False,
     stopped_at: Request | None = None,
 ) -> list[Suspect]:
-    """Return the tensors whose size is that of ``message``, the likeliest first.
+    """Return the tensors whose size is that of ``message``, the likeliest first; none against which more speaks than for it.
 
     Args:
         message: the error.
@@ -190,7 +190,7 @@ def suspects(
                 rounding=rounding,
             )
         )
-    return _distinct(sorted(found, key=lambda suspect: -suspect.score))
+    return _distinct(sorted((s for s in found if s.score > 0), key=lambda suspect: -suspect.score))
 
 
 def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | None) -> tuple[float, tuple[str, ...]]:
@@ -212,7 +212,8 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
             support.append(f"the stack is in {place.module}")
         elif tensor.modules:
             score -= 1.5
-    hint = next((hint for hint in tensor.hints if hint in place.code), None)
+    codes = (place.code, *(frame.code for frame in place.frames[-1:]))
+    hint = next((hint for hint in tensor.hints if any(hint in code for code in codes)), None)
     if hint is not None:
         score += 2
         support.append(f"the code says {hint}")
@@ -222,7 +223,8 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
             rehearsed in ("forward", "loss") and tensor.phases & {"forward", "loss"}
         )
         in_module = not tensor.modules or not stopped_at.module or any(m in stopped_at.module for m in tensor.modules)
-        if agrees and in_module:
+        elsewhere = place.module is not None and stopped_at.module and place.module not in stopped_at.module
+        if agrees and in_module and not elsewhere:
             made_so = any(stopped_at.operation.startswith(operation) for operation in tensor.operations)
             score += 2 + made_so + (rehearsed in tensor.phases) + bool(tensor.modules and stopped_at.module)
             where = f" in {stopped_at.module}" if stopped_at.module else ""
@@ -259,7 +261,7 @@ def suspects_in_the_catalogue(
         logits = [t for t in of_activations(shape, 1, 2) if t.of == "lm_head" and "shifted" not in t.kind]
         for suspect in suspects(message, place, logits, tokens=None, unsloth=unsloth):
             length = suspect.tokens or 0
-            if suspect.score > 0 and (length == tokens or (tokens is None and roundness(length) >= 2)):
+            if length == tokens or (tokens is None and roundness(length) >= 2):
                 best.append(_with_model(suspect, name))
     vocabularies = {suspect.tensor.shape.split(" x ")[1] for suspect in best}
     return _distinct(sorted(best, key=lambda suspect: -suspect.score)) if len(vocabularies) < 3 else []

@@ -265,7 +265,11 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
     name = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
     blocks = int(run.values.get(name, 1)) * run.sequences_each
     tensors: list[Tensor] = [
-        *of_weights(matrices(run.spec), trained=situation.values.get("trainable") != "lora"),
+        *of_weights(
+            matrices(run.spec),
+            trained=situation.values.get("trainable") != "lora",
+            cast=run.mixed_precision is not None,
+        ),
         *of_activations(dimensions, blocks, run.item_bytes),
     ]
     return suspects(

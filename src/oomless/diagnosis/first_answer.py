@@ -104,6 +104,11 @@ def item_bytes(situation: Situation) -> int:
     return 4 if situation.values.get("dtype") == "fp32" and situation.mixed_precision is None else 2
 
 
+def may_cast(situation: Situation) -> bool:
+    """Return whether arithmetic may be cast to 16 bits: it is said to be, or nothing is said of precision."""
+    return situation.mixed_precision is not None or "dtype" not in situation.values
+
+
 def blocks_at_once(situation: Situation) -> int:
     """Return how many sequences go through the model together, where the error arose."""
     first = situation.reading.first
@@ -124,13 +129,12 @@ def _suspects(situation: Situation) -> list[Suspect]:
         tokens = batch * length if batch and length else None
         return [] if named else suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth, tokens=tokens)
     tensors: list[Tensor] = [
-        *of_weights(dimensions.matrices(), trained=situation.values.get("trainable") != "lora"),
+        *of_weights(
+            dimensions.matrices(), trained=situation.values.get("trainable") != "lora", cast=may_cast(situation)
+        ),
         *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
     ]
-    found = suspects(
-        first.message, first.place, tensors, tokens=length, positions=dimensions.positions, unsloth=unsloth
-    )
-    return [suspect for suspect in found if suspect.score > 0]
+    return suspects(first.message, first.place, tensors, tokens=length, positions=dimensions.positions, unsloth=unsloth)
 
 
 def missing_of(

@@ -270,7 +270,11 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
         "liger",
         _any_switch(text, _LIGER)
         or bool(
-            re.search(r"apply_liger_kernel|CutCrossEntropyPlugin|liger_kernel[/\\.]|cut_cross_entropy[/\\.]", text)
+            re.search(
+                r"apply_liger_kernel|CutCrossEntropyPlugin|(?:liger_kernel|cut_cross_entropy|chunked_logprob)[/\\.]"
+                r"|fused_lm_head=True",
+                text,
+            )
         ),
     )
     yield "expandable", bool(_EXPANDABLE.search(text))

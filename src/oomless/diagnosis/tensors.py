@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from oomless.memory.device import Phase
     from oomless.models.spec import ModelSpec
 
+CAST_COPY = "copy of a weight in 16 bits (automatic casting)"
+TRL_TOKENS, TRL_WORDS = 4096, 16384
 _DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
 
 
@@ -73,6 +75,10 @@ class Dimensions:
     layers: int = 0
     tied: bool = False
     experts: int | None = None
+    experts_each: int = 1
+    """Experts that each token is sent to."""
+
+    expert_width: int = 0
 
     @classmethod
     def of_config(cls, config: Any) -> Dimensions | None:
@@ -107,6 +113,8 @@ class Dimensions:
             layers=number("num_hidden_layers", "n_layer") or 0,
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
             experts=number("num_local_experts", "num_experts", "n_routed_experts"),
+            experts_each=number("num_experts_per_tok", "moe_topk", "moe_k") or 1,
+            expert_width=number("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size") or 0,
         )
 
     def matrices(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -149,10 +157,13 @@ def _phases(*names: Phase) -> frozenset[Phase]:
     return frozenset(names)
 
 
-def of_weights(weights: list[tuple[str, tuple[int, ...]]], *, trained: bool) -> Iterator[Tensor]:
-    """Yield what exists for each kind of weight; gradients and optimizer state only where they are ``trained``."""
+def of_weights(weights: list[tuple[str, tuple[int, ...]]], *, trained: bool, cast: bool) -> Iterator[Tensor]:
+    """Yield what exists for each kind of weight.
+
+    Gradients and optimizer state exist only where they are ``trained``, copies in 16 bits only where arithmetic may be ``cast``.
+    """
     for tensor in _of_weights(weights):
-        if trained or tensor.kind.startswith(("weights", "copy")):
+        if (trained or tensor.kind.startswith(("weights", "copy"))) and (cast or tensor.kind != CAST_COPY):
             yield tensor
 
 
@@ -181,7 +192,7 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
                 kind=f"optimizer state in {_DTYPES[size]}",
                 item_bytes=size,
                 phases=_phases("optimizer"),
-                hints=("exp_avg", "zeros_like", "init_state", "momentum", "state["),
+                hints=("zeros_like", "init_state", "momentum_buffer =", "state["),
                 operations=("aten.zeros_like", "aten.empty_like", "aten.zeros", "aten.full_like"),
                 prior=0.5,
                 **common,
@@ -213,12 +224,13 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
             **common,
         )
         yield Tensor(
-            kind="copy of a weight in 16 bits (automatic casting)",
+            kind=CAST_COPY,
             item_bytes=2,
             phases=_phases("forward", "evaluation"),
             modules=modules,
+            hints=("F.linear(",),
             operations=("aten._to_copy",),
-            prior=0.2,
+            prior=0.25,
             **common,
         )
 
@@ -243,7 +255,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         item_bytes=item_bytes,
         phases=_phases("forward", "evaluation"),
         modules=frozenset({"lm_head"}),
-        hints=("lm_head(",),
+        hints=("lm_head(", "F.linear("),
         operations=("aten.mm", "aten.addmm", "aten._unsafe_view"),
         prior=0.5,
         **logits,
@@ -301,21 +313,46 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         ("queries", "self_attn", d.heads * d.head_width, f"{d.heads} heads x {d.head_width}", 0.15),
         ("keys or values", "self_attn", d.key_heads * d.head_width, f"{d.key_heads} heads x {d.head_width}", 0.1),
     )
-    if d.experts:  # each sees the tokens that are sent to it, whose number no config says
+    if d.experts:
+        each, wide = d.experts_each, d.expert_width
         plain = tuple(row for row in plain if row[1] != "mlp")
+        plain += (
+            ("activations of the experts", "mlp", each * wide, f"{each} experts x {wide:,}", 0.3),
+            ("activations of the experts, gate and up together", "mlp", each * 2 * wide, f"{each} experts x 2 x {wide:,}", 0.35),
+            ("hidden states sent to the experts", "mlp", each * d.hidden, f"{each} experts x {d.hidden:,}", 0.25),
+        )  # fmt: skip
     for size in sizes:
         for kind, module, width, text, prior in plain:
             in_dtype = " in fp32" if size == 4 and item_bytes != 4 else ""
             modules = {module, *(["embed_tokens", "norm", "mlp", "self_attn"] if module == "layers" else [])}
+            if "together" not in kind:
+                modules.add("lora")
             common: dict[str, Any] = {
                 "of": module,
                 "shape": f"{batch}T tokens x {text}",
                 "of_tokens": rows(width),
                 "item_bytes": size,
                 "modules": frozenset(modules),
+                "hints": ("F.linear(",) if size == item_bytes else (),
             }
             yield Tensor(kind=f"{kind}{in_dtype}", phases=_phases("forward", "evaluation"), prior=prior, **common)
             yield Tensor(kind=f"gradient of the {kind}{in_dtype}", phases=_phases("backward"), prior=prior, **common)
+    # All blocks in one row where documents are packed, else one square for each.
+    for squares, of_all in ((blocks, 1), (1, blocks)) if blocks > 1 else ((1, 1),):
+        for size in (1, item_bytes):
+            yield Tensor(
+                kind="attention mask",
+                of="the model",
+                shape=f"{squares:,} x ({of_all:,} x T tokens)^2" if blocks > 1 else "T tokens x T tokens",
+                of_tokens=lambda tokens, n=squares, each=of_all: n * (each * tokens) ** 2,  # type: ignore[misc]
+                item_bytes=size,
+                phases=_phases("forward", "evaluation"),
+                modules=frozenset({"mask"}),
+                hints=("mask",),
+                operations=("aten.eq", "aten.bitwise_and", "aten.where", "aten.expand", "aten.clone"),
+                prior=0.1,
+            )
+    yield from _of_a_chunked_loss(d, blocks, batch, item_bytes)
     for size in sizes:
         in_dtype = " in fp32" if size == 4 and item_bytes != 4 else ""
         scores: dict[str, Any] = {
@@ -339,4 +376,30 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
             operations=("aten.bmm", "aten._softmax_backward", "aten.mul", "aten._to_copy"),
             prior=0.4,
             **scores,
+        )
+
+
+def _of_a_chunked_loss(d: Dimensions, blocks: int, batch: str, item_bytes: int) -> Iterator[Tensor]:
+    """Yield what the loss of TRL (1.16: trl/kernels/chunked_logprob.py) holds in place of all logits."""
+    words = min(TRL_WORDS, d.vocabulary)
+    for size in (item_bytes, 4):
+        yield Tensor(
+            kind="chunk of the logits",
+            of="lm_head",
+            shape=f"{batch}(T tokens - 1), {TRL_TOKENS:,} at most, x {words:,} of {d.vocabulary:,}",
+            of_tokens=lambda tokens: min(blocks * (tokens - 1), TRL_TOKENS) * words,
+            item_bytes=size,
+            phases=_phases("forward", "loss", "backward"),
+            modules=frozenset({"lm_head"}),
+            hints=("mm_buf = torch.empty",),
+        )
+        yield Tensor(
+            kind="chunk of lm_head",
+            of="lm_head",
+            shape=f"{words:,} x {d.hidden:,}",
+            count=words * d.hidden,
+            item_bytes=size,
+            phases=_phases("forward", "loss", "backward"),
+            modules=frozenset({"lm_head"}),
+            hints=("w_chunk = weight[start:end]", "weight[start:end].to(compute_dtype)"),
         )

@@ -136,7 +136,8 @@ class StandIns(StorageTracker):
     def remember_made(self, made: Any, func: Any, args: Any, kwargs: Any) -> None:
         """Keep the values of what was just made on the GPU from no tensor, where it is small."""
         if isinstance(made, Tensor) and made.nbytes <= SMALL_BYTES and getattr(func, "__name__", "") in _KNOWN_MAKERS:
-            self._keep(made, func(*args, **{key: value for key, value in kwargs.items() if key != "device"}))
+            values = func(*args, **{key: value for key, value in kwargs.items() if key != "device"})
+            self._keep(made, values.zero_() if func.__name__ == "empty" else values)
 
     # Operators
 

@@ -1,0 +1,183 @@
+"""Real errors of the tools that people use: their own code runs out of memory on a GPU that is not there, and is explained.
+
+`tool_script.py` is the user's script: transformers' Trainer, accelerate's loop, TRL's SFTTrainer and DPOTrainer, in full and through
+LoRA, of dense models and mixtures of experts. What truly asked is known from the device; what is said comes from the traceback alone,
+the model, the GPU and what the user says of the run.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.diagnosis.test_real import Run
+from tests.diagnosis.test_real import truth as truth_of_a_step
+
+from oomless.diagnosis.explain import explain
+from oomless.memory.profile import Request
+from oomless.models.spec import resolve
+
+HERE = Path(__file__).parent
+BATCH, LENGTH, EVAL_BATCH, HALF = 2, 2048, 8, {"bf16", "half"}
+SHAPE = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+MODELS = {
+    "llama": ("LlamaConfig", SHAPE),
+    "qwen3": ("Qwen3Config", SHAPE | dict(head_dim=64, tie_word_embeddings=True)),
+    "mixtral": ("MixtralConfig", SHAPE | dict(intermediate_size=3072, vocab_size=32000, num_local_experts=8)),
+}
+KINDS = [
+    ("transformers", "llama"),
+    ("transformers bf16", "llama"),
+    ("transformers bf16 checkpointing evaluation", "qwen3"),
+    ("transformers half lora evaluation", "llama"),
+    ("transformers half", "mixtral"),
+    ("transformers bf16 eager", "llama"),
+    ("accelerate bf16", "llama"),
+    ("sft bf16", "llama"),
+    ("sft half packing", "qwen3"),
+    ("sft lora half", "mixtral"),
+    ("dpo half", "llama"),
+    ("dpo lora half", "llama"),
+]
+NOT_ON_A_GPU = re.compile(
+    r'  File "[^"]*(?:/oomless/(?:memory|programs)/|torch/overrides\.py|tool_errors\.py|runpy>)[^"]*", line \d+, in \S+\n'
+    r"(?:    .*\n)*?(?=  File|\S)"
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models")
+    for name, (kind, shape) in MODELS.items():
+        getattr(transformers, kind)(**shape).save_pretrained(folder / name)
+    return folder
+
+
+def errors_of(kind, model, folder, most, changes=None, capacity=None):
+    """Return real errors of a script of ``kind``, at ``capacity`` or at sizes of which each stops another request first."""
+    if "sft" in kind or "dpo" in kind:
+        pytest.importorskip("trl")
+    asked = [str(most) if capacity is None else f"={capacity}"]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "tool_errors.py"), *asked, str(HERE / "tool_script.py"), kind, str(folder / model),
+         str(folder / "out"), json.dumps(changes or {})],
+        capture_output=True, text=True, cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1] / "src"), "TQDM_DISABLE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def explained(kind, model, folder, error):
+    tool, *options = kind.split()
+    given = {
+        "model": str(folder / model),
+        "gpu": f"virtual:{error['capacity']}B",
+        "per_device_train_batch_size": BATCH,
+        "max_seq_length": LENGTH,
+        "dtype": "bf16" if "half" in options else "fp32",
+        "gradient_checkpointing": "checkpointing" in options,
+    }
+    if "evaluation" in options:
+        given["per_device_eval_batch_size"] = EVAL_BATCH
+    if "lora" in options:
+        given |= {"trainable": "lora", "lora_r": 16}
+    text = NOT_ON_A_GPU.sub("", error["text"])
+    return given, explain(text, given, mixed_precision="bf16" if "bf16" in options else None)
+
+
+def truth(kind, request, text, config):
+    """Name what truly asked: a pattern for the kind, from the module, the operator, the size and the line of code."""
+    tool, *options = kind.split()
+    evaluates = request["phase"] == "evaluation" and "evaluation" in options
+    blocks = EVAL_BATCH if evaluates else BATCH * (2 if tool == "dpo" else 1)
+    rows, size, module = blocks * LENGTH, request["size_bytes"], request["module"]
+    code = [line.strip() for line in text.splitlines() if line.startswith("    ") and set(line) - set(" ^~")][-1]
+    if code.startswith("mm_buf ="):
+        return "chunk of the logits"
+    if "weight[start:end]" in code:
+        return "chunk of lm_head"
+    if "torch.zeros(weight.shape" in code:
+        return "gradient of a weight"
+    if "torch.zeros(hidden.shape" in code:
+        return "gradient of the hidden states"
+    if "masking_utils" in text.split("Traceback")[-1].rsplit("  File ", 1)[1]:
+        return "attention mask"
+    if "experts" in module and request["phase"] != "load":
+        wide = rows * config.num_experts_per_tok * config.intermediate_size
+        return (
+            "activations of the experts"
+            if size in (wide * 2, wide * 4, wide * 8)
+            else "hidden states sent to the experts"
+        )
+    matrices = {config.hidden_size * n * 2 for n in (config.hidden_size, config.intermediate_size, config.vocab_size)}
+    if request["operation"].startswith("aten._to_copy") and "bf16" in options and size in matrices and "proj" in module:
+        return (
+            "copy of a weight in 16 bits"
+            if size != rows * config.hidden_size * 2
+            else "copy of a weight in 16 bits|hidden"
+        )
+    run = Run(kind, dtype="bf16" if HALF & set(options) else "fp32", length=LENGTH, batch=blocks, evaluates=0)
+    phase = "forward" if request["phase"] == "evaluation" else request["phase"]
+    return truth_of_a_step(run, config, Request(**{**request, "phase": phase}))
+
+
+def changes_of(cure):
+    """Return the keywords of a cure as it is told to the user; ``None`` where it changes more than the trainer's arguments."""
+    try:
+        call = ast.parse(f"dict({cure.tool})", mode="eval").body
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if not call.args}
+    except (SyntaxError, ValueError):
+        return None
+
+
+def examine(kind, model, folder, error):
+    """Return (named rightly, what was true, what was said, whether the first cure cures) of one error."""
+    given, answer = explained(kind, model, folder, error)
+    expected = truth(kind, error["request"], error["text"], resolve(given["model"]).config)
+    first = answer.suspects[0] if answer.suspects else None
+    said = None if first is None else (first.tensor.kind, first.size_bytes)
+    right = (
+        first is not None and bool(re.match(expected, first.tensor.kind)) and said[1] == error["request"]["size_bytes"]
+    )
+    cures = answer.cures.tried if answer.cures else ()
+    for cure in cures:
+        assert cure.saved_bytes > 0, cure.title
+        assert not cure.settings.items() & given.items(), cure.title
+    fitting = [cure for cure in cures if cure.fits]
+    changes = changes_of(fitting[0]) if fitting else None
+    still = None if not changes else errors_of(kind, model, folder, 1, changes, error["capacity"])
+    return right, (expected, error["request"]), said, None if still is None else not still
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    ("kinds", "most"),
+    [
+        pytest.param([KINDS[8]], 3, marks=pytest.mark.slow, id="one"),
+        pytest.param(KINDS, 6, marks=pytest.mark.full_length, id="all"),
+    ],
+)
+def test_what_asked_is_named(model_folder, record_property, kinds, most):
+    outcomes = []
+    for kind, model in kinds:
+        for error in errors_of(kind, model, model_folder, most):
+            if error["request"]["size_bytes"] > 2 << 20:  # smaller ones share segments, whose size says nothing
+                outcomes.append((kind, error["capacity"], *examine(kind, model, model_folder, error)))
+                print(outcomes[-1], flush=True)
+    wrong = [outcome for outcome in outcomes if not outcome[2]]
+    cured = [outcome[5] for outcome in outcomes if outcome[5] is not None]
+    for name, count in (("errors", len(outcomes)), ("named", len(outcomes) - len(wrong)), ("cured", sum(cured))):
+        record_property(name, count)
+    assert len(outcomes) >= (most - 1) * len(kinds)
+    assert len(wrong) <= 0.05 * len(outcomes), wrong
+    assert all(cured), [outcome for outcome in outcomes if outcome[5] is False]
