@@ -45,6 +45,8 @@ svg path{fill:none;stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}svg .h
 i.key{display:inline-block;width:1rem;height:.2rem;vertical-align:middle;margin-right:.4rem;background:var(--c)}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}.c8{--c:var(--c8)}
 svg .area,svg .dot,i.area{fill:var(--c);background:var(--c);stroke:none}i.area{height:.7rem}svg .dot{fill-opacity:.75}svg .dot.picked{stroke:var(--ink);stroke-width:2}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 1.5rem}.pair>div{min-width:0}
+.pair pre,pre.prompt{white-space:pre-wrap;overflow-wrap:anywhere}h3{font-size:.9rem;font-weight:normal;color:var(--dim);margin:.4rem 0 0}pre{margin:.3rem 0}
 p.dim{color:var(--dim)}p.deep{margin-left:1.2rem}
 .over{--c:var(--ink)}svg text.in{fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px}
 pre{overflow-x:auto;font-size:.85rem;border:1px solid var(--grid);padding:.6rem}

@@ -86,14 +86,13 @@ def _below(texts: list[str]) -> Group:
 def section(found: Comparison) -> str:
     """Return ``found`` as a part of a page."""
     parts = [
-        f"<section><h2>Beside the model it began with</h2><p>{escaped(found.trained.name)} beside {escaped(found.base.name)}, both in {found.numbers}.</p>"
+        f'<section class="wide"><h2>Beside the model it began with</h2><p>{escaped(found.trained.name)} beside {escaped(found.base.name)}, both in {found.numbers}.</p>'
     ]
     if found.base.losses:
         parts.append(table("held-out text", COLUMNS, [[escaped(cell) for cell in row] for row in rows(found)]))
     for prompt, before, after in zip(found.prompts, found.base.texts, found.trained.texts, strict=True):
-        parts.append(f'<pre tabindex="0">{escaped(prompt)}</pre>')
-        parts += [
-            f'<h3>{name}</h3><pre tabindex="0">{escaped(said)}</pre>'
-            for name, said in (("base", before), ("trained", after))
-        ]
+        parts.append(f'<pre class="prompt" tabindex="0">{escaped(prompt)}</pre>')
+        both = (("base", before), ("trained", after))
+        sides = [f'<div><h3>{name}</h3><pre tabindex="0">{escaped(said)}</pre></div>' for name, said in both]
+        parts.append(f'<div class="pair">{"".join(sides)}</div>')
     return "".join([*parts, "</section>"])
