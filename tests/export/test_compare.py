@@ -113,9 +113,9 @@ def test_adapters_and_moved_bases(make_run, make_checkpoint, tmp_path):
 
 
 def test_what_cannot_be_compared(make_run, make_checkpoint, corpus, tmp_path):
-    with pytest.raises(ConfigError, match="--prompt"):
+    with pytest.raises(ConfigError, match="held out: give --prompt"):
         Pair(make_run("llama", **LORA))
-    with pytest.raises(ConfigError, match="--prompt"):
+    with pytest.raises(ConfigError, match="prompts alone are compared: give --prompt"):
         Pair(make_run("llama", **HELD_OUT, **LORA), held_out=False)
     with pytest.raises(ConfigError, match="what it was trained from"):
         Pair(make_checkpoint("llama"), [PROMPT])

@@ -84,7 +84,10 @@ class Pair:
             if self.blocks:
                 self.form = form.choose(self.begun.base, run.packing)
         if not self.blocks and not prompts:
-            raise ConfigError('no text of this run was held out: give --prompt "some text" to compare the two on')
+            lacking = (
+                "no text is known to have been held out" if held_out else "without the loss, prompts alone are compared"
+            )
+            raise ConfigError(f'{lacking}: give --prompt "some text"')
 
     @property
     def folder(self) -> Path | None:
