@@ -245,10 +245,27 @@ def test_what_cannot_go_on_says_how_it_can(make_adapter, corpus, tmp_path, made,
         settings(folder, corpus, tmp_path / "run", **given)
 
 
-@pytest.mark.parametrize("began", ["olora", "pissa"])
-def test_what_changed_the_models_own_matrices_is_not_merged_into_them(make_adapter, tmp_path, began):
-    folder, _ = make_adapter(target_modules=["q_proj"], init_lora_weights=began)
-    with pytest.raises(ModelError, match=f"has init_lora_weights {began}, .* merge it with peft"):
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("began", "architecture", "more"),
+    [
+        ("olora", "llama", {"use_rslora": True}),
+        ("pissa", "llama", {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}}),
+        ("pissa", "gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ],
+)
+def test_what_changed_the_models_own_matrices_is_merged_into_what_it_left(
+    make_adapter, tmp_path, began, architecture, more
+):
+    folder, model = make_adapter(architecture, init_lora_weights=began, **{"target_modules": ["q_proj"], **more})
+    export(make_plan(folder, "safetensors", output=tmp_path / "merged", verify="full"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert (merged(IDS).logits - model(input_ids=IDS).logits).abs().max() < 1e-4
+
+
+def test_what_chance_took_off_the_models_own_matrices_is_not_merged(make_adapter, tmp_path):
+    folder, _ = make_adapter(target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    with pytest.raises(ModelError, match=r"has init_lora_weights pissa_niter_4, .* path_initial_model"):
         make_plan(folder, "safetensors", output=tmp_path / "merged")
 
 

@@ -26,6 +26,9 @@ _OTHER = (
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How an adapter begins that takes what it begins with off the model's own matrices, which it is then of no use beside."""
 
+AGAIN = ("pissa", "olora")
+"""Those of them that make the same of the same matrix every time; others rest on chance, on text, on gradients or on a rounded model."""
+
 
 def folder_of(model: object) -> Path | None:
     """Return the folder of the adapter that ``model`` names; ``None`` where it names a model."""
@@ -62,10 +65,11 @@ def base_of(folder: Path) -> str:
     return str(named)
 
 
-def beyond_lora(said: Mapping[str, Any]) -> list[str]:
-    """Return what the adapter of which ``said`` is told is, beside LoRA, that its tensors and its model's do not tell."""
+def beyond_lora(said: Mapping[str, Any], *, to_merge: bool = False) -> list[str]:
+    """Return what the adapter of which ``said`` is told is, beside LoRA, that keeps it from going on, or where ``to_merge`` from that."""
     begun = str(said.get("init_lora_weights"))
-    changed = [f"init_lora_weights {begun}"] if begun.startswith(_CHANGES_THE_MODEL) else []
+    odd = begun.startswith(_CHANGES_THE_MODEL) and not (to_merge and begun in AGAIN)
+    changed = [f"init_lora_weights {begun}"] if odd else []
     return [*(name for name in _OTHER if said.get(name)), *changed]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oomless.config.adapter import beyond_lora
+from oomless.config.adapter import AGAIN, beyond_lora
 from oomless.errors import ModelError
 from oomless.export.changes import Added, Change, LowRank, Replaced, Rows, low_rank
 from oomless.export.source import TRAINED, Source
@@ -141,7 +141,15 @@ def _of_module(settings: Any, module: str, own: Mapping[str, Callable[[], Tensor
         )
     target = dict(model.named_modules()).get(module)
     scale = _scale(settings, module, own["lora_A"]().shape[0])
-    return LowRank(own["lora_A"], own["lora_B"], scale, isinstance(target, Conv1D), own.get("lora_magnitude_vector"))
+    begun = settings.get("init_lora_weights")
+    return LowRank(
+        own["lora_A"],
+        own["lora_B"],
+        scale,
+        isinstance(target, Conv1D),
+        own.get("lora_magnitude_vector"),
+        begun if begun in AGAIN else None,
+    )
 
 
 def _stack(settings: Mapping[str, Any], module: str, inside: int, experts: Any) -> str:
@@ -166,13 +174,14 @@ def _scale(settings: Mapping[str, Any], name: str, rank: int) -> float:
 
 def _require_mergeable(source: Source, settings: Mapping[str, Any]) -> None:
     kind = settings.get("peft_type")
-    odd = beyond_lora(settings)
+    odd = beyond_lora(settings, to_merge=True)
     if kind != "LORA":
         raise ModelError(f"{source.folder} is an adapter of the kind {kind}; LORA is merged: merge it with peft")
     if odd:
-        raise ModelError(
-            f"the adapter in {source.folder} has {', '.join(odd)}, which is not merged here: merge it with peft"
-        )
+        how = "merge it with peft"
+        if odd[-1].startswith("init_lora_weights"):  # of which not even peft can tell afterwards what it took off
+            how = "have peft save it as LoRA, with path_initial_model_for_weight_conversion"
+        raise ModelError(f"the adapter in {source.folder} has {', '.join(odd)}, which is not merged here: {how}")
 
 
 def _known(source: Source, model: Any, found: dict[str, Change]) -> dict[str, Change]:

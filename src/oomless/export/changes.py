@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oomless.errors import ModelError
 
@@ -84,12 +84,34 @@ class LowRank:
     magnitude: Callable[[], Tensor] | None = None
     """DoRA's: what the norm of each row of [out, in] is made."""
 
+    begun: str | None = None
+    """How the adapter began, where it took what it began with off the matrix (peft's ``init_lora_weights``)."""
+
     def fits(self, shape: tuple[int, ...]) -> bool:  # noqa: D102
         (rank, inputs), (outputs, same) = self.a().shape, self.b().shape
         return rank == same and shape == ((inputs, outputs) if self.transposed else (outputs, inputs))
 
     def of(self, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:  # noqa: D102
-        return low_rank(read(), self.a().float(), self.b().float(), self.scale, self.transposed, self.magnitude, dtype)
+        matrix, a, b = read(), self.a().float(), self.b().float()
+        if self.begun is not None:
+            matrix = _less_its_beginning(matrix, len(a), self.scale, self.transposed, self.begun)
+        return low_rank(matrix, a, b, self.scale, self.transposed, self.magnitude, dtype)
+
+
+def _less_its_beginning(matrix: Tensor, rank: int, scale: float, transposed: bool, begun: str) -> Tensor:
+    """Return what peft leaves of ``matrix`` when it loads an adapter that began as ``begun``: it does so, to this matrix alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    whole = matrix.t() if transposed else matrix
+    layer.out_features, layer.in_features = whole.shape
+    layer.weight = nn.Parameter(whole.to(torch.float32, copy=True), requires_grad=False)
+    holder = nn.ModuleDict({"layer": layer})
+    alpha: Any = scale * rank
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=begun)
+    inject_adapter_in_model(settings, holder)
+    left: Tensor = layer.weight.detach()
+    return left.t() if transposed else left
 
 
 def low_rank(
