@@ -5,7 +5,7 @@ import pytest
 from oomless import catalogue
 from oomless.errors import ModelError
 from oomless.models import names
-from oomless.models.spec import resolve_for_plan
+from oomless.models.spec import resolve, resolve_for_plan
 
 MEANT = {
     "llama-8b": "meta-llama/Llama-3.1-8B",
@@ -153,6 +153,13 @@ def test_a_name_that_is_like_none_is_told_what_was_tried_and_given_no_other(name
 def test_a_misspelt_name_is_given_one_of_its_family_and_size(name):
     said = refused(name)
     assert f"{ALIKE[name]}" in said.partition("Did you mean ")[2].partition("?")[0]
+
+
+def test_a_known_name_whose_weights_are_not_here_is_not_given_itself():
+    with pytest.raises(ModelError) as refused:
+        resolve("meta-llama/Llama-3.2-1B")
+    assert "Did you mean" not in str(refused.value)
+    assert "`oomless plan` works" in str(refused.value)
 
 
 def test_a_config_in_the_local_hub_cache_is_taken(make_checkpoint, tmp_path, monkeypatch):

@@ -75,6 +75,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
     "trl": {
         **_TRAINER,
         **_RL,
+        "logits": "use_liger_kernel=True (TRL 1.16 computes its loss in chunks without being told)",
         "shorter": "SFTConfig(max_length={length})",
     },
     "unsloth": {

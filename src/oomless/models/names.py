@@ -93,7 +93,12 @@ def by_shape(name: str) -> Model | None:
 
 
 def suggestion(name: str) -> str:
-    """Return ``" Did you mean ...?"`` with the known models of the same family and size, or an empty string."""
+    """Return ``" Did you mean ...?"`` with other known models of the same family and size, or an empty string.
+
+    A name that the catalogue has is answered by what works with it alone.
+    """
+    if _exact(name) is not None:
+        return " Its shapes are known here, so that `oomless plan` works; to train it its weights must be here."
     words = _plain(_words(name.strip().rpartition("/")[2]))
     sizes = {word for word in words if _SIZE.fullmatch(word)}
     families = _families(word for word in words if word.isalpha())
