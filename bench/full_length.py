@@ -1,19 +1,23 @@
 """Claims of the documentation at their full length, which the tests make in a short form.
 
 python bench/full_length.py CLAIM ...
+python bench/full_length.py CLAIM:FROM-TO ...
 
-Runs the tests themselves with --full-length, and keeps what they counted in a result for each claim.
+Runs the tests themselves with --full-length, and keeps what they counted in a result for each claim. Of one that takes hours a
+range of its tests can be run at a time, which takes its place among those that ran before; the result says of how many.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
-from provenance import write
+from provenance import RESULTS, provenance, write
 
 ROOT = Path(__file__).parent.parent
 CLAIMS = {
@@ -40,37 +44,53 @@ CLAIMS = {
 
 
 def main() -> None:
-    unknown = set(sys.argv[1:]) - CLAIMS.keys()
-    if unknown or len(sys.argv) == 1:
+    asked = [argument.partition(":") for argument in sys.argv[1:]]
+    if not asked or {claim for claim, _, _ in asked} - CLAIMS.keys():
         raise SystemExit(f"claims are {', '.join(CLAIMS)}")
-    codes = [check(claim) for claim in sys.argv[1:]]
-    raise SystemExit(max(codes))
+    raise SystemExit(max(check(claim, span) for claim, _, span in asked))
 
 
-def check(claim: str) -> int:
-    """Run the test of ``claim`` at full length, write what it counted, and return pytest's exit code."""
+def check(claim: str, span: str = "") -> int:
+    """Run the tests of ``claim``, or those of ``span``, at full length, write what they counted, and return pytest's exit code."""
+    tests, before = [f"tests/{CLAIMS[claim]}"], {}
+    every = collected(tests[0])
+    if span:
+        first, last = map(int, span.split("-"))
+        tests = every[first:last]
+        path = RESULTS / f"full_length_{claim}.json"
+        before = {row["test"]: row for row in json.loads(path.read_text())["tests"]} if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = [
-            "--full-length",
-            "-q",
-            "-o",
-            "junit_family=xunit1",
-            "-m",
-            "",
-            "--timeout=7200",
-            f"--junitxml={report}",
-        ]
-        test = f"tests/{CLAIMS[claim]}"
-        code = subprocess.run([sys.executable, "-m", "pytest", test, *options], cwd=ROOT).returncode
-        rows = []
-        for case in ElementTree.parse(report).iter("testcase"):
-            counted = {p.get("name", ""): int(p.get("value", "0")) for p in case.iter("property")}
-            failed = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
-            seconds = round(float(case.get("time", "0")), 1)
-            rows.append({"test": case.get("name"), "passed": not failed, "seconds": seconds, **counted})
-    print(f"written to {write(f'full_length_{claim}', {'tests': rows})}")
+        code = pytest(*tests, "-o", "junit_family=xunit1", "--timeout=7200", f"--junitxml={report}").returncode
+        commit = {"commit": provenance()["commit"]} if span else {}
+        rows = before | {row["test"]: row | commit for row in ran(report)}
+    order = [test.partition("::")[2] for test in every]
+    kept = sorted((row for name, row in rows.items() if name in order), key=lambda row: order.index(row["test"]))
+    print(f"written to {write(f'full_length_{claim}', {'of_tests': len(every), 'tests': kept})}")
     return code
+
+
+def pytest(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run pytest on tests of every length."""
+    command = [sys.executable, "-m", "pytest", "--full-length", "-q", "-m", "", *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, **how)
+
+
+def collected(test: str) -> list[str]:
+    """Return the names of the tests that ``test`` stands for."""
+    said = pytest(test, "--collect-only", capture_output=True)
+    return [line for line in said.stdout.splitlines() if "::" in line]
+
+
+def ran(report: Path) -> list[dict[str, Any]]:
+    """Return a row for each test that pytest's ``report`` has."""
+    rows = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        counted = {p.get("name", ""): int(p.get("value", "0")) for p in case.iter("property")}
+        failed = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
+        seconds = round(float(case.get("time", "0")), 1)
+        rows.append({"test": case.get("name"), "passed": not failed, "seconds": seconds, **counted})
+    return rows
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import pytest
 
 from oomless.config import DataSource, TrainConfig
+from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
 from oomless.planning.rehearse import rehearse, virtual_device
 
@@ -73,6 +74,24 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
     some = rehearsal(folder, settings, run_all_layers=False)
     assert in_the_books(some) == in_the_books(every)
     assert some.parameters == every.parameters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "dtype": "bf16", "offload_optimizer": True, "save_steps": 1, **WIDE},
+        {**LORA, "quantization": "nf4", "weight_precision": "correction", "save_steps": 1},
+    ],
+    ids=lambda settings: settings.get("optimizer", "lora"),
+)
+def test_what_asks_for_the_same_is_run_once(make_checkpoint, monkeypatch, settings):
+    """Updates, checksums, and what a save brings to the host."""
+    settings = dict(settings)
+    folder = make_checkpoint("llama", tied=True, **{name: settings.pop(name) for name in WIDE if name in settings})
+    some = rehearsal(folder, settings, run_all_layers=True)
+    monkeypatch.setattr(VirtualGPU, "repeating", lambda self, key, function: function())
+    every = rehearsal(folder, settings, run_all_layers=True)
+    assert in_the_books(some) == in_the_books(every)
 
 
 @pytest.mark.parametrize(

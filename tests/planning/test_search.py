@@ -10,7 +10,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.planning.choose import picked_settings
+from oomless.planning.choose import choose_training, picked_settings
 from oomless.planning.plan import Target
 from oomless.planning.rehearse import play
 from oomless.planning.search import _Search, is_tied, search
@@ -290,6 +290,32 @@ def test_a_setting_of_one_choice_narrows_the_search_to_it(make_checkpoint, pins,
     )
     again = TrainConfig.from_mapping({**given, "data": "-", "output_dir": "-"})
     assert again == found.config
+
+
+@pytest.mark.slow
+def test_the_longest_sequence_gives_up_no_quality(make_checkpoint):
+    """Frozen weights of few bits would leave room for a longer one."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "max_position_embeddings": 1024}
+    folder = make_checkpoint("llama", dtype=torch.bfloat16, **shape)
+    given = {
+        "model": str(folder),
+        "gpu": "virtual:22MiB",
+        "packing": "concatenate",
+        "dtype": "bf16",
+        "max_grad_norm": 1.0,
+    }
+    given |= {"trainable": "lora", "lora_r": 1, "optimizer": "adamw", "gradient_checkpointing": True}
+    given |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "loss_chunk_bytes": MiB}
+    given |= dict.fromkeys(("cheap_recompute", "offload_activations", "offload_optimizer", "stream_frozen"), False)
+
+    def picked(length):
+        return choose_training({**given, "max_seq_length": length}, host_bytes=MiB, keep_trials=False)
+
+    short, longest = picked(256), picked("max")
+    assert short.picked.quality.quantization is None
+    assert longest.picked.quality == short.picked.quality
+    longer = picked(longest.config.max_seq_length + 256)
+    assert longer.picked.quality.quantization is not None
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ class Request:
     """Dotted path of the module whose forward, recomputation or backward it was; empty outside of all."""
     size_bytes: int
     """What was asked for, before the allocator rounded it."""
+    segment_bytes: int = 0
+    """What the allocator would have taken from the GPU for it; 0 where it did not have to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,9 +106,10 @@ class Recorder:
         del self._live[allocation.index]
         self._note(-allocation.index - 1)
 
-    def failed(self, requested_bytes: int, operation: object) -> None:
-        """Note that there was no room for ``operation``."""
-        self._failures.append(self._request(len(self._events), self._asking(), operation, requested_bytes))
+    def failed(self, requested_bytes: int, segment_bytes: int, operation: object) -> None:
+        """Note that there was no room for ``operation``, for which a segment would have been made."""
+        request = self._request(len(self._events), self._asking(), operation, requested_bytes, segment_bytes)
+        self._failures.append(request)
 
     def _note(self, event: int) -> None:
         self._events.append(event)
@@ -262,13 +263,14 @@ class Recorder:
         }
 
     @staticmethod
-    def _request(event: int, owner: _Owner, operation: object, size_bytes: int) -> Request:
+    def _request(event: int, owner: _Owner, operation: object, size_bytes: int, segment_bytes: int = 0) -> Request:
         return Request(
             event=event,
             phase=owner.phase,
             operation=str(operation),
             module=owner.module,
             size_bytes=size_bytes,
+            segment_bytes=segment_bytes,
         )
 
 

@@ -71,7 +71,8 @@ class _DeviceLedger:
             block = self.allocator.allocate(size_bytes, note=note)
         except torch.OutOfMemoryError:
             if self.recorder is not None:
-                self.recorder.failed(size_bytes, operation)
+                segment_bytes = self.allocator.segment_size(self.allocator.round_size(size_bytes))
+                self.recorder.failed(size_bytes, segment_bytes, operation)
             raise
         return block if self.recorder is None else self.recorder.allocated(block, size_bytes, operation)
 

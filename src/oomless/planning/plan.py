@@ -132,7 +132,7 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """The most that the allocator reserves; where the profile is not ``whole``, at least."""
-        stopped_bytes = self.stopped_at.size_bytes if self.stopped_at is not None and not self.whole else 0
+        stopped_bytes = self.stopped_at.segment_bytes if self.stopped_at is not None and not self.whole else 0
         return self.profile.peak_reserved_bytes + stopped_bytes
 
     @property

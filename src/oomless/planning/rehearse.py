@@ -15,9 +15,10 @@ allocator does hold: one for the thread that runs the step, one for autograd's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -28,12 +29,14 @@ from torch import Tensor, nn
 from oomless.config import TrainConfig
 from oomless.errors import OomlessError
 from oomless.memory.allocator_settings import AllocatorSettings
+from oomless.memory.device import Device
 from oomless.memory.profile import MemoryProfile
 from oomless.memory.repeated_layers import CannotRepeat, repeated_layers
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models import save, verify
 from oomless.models.blame import blamed
+from oomless.models.layout import Savable
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.optim.base import MemoryLeanOptimizer
@@ -265,8 +268,7 @@ class NoFolder(Keeper):
         parts = life.assembly
         with life.device.phase("save"):
             beside = checkpoint.trainer_tensors(parts.model, parts.optimizer, parts.loss_scale)
-            for host in save.to_host(checkpoint.weights_to_save(parts.model, life.device) | beside, life.device):
-                del host
+            bring(checkpoint.weights_to_save(parts.model, life.device) | beside, life.device)
         self._saved_step = life.step
 
     def save_on_the_way(self, life: Life) -> None:  # noqa: D102
@@ -288,10 +290,24 @@ class NoFolder(Keeper):
         with device.phase("save"):
             if adapted:
                 lora.merge(model, device)
-                for host in save.to_host(lora.plain_tensors(model), device):
-                    del host
+                bring(lora.plain_tensors(model), device)
             verify.live_logits(model, device)
         return None
+
+
+def bring(tensors: Mapping[str, Savable], device: Device) -> None:
+    """Bring each of ``tensors`` to the host and forget it; of those of one shape the first alone is run."""
+    for tensor in tensors.values():
+        once = partial(_bring_one, tensor, device)
+        if isinstance(tensor, Tensor):
+            device.repeating(("bring", tensor.shape, tensor.stride(), tensor.dtype), once)
+        else:
+            once()
+
+
+def _bring_one(tensor: Savable, device: Device) -> None:
+    for host in save.to_host({"": tensor}, device):
+        del host
 
 
 def shortened(config: TrainConfig, layout: Layout, steps: int, gpus: int = 1) -> TrainConfig:

@@ -473,7 +473,7 @@ class _Search:
         if stopped is None:
             return _Failure(needed_bytes=trial.needed_bytes, reason=trial.refused or "")
         where = f"{stopped['phase']}" + (f" of {stopped['module']}" if stopped["module"] else "")
-        more = trial.needed_bytes + stopped["size_bytes"]
+        more = trial.needed_bytes + stopped["segment_bytes"]
         return _Failure(
             needed_bytes=more,
             reason=f"runs out in {where}, asking for {format_bytes(stopped['size_bytes'])} beside {_listed(trial.held_bytes)}",

@@ -73,8 +73,10 @@ def rejected_rows(choice: Choice) -> list[Row]:
 
 def lacking(choice: Choice, row: Row) -> str:
     """Return what a row that does not fit lacks."""
+    if row.host_bytes:
+        return "host memory"
     size = row.needed_bytes - (choice.target.usable_bytes - choice.target.margin_bytes)
-    return f"> {format_bytes(size)}" if size > 0 else "host memory"
+    return f"> {format_bytes(size)}" if row.needed_bytes else "cannot run"
 
 
 def of_a_step(choice: Choice) -> str:

@@ -251,7 +251,7 @@ def check_length(spec: ModelSpec, config: TrainConfig) -> None:
     longest = getattr(spec.config.get_text_config(), "max_position_embeddings", None)
     if longest and config.max_seq_length > longest:
         raise ConfigError(
-            f"max_seq_length must be at most the model's max_position_embeddings, {longest}; got {config.max_seq_length}"
+            f"max_seq_length must be at most the model's max_position_embeddings, {longest}; got {config.max_seq_length}: use {longest}"
         )
 
 

@@ -83,8 +83,11 @@ class TrainabilityAudit:
         """Return checksums of all that a small update may move: the weight, its fp32 master, its 8 bits of correction."""
         part = sharding.local(parameter)
         state = self.optimizer.state.get(part, {})
-        watched = [*(state[name] for name in ("master", "correction") if name in state), part]
-        return tuple(self.device.number(checksum(tensor)) for tensor in watched)
+        sums: list[int] = []
+        for tensor in (*(state[name] for name in ("master", "correction") if name in state), part):
+            once = partial(_add_checksum, sums, tensor, self.device)
+            self.device.repeating(("checksum", tensor.shape, tensor.dtype), once)
+        return tuple(sums)
 
     def after_step(self) -> bool:
         """Compare every parameter with its start.
@@ -140,6 +143,10 @@ def _got_gradient(without_gradient: set[str], name: str, parameter: Tensor) -> N
 def checksum(tensor: Tensor) -> Tensor:
     """Return the sum of the tensor's bits, read as integers of its width: 0-dim."""
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def _add_checksum(sums: list[int], tensor: Tensor, device: Device) -> None:
+    sums.append(device.number(checksum(tensor)))
 
 
 def _report(what: str, names: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from oomless.memory.device import Device
 from oomless.optim.adamw import AdamW
 from oomless.techniques import checkpointing, offload_activations
 from oomless.training.step import TrainingStep
+from oomless.units import format_bytes
 
 SMALLEST_CHUNK_BYTES = 1 << 20
 
@@ -34,7 +35,7 @@ class Rung:
 
     def __str__(self) -> str:
         return (
-            f"micro-batches of {self.micro_batch}, {self.chunk_bytes >> 10} KiB of logits"
+            f"micro-batches of {self.micro_batch}, {format_bytes(self.chunk_bytes)} of logits"
             + ", every layer checkpointed" * self.checkpoint_all
             + ", its inputs on the host" * self.offload_activations
             + ", the optimizer's state on the host" * self.offload_optimizer
