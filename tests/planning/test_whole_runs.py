@@ -8,6 +8,7 @@ import json
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
@@ -132,6 +133,25 @@ def test_a_long_run_is_planned_by_its_heaviest_blocks(make_checkpoint, tmp_path,
     long = dict(max_steps=SHORT_RUN_STEPS + 4, shuffle=False, eval_fraction=0.02)
     folder = make_checkpoint("gemma2", tied=True)
     in_its_size(configure(folder, text, tmp_path, **BASE | long | settings), monkeypatch)
+
+
+def test_short_documents_weigh_what_the_allocator_makes_of_them(
+    make_checkpoint, tokenizer_folder, tmp_path, monkeypatch
+):
+    """A block of 32 documents of four tokens fills whole blocks of the allocator; one of 25 of five tokens takes more."""
+    tokens_of = AutoTokenizer.from_pretrained(tokenizer_folder)
+    source = "import os, sys, re\n" * 8
+    of_four, of_five = (next(t for t in cut(source) if len(tokens_of(t)["input_ids"]) == count) for count in (4, 5))
+    text = tmp_path / "text.jsonl"
+    lines = [of_four] * 32 * 8 + [of_five] * 26 + [of_four] * 32 * 8
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    long = dict(max_steps=SHORT_RUN_STEPS + 4, shuffle=False, eval_fraction=0, dtype="fp32", trainable="lora", lora_r=4)
+    folder = make_checkpoint("llama", tied=True)
+    in_its_size(configure(folder, text, tmp_path, **BASE | long), monkeypatch)
+
+
+def cut(text):
+    return (text[:size] for size in range(1, len(text)))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ pass over the source with the largest weight (of equal ones, the longest).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import cycle, islice
 from typing import Any
@@ -16,11 +16,22 @@ import numpy as np
 
 from oomless.data.pack import Block, PackedBlocks
 
+RANKED_BLOCKS = 64
+Weigh = Callable[[Sequence[int]], int]
+"""How heavy a block is whose documents have these lengths."""
 
-def heaviest(rankings: Sequence[Sequence[tuple[int, Any]]], count: int) -> list[list[tuple[int, Any]]]:
-    """Return the first ``count`` of each ranking, over again where there are fewer; each choice of blocks once."""
+
+def heaviest(
+    rankings: Sequence[Sequence[tuple[int, Any]]], count: int, weight: Callable[[Any], int]
+) -> list[list[tuple[int, Any]]]:
+    """Return the first ``count`` of each ranking, over again where there are fewer; each choice of blocks once.
+
+    The first of all are those of most ``weight`` in any ranking.
+    """
+    every = {number: block for ranking in rankings for number, block in ranking}
+    by_weight = sorted(every.items(), key=lambda entry: -weight(entry[1]))
     found: list[list[tuple[int, Any]]] = []
-    for ranking in rankings:
+    for ranking in (by_weight, *rankings[1:]):
         chosen = list(ranking[:count])
         numbers = sorted(number for number, _ in chosen)
         if chosen and numbers not in [sorted({number for number, _ in other}) for other in found]:
@@ -48,15 +59,18 @@ class BlockStream:
         turn, index = divmod(place, len(self.sources[source]))
         return self.sources[source][int(self._order(source, turn)[index]) if self.shuffle else index]
 
-    def heaviest(self, count: int) -> list[list[Block]]:
-        """Return the ``count`` blocks with the most documents, and the ``count`` with the longest, where those are others.
+    def heaviest(self, count: int, weigh: Weigh) -> list[list[Block]]:
+        """Return the ``count`` blocks of most weight, and the ``count`` with the longest documents, where those are others.
 
-        Blocks are all equally long; what attention asks for depends on how documents lie in them.
+        Blocks are all equally long; what attention asks for depends on how documents lie in them. What ``weigh`` says is asked of
+        those with the most documents and with the longest.
         """
-        return [[block for _, block in chosen] for chosen in heaviest(self.ranked(count), count)]
+        ranked = self.ranked(max(count, RANKED_BLOCKS))
+        chosen = heaviest(ranked, count, lambda block: weigh(block.document_lengths))
+        return [[block for _, block in blocks] for blocks in chosen]
 
     def ranked(self, count: int) -> list[list[tuple[int, Block]]]:
-        """Return the ``count`` heaviest blocks, each with a number of its own, by either measure of ``heaviest``."""
+        """Return the ``count`` blocks with the most documents, and with the longest, each block with a number of its own."""
         weights = [source.weights_of_blocks() for source in self.sources]
         firsts = np.cumsum([0, *map(len, self.sources)])
         rankings = []

@@ -8,16 +8,45 @@ hand through to their attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from oomless.ops.attention import packed_attention
+from oomless.memory.allocator import SMALLEST_BLOCK
+from oomless.memory.allocator_growth import round_up
+from oomless.ops.attention import choose_kernel, packed_attention
 from oomless.techniques import block_dropout
 
 NAME = "oomless"
+
+
+def weigh(config: Any, dtype: torch.dtype, device: torch.device, documents: Sequence[int]) -> int:
+    """Return what a layer of ``config``'s model keeps of a block of ``documents``, whose tensors the allocator rounds up.
+
+    It says which blocks are heavier than others, not what attention asks for in all.
+    """
+    heads = _number(config, "num_attention_heads", 1)
+    groups = _number(config, "num_key_value_heads", heads)
+    width = _number(config, "qk_head_dim", _number(config, "head_dim", _number(config, "hidden_size", heads) // heads))
+    value_width = _number(config, "v_head_dim", width)
+    kernel, native_groups = choose_kernel(device, dtype, width, value_width)
+    of_a_token = [heads * value_width * dtype.itemsize]
+    if groups != heads and not native_groups:
+        of_a_token += [heads * width * dtype.itemsize, *of_a_token]  # keys and values, repeated
+    tile = 32 if kernel == "efficient" else 1  # of queries, to whose sums of exponentials it rounds up
+    return sum(
+        round_up(4 * heads * round_up(length, tile), SMALLEST_BLOCK)
+        + sum(round_up(size * length, SMALLEST_BLOCK) for size in of_a_token)
+        for length in documents
+    )
+
+
+def _number(config: Any, name: str, otherwise: int) -> int:
+    value = getattr(config.get_text_config(), name, None)
+    return value if isinstance(value, int) and value > 0 else otherwise
 
 
 def attention_forward(

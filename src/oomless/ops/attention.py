@@ -55,6 +55,16 @@ def kernel_for(capability: tuple[int, int], dtype: torch.dtype, head_width: int)
     return "efficient"
 
 
+def choose_kernel(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> tuple[Kernel, bool]:
+    """Return the kernel, where it is not left to the CPU, and whether it takes fewer key-value heads than heads."""
+    kernel, one_width = _kernel.get(), width == value_width
+    if kernel == "auto" and device.type == "cuda":
+        kernel = kernel_for(torch.cuda.get_device_capability(device), dtype, width)
+    if kernel == "flash" and not one_width:
+        kernel = "efficient"  # flash wants queries, keys and values of one width, which latent attention has not
+    return kernel, kernel == "flash"
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
@@ -134,15 +144,9 @@ def _document(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
-    kernel = _kernel.get()
-    groups, one_width = query.shape[1] // key.shape[1], query.shape[3] == value.shape[3]
-    if kernel == "flash" and not one_width:
-        kernel = "efficient"  # flash wants queries, keys and values of one width, which latent attention has not
-    if kernel == "auto" and query.is_cuda:
-        capability = torch.cuda.get_device_capability(query.device)
-        native_groups = one_width and kernel_for(capability, query.dtype, query.shape[3]) == "flash"
-    else:
-        native_groups = kernel == "flash"
+    groups = query.shape[1] // key.shape[1]
+    chosen, native_groups = choose_kernel(query.device, query.dtype, query.shape[3], value.shape[3])
+    kernel = chosen if _kernel.get() != "auto" else "auto"
     if groups > 1 and not native_groups:
         key, value = _repeated(key, groups), _repeated(value, groups)
     if kernel == "flash":

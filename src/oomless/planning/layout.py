@@ -20,7 +20,7 @@ from oomless.config.data import Data
 from oomless.config.model import Model
 from oomless.config.values import kinds
 from oomless.data.files import find_files
-from oomless.data.mix import heaviest
+from oomless.data.mix import RANKED_BLOCKS, Weigh, heaviest
 from oomless.data.pack import Block
 from oomless.data.prepare import PreparedData, prepare
 from oomless.errors import UserError
@@ -35,7 +35,6 @@ OF_THE_TEXT = {*kinds(Model), *kinds(Data), "output_dir", "cache_dir", "seed", "
 """The settings that decide it."""
 
 LEARNT_BLOCKS = 512
-RANKED_BLOCKS = 64
 EVALUATED_BATCHES = 8
 SHORT_RUN_STEPS = 8
 """A run of so many steps is played whole where its text is known."""
@@ -49,7 +48,7 @@ class Layout:
     """In the order in which they are learnt; after the last comes the first again."""
 
     ranked: tuple[tuple[tuple[int, Documents], ...], ...]
-    """Numbered blocks, the heaviest first, by each measure of ``BlockStream.heaviest``."""
+    """Numbered blocks, those with the most documents first, and those with the longest; see ``BlockStream.ranked``."""
 
     evaluation: tuple[tuple[Documents, ...], ...]
     """The first blocks of each source that is evaluated."""
@@ -138,8 +137,8 @@ class _Stream(_Blocks):
     def block(self, number: int) -> Block:
         return _blank(self._layouts[number % len(self._layouts)])
 
-    def heaviest(self, count: int) -> list[list[Block]]:
-        return [[_blank(documents) for _, documents in chosen] for chosen in heaviest(self._ranked, count)]
+    def heaviest(self, count: int, weigh: Weigh) -> list[list[Block]]:
+        return [[_blank(documents) for _, documents in chosen] for chosen in heaviest(self._ranked, count, weigh)]
 
 
 def _blank(documents: Documents) -> Block:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 
 import torch
 
 from oomless.data.loader import micro_batches
+from oomless.models import attention
 from oomless.techniques import sharding
 from oomless.training import steps
 from oomless.training.evaluation import evaluate
 from oomless.training.guard import OutOfMemory, is_out_of_memory
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
+from oomless.training.precision import choose_dtype
 from oomless.training.probe import check_architecture
 from oomless.training.step import passes_of
 
@@ -61,7 +64,9 @@ def begin(life: Life) -> None:
     config = life.config
     life.unapplied = life.guard.retried(torch.zeros, (), device=life.device.torch_device)
     life.device.empty_cache()  # what was cached while the model was built and probed has not its sizes
-    for blocks in life.data.train.heaviest(config.per_device_train_batch_size):
+    dtype = choose_dtype(config.dtype, life.device)
+    weigh = partial(attention.weigh, life.assembly.model.config, dtype, life.device.torch_device)
+    for blocks in life.data.train.heaviest(config.per_device_train_batch_size, weigh):
         with life.device.host():
             batches = list(micro_batches(blocks * passes_of(config), config.per_device_train_batch_size))
         life.device.count_work(len(batches))
