@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from oomless.memory.profile import CATEGORIES, MemoryProfile
 from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.report.plan import held_by
 
 KIB = 1024
 
@@ -302,6 +303,13 @@ def test_a_thinned_timeline_keeps_the_peak(gpu):
     at = thin.timeline.events[3]
     for category in CATEGORIES:
         assert thin.timeline.bytes_by_category[category][3] == whole.timeline.bytes_by_category[category][at]
+    highest = thin.timeline.events.index(whole.peak.event)
+    assert (thin.timeline.operations[highest], thin.timeline.modules[highest]) == (
+        whole.peak.operation,
+        whole.peak.module,
+    )
+    said = held_by(thin).moments[highest]
+    assert said.startswith(f"{whole.peak.phase}: {whole.peak.operation}")
     del kept
 
 

@@ -100,6 +100,10 @@ def test_a_search_that_nobody_looks_at_ends(studio, monkeypatch):
     question = {"model": "meta-llama/Llama-3.1-8B", "gpu": "T4"}
     for viewer in ("one", "two"):
         assert look(studio, question, viewer)["error"] is None
+    # The first bar does not wait for a rehearsal: 8,030,261,248 weights of 2 bytes.
+    assert (
+        "the weights alone, in 16 bits: 14.96 GiB" in until(studio, question, lambda said: said["partial"])["partial"]
+    )
     assert processes() == 1
     studio.post("/api/leave", json={"question": question, "viewer": "one"})
     assert processes() == 1
@@ -116,13 +120,18 @@ def test_a_search_that_nobody_looks_at_ends(studio, monkeypatch):
 
 
 @pytest.mark.slow
-def test_further_searches_wait_and_nothing_else_does(studio, monkeypatch):
+def test_ten_tabs_share_a_search_further_ones_wait_and_nothing_else_does(studio, monkeypatch):
     monkeypatch.setattr(searches, "MOST_AT_ONCE", 1)
     first, second = ({"model": "meta-llama/Llama-3.1-8B", "gpu": gpu} for gpu in ("T4", "L4"))
-    look(studio, first)
+    tabs = [f"tab {number}" for number in range(10)]
+    for tab in tabs:
+        assert look(studio, first, tab)["error"] is None
+        assert studio.get("/api/runs").status_code == 200
+    assert processes() == 1
     assert look(studio, second)["words"].startswith("waiting")
-    assert studio.get("/api/runs").status_code == 200
-    studio.post("/api/leave", json={"question": first, "viewer": "one"})
+    for tab in tabs:
+        assert look(studio, second)["words"].startswith("waiting")
+        studio.post("/api/leave", json={"question": first, "viewer": tab})
     until(studio, second, lambda said: not said["words"].startswith("waiting"))
 
 

@@ -62,6 +62,10 @@ class Timeline:
     reserved_bytes: tuple[int, ...]
     bytes_by_category: Mapping[Category, tuple[int, ...]]
     """These sum to ``allocated_bytes`` at every event."""
+    operations: tuple[str, ...]
+    """Which operator asked for memory there; empty where none did."""
+    modules: tuple[str, ...]
+    """In which module it was, as of a ``Request``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -189,6 +189,7 @@ class Recorder:
         levels = self._levels(sorted({*chosen, *([] if peak_event is None else [peak_event])}))
         at_peak = levels[peak_event] if peak_event is not None else dict.fromkeys(CATEGORIES, 0)
         phase_of = self._phase_of_events(len(allocated))
+        asked = [self._allocations[self._events[event] - 1] if self._events[event] > 0 else None for event in chosen]
         peak = None
         if peak_event is not None and self._events[peak_event] > 0:
             born = self._allocations[self._events[peak_event] - 1]
@@ -215,6 +216,8 @@ class Recorder:
                 bytes_by_category={
                     category: tuple(levels[event][category] for event in chosen) for category in CATEGORIES
                 },
+                operations=tuple("" if one is None else str(one.operation) for one in asked),
+                modules=tuple("" if one is None else one.module for one in asked),
             ),
         )
 

@@ -23,7 +23,8 @@ from oomless.report.charts import (
 from oomless.units import GiB, KiB, MiB, format_bytes
 
 FITS, DOES_NOT_FIT = 2, 1
-"""Of the colours of a chart."""
+OTHERS = 8
+"""Of the colours of a chart that of what has no name of its own."""
 
 FAR = 6
 """A limit that is so many times what is drawn is told in words, or nothing else would be seen."""

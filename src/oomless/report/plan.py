@@ -97,10 +97,14 @@ def write_timeline(profile: MemoryProfile, path: Path) -> None:
 def held_by(profile: MemoryProfile, limits: Sequence[tuple[str, float]] = ()) -> Held:
     """Return what a rehearsal held, by category."""
     timeline = profile.timeline
+    moments = [
+        phase + (f": {operation}" if operation else "") + (f" in {module}" if module else "")
+        for phase, operation, module in zip(timeline.phases, timeline.operations, timeline.modules, strict=True)
+    ]
     return Held(
         title="Memory from the beginning to the end of what was rehearsed",
         bands=[(name, timeline.bytes_by_category[name]) for name in CATEGORIES],
-        moments=timeline.phases,
+        moments=moments,
         limits=limits,
         line=("reserved by the allocator", timeline.reserved_bytes),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from shlex import quote
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 from oomless.memory.profile import CATEGORIES
 from oomless.planning.choice import Choice
 from oomless.planning.choose import picked_settings
-from oomless.planning.plan import Plan, Target
+from oomless.planning.plan import Plan
 from oomless.planning.row import Row
 from oomless.planning.strategies import Settings, in_words
 from oomless.planning.throughput import Throughput
@@ -28,12 +28,9 @@ from oomless.report.choice import (
     rejected_rows,
     speed_in_words,
 )
-from oomless.report.pictures import DOES_NOT_FIT, FITS, Dot, choices, held_over_time, made_of, ranked
+from oomless.report.pictures import OTHERS, Dot, choices, held_over_time, made_of
 from oomless.report.plan import held_by
 from oomless.units import counted, format_bytes
-
-OTHERS = 8
-"""Of the colours of a chart that of what is no choice with a name."""
 
 
 def choice_page(choice: Choice) -> str:
@@ -80,16 +77,6 @@ def choice_parts(choice: Choice) -> Iterator[str]:
     yield from plan_parts(choice.plan)
     yield from _rejected(choice)
     yield from _rests_on(choice)
-
-
-def found_so_far(weights_bytes: int, rows: Sequence[Row], target: Target) -> str:
-    """Return the weights, and what a search has looked at until now, as bars."""
-    bars = [("the weights alone, in 16 bits", weights_bytes, OTHERS)]
-    bars += [
-        (f"{row.quality}{'' if row.fits else ' (does not fit)'}", row.needed_bytes, FITS if row.fits else DOES_NOT_FIT)
-        for row in rows
-    ]
-    return ranked("Looked at so far", bars, [("a plan may fill", float(target.usable_bytes - target.margin_bytes))])
 
 
 def plan_parts(plan: Plan) -> Iterator[str]:

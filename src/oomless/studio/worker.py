@@ -9,16 +9,19 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from json import dumps, loads
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TextIO
 
+from oomless import catalogue
 from oomless.diagnosis.first_answer import first_answer, usable
-from oomless.errors import OomlessError
+from oomless.errors import OomlessError, UserError
 from oomless.report.charts import text
 from oomless.report.first_answer import print_first_answer
 from oomless.report.paper import Paper
+from oomless.report.so_far import found_so_far
 
 Say = Callable[..., None]
 """Is told ``words`` on what is done, what ``share`` of all is done, and a ``partial`` answer."""
@@ -96,6 +99,7 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
     Raises:
         UserError: they do not fit together.
     """
+    say(words="reading the model", partial=_known_at_once(asked))
     _imported()
     from oomless.models.build import parameter_count
     from oomless.models.spec import resolve_for_plan
@@ -104,21 +108,20 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
     from oomless.planning.nearby import smallest_changes
     from oomless.planning.plan import target_for
     from oomless.planning.trial import results_folder
-    from oomless.report.plan_page import choice_parts, found_so_far, in_short
+    from oomless.report.plan_page import choice_parts, in_short
 
-    say(words="reading the model")
     settings = {name: value for name, value in asked.items() if name not in (*WISHES, HOST_MEMORY)}
     wish = wish_of(asked.get("prefer"), asked.get("tokens"), asked.get("hours"), settings)
     given, host_bytes = read_given(settings), host_size(asked.get(HOST_MEMORY))
     spec, target = resolve_for_plan(given["model"]), target_for(str(given.get("gpu", "auto")), host_bytes)
-    weights_bytes = 2 * parameter_count(spec)
-    say(words="building it", partial=found_so_far(weights_bytes, [], target))
+    weights_bytes, fills = 2 * parameter_count(spec), ("a plan may fill", target.usable_bytes - target.margin_bytes)
+    say(words="building it", partial=found_so_far(weights_bytes, [], fills))
     choice = choose_training(
         given,
         **wish,
         host_bytes=host_bytes,
         progress=lambda words, share: say(words=words, share=share),
-        heard=lambda rows: say(partial=found_so_far(weights_bytes, rows, target)),
+        heard=lambda rows: say(partial=found_so_far(weights_bytes, rows, fills)),
     )
     parts = [*(f"<p>{text(note)}</p>" for note in spec.notes), *choice_parts(choice)]
     if choice.picked is not None:
@@ -130,6 +133,15 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
     would = f"<ul>{''.join(changes)}</ul>" if changes else f"<p>{nothing}</p>"
     parts.append(f"<section><h2>What would make it fit</h2>{would}</section>")
     return {"html": "".join(parts), "pick": in_short(choice)}
+
+
+def _known_at_once(asked: Mapping[str, str]) -> str | None:
+    """Return the weights of a model beside a GPU as bars, where both are known by name."""
+    with suppress(UserError):
+        gpu = catalogue.gpu(asked.get("gpu", ""))
+        weights_bytes = 2 * catalogue.parameters(asked.get("model", ""))
+        return found_so_far(weights_bytes, [], ("the allocator can have", gpu.usable_bytes))
+    return None
 
 
 def explain(asked: Mapping[str, str], say: Say) -> str:
