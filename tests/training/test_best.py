@@ -50,6 +50,7 @@ def test_the_best_model_is_kept_and_the_run_ends_when_none_is_better(make_checkp
     best = min(losses, key=losses.get)
     assert list(losses) == list(range(1, best + 4)), "three evaluations that were no better end it"
     assert result.steps == best + 3 < 40
+    assert result.eval_after == {"library.jsonl": losses[best]}, "what is said of the final model is measured on it"
     assert [one.step for one in list_checkpoints(out)] == [best, best + 3]
     kept, final, last = (
         load_file(out / name / "model.safetensors")

@@ -100,6 +100,7 @@ def test_what_is_explained_is_the_run_itself(make_checkpoint, corpus, tmp_path):
     found = explain_error(ended.value, config)
     assert found.run.sources["optimizer"] == "default"
     assert found.run.sources["max_seq_length"] == "given"
+    assert found.missing == (), "nothing about it is unknown"
     assert found.cures is not None
     for cure in found.cures.fitting:
         own = own_settings(cure.config)

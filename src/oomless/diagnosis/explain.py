@@ -164,7 +164,7 @@ def rehearse_answer(
     """
     heard, situation = listener or Listener(), first.situation
     clock = Clock(budget_s, heard.progress)
-    why, notes = why_not_rehearsed(situation), list[str]()
+    why, notes, known = why_not_rehearsed(situation), list[str](), run is not None
     if why is None and not clock.has_time():
         why = "there is no time for it; --budget gives it seconds"
     found: dict[str, Any] = {"run": None, "at_failure": None, "without_limit": None, "cures": None}
@@ -206,7 +206,7 @@ def rehearse_answer(
             why = f"the rehearsal failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     first = replace(first, situation=replace(situation, notes=(*situation.notes, *notes)))
     run = found["run"]
-    missing = missing_of(situation, None if run is None else (run.values, run.sources))
+    missing = () if known else missing_of(situation, None if run is None else (run.values, run.sources))
     return Diagnosis(first=first, suspects=tuple(named), not_rehearsed=why, missing=missing, **found)
 
 

@@ -57,8 +57,9 @@ class Keeper:
         """Go back to what was saved last and return its name, ``None`` without any; blocks that were left out still are, and ``leave_out`` too."""
         raise NotImplementedError
 
-    def go_to_best(self, life: Life) -> None:
-        """Make the model what it was at the best evaluation; nothing else changes."""
+    def go_to_best(self, life: Life) -> bool:
+        """Make the model what it was at the best evaluation, and return whether that was possible; nothing else changes."""
+        return False
 
     def save_model(self, life: Life) -> Path | None:
         """Keep the model as it is at the end, and return where."""

@@ -140,17 +140,18 @@ class RunFolder(Keeper):
         life.loader.left_out |= left_out
         return last.folder.name
 
-    def go_to_best(self, life: Life) -> None:
-        """Make the model what it was at the best evaluation, where that was kept and is undamaged."""
+    def go_to_best(self, life: Life) -> bool:
+        """Make the model what it was at the best evaluation, and return whether that was kept and is undamaged."""
         found = {one.step: one for one in checkpoint.list_checkpoints(self.folder)}.get(life.best.step or -1)
         problem = "it was not kept" if found is None else checkpoint.damage(found)
         said = f"the best evaluation was that after step {life.best.step}, with a loss of {life.best.loss:.4f}"
         if found is None or problem is not None:
             self.listener.said(f"{said}; {problem}, and the final model is the last one")
-            return
+            return False
         resuming.restore_model(life, self.spec, found)
         self.best = found
         self.listener.said(f"{said}; the final model is that one")
+        return True
 
     def save_model(self, life: Life) -> Path:  # noqa: D102
         target, source = self.folder / MODEL, self.spec.folder or Path(self.config.model)

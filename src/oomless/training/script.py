@@ -85,6 +85,6 @@ def finish(life: Life) -> None:
     life.result.eval_after = losses
     if life.interrupted.is_set():
         return
-    if life.config.load_best_model_at_end and life.best.step not in (None, life.step):
-        life.keeper.go_to_best(life)
+    if life.config.load_best_model_at_end and life.best.step not in (None, life.step) and life.keeper.go_to_best(life):
+        life.result.eval_after = life.keeper.evaluated(life.best.step)
     life.result.model_dir = life.keeper.save_model(life)
