@@ -132,7 +132,9 @@ def truth(kind, request, text, config):
 
 
 def changes_of(cure):
-    """Return the keywords of a cure as it is told to the user; ``None`` where it changes more than the trainer's arguments."""
+    """Return the keywords of a cure as it is told to the user; ``None`` where it takes more than these (Liger's loss is not here)."""
+    if "liger" in (cure.tool or ""):
+        return None
     try:
         call = ast.parse(f"dict({cure.tool})", mode="eval").body
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if not call.args}
