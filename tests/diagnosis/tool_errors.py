@@ -1,6 +1,6 @@
 """A child process of `test_real_tools.py`: `tool_errors.py MOST SCRIPT ARGUMENTS...` prints real errors of a script as JSON.
 
-``=BYTES`` in place of ``MOST`` tries a GPU of this size alone.
+``=BYTES`` in place of ``MOST`` tries a GPU of this size alone; ``peak`` prints the most that it allocates where memory has no end.
 
 The script runs on a rehearsed GPU without an end, which says at which sizes of GPU different requests are the first that find
 no room; then it runs at ``MOST`` of these sizes.
@@ -64,6 +64,9 @@ def capacities(stage, most):
 def main():
     asked, script = sys.argv[1], Path(sys.argv[2]).resolve()
     sys.argv = sys.argv[2:]
+    if asked == "peak":
+        print("\n" + json.dumps(attempt(script)[0].gpu.profile().peak_allocated_bytes))
+        return
     errors = []
     for capacity in [int(asked[1:])] if asked[0] == "=" else capacities(attempt(script)[0], int(asked)):
         stage, text = attempt(script, capacity)

@@ -30,7 +30,7 @@ from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.planning.plan import Target
 from oomless.planning.rehearse import UNLIMITED_BYTES, layers_repeated
-from oomless.techniques import checkpointing, frozen_layers, quantization, trainable
+from oomless.techniques import checkpointing, frozen_layers, lora, quantization, trainable
 from oomless.training.assemble import check_length
 from oomless.training.precision import choose_dtype
 
@@ -60,6 +60,9 @@ class PlainRun:
 
     reference: bool = False
     """Whether a frozen copy of the weights computes log-probabilities beside the training."""
+
+    adapters_in_fp32: bool = True
+    """Whether adapters are in fp32 whatever the model is in, as peft makes them; what goes into each is then cast, and kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +178,8 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
     with device.phase("load"):
         frozen_layers.rehearse_filling(model, device)
         trainable.apply(model, config, device)
+        if run.adapters_in_fp32:
+            _adapters_to_fp32(model, device)
         if run.attention == "eager":
             attend(model, "eager")
         if config.gradient_checkpointing:
@@ -188,6 +193,14 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
     optimizer = _optimizer(run, model)
     device.watch(model, optimizer)
     return model, optimizer
+
+
+def _adapters_to_fp32(model: Any, device: Device) -> None:
+    for name, parameter in list(model.named_parameters()):
+        if lora.is_adapter(name):
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, torch.nn.Parameter(parameter.detach().float()))
+    device.label([p for name, p in model.named_parameters() if lora.is_adapter(name)], "weights")
 
 
 def _form(run: PlainRun) -> form.Form:

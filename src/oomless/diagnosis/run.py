@@ -32,6 +32,9 @@ USUAL_TOKENS = 2048
 MIXED = "mixed"
 """fp32 weights, arithmetic cast to 16 bits."""
 
+OWN_ADAPTERS = ("torchtune", "litgpt", "nemo")
+"""Tools whose LoRA is not peft's: adapters are in the model's dtype."""
+
 _SOLVED_LENGTHS = 8
 LONGEST_USUAL_TOKENS = 8192
 """Longer blocks are believed only where a size has no other explanation."""
@@ -101,6 +104,7 @@ class FailedRun:
             fused_loss=self.fused_loss,
             sequences_each=self.sequences_each,
             reference=self.reference,
+            adapters_in_fp32=self.tool not in OWN_ADAPTERS,
         )
 
 
