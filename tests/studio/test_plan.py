@@ -15,7 +15,7 @@ from oomless.studio import searches
 from oomless.studio.safety import TOKEN
 from oomless.studio.server import application
 
-PINNED = {"max_seq_length": "64", "tokens": "1M", "trainable": "lora", "optimizer": "adamw", "quantization": "nf4"}
+PINNED = {"max_seq_length": "64", "tokens": "1M", "trainable": "full", "optimizer": "adamw", "dtype": "fp32"}
 
 
 def look(studio, question, viewer="one"):
