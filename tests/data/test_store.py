@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from oomless.config import DataSource
+from oomless.data import prepare
 from oomless.data import store as store_module
 from oomless.data.encode import Encoder
 from oomless.data.read import PIECE_CHARACTERS, Manner
@@ -73,6 +74,21 @@ def test_the_second_time_nothing_is_tokenised(corpus, encoder, tmp_path):
     assert first.key == again.key
     assert np.array_equal(first.tokens, again.tokens)
     assert np.array_equal(first.starts, again.starts)
+
+
+def test_what_is_held_out_rests_on_tokens_and_not_on_the_code_that_made_them(corpus, encoder, tmp_path, monkeypatch):
+    """Else another version would evaluate a run on text that it learnt, and not resume it."""
+
+    def split():
+        store = opened(corpus, encoder, tmp_path / "cache")[0]
+        return store.key, [spans.tolist() for spans in prepare._split(store, 0.1, 0, "documents")], store.contents
+
+    key, parts, contents = split()
+    made = store_module._key
+    monkeypatch.setattr(store_module, "_key", lambda *facts: made(*facts)[::-1])
+    other_key, other_parts, other_contents = split()
+    assert key != other_key
+    assert (parts, contents) == (other_parts, other_contents)
 
 
 def test_the_key_follows_content_and_settings_but_not_place_and_time(corpus, encoders, encoder, tmp_path):

@@ -128,7 +128,7 @@ def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> t
             f"{store.name} holds {total} tokens to predict, too few to hold any out: set eval_fraction: 0, or name eval_data"
         )
     wanted = min(total - 1, max(1, round(fraction * total)))
-    order = np.random.default_rng([seed, int(store.key[:12], 16)]).permutation(store.documents)
+    order = np.random.default_rng([seed, int(store.contents[:12], 16)]).permutation(store.documents)
     sums = np.cumsum(targets[order])
     count = int(np.searchsorted(sums, wanted, side="right"))
     if store.learnt is not None:  # what is left of a chat means nothing without its beginning
@@ -174,7 +174,7 @@ def _fingerprint(
     stores: Sequence[TokenStore], splits: Sequence[tuple[Any, Any]], weights: Sequence[float], config: TrainConfig
 ) -> str:
     facts = [
-        [store.key for store in stores],
+        [store.contents for store in stores],
         [float(weight) for weight in weights],
         [config.max_seq_length, config.packing, config.seed, config.shuffle],
     ]

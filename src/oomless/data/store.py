@@ -67,6 +67,8 @@ class TokenStore:
     """Files of the source that were not read, by what they are."""
     notes: Counter[str] = field(default_factory=Counter)
     """What else a person should know of how the rest was read."""
+    contents: str = "0"
+    """A hash of the tokens, of where documents begin, and of what is learnt; the key is also of the code that made them."""
     file: Path | None = None
     """What ``tokens`` maps; ``None`` where they lie in memory."""
     opened: tuple[int, int, int] | None = None
@@ -251,6 +253,7 @@ def _open(folder: Path, source: DataSource, passed_over: Mapping[str, int]) -> T
         text_bytes=header["text_bytes"],
         passed_over=passed_over,
         notes=Counter(header["notes"]),
+        contents=hashlib.blake2b(json.dumps(header["checksums"], sort_keys=True).encode(), digest_size=16).hexdigest(),
         file=path,
         opened=opened,
     )
