@@ -325,7 +325,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         for kind, module, width, text, prior in plain:
             in_dtype = " in fp32" if size == 4 and item_bytes != 4 else ""
             modules = {module, *(["embed_tokens", "norm", "mlp", "self_attn"] if module == "layers" else [])}
-            if "together" not in kind:
+            if "together" not in kind and "experts" not in kind:
                 modules.add("lora")
             common: dict[str, Any] = {
                 "of": module,

@@ -52,7 +52,7 @@ class Printer(Listener):
         if [(s.tensor.kind, s.tokens) for s in suspects[:1]] != [
             (s.tensor.kind, s.tokens) for s in self.first.suspects[:1]
         ]:
-            print_suspects(self.screen, self.first, tuple(suspects))
+            print_suspects(self.screen, self.first, tuple(suspects), "by where the rehearsal stops")
         elif suspects and len(suspects[0].support) > len(self.first.suspects[0].support):
             self.screen.say(f"{suspects[0].support[-1]}: {suspects[0].tensor.kind}", indent=2)
         _print_run(self.screen, run)

@@ -165,14 +165,16 @@ def _print_known(screen: Teller, answer: FirstAnswer) -> None:
         screen.say(note, style="dim")
 
 
-def print_suspects(screen: Teller, answer: FirstAnswer, suspects: tuple[Suspect, ...]) -> None:
-    """Print which tensors are of the size that was asked for."""
+def print_suspects(
+    screen: Teller, answer: FirstAnswer, suspects: tuple[Suspect, ...], by: str = "what has this size"
+) -> None:
+    """Print which tensors are of the size that was asked for, told ``by`` this."""
     first = answer.situation.reading.first
     if not suspects or first is None:
         return
     message = first.message
     asked = message.requested.text if message.requested is not None else ""
-    screen.title(f"What asked for {asked}: what has this size")
+    screen.title(f"What asked for {asked}: {by}")
     alike: dict[tuple[str, int | None, tuple[str, ...]], list[str]] = {}
     for suspect in suspects:
         alike.setdefault(_same(suspect), []).append(suspect.tensor.kind)
