@@ -17,6 +17,7 @@ from torch import Tensor
 
 from oomless import optim
 from oomless.config import TrainConfig
+from oomless.diagnosis.tensors import TRL_TOKENS, TRL_WORDS
 from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device
@@ -52,8 +53,8 @@ class PlainRun:
     """Whether AdamW works on all tensors at once, with temporaries for each, instead of fused."""
 
     evaluates: bool = False
-    fused_loss: bool = False
-    """Whether the loss never holds all logits, as Liger's and Cut Cross-Entropy do; rehearsed in oomless' form of it."""
+    fused_loss: Literal["liger", "trl"] | None = None
+    """Whose loss it is that never holds all logits: TRL's own, or Liger's or Cut Cross-Entropy, rehearsed in oomless' form of it."""
 
     sequences_each: int = 1
     """Sequences that the model sees for each of a batch: two where chosen and rejected answers run together."""
@@ -251,6 +252,9 @@ def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
         batch = run.config.per_device_eval_batch_size or 1
         tokens = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
         with _casting(run):
+            if run.fused_loss == "trl":
+                _fused_loss(model, tokens, device, "trl")
+                return
             logits = model(input_ids=tokens, use_cache=False).logits
             model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
 
@@ -263,10 +267,14 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
         with device.phase("forward"):
             tokens = device.put(host)
             if run.reference:
+                reference = model.get_submodule(REFERENCE)
                 with torch.no_grad():
-                    model.get_submodule(REFERENCE)(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
+                    if run.fused_loss == "trl":
+                        _fused_loss(reference, tokens, device, "trl")
+                    else:
+                        reference(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
         if run.fused_loss:
-            loss = _fused_loss(model, tokens, device)
+            loss = _fused_loss(model, tokens, device, run.fused_loss)
         else:
             with device.phase("forward"):
                 output = model(input_ids=tokens, use_cache=False)
@@ -276,14 +284,50 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     return loss / run.config.gradient_accumulation_steps
 
 
-def _fused_loss(model: Any, tokens: Tensor, device: Device) -> Tensor:
+def _fused_loss(model: Any, tokens: Tensor, device: Device, whose: Literal["liger", "trl"]) -> Tensor:
     with device.phase("forward"):
         hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     with device.phase("loss"):
         weight = model.get_output_embeddings().weight
+        if whose == "trl":
+            rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+            return _LossOfTRL.apply(rows, weight)  # type: ignore[no-any-return, no-untyped-call]
         rows = hidden.reshape(-1, hidden.shape[-1])
         total: Tensor = linear_cross_entropy(rows.to(weight.dtype), weight, tokens.reshape(-1))
         return total
+
+
+class _LossOfTRL(torch.autograd.Function):
+    """Holds what TRL's loss holds (1.16: trl/kernels/chunked_logprob.py), and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else rows.dtype
+        sums = [torch.zeros(len(rows), dtype=torch.float32, device=rows.device) for _ in range(7)]
+        held = _LossOfTRL._chunk(ctx, rows, weight)
+        del held
+        ctx.save_for_backward(rows, weight, sums[0])
+        return sums[1].sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight, _ = ctx.saved_tensors
+        of_both = [
+            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if needed else None
+            for tensor, needed in zip((rows, weight), ctx.needs_input_grad, strict=True)
+        ]
+        held = _LossOfTRL._chunk(ctx, rows, weight)
+        of_rows, of_weight = (
+            None if one is None else one.to(t.dtype) for one, t in zip(of_both, (rows, weight), strict=True)
+        )
+        del held
+        return of_rows, of_weight
+
+    @staticmethod
+    def _chunk(ctx: Any, rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        tokens, words = min(len(rows), TRL_TOKENS), min(len(weight), TRL_WORDS)
+        logits = torch.empty((tokens, words), dtype=ctx.dtype, device=rows.device)
+        return logits, rows[:tokens].to(ctx.dtype), weight[:words].to(ctx.dtype)
 
 
 def _casting(run: PlainRun) -> AbstractContextManager[Any]:

@@ -101,7 +101,7 @@ class FailedRun:
             attention=self.attention,
             foreach=self.foreach,
             evaluates=evaluates,
-            fused_loss=self.fused_loss,
+            fused_loss=("trl" if self.tool == "trl" else "liger") if self.fused_loss else None,
             sequences_each=self.sequences_each,
             reference=self.reference,
             adapters_in_fp32=self.tool not in OWN_ADAPTERS,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from oomless.models.spec import ModelSpec
 
 CAST_COPY = "copy of a weight in 16 bits (automatic casting)"
-TRL_TOKENS, TRL_WORDS = 4096, 16384
+TRL_TOKENS, TRL_WORDS = 4096, 32768
+"""What TRL's loss computes at once."""
+
 _DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
 
 

@@ -76,7 +76,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         **_TRAINER,
         **_RL,
         "logits": "use_liger_kernel=True (TRL 1.16 computes its loss in chunks without being told)",
-        "shorter": "SFTConfig(max_length={length})",
+        "shorter": "max_length={length}",
     },
     "unsloth": {
         **{name: words for name, words in {**_TRAINER, **_RL}.items() if name not in ("logits", "attention", "zero3", "lm_head")},
