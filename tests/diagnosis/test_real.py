@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from oomless import optim
 from oomless.diagnosis.explain import explain
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -75,6 +74,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def train(run, folder, device):
     """Two steps as a script with transformers runs them, then an evaluation."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.optimization import Adafactor
 
     config = AutoConfig.from_pretrained(folder)
     with device.phase("load"):
@@ -87,10 +87,12 @@ def train(run, folder, device):
     trained = [p for p in model.parameters() if p.requires_grad]
     if run.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, **({"foreach": True} if run.foreach else {"fused": True}))
+    elif run.optimizer == "adafactor":
+        optimizer = Adafactor(trained, lr=1e-4, scale_parameter=False, relative_step=False)
     else:
-        groups = [{"params": [p for p in trained if (p.ndim > 1) is matrix], "weight_precision": None if run.dtype == "fp32" else "plain"}
-                  for matrix in (True, False)]  # fmt: skip
-        optimizer = optim.build(run.optimizer, groups, lr=1e-4)
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
     device.watch(model, optimizer)
     model.train()
     tokens = torch.randint(0, 512, (run.batch, run.length))

@@ -151,7 +151,7 @@ def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder,
 
 
 IN_THE_SCRIPT = {
-    "dtype": {"bf16": "half", "fp16": "half"},
+    "dtype": dict.fromkeys(("bf16", "fp16", "auto"), "half"),
     "trainable": {"lora": "lora"},
     "gradient_checkpointing": {True: "checkpointing"},
 }
@@ -164,7 +164,7 @@ def with_cure(kind, cure):
     for name, value in cure.settings.items():
         if name in ARGUMENTS:
             changes[name] = value
-        elif name == "optimizer" and value == "adamw_8bit":
+        elif name == "optimizer" and value in ("adamw_8bit", "adafactor"):
             changes["optim"] = value
         elif value in IN_THE_SCRIPT.get(name, ()):
             kind += f" {IN_THE_SCRIPT[name][value]}"

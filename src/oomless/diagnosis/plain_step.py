@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oomless import optim
 from oomless.config import TrainConfig
@@ -61,6 +61,9 @@ class PlainRun:
 
     reference: bool = False
     """Whether a frozen copy of the weights computes log-probabilities beside the training."""
+
+    by_a_trainer: bool = True
+    """Whether transformers' Trainer makes the optimizer, which keeps the moments of embeddings in 32 bits."""
 
     adapters_in_fp32: bool = True
     """Whether adapters are in fp32 whatever the model is in, as peft makes them; what goes into each is then cast, and kept."""
@@ -218,6 +221,16 @@ def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
         return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        made: torch.optim.Optimizer = Adafactor(
+            parameters, lr=config.learning_rate, scale_parameter=False, relative_step=False
+        )
+        return made
+    if config.optimizer == "adamw_8bit":
+        embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and run.by_a_trainer]
+        return _AdamW8bit(parameters, embeddings)
     groups = [
         {
             "params": [p for p in parameters if (p.dtype == torch.float32) is single and (p.ndim > 1) is matrix],
@@ -228,6 +241,27 @@ def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
         for matrix in (True, False)
     ]
     return optim.build(config.optimizer, [group for group in groups if group["params"]], lr=config.learning_rate)
+
+
+class _AdamW8bit(torch.optim.Optimizer):
+    """Holds what bitsandbytes' AdamW8bit holds (0.50: bitsandbytes/optim/optimizer.py), and computes nothing."""
+
+    def __init__(self, parameters: list[Tensor], in_32_bits: list[Tensor]) -> None:
+        super().__init__(parameters, {})
+        self._whole = {id(parameter) for parameter in in_32_bits}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if parameter.grad is None or state:
+                continue
+            whole = parameter.numel() < 4096 or id(parameter) in self._whole
+            for moment in ("1", "2"):
+                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if whole else torch.uint8)
+                if not whole:
+                    blocks = -(-parameter.numel() // 256)
+                    state[f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
 
 
 def train_step(run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, device: Device) -> None:

@@ -32,6 +32,9 @@ USUAL_TOKENS = 2048
 MIXED = "mixed"
 """fp32 weights, arithmetic cast to 16 bits."""
 
+OWN_LOOPS = ("torch", "accelerate", "peft", "torchtune", "litgpt", "nemo", "verl")
+"""Tools whose optimizer is not made by transformers' Trainer."""
+
 OWN_ADAPTERS = ("torchtune", "litgpt", "nemo")
 """Tools whose LoRA is not peft's: adapters are in the model's dtype."""
 
@@ -104,6 +107,7 @@ class FailedRun:
             fused_loss=("trl" if self.tool == "trl" else "liger") if self.fused_loss else None,
             sequences_each=self.sequences_each,
             reference=self.reference,
+            by_a_trainer=self.tool not in OWN_LOOPS,
             adapters_in_fp32=self.tool not in OWN_ADAPTERS,
         )
 
