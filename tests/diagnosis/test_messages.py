@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oomless.diagnosis.first_answer import first_answer
 from oomless.diagnosis.logs import read, streams
 from oomless.diagnosis.messages import find_messages
 from oomless.diagnosis.sizes import ByteRange, printed_size
@@ -287,3 +288,15 @@ def test_a_cut_message_says_a_part_of_the_whole(name, data):
 def test_any_text_can_be_read(text):
     reading = read(text)
     assert all(isinstance(r, ByteRange) for o in reading.occurrences for r in o.message.sizes().values())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("size", ["130.00", "256.00", "258.00", "512.00", "514.00"])
+def test_a_size_that_grows_no_more_with_the_tokens_is_looked_at_once(size):
+    """TRL's loss holds chunks of at most 4,096 tokens: a million lengths have the same size."""
+    text = (
+        'File "/lib/python3.10/site-packages/torch/optim/adamw.py", line 606, in _multi_tensor_adamw\n'
+        f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {size} MiB. GPU 0 has a total capacity of 94.99 GiB of which "
+        "87.19 MiB is free."
+    )
+    assert first_answer(text).situation.reading.first is not None

@@ -98,7 +98,9 @@ class Sizes:
         """Return the roundest number of tokens for which ``tensor`` is printed so; ``None`` if there is none."""
         low = self._first(tensor, self.requested.low - 2 * MiB - 512)
         high = self._first(tensor, self.requested.high + 1) - 1
-        fitting = range(max(2, low), min(high, at_most) + 1)
+        most = min(high, at_most)
+        most = min(most, self._first(tensor, tensor.size_bytes(most)))  # a size that grows no more is looked at once
+        fitting = range(max(2, low), most + 1)
         for power in range(20, -1, -1):
             step = 1 << power
             for tokens in range(-(-fitting.start // step) * step, fitting.stop, step):
