@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.diagnosis.tool_errors import capacities
 from torch.utils.checkpoint import checkpoint
 
 from oomless.diagnosis.explain import explain
@@ -21,7 +22,6 @@ from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.planning.rehearse import play
 from oomless.training.assemble import assemble
 
-MiB = 1 << 20
 SHAPE = dict(
     vocab_size=16384, hidden_size=128, intermediate_size=2048, num_hidden_layers=2, max_position_embeddings=2048
 )
@@ -132,24 +132,6 @@ def attempt(run, folder, capacity=1 << 40, settings=None):
             text = "".join(traceback.format_exception(error))
             error.__traceback__ = None
     return device, text
-
-
-def capacities(run, folder, most):
-    """Return sizes of GPU at which different requests of ``run`` are the first that find no room."""
-    device, _ = attempt(run, folder)
-    recorder = device._recorder
-    highest, found, allocations = 0, {}, iter(recorder._allocations)
-    for event, reserved in zip(recorder._events, recorder._reserved, strict=True):
-        if event <= 0:
-            continue
-        asked = next(allocations)
-        if reserved > highest:
-            if asked.requested_bytes > 10 * MiB:  # smaller ones share segments, whose size says nothing
-                key = (asked.phase, str(asked.operation), asked.requested_bytes)
-                found.setdefault(key, reserved - 2 * MiB)
-            highest = reserved
-    chosen = list(found.values())
-    return [chosen[i * len(chosen) // most] for i in range(most)] if len(chosen) > most else chosen
 
 
 def truth(run, config, request):
@@ -274,7 +256,7 @@ def folder_of(make_checkpoint):
 @pytest.mark.parametrize("run", [RUNS[0], RUNS[1], RUNS[4]], ids=lambda run: run.name)
 def test_a_real_error_is_named_and_cured(folder_of, run):
     folder = folder_of(run)
-    (capacity,) = capacities(run, folder, 1)
+    (capacity,) = capacities(attempt(run, folder)[0], 1)
     right, expected, said, cures = examine(run, folder, capacity)
     assert right, (expected, said)
     assert cures is not False
@@ -292,7 +274,7 @@ def test_real_errors_of_every_kind(folder_of, record_property, runs, sizes):
     outcomes = []
     for run in runs:
         folder = folder_of(run)
-        for number, capacity in enumerate(capacities(run, folder, 4 if run.evaluates else sizes)):
+        for number, capacity in enumerate(capacities(attempt(run, folder)[0], 4 if run.evaluates else sizes)):
             outcome = examine(run, folder, capacity, length_known=number != sizes - 1)
             if outcome is not None:
                 outcomes.append((run.name, capacity, *outcome))

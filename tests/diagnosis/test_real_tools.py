@@ -140,14 +140,17 @@ def truth(kind, request, text, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["transformers half", "transformers half lora", "sft half", "dpo lora half"])
-def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind):
+@pytest.mark.parametrize(
+    ("kind", "apart"),
+    [("transformers half", 0.005), ("transformers half lora", 0.0001), ("sft half", 0.008), ("dpo lora half", 0.012)],
+)
+def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind, apart):
     """peft's adapters are in fp32, and what goes into each is cast and kept; TRL's loss is computed in chunks."""
     peak = asked_of_tool("peak", kind, "llama", model_folder)
     given, _ = told(kind, "llama", model_folder, 1 << 40)
     text = "" if "transformers" in kind else f"{kind[:3].upper()}Trainer: outputs = model(**inputs, fused_lm_head=True)"
     answer = explain(text, given, tool="trl" if text else "trainer", budget_s=30)
-    assert answer.without_limit.allocated_bytes == pytest.approx(peak, rel=0.012)
+    assert answer.without_limit.allocated_bytes == pytest.approx(peak, rel=apart)
 
 
 IN_THE_SCRIPT = {

@@ -45,9 +45,9 @@ def attempt(script, capacity=None):
     return stage, text
 
 
-def capacities(stage, most):
-    """Return sizes of GPU at which different requests are the first that find no room."""
-    recorder = stage.gpu._recorder
+def capacities(device, most):
+    """Return at most so many sizes of GPU at which different requests of what ran on ``device`` are the first that find no room."""
+    recorder = device._recorder
     highest, found, allocations = 0, {}, iter(recorder._allocations)
     for event, reserved in zip(recorder._events, recorder._reserved, strict=True):
         if event <= 0:
@@ -68,7 +68,7 @@ def main():
         print("\n" + json.dumps(attempt(script)[0].gpu.profile().peak_allocated_bytes))
         return
     errors = []
-    for capacity in [int(asked[1:])] if asked[0] == "=" else capacities(attempt(script)[0], int(asked)):
+    for capacity in [int(asked[1:])] if asked[0] == "=" else capacities(attempt(script)[0].gpu, int(asked)):
         stage, text = attempt(script, capacity)
         if text is not None:
             request = stage.gpu.profile().failures[-1]

@@ -2,7 +2,8 @@
 
 To say what held the memory of a run that was not oomless's, that run is rehearsed and not oomless's own. What differs
 from ``planning.rehearse`` is what differs in the programs: all logits and their copy in fp32 exist, 16-bit weights are
-updated as they are, and automatic casting keeps fp32 weights and makes 16-bit copies of them.
+updated as they are, and automatic casting keeps fp32 weights and makes 16-bit copies of them. Where the run has them,
+adapters are peft's, the loss in chunks is TRL's, Adafactor is transformers' and 8-bit AdamW bitsandbytes'.
 """
 
 from __future__ import annotations
