@@ -48,6 +48,7 @@ def settings_of(chance):
         dict(cheap_recompute=True),
         dict(mlp_tiles=2),
         dict(eval_steps=2),
+        dict(sample_prompts=["def main(", "import sys\n\n"], sample_tokens=chance.choice([1, 20])),
         dict(save_steps=2),
         dict(recover_from_oom=False),
         dict(undo_updates=True),
@@ -105,8 +106,17 @@ CASES = {
     "eight blocks evaluated": ("gemma", dict(), dict(packing="best_fit", per_device_eval_batch_size=8)),
     "in backward": ("llama", dict(hidden_size=256), dict(optimizer_in_backward=True, gradient_accumulation_steps=2)),
     "dropout": ("gpt2", dict(n_embd=64), dict(dtype="fp16", per_device_train_batch_size=2)),
+    "samples": ("llama", dict(), dict(sample_prompts=["def main(", "天" * 30], sample_tokens=20, eval_fraction=0.0)),
+    "samples of a short step": (
+        *("gemma", dict(vocab_size=4096)),
+        dict(max_seq_length=64, eval_steps=2, sample_prompts=["import " * 9], optimizer_in_backward=True, dtype="bf16"),
+    ),
     "mla": ("deepseek_v2", dict(), dict(dtype="bf16", optimizer="adamw_8bit")),
-    "a body that ends in fp32": ("mamba", dict(), dict(dtype="bf16", packing="concatenate", max_seq_length=16)),
+    "a body that ends in fp32": (
+        "mamba",
+        dict(),
+        dict(dtype="bf16", packing="concatenate", max_seq_length=16, sample_prompts=["def"]),
+    ),
     "lora": ("qwen3", dict(), dict(trainable="lora", lora_r=4, lora_dropout=0.2, gradient_checkpointing=True)),
 }
 

@@ -53,6 +53,7 @@ def test_a_real_run(make_checkpoint, corpus, tmp_path):
     """Trained by the command line in a virtual GPU: the page has its curves, and the prediction beside what was measured."""
     run = tmp_path / "run"
     settings = ("--max-seq-length", 32, "--max-steps", 3, "--learning-rate", "1e-3", "--dtype", "fp32", "--as-given")
+    settings += ("--sample-prompts", "def main(", "--sample-prompts", "import", "--sample-tokens", 4)
     where = ("--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", run, "--gpu", "virtual:256MiB")
     trained = oomless("train", *where, *settings)
     assert trained.returncode == 0, trained.stderr
@@ -68,7 +69,16 @@ def test_a_real_run(make_checkpoint, corpus, tmp_path):
     page = (run / "report.html").read_text()
     outline = Outline(page)
     text = " ".join(outline.text)
-    for part in ("Loss", "evaluation: library.jsonl", "Learning rate", "Tokens/s", "predicted peak", "max_steps: 3"):
+    for part in (
+        "Loss",
+        "evaluation: library.jsonl",
+        "Learning rate",
+        "Tokens/s",
+        "predicted peak",
+        "max_steps: 3",
+        "Written on the way",
+        "after step 3",
+    ):
         assert part in text, part
     assert outline.seen.count("svg") == 5
     assert "script" not in outline.seen
@@ -82,6 +92,7 @@ def test_no_text_is_markup(tmp_path):
     records = [
         {"step": 0, f"eval_loss/{HOSTILE}": 2.0},
         {"step": 1, "loss": 2.0},
+        {"step": 1, "samples": [{"prompt": HOSTILE, "text": HOSTILE}, {"prompt": 1}, HOSTILE]},
         {"step": 1, "bad_step": HOSTILE, "answer": HOSTILE, "reason": HOSTILE},
         {"step": 2, "loss": 1.0, "oom_recoveries": 1, "recovery_rung": HOSTILE},
     ]
@@ -90,6 +101,8 @@ def test_no_text_is_markup(tmp_path):
     assert not {"script", "b"} & set(outline.seen)
     assert not [name for name, _ in outline.attributes if name.startswith("on")]
     assert "<script>alert(1)</script>" in " ".join(outline.text)
+    assert "after step 1" in outline.text
+    assert "2 lines of metrics.jsonl could not be read" in page
     assert "Memory ran out 1 time, and the run went on." in page
     assert "\u202e" not in page
     assert "\x1b" not in page
@@ -144,3 +157,11 @@ def test_a_run_keeps_its_own_prediction_and_no_older_one(make_checkpoint, corpus
     assert read_run(run).predicted("profile", "peak_allocated_bytes") == 12345
     train(TrainConfig.from_mapping(settings | {"resume": True}))
     assert read_run(run).predicted("profile", "peak_allocated_bytes") is None
+
+
+def test_of_what_was_written_the_first_and_the_last_are_kept(tmp_path):
+    records = [
+        {"step": n, "samples": [{"prompt": "def", "text": f" text {n}"}]} for n in (0, 10, 20, 20, 30, 40, 50, 60)
+    ]
+    logged = read_run(folder_with(tmp_path, records))
+    assert logged.samples == {"def": {n: f" text {n}" for n in (0, 20, 30, 40, 50, 60)}}

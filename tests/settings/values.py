@@ -45,6 +45,7 @@ CHOSEN = {
     "checkpointed_layers": [1, 2, 3],
     "max_grad_norm": [0.0, 0.5, 5, float("inf")],
     "seed": [0, 7, 1 << 40],
+    "sample_prompts": ["a", "def f(", "天\n\n{{}}"],
     "save_steps": [1, 2, 100],
     "host_reserve_bytes": [0, 1, 1 << 20],
     "preemption_grace_s": [0.5, 5, 30],
@@ -53,6 +54,7 @@ CHOSEN = {
 WRONG = {
     "text_field": ["nothing", ""],
     "encoding": ["utf-9", "", "base64"],
+    "sample_prompts": ["", " \n"],
     "tokenizer": ["/nowhere", "{corpus}", ""],
     "eval_data": ["/nowhere", "", "{out}/*.none"],
     "cache_dir": ["{corpus}/below", "/proc/below", ""],
@@ -73,6 +75,7 @@ NEEDS = {
     "allow_leaner_optimizer": {"optimizer": "adamw"},
     "embedding_learning_rate": {"trainable": "embed_tokens+lm_head"},
     "experts_on_host": {"trainable": "lora"},
+    "sample_tokens": {"sample_prompts": "import"},
     **{name: {"trainable": "lora"} for name in LORA_DEFAULTS},
 }
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.training.test_samples import written
 from transformers import AutoModelForCausalLM
 
 from oomless.config import DataSource, TrainConfig
@@ -40,7 +41,7 @@ LONGEST_S = 120
 LLAMA = dict(max_seq_length=64, per_device_train_batch_size=2, learning_rate=1e-3)
 LORA = dict(trainable="lora+embed_tokens+lm_head", lora_r=4)
 ROUTES = {
-    "full": ("llama", False, dict(dtype="fp32")),
+    "full": ("llama", False, dict(dtype="fp32", sample_prompts=("def main(",))),
     "accumulation": ("llama", True, dict(dtype="fp32", gradient_accumulation_steps=2, weight_decay=0.1)),
     "lora": ("gemma", True, dict(dtype="fp32", **LORA)),
     "checkpointing": (
@@ -90,6 +91,7 @@ ROUTES = {
             z_loss=1e-4,
             label_smoothing_factor=0.1,
             per_device_eval_batch_size=3,
+            sample_prompts=("def main(",),
         ),
     ),
     "packed body": ("qwen2", False, dict(dtype="fp32", quantization="nf4", trainable="lm_head", sharding="shard")),
@@ -126,6 +128,7 @@ MEMORY = {
         dict(quantization="nf4", optimizer_in_backward=True, gradient_accumulation_steps=2, max_grad_norm=None, **LORA),
     ),
     "replicate": ("qwen3", True, dict(sharding="replicate", gradient_accumulation_steps=2)),
+    "samples": ("gemma", True, dict(sample_prompts=("def main(", "import"), gradient_checkpointing=True)),
     "adafactor": ("qwen3", True, dict(optimizer="adafactor", gradient_accumulation_steps=2)),
 }
 
@@ -233,6 +236,7 @@ def test_losses_are_those_of_one_process(make_checkpoint, corpus, tmp_path, proc
     assert together(processes, tmp_path / "out", train, two) == [6, 6]
     loop.train(one)
     assert_same_losses(tmp_path / "one", tmp_path / "two")
+    assert written(tmp_path / "one")[:1] == written(tmp_path / "two")[:1]  # of the same weights, to the bit
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     assert ours.keys() == theirs.keys()
     # AdamW divides a gradient by its own size: where it is all rounding, so is the sign of its first updates.
@@ -373,7 +377,7 @@ def figures(device):
     ]
 
 
-@pytest.mark.parametrize("route", some(MEMORY, "llama-tied", "qwen", "lora", "nf4"))
+@pytest.mark.parametrize("route", some(MEMORY, "samples", "llama-tied", "qwen", "lora", "nf4"))
 def test_each_process_peaks_where_the_rehearsal_says(make_checkpoint, tmp_path, processes, route):
     architecture, tied, settings = MEMORY[route]
     model = str(make_checkpoint(architecture, tied=tied))

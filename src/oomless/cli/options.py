@@ -15,7 +15,7 @@ import typer
 
 from oomless.cli.voice import aside
 from oomless.config import SECTIONS, TrainConfig, outrank
-from oomless.config.values import field_help, kinds, load_yaml, plain_kind
+from oomless.config.values import Texts, field_help, kinds, load_yaml, plain_kind
 from oomless.errors import ConfigError
 from oomless.planning.strategies import CHOSEN
 
@@ -38,7 +38,8 @@ def _option(section: type, name: str) -> inspect.Parameter:
         text += f" One of {', '.join(typing.get_args(kind))}."
     if isinstance(default, int | float | str) and kind is not bool:
         text += f" [default: {f'chosen; with --as-given {default}' if name in CHOSEN else default}]"
-    annotation: Any = bool | None if kind is bool else list[str] | None if name in ("data", "eval_data") else str | None
+    several = name in ("data", "eval_data") or kind == Texts
+    annotation: Any = bool | None if kind is bool else list[str] | None if several else str | None
     option = typer.Option(flag, help=text, rich_help_panel=str(section.__doc__).rstrip("."), show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from oomless.config.values import Count, Positive, Range
+from oomless.config.values import Count, Positive, Range, Texts
 from oomless.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ class Running:
 
     eval_steps: Count | None = None
     """Steps between evaluations; one at the start and one at the end are always made. [default: none between]"""
+
+    sample_prompts: Texts | None = None
+    """Texts that the model goes on from at each evaluation, the likeliest token each time, so that what it learns can be read on
+    the way. As an option it may be given again."""
+
+    sample_tokens: Count | None = None
+    """Tokens that it writes of each. [default: 32 with sample_prompts, at most half of max_seq_length]"""
 
     save_steps: Count | None = None
     """Steps between checkpoints; one at the end is always made. [default: by save_minutes alone]"""
@@ -100,6 +107,19 @@ def check(run: TrainConfig) -> None:
                 f"{name} goes by evaluations on the way: set eval_steps, and eval_data or eval_fraction, or remove {name}",
                 *(name, "eval_steps"),
             )
+    if run.sample_prompts:
+        run.fill("sample_tokens", min(32, run.max_seq_length // 2))
+        if run.sample_tokens is not None and run.sample_tokens >= run.max_seq_length:
+            raise ConfigError(
+                f"sample_tokens is below max_seq_length ({run.max_seq_length}), so that a text to go on from has room; "
+                f"got {run.sample_tokens}",
+                *("sample_tokens", "max_seq_length"),
+            )
+    elif run.sample_tokens:
+        raise ConfigError(
+            "sample_tokens has no effect without sample_prompts: give a text to go on from, or remove sample_tokens",
+            *("sample_tokens", "sample_prompts"),
+        )
     run.fill("save_minutes", 0.0 if run.save_steps else 15.0)
     for name in ("undo_updates", "allow_leaner_optimizer"):
         if getattr(run, name) and not run.recover_from_oom:

@@ -49,6 +49,8 @@ Count = Annotated[int, Range(least=1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, below=1)]
+Texts = tuple[str, ...]
+"""One text, or several."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -143,6 +145,11 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
                 f"{key} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}"
             )
         return value
+    if kind == Texts:
+        several = value if isinstance(value, list | tuple) else [value]
+        if not several:
+            raise ConfigError(f"{key} is empty: give a value, or leave {key} out")
+        return tuple(coerce(key, one, str) for one in several)
     read = _READERS[kind](value)
     if read is None:
         raise ConfigError(f"{key} must be {_KIND_NAMES[kind]}; got {value!r}")

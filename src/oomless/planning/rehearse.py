@@ -15,7 +15,7 @@ allocator does hold: one for the thread that runs the step, one for autograd's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,6 +261,12 @@ class NoFolder(Keeper):
 
     def record(self, metrics: dict[str, Any]) -> None:  # noqa: D102
         pass
+
+    def prompts(self, life: Life) -> Sequence[Sequence[int]]:  # noqa: D102
+        return [[0]] * len(life.config.sample_prompts or ())
+
+    def text(self, tokens: Sequence[int], new: Sequence[int]) -> str:  # noqa: D102
+        return ""
 
     def save(self, life: Life) -> None:  # noqa: D102
         if life.step == self._saved_step:

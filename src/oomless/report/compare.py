@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -91,8 +92,11 @@ def section(found: Comparison) -> str:
     if found.base.losses:
         parts.append(table("held-out text", COLUMNS, [[escaped(cell) for cell in row] for row in rows(found)]))
     for prompt, before, after in zip(found.prompts, found.base.texts, found.trained.texts, strict=True):
-        parts.append(f'<pre class="prompt" tabindex="0">{escaped(prompt)}</pre>')
-        both = (("base", before), ("trained", after))
-        sides = [f'<div><h3>{name}</h3><pre tabindex="0">{escaped(said)}</pre></div>' for name, said in both]
-        parts.append(f'<div class="pair">{"".join(sides)}</div>')
+        parts.append(side_by_side(prompt, [("base", before), ("trained", after)]))
     return "".join([*parts, "</section>"])
+
+
+def side_by_side(prompt: str, sides: Iterable[tuple[str, str]]) -> str:
+    """Return what follows ``prompt`` by each of ``sides``, which are named, beside each other."""
+    columns = [f'<div><h3>{escaped(name)}</h3><pre tabindex="0">{escaped(said)}</pre></div>' for name, said in sides]
+    return f'<pre class="prompt" tabindex="0">{escaped(prompt)}</pre><div class="pair">{"".join(columns)}</div>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 
 from oomless.config import DataSource, TrainConfig
-from oomless.config.values import field_help, kinds, plain_kind
+from oomless.config.values import Texts, field_help, kinds, plain_kind
 
 
 def reference() -> str:
@@ -54,7 +54,8 @@ def _shown(default: object) -> str:
 def _values(kind: object) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(map(str, typing.get_args(kind)))
-    return {str: "text", int: "whole number", float: "number", bool: "true, false"}.get(kind, "list of sources")  # type: ignore[call-overload,no-any-return]
+    names: dict[object, str] = {str: "text", Texts: "text, or a list of texts", int: "whole number", float: "number"}
+    return {**names, bool: "true, false"}.get(kind, "list of sources")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ from typing import Any
 from oomless.errors import ConfigError
 from oomless.export import comparison
 from oomless.report.charts import Chart, Line, draw, page, text
-from oomless.report.compare import section
+from oomless.report.compare import section, side_by_side
 from oomless.report.pictures import shown_bytes, unit_of
-from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION
+from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION, SAMPLES
 from oomless.units import KiB, counted, format_bytes, short
 
 MOST = 1e100
 """Beyond it a number is damage."""
+LAST_SAMPLES = 5
+"""So many of what was written after a prompt are shown, beside the first."""
 EVENTS = 100
 """So many recoveries and bad steps are listed, the last ones."""
 PEAK = ("profile", "peak_allocated_bytes")
@@ -40,6 +42,8 @@ class Logged:
     """What went wrong after a step, and what was done."""
     recovered: list[int] = field(default_factory=list)
     bad: list[int] = field(default_factory=list)
+    samples: dict[str, dict[int, str]] = field(default_factory=dict)
+    """By prompt: what the model wrote after a step, of the first step and of the last ones."""
     unread: int = 0
     """Lines that are no metrics."""
     cut: bool = False
@@ -173,6 +177,9 @@ def _read_line(logged: Logged, line: str) -> None:
             (step, f"step {record['bad_step']} was bad: {record.get('reason')}; answer: {record.get('answer')}")
         )
         return
+    if SAMPLES in record:
+        _keep_samples(logged, step, record[SAMPLES])
+        return
     recoveries = _number(record.get("oom_recoveries"))
     if recoveries is not None and recoveries > logged.last("oom_recoveries"):
         logged.recovered.append(step)
@@ -181,6 +188,18 @@ def _read_line(logged: Logged, line: str) -> None:
         number = _number(value)
         if number is not None and (math.isfinite(number) or "loss" in name or name == "gradient_norm"):
             logged.values.setdefault(name, []).append((step, number))
+
+
+def _keep_samples(logged: Logged, step: int, samples: object) -> None:
+    for sample in samples if isinstance(samples, list) else ():
+        prompt, written = (sample.get("prompt"), sample.get("text")) if isinstance(sample, dict) else (None, None)
+        if not isinstance(prompt, str) or not isinstance(written, str):
+            logged.unread += 1
+            continue
+        of_prompt = logged.samples.setdefault(prompt, {})
+        of_prompt[step] = written
+        if len(of_prompt) > LAST_SAMPLES + 1:
+            del of_prompt[sorted(of_prompt)[1]]
 
 
 def _number(value: object) -> float | None:
@@ -210,6 +229,11 @@ def run_details(logged: Logged) -> Iterator[str]:
     """Yield what went wrong in a run, and its settings."""
     if (compared := comparison.read(logged.folder)) is not None:
         yield section(compared)
+    if logged.samples:
+        yield '<section class="wide"><h2>Written on the way</h2>'
+        for prompt, of_prompt in logged.samples.items():
+            yield side_by_side(prompt, [(f"after step {step:,}", said) for step, said in of_prompt.items()])
+        yield "</section>"
     if logged.events:
         events = sorted(logged.events, key=lambda event: event[0])
         yield "<section><h2>Recoveries and bad steps</h2>"

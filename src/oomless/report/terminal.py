@@ -97,6 +97,12 @@ class TerminalListener(Listener):
         shown = ", ".join(f"{name} {loss:.4f} (perplexity {perplexity(loss)})" for name, loss in losses.items())
         self.screen.print(f"validation loss after step {step}: {shown}")
 
+    def sampled(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Print what the model wrote."""
+        self.screen.print(f"written after step {step}:")
+        for sample in samples:
+            self.screen.say("  ", (sample["prompt"], "dim"), sample["text"])
+
     def saved(self, folder: Path) -> None:
         """Print where something was saved."""
         self.screen.print(f"saved {folder}", soft_wrap=True)

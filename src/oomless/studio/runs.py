@@ -35,7 +35,7 @@ PRINTED = "studio.log"
 BEGUN = "studio.yaml"
 """The settings with which a run was begun here."""
 
-GIVEN = {"data", "learning_rate", "num_train_epochs", "max_steps"}
+GIVEN = {"data", "learning_rate", "num_train_epochs", "max_steps", "sample_prompts"}
 """What a run is given beside its plan."""
 
 PRINTED_BYTES = 20_000

@@ -10,7 +10,8 @@ from torch import Tensor
 from oomless.data.loader import MicroBatch
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
-from oomless.training.run_files import EVALUATED
+from oomless.training.run_files import EVALUATED, SAMPLES
+from oomless.training.samples import write_samples
 
 
 def evaluate(life: Life) -> dict[str, float]:
@@ -30,10 +31,14 @@ def evaluate(life: Life) -> dict[str, float]:
             blocks.check_unchanged()
             found = life.guard.evaluate(blocks, life.config.per_device_eval_batch_size or 1, own_batches)
             losses[name] = life.guard.retried(mean_loss, *found)
+        samples = write_samples(life)
     except Abandoned:
         return {}
     if losses:
         life.keeper.record({"step": life.step, **{f"{EVALUATED}{name}": loss for name, loss in losses.items()}})
         life.listener.evaluated(life.step, losses)
         life.evaluated = life.step, losses
+    if samples:
+        life.keeper.record({"step": life.step, SAMPLES: samples})
+        life.listener.sampled(life.step, samples)
     return losses

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ class Keeper:
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Keep a line of metrics."""
+        raise NotImplementedError
+
+    def prompts(self, life: Life) -> Sequence[Sequence[int]]:
+        """Return the tokens of each text of ``sample_prompts``."""
+        raise NotImplementedError
+
+    def text(self, tokens: Sequence[int], new: Sequence[int]) -> str:
+        """Return how the ``new`` tokens go on after ``tokens``."""
         raise NotImplementedError
 
     def evaluated(self, step: int) -> dict[str, float]:

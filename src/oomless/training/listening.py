@@ -27,6 +27,9 @@ class Listener:
     def evaluated(self, step: int, losses: dict[str, float]) -> None:
         """Validation losses by source were measured after ``step``."""
 
+    def sampled(self, step: int, samples: list[dict[str, str]]) -> None:
+        """The model wrote a ``text`` after each ``prompt``, as it is after ``step``."""
+
     def saved(self, folder: Path) -> None:
         """A checkpoint or the final model was written."""
 

@@ -31,6 +31,9 @@ LOCK = ".lock"
 EVALUATED = "eval_loss/"
 """What names of validation losses begin with."""
 
+SAMPLES = "samples"
+"""What the model wrote at an evaluation is called in the metrics: a list of mappings with ``prompt`` and ``text``."""
+
 _PROC = Path("/proc")
 
 

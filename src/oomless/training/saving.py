@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from oomless.config import TrainConfig
 from oomless.errors import CheckpointError
 from oomless.models.spec import ModelSpec
-from oomless.training import checkpoint, final_model, resuming
+from oomless.training import checkpoint, final_model, resuming, samples
 from oomless.training.distributed import Ranks
 from oomless.training.life import Keeper, Life
 from oomless.training.listening import Listener
@@ -50,6 +50,7 @@ class RunFolder(Keeper):
         self.best: checkpoint.Checkpoint | None = None
         self.metrics = Metrics(folder / METRICS, listener.said)
         self.writer: Any = None
+        self._prompts = samples.tokens_of(config, tokenizer)
 
     def open(self, total_steps: int) -> None:
         """Begin to write: the config, what was predicted, how long the run is, and metrics from where it goes on.
@@ -75,8 +76,14 @@ class RunFolder(Keeper):
         self.metrics.append(metrics)
         if self.writer is not None:
             for key, value in metrics.items():
-                if key != "step":
+                if key != "step" and isinstance(value, int | float):
                     self.writer.add_scalar(key, value, metrics["step"])
+
+    def prompts(self, life: Life) -> Sequence[Sequence[int]]:  # noqa: D102
+        return self._prompts
+
+    def text(self, tokens: Sequence[int], new: Sequence[int]) -> str:  # noqa: D102
+        return samples.text_after(self.tokenizer, tokens, new)
 
     def evaluated(self, step: int) -> dict[str, float]:  # noqa: D102
         found: dict[str, float] = self.ranks.from_first(lambda: self.metrics.evaluated(step))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,6 +194,30 @@ class TrainingStep:
         return total, tokens
 
     @torch.no_grad()
+    def write(self, row: Tensor, given: int, new: int) -> list[int]:
+        """Return the likeliest ``new`` tokens after the first ``given`` of ``row``, int64 [T] on the host, which has room for both.
+
+        Each is a pass over the whole row, as a step has it and without a cache: what comes later in it changes nothing.
+        """
+        self.model.eval()
+        length = len(row)
+        with self.device.phase("evaluation"):
+            with self.device.host():
+                positions_on_host = torch.arange(length)[None]
+            tokens, positions = self.device.put(row[None]), self.device.put(positions_on_host)
+
+            def likeliest(hidden: Tensor) -> Tensor:
+                with self.device.phase("loss"):
+                    logits: Tensor = self.model.get_output_embeddings()(hidden[:, at - 1])
+                    return logits.argmax(-1)
+
+            body = partial(hidden_states, self.model, tokens, positions, ((length,),))
+            for at in range(given, given + (min(new, 2) if self.device.fake else new)):  # each asks for the same
+                tokens[:, at] = self._run(body, likeliest)
+            written: list[int] = self.device.numbers(tokens[0], [0] * length)[given : given + new]
+        return written
+
+    @torch.no_grad()
     def run_whole(self, function: Callable[[], None]) -> None:
         """Run ``function``, which may use the model as it likes, but not train it."""
         sharded = self.sharded
@@ -211,14 +236,21 @@ class TrainingStep:
                 how = {"repeating": self.device.repeating, **added}
                 return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **how)
 
-        def whole_loss() -> Tensor:
-            with self.device.phase("forward"):
-                hidden = hidden_states(
-                    self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths
-                )
-            return loss_of_head(hidden) if self.sharded is None else self.sharded.with_head(loss_of_head, hidden)
+        def hidden() -> Tensor:
+            return hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
 
-        return whole_loss() if self.sharded is None else self.sharded.run(whole_loss)
+        return self._run(hidden, loss_of_head)
+
+    def _run(self, body: Callable[[], Tensor], of_head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what ``of_head`` makes of what ``body`` hands to the head."""
+        sharded = self.sharded
+
+        def whole() -> Tensor:
+            with self.device.phase("forward"):
+                hidden = body()
+            return of_head(hidden) if sharded is None else sharded.with_head(of_head, hidden)
+
+        return whole() if sharded is None else sharded.run(whole)
 
 
 def passes_of(config: TrainConfig) -> int:

@@ -453,6 +453,7 @@ function beginning(question) {
   field("name", "Name of the run", { required: "", placeholder: "first" });
   field("max_steps", "Steps", { inputmode: "numeric", placeholder: "all of the text" });
   field("learning_rate", "Learning rate", { inputmode: "decimal", placeholder: "usual" });
+  field("sample_prompts", "Text to go on from on the way", { placeholder: "none" });
   const said = made("span", "", { role: "status" });
   form.append(made("button", "Start it", { class: "main" }), said);
   form.addEventListener("submit", async (event) => {
