@@ -313,6 +313,33 @@ def test_a_thinned_timeline_keeps_the_peak(gpu):
     del kept
 
 
+def test_the_holders_at_the_peak_are_named_and_sum_to_it(gpu):
+    """Weights, gradients and state by the tensor that they belong to, the rest by who asked."""
+    kept = train(gpu, steps=2)
+    profile = gpu.profile()
+    held = profile.peak_holders
+    assert {category: sum(one.size_bytes for one in holders) for category, holders in held.items()} == {
+        category: size for category, size in profile.peak_bytes_by_category.items() if size
+    }
+    both = {("first.weight", 1, KIB), ("second.weight", 1, KIB)}
+    for category in ("weights", "optimizer state"):
+        assert {(one.name, one.allocations, one.size_bytes) for one in held[category]} == both, category
+    assert {one.name for one in held["saved activations"]} >= {"aten.exp.default in first"}
+    named = {name for name in gpu.profile(max_points=None).timeline.tensors if name}
+    assert named == {"first.weight", "second.weight"}
+    del kept
+
+
+def test_what_is_not_among_the_largest_is_counted(gpu):
+    with gpu.phase("load"):
+        model = nn.ModuleList(nn.Linear(128 * width, 1, bias=False) for width in range(1, 41))
+    gpu.watch(model)
+    *largest, rest = gpu.profile().peak_holders["weights"]
+    assert [one.name for one in largest][:2] == ["39.weight", "38.weight"]
+    assert (rest.name, rest.allocations) == ("", 40 - len(largest))
+    del model
+
+
 def test_json_round_trip(gpu):
     kept = train(gpu)
     gpu.fail_at(gpu.allocation_count)

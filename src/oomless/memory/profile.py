@@ -45,6 +45,16 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Holder:
+    """Allocations of one name that were held at a moment."""
+
+    name: str
+    """Of a tensor of the model, its gradient or its state; else the operator and the module that asked; empty for all the others."""
+    allocations: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PhasePeak:
     """The most that was allocated and reserved while a phase was running."""
 
@@ -66,6 +76,8 @@ class Timeline:
     """Which operator asked for memory there; empty where none did."""
     modules: tuple[str, ...]
     """In which module it was, as of a ``Request``."""
+    tensors: tuple[str, ...]
+    """What it was asked for, where that has a name: a tensor of the model, its gradient or its state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +98,8 @@ class MemoryProfile:
     """The allocation that first reached ``peak_allocated_bytes``; ``None`` if there was none."""
     peak_bytes_by_category: Mapping[Category, int]
     """At that moment; they sum to ``peak_allocated_bytes``."""
+    peak_holders: Mapping[Category, tuple[Holder, ...]]
+    """Of each category that was held then, the largest and the rest."""
     cached_bytes: int
     """Reserved but not allocated at that moment."""
     failures: tuple[Request, ...]
@@ -108,6 +122,10 @@ class MemoryProfile:
             fields = dict(plain) | {
                 "phases": {name: PhasePeak(**peak) for name, peak in plain["phases"].items()},
                 "peak": None if plain["peak"] is None else Request(**plain["peak"]),
+                "peak_holders": {
+                    name: tuple(Holder(**holder) for holder in holders)
+                    for name, holders in plain["peak_holders"].items()
+                },
                 "failures": tuple(Request(**failure) for failure in plain["failures"]),
                 "timeline": Timeline(
                     **dict(timeline, bytes_by_category={})

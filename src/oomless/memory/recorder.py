@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from oomless.memory.allocator_state import AllocatorStatistics, Block
 from oomless.memory.device import Category, Phase
-from oomless.memory.profile import CATEGORIES, MemoryProfile, PhasePeak, Request, Timeline
+from oomless.memory.profile import CATEGORIES, Holder, MemoryProfile, PhasePeak, Request, Timeline
 
 _CATEGORY_OF_SURVIVORS: dict[Phase, Category] = {
     "load": "weights",
@@ -32,6 +32,8 @@ _CATEGORY_OF_SURVIVORS: dict[Phase, Category] = {
     "optimizer": "optimizer state",
 }
 _PHASE_CHANGE = 0
+HOLDERS = 12
+"""So many of a category are named, the largest."""
 
 
 class _Owner(NamedTuple):
@@ -49,6 +51,7 @@ class Allocation:
         "category",
         "index",
         "module",
+        "name",
         "operation",
         "phase",
         "requested_bytes",
@@ -69,8 +72,13 @@ class Allocation:
         self.size_bytes = size_bytes
         self.requested_bytes = requested_bytes
         self.operation = operation
+        self.name = ""
         self.module, self.phase = owner
         self.category: Category | None = "logits and loss" if owner.phase == "loss" else None
+
+    def called(self) -> str:
+        """Return its name, or by what and where it was asked for."""
+        return self.name or f"{self.operation}{f' in {self.module}' if self.module else ''}"
 
 
 class Recorder:
@@ -206,6 +214,7 @@ class Recorder:
             phases=self._phase_peaks(phase_of, allocated),
             peak=peak,
             peak_bytes_by_category=at_peak,
+            peak_holders={} if peak_event is None else self._holders(peak_event),
             cached_bytes=0 if peak_event is None else self._reserved[peak_event] - allocated[peak_event],
             failures=tuple(self._failures),
             timeline=Timeline(
@@ -218,8 +227,33 @@ class Recorder:
                 },
                 operations=tuple("" if one is None else str(one.operation) for one in asked),
                 modules=tuple("" if one is None else one.module for one in asked),
+                tensors=tuple("" if one is None else one.name for one in asked),
             ),
         )
+
+    def _holders(self, event: int) -> dict[Category, tuple[Holder, ...]]:
+        """Return what was held after ``event``: of each category the largest by name, and the rest."""
+        held: dict[int, None] = {}
+        for number in self._events[: event + 1]:
+            if number > 0:
+                held[number - 1] = None
+            elif number < 0:
+                del held[-number - 1]
+        found: dict[Category, dict[str, list[int]]] = {category: {} for category in CATEGORIES}
+        for allocation in map(self._allocations.__getitem__, held):
+            found[allocation.category or "temporaries"].setdefault(allocation.called(), []).append(
+                allocation.size_bytes
+            )
+        named: dict[Category, tuple[Holder, ...]] = {}
+        for category, sizes in found.items():
+            order = sorted(sizes.items(), key=lambda item: -sum(item[1]))
+            rest = [size for _, several in order[HOLDERS:] for size in several]
+            rows = [*order[:HOLDERS], *([("", rest)] if rest else [])]
+            if rows:
+                named[category] = tuple(
+                    Holder(name=name, allocations=len(several), size_bytes=sum(several)) for name, several in rows
+                )
+        return named
 
     def held_before(self, event: int) -> dict[Category, int]:
         """Return the bytes of each category that were held when the event with this number was about to happen."""
@@ -298,7 +332,9 @@ class Watcher:
             for parameter in model.parameters()
             if parameter.requires_grad
         ]
-        label([*model.parameters(), *model.buffers()], "weights", overwrite=False)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        named = dict([*model.named_parameters(), *model.named_buffers()])
+        label(named.values(), "weights", overwrite=False, names=named)
         self.scan()
 
     def _hook(self, name: str, module: nn.Module) -> Iterator[Any]:
@@ -313,17 +349,21 @@ class Watcher:
 
     def _gradient_accumulated(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._label([parameter.grad], "gradients")
+            self._label([parameter.grad], "gradients", names=[self._names.get(id(parameter), "")])
 
     def scan(self) -> None:
         """Label gradients and optimizer state that no hook has seen."""
         model = self._model()
         if model is not None:
-            self._label([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+            with_gradient = [p for p in model.parameters() if p.grad is not None]
+            names = [self._names.get(id(p), "") for p in with_gradient]
+            self._label([p.grad for p in with_gradient], "gradients", names=names)
         for reference in self._optimizers:
             optimizer = reference()
-            if optimizer is not None:
-                self._label(_tensors_in(list(optimizer.state.values())), "optimizer state")
+            for parameter, state in [] if optimizer is None else list(optimizer.state.items()):
+                tensors = list(_tensors_in(state))
+                name = self._names.get(id(parameter), "")
+                self._label(tensors, "optimizer state", names=[name] * len(tensors))
 
     def remove(self) -> None:
         """Take all hooks away."""

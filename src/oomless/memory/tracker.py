@@ -351,12 +351,15 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         booking.ledger, booking.allocation = held
         return made
 
-    def label(self, tensor: Tensor, category: Any, *, overwrite: bool) -> None:
-        """Say what ``tensor`` is for, where its ledger keeps that."""
+    def label(self, tensor: Tensor, category: Any, *, overwrite: bool, name: str = "") -> None:
+        """Say what ``tensor`` is for and what it is called, where its ledger keeps that."""
         for booking in self.find(tensor):
             allocation = booking.allocation
-            if hasattr(allocation, "category") and (overwrite or allocation.category is None):
+            if not hasattr(allocation, "category"):
+                continue
+            if overwrite or allocation.category is None:
                 self._label(allocation, category)
+            allocation.name = name or allocation.name
 
     def _label(self, allocation: Any, category: Any) -> None:
         allocation.category = category

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -307,11 +308,13 @@ class VirtualGPU(Device):
         """Return what was counted of a step; ``None`` on real tensors."""
         return None if self._fake_mode is None else self._fake_mode.work.work()
 
-    def label(self, tensors: Iterable[Tensor], category: Category, *, overwrite: bool = True) -> None:
-        """Say what ``tensors`` are for; with ``overwrite=False`` only those not labelled so far."""
+    def label(
+        self, tensors: Iterable[Tensor], category: Category, *, overwrite: bool = True, names: Iterable[str] = ()
+    ) -> None:
+        """Say what ``tensors`` are for, with ``overwrite=False`` of those not labelled so far; and what they are called, where they have ``names``."""
         if self._recorder is not None:
-            for tensor in tensors:
-                self._tracker.label(tensor, category, overwrite=overwrite)
+            for tensor, name in zip(tensors, chain(names, repeat("")), strict=False):
+                self._tracker.label(tensor, category, overwrite=overwrite, name=name)
 
     def repeating(self, key: Any, function: Callable[[], None]) -> None:
         """Call ``function``; on fake tensors, only once for each ``key``, and then ask again for what it asked for.

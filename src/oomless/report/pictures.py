@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from oomless.report.charts import (
     BAR,
@@ -109,8 +110,17 @@ def _keys(held: Held) -> str:
     return f"<p>{' '.join(keys)}</p>"
 
 
-def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple[str, float]], said: str = "") -> str:
-    """Return what a sum of bytes is made of as one bar, with ``limits`` across it, a table, and what is ``said`` below."""
+def made_of(
+    title: str,
+    parts: Sequence[tuple[str, int]],
+    limits: Sequence[tuple[str, float]],
+    said: str = "",
+    within: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """Return what a sum of bytes is made of as one bar, with ``limits`` across it, a table, and what is ``said`` below.
+
+    The pointer on a part reads the lines that ``within`` has of it.
+    """
     total = sum(size for _, size in parts)
     most = max([total, *(value for _, value in limits), 1])
     ticks = round_ticks(0, most, unit_of(most))
@@ -123,7 +133,8 @@ def made_of(title: str, parts: Sequence[tuple[str, int]], limits: Sequence[tuple
         drawn.append(
             f'<rect class="area c{number % LINES}" x="{left:.1f}" y="{TOP + 6}" width="{right - left:.1f}" height="{BAR - 12}"/>'
         )
-        drawn.append(frame.hit(left, right, f"{name}: {format_bytes(size)}, {size / total:.1%}"))
+        lines = [f"{name}: {format_bytes(size)}, {size / total:.1%}", *within.get(name, ())]
+        drawn.append(frame.hit(left, right, "\n".join(lines)))
         rows.append(
             (f'<i class="key area c{number % LINES}"></i>{text(name)}', format_bytes(size), f"{size / total:.1%}")
         )

@@ -98,8 +98,13 @@ def held_by(profile: MemoryProfile, limits: Sequence[tuple[str, float]] = ()) ->
     """Return what a rehearsal held, by category."""
     timeline = profile.timeline
     moments = [
-        phase + (f": {operation}" if operation else "") + (f" in {module}" if module else "")
-        for phase, operation, module in zip(timeline.phases, timeline.operations, timeline.modules, strict=True)
+        phase
+        + (f": {operation}" if operation else "")
+        + (f" in {module}" if module else "")
+        + (f" for {tensor}" if tensor else "")
+        for phase, operation, module, tensor in zip(
+            timeline.phases, timeline.operations, timeline.modules, timeline.tensors, strict=True
+        )
     ]
     return Held(
         title="Memory from the beginning to the end of what was rehearsed",

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from oomless.memory.profile import CATEGORIES
+from oomless.memory.profile import CATEGORIES, Holder, MemoryProfile
 from oomless.planning.choice import Choice
 from oomless.planning.choose import picked_settings
 from oomless.planning.plan import Plan
@@ -31,6 +31,9 @@ from oomless.report.choice import (
 from oomless.report.pictures import OTHERS, Dot, choices, held_over_time, made_of
 from oomless.report.plan import held_by
 from oomless.units import counted, format_bytes
+
+LARGEST = 12
+"""So many of the tensors at the peak are listed."""
 
 
 def choice_page(choice: Choice) -> str:
@@ -94,7 +97,10 @@ def plan_parts(plan: Plan) -> Iterator[str]:
             f"The peak is reached in the {profile.peak.phase} phase{where}, when {profile.peak.operation} asks for "
             f"{format_bytes(profile.peak.size_bytes)}."
         )
-    yield made_of("Memory at the peak", sizes, limits, said)
+    within: dict[str, list[str]] = {
+        category: [_held(one) for one in holders] for category, holders in profile.peak_holders.items()
+    }
+    yield made_of("Memory at the peak", sizes, limits, said, within)
     if not plan.fits and plan.out_of_memory:
         yield f"<p>PyTorch would say: {text(plan.out_of_memory)}</p>"
     yield held_over_time(held_by(profile, [("the allocator can have", float(target.usable_bytes))]))
@@ -102,7 +108,27 @@ def plan_parts(plan: Plan) -> Iterator[str]:
         (text(name), format_bytes(peak.allocated_bytes), format_bytes(peak.reserved_bytes))
         for name, peak in profile.phases.items()
     ]
+    yield _largest(profile)
     yield f"<section><h2>Phases</h2>{table('Phases', ('phase', 'most allocated', 'most reserved'), phases)}</section>"
+
+
+def _held(holder: Holder) -> str:
+    several = f" x {holder.allocations:,}" if holder.allocations > 1 else ""
+    return f"{holder.name or 'smaller ones'}{several}: {format_bytes(holder.size_bytes)}"
+
+
+def _largest(profile: MemoryProfile) -> str:
+    """Return the largest tensors at the peak as a table."""
+    held = [(one, category) for category, holders in profile.peak_holders.items() for one in holders if one.name]
+    held.sort(key=lambda pair: -pair[0].size_bytes)
+    rows = [
+        (text(one.name), f"{one.allocations:,}", text(category), format_bytes(one.size_bytes))
+        for one, category in held[:LARGEST]
+    ]
+    title = "Largest at the peak"
+    return (
+        f"<section><h2>{title}</h2>{table(title, ('tensor, or who asked', 'tensors', 'for', 'memory'), rows)}</section>"
+    )
 
 
 def _choices(choice: Choice) -> str:
