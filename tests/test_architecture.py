@@ -14,6 +14,7 @@ FLOORS = [
     {"ops", "optim", "memory"},
     {"techniques"},
     {"models", "data"},
+    {"vocabulary"},
     {"training"},
     {"planning"},
     {"programs"},

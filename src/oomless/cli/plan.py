@@ -20,6 +20,7 @@ from oomless.cli.options import (
 )
 from oomless.errors import ConfigError
 from oomless.planning.given import as_config, host_size, read_given, wish_of
+from oomless.planning.strategies import UNPLANNED
 
 if TYPE_CHECKING:
     from oomless.config import TrainConfig
@@ -102,9 +103,12 @@ def plan(
 
     from oomless.cli.voice import say_notes
     from oomless.models.spec import resolve_for_plan
+    from oomless.planning.layout import with_new_tokens
 
     for model in filter(None, models):
-        say_notes(resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code"))))
+        spec = resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code")))
+        with with_new_tokens(spec, {**UNPLANNED, **given, "model": model}) as (grown, _):
+            say_notes(grown)
     if compares:
         _compare(given, models, gpus or [given.get("gpu", "auto")], wish, host_bytes, json)
         return

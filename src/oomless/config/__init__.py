@@ -22,7 +22,7 @@ from oomless.config.data import DataSource as DataSource
 from oomless.config.data import Packing as Packing
 from oomless.config.memory import Memory
 from oomless.config.memory import Precision as Precision
-from oomless.config.model import Model
+from oomless.config.model import Model, tokens_to_add
 from oomless.config.optimizer import OPTIMIZER_DEFAULTS as OPTIMIZER_DEFAULTS
 from oomless.config.optimizer import Optimizer
 from oomless.config.optimizer import Scheduler as Scheduler
@@ -109,6 +109,8 @@ def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in mapping.items():
         if key not in known:
             raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), known)}")
+        if key == "extend_tokenizer":
+            value = tokens_to_add(value)
         if value is not None:
             values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, known[key])
     folder = adapter.folder_of(values["model"]) if "model" in values else None

@@ -36,8 +36,8 @@ class Trained:
     """For a model whose embed_tokens and lm_head are one matrix: train it as one (shared), or part them (untied)."""
 
     trainable_rows: str | None = None
-    """Of the embed_tokens and lm_head that train, train only these rows: token ids and ranges, such as 5,128000-128007.
-    [default: all]"""
+    """Of the embed_tokens and lm_head that train, train only these rows: token ids and ranges, such as 5,128000-128007, or
+    new, those of extend_tokenizer. [default: all]"""
 
     lora_r: Count | None = None
     """LoRA rank. [default: 16]"""

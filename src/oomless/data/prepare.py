@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from oomless.data.store import TokenStore, open_store, source_name, user_cache_d
 from oomless.errors import ConfigError, DataError
 from oomless.units import counted
 
+MOST_TOKENS = 1 << 23
+"""From so many, chosen by chance, what a tokenizer is taught is learnt."""
+_PIECE_TOKENS = 1 << 12
+_PIECES_AT_ONCE = 64
 _NEAR = 0.9
 """Share of the tokens to hold out from which whole documents are near enough, and none is cut."""
 
@@ -44,19 +49,7 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
         DataError: text is missing, empty or cannot be read, or is too little to hold any of it out.
         ConfigError: two sources have one name.
     """
-    _check_names(config.data)
-    _check_names(config.eval_data)
-    if config.chat_template is not None:
-        tokenizer.chat_template = load_template(config.chat_template)
-    encoder = Encoder(tokenizer)
-    chats = ChatEncoder(tokenizer, encoder, config.loss_on or "assistant")
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else user_cache_dir()
-
-    def opened(sources: Sequence[DataSource]) -> list[TokenStore]:
-        return [
-            open_store(source, encoder, cache_dir, manner=_manner(source, config), chats=chats, progress=progress)
-            for source in sources
-        ]
+    opened = _opener(config, tokenizer, progress)
 
     def packed(store: TokenStore, spans: Any) -> PackedBlocks:
         return PackedBlocks(store, spans, config.max_seq_length, config.packing)
@@ -96,6 +89,72 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
     return PreparedData(train=stream, evaluation=chosen, summary=tuple(lines))
 
 
+def _opener(
+    config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], None] | None
+) -> Callable[[Sequence[DataSource]], list[TokenStore]]:
+    """Return what opens the stores of sources, as ``config`` and ``tokenizer`` make tokens of their text."""
+    _check_names(config.data)
+    _check_names(config.eval_data)
+    if config.chat_template is not None:
+        tokenizer.chat_template = load_template(config.chat_template)
+    encoder = Encoder(tokenizer)
+    chats = ChatEncoder(tokenizer, encoder, config.loss_on or "assistant")
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else user_cache_dir()
+
+    def opened(sources: Sequence[DataSource]) -> list[TokenStore]:
+        return [
+            open_store(source, encoder, cache_dir, manner=_manner(source, config), chats=chats, progress=progress)
+            for source in sources
+        ]
+
+    return opened
+
+
+class TrainingText:
+    """The text that ``config`` trains on, as ``tokenizer`` gives it back, in lists of pieces: at most ``MOST_TOKENS`` of it.
+
+    What another tokenizer may hold out is left out: as the order in which documents are held out does not hang on it, twice as much
+    as this one holds out.
+
+    Raises:
+        DataError: as ``prepare``.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], None] | None = None) -> None:
+        held_out = config.eval_fraction or 0.0
+        self._tokenizer = tokenizer
+        self._stores = _opener(config, tokenizer, progress)(config.data)
+        more = min(2 * held_out, (1 + held_out) / 2)
+        spans = [_split(store, more, config.seed, config.packing)[0] for store in self._stores]
+        tokens = sum(int((span[:, 1] - span[:, 0]).sum()) for span in spans)
+        share = min(1.0, MOST_TOKENS / max(1, tokens))
+        self._spans = [_some(span, share, config.seed) for span in spans]
+        self.contents = [[store.contents, more, share, config.seed, config.packing] for store in self._stores]
+        """What tells it from any other."""
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for store, spans in zip(self._stores, self._spans, strict=True):
+            pieces = (
+                store.tokens[place : min(place + _PIECE_TOKENS, end)].tolist()
+                for begin, end in spans.tolist()
+                for place in range(begin, end, _PIECE_TOKENS)
+            )
+            while some := list(islice(pieces, _PIECES_AT_ONCE)):
+                yield self._tokenizer.backend_tokenizer.decode_batch(some, skip_special_tokens=True)
+
+
+def _some(spans: Any, share: float, seed: int) -> Any:
+    """Return whole ``spans`` by chance, and the beginning of one more, that have ``share`` of their tokens."""
+    if share == 1.0:
+        return spans
+    shuffled = spans[np.random.default_rng(seed).permutation(len(spans))].copy()
+    sizes = shuffled[:, 1] - shuffled[:, 0]
+    before = np.cumsum(sizes) - sizes
+    wanted = int(share * sizes.sum())
+    shuffled[:, 1] = shuffled[:, 0] + np.clip(wanted - before, 0, sizes)
+    return shuffled[shuffled[:, 1] > shuffled[:, 0]]
+
+
 def _manner(source: DataSource, config: TrainConfig) -> Manner:
     return Manner(
         text_field=source.text_field or config.text_field,
@@ -128,7 +187,7 @@ def _split(store: TokenStore, fraction: float, seed: int, packing: Packing) -> t
             f"{store.name} holds {total} tokens to predict, too few to hold any out: set eval_fraction: 0, or name eval_data"
         )
     wanted = min(total - 1, max(1, round(fraction * total)))
-    order = np.random.default_rng([seed, int(store.contents[:12], 16)]).permutation(store.documents)
+    order = np.random.default_rng([seed, int(store.text[:12], 16)]).permutation(store.documents)
     sums = np.cumsum(targets[order])
     count = int(np.searchsorted(sums, wanted, side="right"))
     if store.learnt is not None:  # what is left of a chat means nothing without its beginning

@@ -36,9 +36,8 @@ from oomless.config import DataSource
 from oomless.data.build import UNFINISHED, build
 from oomless.data.chat import ChatEncoder
 from oomless.data.encode import Encoder
-from oomless.data.hub import HubRows
 from oomless.data.read import Manner
-from oomless.data.sources import Files, checksum, identity, open_source
+from oomless.data.sources import checksum, identity, open_source
 from oomless.errors import DataError
 from oomless.units import counted, format_bytes
 
@@ -69,6 +68,8 @@ class TokenStore:
     """What else a person should know of how the rest was read."""
     contents: str = "0"
     """A hash of the tokens, of where documents begin, and of what is learnt; the key is also of the code that made them."""
+    text: str = "0"
+    """A hash of the text, whatever tokens it became."""
     file: Path | None = None
     """What ``tokens`` maps; ``None`` where they lie in memory."""
     opened: tuple[int, int, int] | None = None
@@ -145,7 +146,8 @@ def open_store(
     documents = open_source(source, manner)
     if not documents.holds_chats:
         chats = None
-    key = _key(documents, encoder, manner, chats)
+    content = documents.content()
+    key = _key(content, encoder, manner, chats)
     folder = cache_dir / key
     for _ in range(_TRIES):
         if not folder.is_dir():
@@ -165,7 +167,7 @@ def open_store(
         with suppress(OSError):
             os.utime(folder)
         try:
-            return _open(folder, source, documents.passed_over)
+            return _open(folder, source, documents.passed_over, content)
         except DataError:
             if folder.is_dir():
                 raise
@@ -179,7 +181,7 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oomless" / "tokens"
 
 
-def _key(documents: Files | HubRows, encoder: Encoder, manner: Manner, chats: ChatEncoder | None) -> str:
+def _key(content: list[str], encoder: Encoder, manner: Manner, chats: ChatEncoder | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = [
         _code(),
@@ -195,7 +197,7 @@ def _key(documents: Files | HubRows, encoder: Encoder, manner: Manner, chats: Ch
         manner.deduplicate,
         chats.facts if chats is not None else None,
     ]
-    digest.update(json.dumps([settings, documents.content()]).encode())
+    digest.update(json.dumps([settings, content]).encode())
     return digest.hexdigest()
 
 
@@ -227,7 +229,7 @@ def _keep_to_bound(cache_dir: Path, newest: Path) -> None:
                 shutil.rmtree(removed)
 
 
-def _open(folder: Path, source: DataSource, passed_over: Mapping[str, int]) -> TokenStore:
+def _open(folder: Path, source: DataSource, passed_over: Mapping[str, int], content: list[str]) -> TokenStore:
     path = folder / "tokens.bin"
     try:
         opened = identity(path)
@@ -254,6 +256,7 @@ def _open(folder: Path, source: DataSource, passed_over: Mapping[str, int]) -> T
         passed_over=passed_over,
         notes=Counter(header["notes"]),
         contents=hashlib.blake2b(json.dumps(header["checksums"], sort_keys=True).encode(), digest_size=16).hexdigest(),
+        text=hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest(),
         file=path,
         opened=opened,
     )

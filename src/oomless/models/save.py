@@ -20,6 +20,7 @@ from torch import Tensor
 
 from oomless.errors import ModelError
 from oomless.memory.device import Device
+from oomless.models import extension
 from oomless.models.layout import SOURCE, LateTensor, Savable, in_files
 from oomless.models.make import left_out
 from oomless.models.weights import Weights
@@ -31,6 +32,7 @@ SHARD_BYTES = 5 * 10**9
 _BESIDE = (
     *("generation_config.json", "*processor*config.json", "chat_template.*"),
     *("tokenizer.model", "*.tiktoken", "*.spm", "*.py", "LICENSE*"),
+    extension.FILE,
 )
 """What lies beside a model's weights and is neither its config nor made by its fast tokenizer."""
 _DTYPE_NAMES = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from oomless.config import adapter
 from oomless.errors import ModelError, nearest
-from oomless.models import names, starting_point
+from oomless.models import extension, names, starting_point
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
         config=config,
         folder=folder,
         trust_remote_code=trust_remote_code,
-        notes=(*notes, *_of_a_trainer(folder), *_parts(config)),
+        notes=(*notes, *_of_a_trainer(folder), *_parts(config), *_of_new_tokens(folder)),
     )
 
 
@@ -83,6 +83,11 @@ def _of_a_trainer(folder: Path) -> tuple[str, ...]:
         f"{folder} is a checkpoint of a transformers Trainer: its weights are taken; its optimizer state, schedule and place in the data "
         "are not, and the run begins at step 0",
     )
+
+
+def _of_new_tokens(folder: Path) -> tuple[str, ...]:
+    noted = extension.read(folder)
+    return () if noted is None else noted.notes()
 
 
 def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oomless.config import TrainConfig
@@ -10,6 +10,7 @@ from oomless.planning.plan import Plan, Target
 from oomless.planning.row import Row
 from oomless.planning.strategies import Prefer, Settings
 from oomless.planning.wish import Wish
+from oomless.vocabulary import extend
 
 SCHEMA = 2
 """Of the JSON of a choice; docs/planner.md says what changed with each."""
@@ -49,6 +50,13 @@ class Choice:
     def named(self) -> dict[Prefer, Row]:
         """The best that fits by each preference."""
         return {name: row for row in self.rows for name in row.named}
+
+    def as_given(self, given: Settings) -> Choice:
+        """Return it for the settings ``given``, of whose new tokens the search knew only what they come to."""
+        config = self.config
+        if config is not None:
+            config = TrainConfig.from_mapping(extend.as_given(config.to_dict(), given))
+        return replace(self, config=config, given=dict(given))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

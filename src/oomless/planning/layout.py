@@ -7,7 +7,8 @@ the rounding of small tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,8 +25,9 @@ from oomless.data.mix import RANKED_BLOCKS, Weigh, heaviest
 from oomless.data.pack import Block
 from oomless.data.prepare import PreparedData, prepare
 from oomless.errors import UserError
-from oomless.models.spec import load_tokenizer
+from oomless.models.spec import ModelSpec, load_tokenizer
 from oomless.units import MiB
+from oomless.vocabulary import extend
 
 Documents = tuple[int, ...]
 LARGEST_TEXT_BYTES = 64 * MiB
@@ -94,19 +96,42 @@ def usual_documents(config: TrainConfig) -> Documents:
     return (config.max_seq_length // 3, config.max_seq_length - config.max_seq_length // 3)
 
 
+def of_the_text(settings: Mapping[str, Any]) -> TrainConfig:
+    """Return a run of the text of ``settings``, of which others may not go together yet."""
+    return TrainConfig.from_mapping({name: value for name, value in settings.items() if name in OF_THE_TEXT})
+
+
+def is_readable(config: TrainConfig) -> bool:
+    """Return whether the text that ``config`` names and its tokenizer are here, and it is not too much."""
+    try:
+        files = [file for source in (*config.data, *config.eval_data) for file in find_files(source).files]
+    except UserError:
+        return False
+    small = sum(file.size_bytes for file in files) <= LARGEST_TEXT_BYTES
+    return small and Path(config.tokenizer or config.model).is_dir()
+
+
+@contextmanager
+def with_new_tokens(spec: ModelSpec, settings: Mapping[str, Any]) -> Iterator[tuple[ModelSpec, dict[str, Any]]]:
+    """Give ``spec`` and ``settings`` with the tokens that ``extend_tokenizer`` adds, for as long as the context lasts.
+
+    Raises:
+        UserError: they cannot be added.
+    """
+    about = of_the_text(settings)
+    with extend.for_plan(spec, settings, about if is_readable(about) else None) as changed:
+        yield changed
+
+
 def read_layout(config: TrainConfig) -> Layout | None:
     """Return how the text that ``config`` names lies in its blocks; ``None`` where there is none to read here, or too much.
 
     Raises:
         UserError: the text is there and cannot be used.
     """
+    if not is_readable(config):
+        return None
     name = config.tokenizer or config.model
-    try:
-        files = [file for source in (*config.data, *config.eval_data) for file in find_files(source).files]
-    except UserError:
-        return None
-    if not Path(name).is_dir() or sum(file.size_bytes for file in files) > LARGEST_TEXT_BYTES:
-        return None
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     return Layout.of(prepare(config, tokenizer), config)
 

@@ -22,7 +22,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.memory.work import Work
 from oomless.models.spec import ModelSpec, resolve, resolve_for_plan
 from oomless.ops.attention import Kernel
-from oomless.planning.layout import Layout, read_layout
+from oomless.planning.layout import Layout, read_layout, with_new_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly, virtual_device
 from oomless.techniques.sharding import shared
 from oomless.training.assemble import open_device
@@ -357,7 +357,7 @@ def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:
         UserError: model, GPU or settings do not fit together.
     """
     spec = resolve_for_plan(config.model, trust_remote_code=config.trust_remote_code)
-    return plan(spec, config, target_for(config.gpu), snapshot=snapshot, layout=read_layout(config))
+    return _plan_of_text(spec, config, target_for(config.gpu), snapshot=snapshot)
 
 
 def predict(config: TrainConfig) -> Plan | None:
@@ -367,4 +367,10 @@ def predict(config: TrainConfig) -> Plan | None:
         return None
     spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
     target = target_for(config.gpu if config.gpu.startswith("virtual:") else "auto")
-    return plan(spec, config, target, layout=read_layout(config))
+    return _plan_of_text(spec, config, target)
+
+
+def _plan_of_text(spec: ModelSpec, config: TrainConfig, target: Target, *, snapshot: bool = False) -> Plan:
+    with with_new_tokens(spec, config.to_dict()) as (grown, settings):
+        extended = TrainConfig.from_mapping(settings)
+        return plan(grown, extended, target, snapshot=snapshot, layout=read_layout(extended))

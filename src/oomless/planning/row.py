@@ -13,6 +13,10 @@ Heard = Callable[[Sequence["Row"]], None]
 """Is told of rows."""
 
 
+def unheard(*_: object) -> None:
+    """Hear nothing."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One strategy of the frontier."""

@@ -30,9 +30,9 @@ from oomless.models.make import ties
 from oomless.models.spec import ModelSpec
 from oomless.planning.choice import Choice
 from oomless.planning.known import Known
-from oomless.planning.layout import OF_THE_TEXT, read_layout
+from oomless.planning.layout import of_the_text, read_layout, with_new_tokens
 from oomless.planning.plan import Target
-from oomless.planning.row import Heard, Row
+from oomless.planning.row import Heard, Row, unheard
 from oomless.planning.strategies import (
     COMMON,
     COMPARED,
@@ -97,13 +97,13 @@ def search(
     Raises:
         UserError: what was given does not fit together.
     """
-    text = TrainConfig.from_mapping({name: value for name, value in given.items() if name in OF_THE_TEXT})
-    setting = Setting(spec=spec, target=target, base=dict(given), layout=read_layout(text))
-    laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
-    try:
-        return _Search(setting, laboratory, progress or (lambda *_: None), held, wish).run(heard or (lambda _: None))
-    finally:
-        laboratory.close()
+    with with_new_tokens(spec, given) as (grown, settings):
+        setting = Setting(spec=grown, target=target, base=settings, layout=read_layout(of_the_text(settings)))
+        laboratory = Laboratory(setting, processes or min(4, len(os.sched_getaffinity(0))), results)
+        try:
+            return _Search(setting, laboratory, progress or unheard, held, wish).run(heard or unheard).as_given(given)
+        finally:
+            laboratory.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

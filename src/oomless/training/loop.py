@@ -25,6 +25,7 @@ from oomless.training.life import Life
 from oomless.training.listening import Listener, RunFacts, RunResult
 from oomless.training.run_folder import locked
 from oomless.training.saving import RunFolder
+from oomless.vocabulary import extend
 
 
 def train(
@@ -47,6 +48,8 @@ def train(
             if ranks.first:
                 stack.enter_context(locked(run))
         stack.enter_context(device.active())
+        asked, tell = config, listener.tokenising
+        config = ranks.from_first(lambda: extend.for_run(asked, run, tell))
 
         def make() -> Run:
             return Run(config, run, device, listener, ranks, interrupted, prediction)

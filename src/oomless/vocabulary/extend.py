@@ -1,0 +1,256 @@
+"""``extend_tokenizer``: a run, or a plan of one, whose model has more tokens than the one that was given.
+
+Tokens are learnt from the text that trains. The model that they make is a folder like any other, in that of the run, and from there on
+the run is one of that model, of which nothing else has to know: LoRA's base, what is exported, what a run is compared with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from oomless.config import TrainConfig, adapter
+from oomless.data.prepare import TrainingText
+from oomless.errors import ConfigError, ModelError
+from oomless.kept import Kept, key_of, user_folder
+from oomless.models import extension
+from oomless.models.extension import Extension
+from oomless.models.spec import ModelSpec, load_tokenizer, resolve
+from oomless.vocabulary import grown
+from oomless.vocabulary.cut import Cut
+from oomless.vocabulary.learn import Learnt, Word, learn
+
+NEW = "new"
+"""What ``trainable_rows`` may be: the rows of the new tokens."""
+
+FOLDER = "extended"
+"""Where in the folder of a run the model with them lies."""
+
+Progress = Callable[[int, int], None] | None
+_CHANGED = ("model", "tokenizer", "trainable_rows", "extend_tokenizer")
+_MOST_KEPT = 256
+
+
+def for_run(config: TrainConfig, run: Path, progress: Progress = None) -> TrainConfig:
+    """Return the run of ``config``, in the folder ``run``, as one of the model with the new tokens, which is made there.
+
+    Raises:
+        UserError: the tokenizer or the text gives none.
+        ModelError: the folder cannot be written.
+    """
+    settings = {name: getattr(config, name) for name in _CHANGED}
+    if config.extend_tokenizer is None:
+        return replace(config, **_of_new_rows(settings))
+    place = run.resolve() / FOLDER
+    noted = extension.read(place)
+    if any(run.glob("checkpoint-*")):  # which hold what was trained of the model there
+        _check_same(run, noted, settings)
+    else:
+        spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
+        tokenizer = _tokenizer(config)
+        found = _find(spec, config, tokenizer, progress)
+        if noted is None or noted.key != found.key:
+            noted = _make(place, spec, settings, tokenizer, found)
+    changed: dict[str, Any] = {"model": str(place), "tokenizer": None, "extend_tokenizer": None}
+    return replace(config, **changed, **_of_new_rows(settings, noted))
+
+
+@contextmanager
+def for_plan(
+    spec: ModelSpec, given: Mapping[str, Any], text: TrainConfig | None
+) -> Iterator[tuple[ModelSpec, dict[str, Any]]]:
+    """Give ``spec`` and the settings ``given`` as those of the model with the new tokens, for as long as the context lasts.
+
+    Tokens are learnt from ``text``, a run of the same text; where that is ``None`` their number is taken as given.
+
+    Raises:
+        UserError: the tokenizer or the text gives none.
+    """
+    if given.get("extend_tokenizer") is None:
+        yield spec, {**given, **_of_new_rows(given)}
+        return
+    with TemporaryDirectory(prefix="oomless-") as place:
+        changed: dict[str, Any] = {"extend_tokenizer": None}
+        if text is None:
+            noted = _noted(spec, given, _taken_as_given(spec, given))
+        else:
+            tokenizer = _tokenizer(text)
+            found = _find(spec, text, tokenizer, None)
+            noted = _noted(spec, given, found)
+            _write_tokenizer(tokenizer, found, Path(place))
+            changed["tokenizer"] = place
+        config = grown.config_with(spec, noted.rows)
+        spec = replace(spec, config=config, notes=(*spec.notes, *noted.notes()))
+        settings = {**given, **changed, **_of_new_rows(given, noted)}
+        yield spec, {name: value for name, value in settings.items() if value is not None}
+
+
+def as_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``settings``, which ``for_plan`` has changed, with what was ``given`` in place of that."""
+    kept = {name: value for name, value in settings.items() if name not in _CHANGED}
+    return kept | {name: given[name] for name in _CHANGED if given.get(name) is not None}
+
+
+def _check_same(run: Path, noted: Extension | None, settings: Mapping[str, Any]) -> None:
+    wanted = {name: settings[name] for name in ("model", "tokenizer", "extend_tokenizer")}
+    began = (
+        None if noted is None else {"model": noted.model, "tokenizer": noted.tokenizer, "extend_tokenizer": noted.asked}
+    )
+    for name in wanted:
+        if began is None or began[name] != wanted[name]:
+            before = "without new tokens" if began is None else f"with {name} {began[name]}"
+            raise ConfigError(
+                f"the run in {run} began {before}, now {name} is {wanted[name]}: set it back to go on with --resume, or start anew in "
+                "another output_dir",
+                name,
+            )
+
+
+def _of_new_rows(settings: Mapping[str, Any], noted: Extension | None = None) -> dict[str, Any]:
+    """Return ``trainable_rows`` where it is ``new``, with the rows that those are."""
+    if settings.get("trainable_rows") != NEW:
+        return {}
+    noted = noted or extension.read(Path(settings["model"]).expanduser())
+    if noted is None:
+        raise ConfigError(
+            f"trainable_rows: new is the rows of new tokens, and {settings['model']} has none: set extend_tokenizer, or name rows",
+            "trainable_rows",
+        )
+    return {"trainable_rows": noted.new_rows}
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    if adapter.folder_of(config.model) is not None:
+        raise ConfigError(
+            f"extend_tokenizer is for a model, and {config.model} is an adapter: merge it first (oomless export), or leave it out",
+            "extend_tokenizer",
+        )
+    return load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """What was learnt from a text."""
+
+    first: int
+    count: int
+    pieces: tuple[Word, ...] = ()
+    tokenizer: str = ""
+    """The tokenizer.json with the new tokens."""
+
+    key: str = ""
+    existing: int = 0
+    words: int = 0
+    text_bytes: int = 0
+    tokens_before: int = 0
+    tokens_after: int = 0
+
+
+def _find(spec: ModelSpec, config: TrainConfig, tokenizer: Any, progress: Progress) -> _Found:
+    """Return the tokens that the text of ``config`` gives, which are kept between runs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    cut = Cut(tokenizer)
+    text = TrainingText(config, tokenizer, progress)
+    key = key_of("extend_tokenizer", cut.said, text.contents, config.extend_tokenizer)
+    kept = Kept(user_folder() / "vocabularies", _MOST_KEPT)
+    found = kept.get(key)
+    if found is None:
+        found = _learn(cut, text, config.extend_tokenizer or 0)
+        kept.put(key, found)
+        kept.clear_oldest()
+    learnt = Learnt(
+        texts=found["texts"],
+        parts=[None if parts is None else (parts[0], parts[1]) for parts in found["parts"]],
+        pieces=[tuple(pieces) for pieces in found["pieces"]],
+        existing=found["existing"],
+    )
+    if not learnt.texts:
+        raise ConfigError(
+            "extend_tokenizer finds nothing to add: no two pieces stand together twice in the words of data; name more text, or leave it out",
+            "extend_tokenizer",
+        )
+    return _Found(
+        first=cut.first,
+        count=len(learnt.texts),
+        pieces=tuple(learnt.pieces),
+        tokenizer=cut.extended(learnt),
+        key=key_of(key, str(spec.folder), grown.stamp(spec)),
+        existing=learnt.existing,
+        **found["measured"],
+    )
+
+
+def _learn(cut: Cut, text: TrainingText, count: int) -> dict[str, Any]:
+    words: Counter[Word] = Counter()
+    measured = dict.fromkeys(("words", "text_bytes", "tokens_before", "tokens_after"), 0)
+    for texts in text:
+        measured["tokens_before"] += cut.count(texts, words)
+        measured["words"] += sum(len(one.split()) for one in texts)
+        measured["text_bytes"] += sum(len(one.encode()) for one in texts)
+    learnt = learn(words, cut.alphabet, count)
+    after = Tokenizer.from_str(cut.extended(learnt))
+    after.no_truncation()
+    for texts in text:
+        encoded = after.encode_batch_fast(texts, add_special_tokens=False)
+        measured["tokens_after"] += sum(len(one.ids) for one in encoded)
+    return {**asdict(learnt), "measured": measured}
+
+
+def _taken_as_given(spec: ModelSpec, given: Mapping[str, Any]) -> _Found:
+    return _Found(first=int(spec.config.get_text_config().vocab_size), count=given["extend_tokenizer"])
+
+
+def _noted(spec: ModelSpec, settings: Mapping[str, Any], found: _Found) -> Extension:
+    rows = grown.rows_for(spec, found.first + found.count - 1)
+    facts = {
+        name: getattr(found, name) for name in ("existing", "words", "text_bytes", "tokens_before", "tokens_after")
+    }
+    return Extension(
+        model=str(settings["model"]),
+        tokenizer=settings.get("tokenizer"),
+        asked=settings["extend_tokenizer"],
+        key=found.key,
+        first=found.first,
+        added=found.count,
+        rows=rows,
+        rows_bytes=grown.more_bytes(spec, rows),
+        **facts,
+    )
+
+
+def _make(place: Path, spec: ModelSpec, settings: Mapping[str, Any], tokenizer: Any, found: _Found) -> Extension:
+    """Make the folder ``place``, whole or not at all."""
+    noted = _noted(spec, settings, found)
+    beside = place.with_name(f".{place.name}.tmp")
+    try:
+        for path in (beside, place):
+            shutil.rmtree(path, ignore_errors=True)
+        beside.mkdir(parents=True)
+        grown.write(spec, noted.rows, found.first, found.pieces, beside)
+        _write_tokenizer(tokenizer, found, beside)
+        noted.write(beside)
+        beside.rename(place)
+    except OSError as error:
+        raise ModelError(
+            f"the model with the new tokens cannot be written to {place}: {error.strerror or error}"
+        ) from error
+    return noted
+
+
+def _write_tokenizer(tokenizer: Any, found: _Found, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # a bare one, of a disk that is full
+        raise OSError(str(error)) from error
+    (folder / "tokenizer.json").write_text(found.tokenizer, encoding="utf-8")
