@@ -15,6 +15,7 @@ import typer
 
 from oomless.cli.voice import aside
 from oomless.config import SECTIONS, TrainConfig, outrank
+from oomless.config.stages import STAGES, Stage, stages_of
 from oomless.config.values import Texts, field_help, kinds, load_yaml, plain_kind
 from oomless.errors import ConfigError
 from oomless.planning.strategies import CHOSEN
@@ -51,16 +52,32 @@ def given_settings(config: Path | None, options: dict[str, Any]) -> dict[str, An
 
     ``--data path=0.1,name=old`` carries a weight and a name.
     """
+    given = _said(options)
+    if config is None:
+        return given
+    settings = load_yaml(config)
+    if STAGES in settings:
+        raise ConfigError(
+            f"{config} has stages, which oomless train and oomless plan take: give settings of one of them here"
+        )
+    both, gives_way = outrank(settings, given)
+    for weaker, stronger in gives_way.items():
+        aside().print(f"{weaker} in {config} gives way to --{stronger.replace('_', '-')}", soft_wrap=True)
+    return both
+
+
+def given_stages(config: Path | None, options: dict[str, Any]) -> tuple[Stage, ...]:
+    """Return the stages in the file ``config``, none where it has none; ``options`` outrank the settings of all of them."""
+    return () if config is None else stages_of(load_yaml(config), _said(options))
+
+
+def _said(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given as ``options``."""
     given = {name: value for name, value in options.items() if value is not None and value != []}
     for name in ("data", "eval_data"):
         if name in given:
             given[name] = [_source(text) for text in given[name]]
-    if config is None:
-        return given
-    both, gives_way = outrank(load_yaml(config), given)
-    for weaker, stronger in gives_way.items():
-        aside().print(f"{weaker} in {config} gives way to --{stronger.replace('_', '-')}", soft_wrap=True)
-    return both
+    return given
 
 
 def _source(text: str) -> dict[str, Any]:

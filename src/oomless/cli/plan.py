@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 from shlex import quote
@@ -13,11 +13,13 @@ import typer
 from oomless.cli.command import AS_GIVEN, CONFIG, HOST_MEMORY, PREFER, own
 from oomless.cli.options import (
     given_settings,
+    given_stages,
     gpus_to_compare,
     models_to_compare,
     require_form_of_timeline,
     require_writable,
 )
+from oomless.config.stages import STAGES
 from oomless.errors import ConfigError
 from oomless.planning.given import as_config, host_size, read_given, wish_of
 from oomless.planning.strategies import UNPLANNED
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from oomless.config import TrainConfig
     from oomless.planning.choice import Choice
     from oomless.planning.plan import Plan
+    from oomless.planning.throughput import Throughput
     from oomless.report.screen import Screen
 
 OPTIONS = (
@@ -82,6 +85,18 @@ def plan(
         require_writable(file)
     if timeline is not None:
         require_form_of_timeline(timeline)
+    if stages := given_stages(config, settings):
+        if tokens or hours or what_if or timeline or snapshot:
+            raise ConfigError(
+                "a run in stages goes without --tokens, --hours, --what-if, --timeline and --snapshot: say in each stage how long it is, "
+                "and plan one of them for the others"
+            )
+        from oomless.cli.stages import plan_stages
+
+        _require_choice(as_given, why, write, host_memory, prefer)
+        wish, host_bytes = wish_of(prefer), host_size(host_memory)
+        plan_stages(stages, as_given, wish, host_bytes, why=why, json=json, write=write, html=html)
+        return
     given = given_settings(config, settings)
     models, gpus = models_to_compare(given.get("model")), gpus_to_compare(what_if)
     host_bytes, wish = host_size(host_memory), wish_of(prefer, tokens, hours, given)
@@ -92,13 +107,7 @@ def plan(
         )
     if compares and why:
         raise ConfigError("--why is about one plan: leave it out, or plan one model on one GPU")
-    if as_given and any(value is not None for value in (write, host_memory, prefer, tokens, hours)):
-        raise ConfigError(
-            "--write, --host-memory, --prefer, --tokens and --hours have no effect with --as-given, where nothing is chosen; "
-            "remove them"
-        )
-    if as_given and why:
-        raise ConfigError("--why has no effect with --as-given, which shows everything; remove it")
+    _require_choice(as_given, why, write, host_memory, prefer, tokens, hours)
     given = as_config(given).to_dict() if as_given else read_given(given)
 
     from oomless.cli.voice import say_notes
@@ -129,6 +138,17 @@ def plan(
         raise typer.Exit(1)
 
 
+def _require_choice(as_given: bool, why: bool, *of_a_choice: object) -> None:
+    """Check that what is about choosing is not given where nothing is chosen."""
+    if as_given and any(value is not None for value in of_a_choice):
+        raise ConfigError(
+            "--write, --host-memory, --prefer, --tokens and --hours have no effect with --as-given, where nothing is chosen; "
+            "remove them"
+        )
+    if as_given and why:
+        raise ConfigError("--why has no effect with --as-given, which shows everything; remove it")
+
+
 def _compare(
     given: dict[str, Any],
     models: Sequence[str],
@@ -156,20 +176,27 @@ def _as_given(config: TrainConfig, json: bool, html: Path | None, *, recorded: b
     from oomless.cli.voice import out
     from oomless.planning.plan import plan_training
     from oomless.planning.throughput import speed_of
-    from oomless.report.choice import plan_to_dict, print_speed
-    from oomless.report.plan import print_plan
+    from oomless.report.choice import plan_to_dict
     from oomless.report.plan_page import plan_page
 
     answer = plan_training(config, snapshot=recorded)
     speed = speed_of(answer, config)
-    _write_page(html, plan_page(answer, speed))
+    write_page(html, lambda: plan_page(answer, speed))
     if json:
         out().out(dumps(plan_to_dict(answer, speed), indent=2))
-        return answer
-    print_plan(out(), answer)
-    if speed is not None:
-        print_speed(out(), speed, config, answer.target.gpus)
+    else:
+        print_as_given(out(), answer, speed, config)
     return answer
+
+
+def print_as_given(screen: Screen, answer: Plan, speed: Throughput | None, config: TrainConfig) -> None:
+    """Print the plan of ``config``, of which nothing is chosen."""
+    from oomless.report.choice import print_speed
+    from oomless.report.plan import print_plan
+
+    print_plan(screen, answer)
+    if speed is not None:
+        print_speed(screen, speed, config, answer.target.gpus)
 
 
 def _choose(
@@ -188,58 +215,76 @@ def _choose(
     Raises:
         typer.Exit: nothing fits.
     """
-    from oomless.cli.searching import explain_nothing_fits, searching
+    from oomless.cli.searching import searching
     from oomless.cli.voice import aside, out
-    from oomless.planning.choose import choose_training
+    from oomless.planning.choose import choose_training, picked_settings
     from oomless.planning.plan import plan_training
-    from oomless.report.choice import print_choice, print_why
-    from oomless.report.plan import print_plan
     from oomless.report.plan_page import choice_page
 
     with searching(aside()) as say:
         picked = choose_training(given, **wish, host_bytes=host_bytes, progress=say)
-    _write_page(html, choice_page(picked))
+    write_page(html, lambda: choice_page(picked))
     if json:
         out().out(dumps(picked.to_dict(), indent=2))
     else:
-        print_choice(out(), picked)
+        print_picked(out(), picked, why=why)
     if picked.config is None or picked.plan is None:
-        if json:
-            raise typer.Exit(1)
-        explain_nothing_fits(out(), picked)
-    if why and not json:
-        print_why(out(), picked)
-        print_plan(out(), picked.plan)
-    elif not json:
-        out().print("--why says what does not fit, and what the figures rest on.", style="dim")
-    if write is None and not json:
-        out().print("To train it, add --write run.yaml here; then: oomless train --config run.yaml", style="dim")
+        raise typer.Exit(1)
+    if not json:
+        print_next(out(), why=why, write=write)
     if write is not None:
-        _write_pick(aside() if json else out(), write, picked)
+        write_pick(aside() if json else out(), write, picked_settings(picked), picked.target.gpus)
     return plan_training(picked.config, snapshot=True) if recorded else picked.plan
 
 
-def _write_page(path: Path | None, page: str) -> None:
-    """Write ``page`` to ``path``, where one is asked for."""
+def print_picked(screen: Screen, picked: Choice, *, why: bool) -> None:
+    """Print what is picked, and ``why``.
+
+    Raises:
+        typer.Exit: nothing fits.
+    """
+    from oomless.cli.searching import explain_nothing_fits
+    from oomless.report.choice import print_choice, print_why
+    from oomless.report.plan import print_plan
+
+    print_choice(screen, picked)
+    if picked.config is None or picked.plan is None:
+        explain_nothing_fits(screen, picked)
+    if why:
+        print_why(screen, picked)
+        print_plan(screen, picked.plan)
+
+
+def print_next(screen: Screen, *, why: bool, write: Path | None) -> None:
+    """Print what one may ask next."""
+    if not why:
+        screen.print("--why says what does not fit, and what the figures rest on.", style="dim")
+    if write is None:
+        screen.print("To train it, add --write run.yaml here; then: oomless train --config run.yaml", style="dim")
+
+
+def write_page(path: Path | None, made: Callable[[], str]) -> None:
+    """Write the page that is ``made`` to ``path``, where one is asked for."""
     if path is None:
         return
     from oomless.cli.voice import aside
     from oomless.training.checkpoint import write_atomically
 
-    write_atomically(path, page)
+    write_atomically(path, made())
     aside().print(f"written to {path}", soft_wrap=True)
 
 
-def _write_pick(screen: Screen, path: Path, picked: Choice) -> None:
-    """Write the pick as YAML for ``oomless train --config``."""
+def write_pick(screen: Screen, path: Path, settings: dict[str, Any], gpus: int) -> None:
+    """Write the ``settings`` of a pick for so many ``gpus`` as YAML for ``oomless train --config``."""
     import yaml
 
-    from oomless.planning.choose import picked_settings
     from oomless.report.choice import launcher
     from oomless.training.checkpoint import write_atomically
 
-    settings = picked_settings(picked)
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    missing = [f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if name not in settings]
-    command = f"{launcher(picked.target.gpus)} train --config {' '.join([quote(str(path)), *missing])}"
+    said = [settings, *settings.get(STAGES, ())]
+    missing = [
+        f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if not any(name in part for part in said)
+    ]
+    command = f"{launcher(gpus)} train --config {' '.join([quote(str(path)), *missing])}"
     screen.print(f"written to {path}: {command}", soft_wrap=True)

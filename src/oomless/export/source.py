@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oomless.config import TrainConfig
+from oomless.config.stages import STAGES
 from oomless.config.values import load_yaml
 from oomless.errors import CheckpointError, ConfigError, ModelError, nearest
 from oomless.models.spec import ModelSpec, resolve
 from oomless.training import checkpoint
 from oomless.training.best import Best
 from oomless.training.checkpoint import Checkpoint
+from oomless.training.run_files import MODEL, stage_folders
 from oomless.training.run_folder import Metrics
 
 Kind = Literal["model", "adapter", "trained"]
@@ -51,9 +53,14 @@ class Source:
     saved: Checkpoint | None = None
     """The checkpoint of the run that it is."""
 
+    begun: str | None = None
+    """The model that a run in stages began with, of which ``run`` is the last stage."""
+
     @property
     def began_with(self) -> str:
         """The name of the model that training changed; of what nobody trained here, the model itself."""
+        if self.begun is not None:
+            return self.begun
         if self.kind == "model" and self.run is not None:
             return self.run.model
         return str(self.base.config._name_or_path)
@@ -117,7 +124,7 @@ def find_two(place: Path, which: str | None = None, base: str | None = None) -> 
     found = _of_folder(located, None if whole else base)
     said_by = None if base else found.folder
     if base is None and located.run is not None:
-        base = located.run.model
+        base = located.begun or located.run.model
     begun_with = found.base if base is None else _resolved(base, found.base.trust_remote_code, said_by)
     folder = begun_with.folder if base is None else begun_with.adapter or begun_with.folder
     if folder is None:
@@ -134,6 +141,7 @@ class _Located:
     name: str
     run: TrainConfig | None = None
     saved: Checkpoint | None = None
+    begun: str | None = None
 
 
 def _located(place: Path, which: str | None) -> _Located:
@@ -148,7 +156,14 @@ def _located(place: Path, which: str | None) -> _Located:
 
 
 def _in_run(run: Path, which: str | None) -> _Located:
-    config = TrainConfig.from_mapping(load_yaml(run / "config.yaml"))
+    settings = load_yaml(run / "config.yaml")
+    if STAGES in settings:
+        kept = [stage for stage in stage_folders(run) if (stage / MODEL).is_dir() or checkpoint.list_checkpoints(stage)]
+        if not kept:
+            raise CheckpointError(f"no stage of {run} has a checkpoint or a model yet: there is nothing to export")
+        found = _in_run(kept[-1], which)
+        return replace(found, name=f"{found.name} of {kept[-1].name}", begun=str(settings["model"]))
+    config = TrainConfig.from_mapping(settings)
     known = {one.step: one for one in checkpoint.list_checkpoints(run)}
     final = (run / "model").is_dir()
     step = _step(run, which, config, sorted(known), final)
@@ -216,7 +231,9 @@ def _of_folder(located: _Located, base: str | None) -> Source:
     spec = _resolved(whole, run is not None and run.trust_remote_code, None if base or kind == "model" else folder)
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: give the folder of the model with --base")
-    return Source(folder=folder, kind=kind, base=spec, name=located.name, run=run, saved=located.saved)
+    return Source(
+        folder=folder, kind=kind, base=spec, name=located.name, run=run, saved=located.saved, begun=located.begun
+    )
 
 
 def _resolved(name: str, trust_remote_code: bool, changed: Path | None) -> ModelSpec:

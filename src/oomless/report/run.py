@@ -16,7 +16,7 @@ from oomless.export import comparison
 from oomless.report.charts import Chart, Line, draw, page, text
 from oomless.report.compare import section, side_by_side
 from oomless.report.pictures import shown_bytes, unit_of
-from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION, SAMPLES
+from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION, SAMPLES, stage_folders
 from oomless.units import KiB, counted, format_bytes, short
 
 MOST = 1e100
@@ -83,13 +83,19 @@ class Reader:
         self._logged = Logged(folder=folder)
         self._file: int | None = None
         self._read_bytes = 0
+        self._stages: dict[Path, Reader] = {}
 
     def read(self) -> Logged:
-        """Return what the folder tells now.
+        """Return what the folder tells now, of a run in stages all of them.
 
         Raises:
             ConfigError: it is no run folder, or cannot be read.
         """
+        if stages := stage_folders(self.folder):
+            self._stages = {path: self._stages.get(path) or Reader(path) for path in stages}
+            return _joined(
+                self.folder, [reader.read() for path, reader in self._stages.items() if (path / METRICS).is_file()]
+            )
         metrics = self.folder / METRICS
         if not metrics.is_file():
             raise ConfigError(
@@ -130,6 +136,8 @@ def read_run(folder: Path) -> Logged:
 
 def read_end(folder: Path) -> Logged:
     """Return what the last lines in ``folder`` tell, which takes no longer for a long run; a folder without any tells nothing."""
+    if stages := stage_folders(folder):
+        return _joined(folder, [read_end(stage) for stage in stages])
     logged, path = Logged(folder=folder), folder / METRICS
     try:
         if path.is_file():
@@ -142,6 +150,27 @@ def read_end(folder: Path) -> Logged:
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be read: {error.strerror or error}") from error
     return logged
+
+
+def _joined(folder: Path, stages: Sequence[Logged]) -> Logged:
+    """Return the run in ``folder`` of its ``stages``, whose steps and tokens are counted on from one to the next."""
+    whole = Logged(folder=folder, settings=_text(folder / CONFIG, SETTINGS_BYTES))
+    for stage in stages:
+        first, tokens = whole.steps, whole.last("tokens")
+        for name, points in stage.values.items():
+            more = tokens if name == "tokens" else 0.0
+            whole.values.setdefault(name, []).extend((first + step, value + more) for step, value in points)
+        whole.events += [(first + step, said) for step, said in stage.events]
+        whole.recovered += [first + step for step in stage.recovered]
+        whole.bad += [first + step for step in stage.bad]
+        whole.unread += stage.unread
+        whole.cut |= stage.cut
+        if (stage.predicted(*PEAK) or 0) >= (whole.predicted(*PEAK) or 0):
+            whole.prediction = stage.prediction
+    lengths = [stage.total_steps for stage in stages]
+    if len(lengths) == (_mapping(_text(folder / LENGTH)) or {}).get("stages") and None not in lengths:
+        whole.total_steps = sum(filter(None, lengths))
+    return whole
 
 
 def _length_of(folder: Path) -> int | None:

@@ -20,7 +20,18 @@ from oomless.report.charts import text
 from oomless.report.compare import section
 from oomless.report.run import Logged, Reader, charts_of, read_end, run_details, run_head
 from oomless.studio.offers import folders_below
-from oomless.training.run_files import COMPARISON, CONFIG, LENGTH, LOCK, METRICS, MODEL, PREDICTION, ask_to_stop, writer
+from oomless.training.run_files import (
+    COMPARISON,
+    CONFIG,
+    LENGTH,
+    LOCK,
+    METRICS,
+    MODEL,
+    PREDICTION,
+    ask_to_stop,
+    stage_folders,
+    writer,
+)
 from oomless.units import format_bytes, short
 
 MOST_READ = 16
@@ -92,7 +103,7 @@ class Runs:
             return "starts"
         if (run / MODEL).is_dir():
             return "finished"
-        return "stopped" if any(run.glob("checkpoint-*")) else "ended without a checkpoint"
+        return "stopped" if any(run.glob("checkpoint-*")) or stage_folders(run) else "ended without a checkpoint"
 
     def parts(self, names: Sequence[str]) -> str:
         """Return what the page shows of the runs ``names``.
@@ -103,7 +114,7 @@ class Runs:
         paths = [self.path(name) for name in names[:OVERLAID]]
         alone = paths[0] if len(paths) == 1 else None
         with self._lock:  # what is read grows, and is drawn as it was read
-            logged = [self._logged(path) for path in paths if (path / METRICS).is_file()]
+            logged = [self._logged(path) for path in paths if (path / METRICS).is_file() or stage_folders(path)]
             return "".join(self._parts(logged, alone))
 
     def _parts(self, logged: Sequence[Logged], alone: Path | None) -> Iterator[str]:
@@ -215,7 +226,7 @@ class Runs:
 def _below(top: Path) -> Iterator[Path]:
     """Yield the run folders in ``top``; what is a link is not followed."""
     for path, folders, files in folders_below(top):
-        if METRICS in files or BEGUN in files or (LOCK in files and writer(path) is not None):
+        if METRICS in files or stage_folders(path) or BEGUN in files or (LOCK in files and writer(path) is not None):
             folders.clear()
             if not any((path / name).is_symlink() for name in READ):
                 yield path

@@ -49,7 +49,7 @@ def write(
 
     def fill(folder: Path) -> None:
         if adapted and not merge:
-            _take_over(last, folder)
+            take_over(last.folder, folder)
             return
         if adapted:
             lora.merge(model, device)
@@ -57,7 +57,7 @@ def write(
             save.save_model(model, folder, save.model_tensors(model, device, late), device, source)
             checkpoint.save_tokenizer(tokenizer, folder)
         else:
-            _take_over(last, folder)
+            take_over(last.folder, folder)
         check_saved(folder, model, device, late, alone=not in_parts)
 
     with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
@@ -85,9 +85,9 @@ def _write_merged_parts(target: Path, model: Any, tokenizer: Any, source: Path, 
     checkpoint.write_model_folder(target, describe, files, check, device, ranks)
 
 
-def _take_over(last: checkpoint.Checkpoint, folder: Path) -> None:
-    """Have the files of the model in ``last`` in ``folder`` too."""
-    for path in last.folder.iterdir():
+def take_over(source: Path, folder: Path) -> None:
+    """Have the files of the model in ``source`` in ``folder`` too."""
+    for path in source.iterdir():
         if path.is_file():
             _link_or_copy(path, folder / path.name)
 

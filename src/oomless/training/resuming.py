@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from oomless.config import TrainConfig
+from oomless.config.stages import STAGES
+from oomless.config.values import load_yaml
 from oomless.errors import ConfigError
 from oomless.models.spec import ModelSpec
 from oomless.training import checkpoint
 from oomless.training.life import Life
+from oomless.training.run_files import CONFIG
 from oomless.training.run_folder import remove_leftovers
 from oomless.units import counted
 
@@ -39,15 +42,17 @@ def checkpoint_to_resume(
         CheckpointError: every checkpoint is damaged, or the folder cannot be written.
     """
     remove_leftovers(folder)
-    found = checkpoint.newest_good(folder, say) if config.resume else None
-    if not config.resume and checkpoint.list_checkpoints(folder):
+    if (folder / CONFIG).is_file() and STAGES in load_yaml(folder / CONFIG):
         raise ConfigError(
-            f"{folder} holds the checkpoints of an earlier run: give --resume to go on with it, or another output_dir"
+            f"{folder} holds a run in stages: go on with it by --config {folder / CONFIG} --resume, or give another output_dir"
         )
+    found = checkpoint.newest_good(folder, say) if config.resume else None
+    if not config.resume:
+        require_no_checkpoints(folder)
     if found is not None:
         state = checkpoint.read_state(found)
         earlier = TrainConfig.from_mapping(state["config"])
-        _check_same_config(earlier, config)
+        check_same_config(earlier, config, MAY_CHANGE)
         if any(getattr(earlier, name) != getattr(config, name) for name in LENGTHS):
             say("the run has another length than before; from here on the learning rate goes by that")
         before, now = earlier.blocks_per_step * state.get("gpus", 1), config.blocks_per_step * gpus
@@ -61,9 +66,26 @@ def checkpoint_to_resume(
     return found
 
 
-def _check_same_config(earlier: TrainConfig, config: TrainConfig) -> None:
+def require_no_checkpoints(folder: Path) -> None:
+    """Check that a run may begin in ``folder``.
+
+    Raises:
+        ConfigError: another did.
+    """
+    if checkpoint.list_checkpoints(folder):
+        raise ConfigError(
+            f"{folder} holds the checkpoints of an earlier run: give --resume to go on with it, or another output_dir"
+        )
+
+
+def check_same_config(earlier: TrainConfig, config: TrainConfig, may_change: Collection[str]) -> None:
+    """Check that ``config`` is what it was ``earlier`` but for what ``may_change``.
+
+    Raises:
+        ConfigError: it is not.
+    """
     before, now = earlier.from_anywhere().to_dict(), config.to_dict()
-    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+    for key in sorted((before.keys() | now.keys()) - set(may_change)):
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"a resumed run must keep {key}: it began with {before.get(key)!r}, now it is {now.get(key)!r}; "

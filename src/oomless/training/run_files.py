@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ COMPARISON = "compare.json"
 """What ``oomless compare`` found last of a run."""
 
 LENGTH = "length.json"
-"""How many steps a run has."""
+"""How many steps a run has, or how many stages."""
 
 MODEL = "model"
 """The folder of the final model."""
@@ -35,6 +36,13 @@ SAMPLES = "samples"
 """What the model wrote at an evaluation is called in the metrics: a list of mappings with ``prompt`` and ``text``."""
 
 _PROC = Path("/proc")
+_STAGE = re.compile(r"stage-(\d+)(-.*)?")
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """Return the folders of the stages that have begun in ``run``, in their order; none where it has no stages."""
+    found = [(_STAGE.fullmatch(path.name), path) for path in run.glob("stage-*") if (path / CONFIG).is_file()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,191 @@
+"""``oomless train`` and ``oomless plan`` of a run in stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import typer
+
+from oomless.cli.plan import print_as_given, print_next, print_picked, write_page, write_pick
+from oomless.cli.searching import searching
+from oomless.cli.train import Settler, heard, print_end
+from oomless.cli.voice import aside, out
+from oomless.config import TrainConfig
+from oomless.config.stages import Stage, together
+from oomless.planning.choose import choose_training, picked_settings
+from oomless.planning.given import as_config, read_given
+from oomless.planning.plan import Plan, plan_training
+from oomless.planning.stages import as_said, check, dearest, settings_to_plan
+from oomless.planning.throughput import speed_of
+from oomless.report.charts import page, text
+from oomless.report.choice import plan_to_dict
+from oomless.report.plan_page import choice_parts, plan_parts
+from oomless.report.screen import Screen
+from oomless.training import stages as player
+from oomless.training.assemble import open_device
+from oomless.training.distributed import world_size
+from oomless.training.listening import RunResult
+from oomless.units import format_bytes
+
+Decide = Callable[[Stage, dict[str, Any]], tuple[TrainConfig, Plan | None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """A stage with what it trains with."""
+
+    stage: Stage
+    config: TrainConfig
+    plan: Plan | None
+
+    @property
+    def too_large(self) -> bool:
+        """Whether it is known not to fit."""
+        return self.plan is not None and not self.plan.fits
+
+
+def settle(stages: Sequence[Stage], decide: Decide) -> list[Settled]:
+    """Return what ``decide`` says of each of ``stages``, each for the model that those before it leave."""
+    found: list[Settled] = []
+    with TemporaryDirectory(prefix="oomless-") as scratch:
+        for stage in stages:
+            with stage.named():
+                planned = settings_to_plan(stage.settings, [one.config for one in found], Path(scratch))
+                config, plan = decide(stage, planned)
+                found.append(Settled(stage=stage, config=as_said(config, stage.settings), plan=plan))
+    return found
+
+
+def decides(settled: Sequence[Settled]) -> tuple[Stage, Plan] | None:
+    """Return the stage that needs most, and its plan; ``None`` where none was made."""
+    planned = [(one.stage, one.plan) for one in settled if one.plan is not None]
+    return planned[dearest([plan for _, plan in planned])] if planned else None
+
+
+def print_decides(screen: Screen, settled: Sequence[Settled]) -> None:
+    """Print which stage decides what fits, or which do not."""
+    most = decides(settled)
+    too_large = [str(one.stage) for one in settled if one.too_large]
+    if too_large:
+        screen.say(
+            (f"{' and '.join(too_large)}:", "bold"), (" does not fit", "bold red"), ", so that the run does not."
+        )
+    elif most is not None:
+        screen.say((f"{most[0]} decides", "bold"), f": it needs most, {format_bytes(most[1].needed_bytes)}.")
+
+
+def train_stages(settler: Settler, stages: Sequence[Stage]) -> None:
+    """Train ``stages``, where all of them fit.
+
+    Raises:
+        typer.Exit: one does not, or the run was interrupted.
+    """
+    screen, output_dir = settler.screen, str(stages[0].settings["output_dir"])
+    limited = open_device(stages[0].settings.get("gpu", "auto")).capacity_bytes is not None
+
+    def decide(stage: Stage, settings: dict[str, Any]) -> tuple[TrainConfig, Plan | None]:
+        if limited:
+            _title(screen, stage, stages)
+        config, plan = settler.settle(settings)
+        if plan is None and stage is not stages[0] and world_size() == 1:
+            check(config)
+        return config, plan
+
+    settled = settle(stages, decide)
+    print_decides(screen, settled)
+    if any(one.too_large and not (Path(output_dir) / one.stage.folder).exists() for one in settled):
+        # One that has begun had to fit, or may recover.
+        screen.print("Nothing was begun: leave out --as-given to have settings chosen that fit, or change these.")
+        raise typer.Exit(1)
+    plans = {one.stage.number: one.plan for one in settled}
+
+    def ended(stage: Stage, result: RunResult) -> None:
+        print_end(screen, result, plans[stage.number], output_dir)
+
+    planned = [
+        player.Planned(stage=one.stage, config=one.config, prediction=None if one.plan is None else one.plan.to_dict())
+        for one in settled
+    ]
+    with heard(screen, settled[0].config) as listener:
+        result = player.train_stages(planned, listener, ended)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+class _NothingFits(Exception):
+    """No strategy for a stage fits."""
+
+
+def plan_stages(
+    stages: Sequence[Stage],
+    as_given: bool,
+    wish: dict[str, Any],
+    host_bytes: int | None,
+    *,
+    why: bool,
+    json: bool,
+    write: Path | None,
+    html: Path | None,
+) -> None:
+    """Print the plan of each of ``stages`` and which of them decides, ``write`` what is picked, and all of it as ``html``.
+
+    Raises:
+        typer.Exit: one does not fit.
+    """
+    answers: list[dict[str, Any]] = []
+    parts: list[str] = []
+    picks: list[tuple[Stage, dict[str, Any]]] = []
+
+    def decide(stage: Stage, settings: dict[str, Any]) -> tuple[TrainConfig, Plan | None]:
+        if not json:
+            _title(out(), stage, stages)
+        parts.append(f"<h2>{text(str(stage))}</h2>")
+        if as_given:
+            config = as_config(settings)
+            plan = plan_training(config)
+            speed = speed_of(plan, config)
+            answers.append({"number": stage.number, "name": stage.name, **plan_to_dict(plan, speed)})
+            parts.extend(plan_parts(plan))
+            if not json:
+                print_as_given(out(), plan, speed, config)
+            return config, plan
+        with searching(aside()) as say:
+            picked = choose_training(read_given(settings), **wish, host_bytes=host_bytes, progress=say)
+        answers.append({"number": stage.number, "name": stage.name, **picked.to_dict()})
+        parts.extend(choice_parts(picked))
+        if not json:
+            print_picked(out(), picked, why=why)
+        if picked.config is None or picked.plan is None:
+            raise _NothingFits
+        left_out = {"model", "tokenizer"}  # for which others may have stood in
+        said = {name: stage.settings[name] for name in ("model", "tokenizer") if name in stage.settings}
+        picks.append((stage, said | {n: v for n, v in picked_settings(picked).items() if n not in left_out}))
+        return picked.config, picked.plan
+
+    settled: list[Settled] = []
+    with suppress(_NothingFits):
+        settled = settle(stages, decide)
+    fits = bool(settled) and not any(one.too_large for one in settled)
+    most = decides(settled)
+    write_page(html, lambda: page("Plan of a run in stages", parts))
+    if json:
+        name = answers[-1]["name"] if most is None else most[0].name
+        out().out(dumps({"fits": fits, "decides": name, "stages": answers}, indent=2))
+    else:
+        print_decides(out(), settled)
+        if not as_given:
+            print_next(out(), why=why, write=write)
+    if write is not None and fits and most is not None:
+        write_pick(aside() if json else out(), write, together(picks), most[1].target.gpus)
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _title(screen: Screen, stage: Stage, stages: Sequence[Stage]) -> None:
+    screen.say((f"\n{stage} of {len(stages)}", "bold"))

@@ -1,0 +1,61 @@
+"""Plans of a run in stages: each is planned for the model that the stages before it leave, and the dearest decides what fits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from oomless.config import TrainConfig
+from oomless.config.stages import after
+from oomless.models.spec import resolve_for_plan
+from oomless.planning.plan import Plan
+from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
+from oomless.planning.strategies import Settings
+
+
+def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch: Path) -> Settings:
+    """Return ``settings`` of a stage as of a run by itself that begins with the model that the stages ``before`` it leave.
+
+    Where that is not the one that they began with, its config.json is written to the folder ``scratch``.
+
+    Raises:
+        ConfigError: the stage asks for what cannot be any more.
+    """
+    left = after(settings, before)
+    if not before:
+        return left
+    tokenizer = settings.get("tokenizer") or settings["model"]
+    untied = any(config.tied_weights == "untied" for config in before)
+    if untied:
+        spec = resolve_for_plan(left["model"], trust_remote_code=bool(left.get("trust_remote_code")))
+        config = copy.deepcopy(spec.config)
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        left["model"] = str(scratch / f"{Path(spec.name).name}-untied.json")
+        config.to_json_file(left["model"], use_diff=False)
+    if untied or "tokenizer" in settings:
+        left["tokenizer"] = tokenizer
+    return left
+
+
+def as_said(config: TrainConfig, settings: Settings) -> TrainConfig:
+    """Return what was planned with ``settings_to_plan``, with the model and the tokenizer that ``settings`` say."""
+    return replace(config, model=settings["model"], tokenizer=settings.get("tokenizer"))
+
+
+def check(config: TrainConfig) -> None:
+    """Rehearse ``config`` without a limit, so that what does not fit together shows before an earlier stage has begun.
+
+    Raises:
+        UserError: as training would.
+    """
+    spec = resolve_for_plan(config.model, trust_remote_code=config.trust_remote_code)
+    rehearse_briefly(spec, config, partial(virtual_device, UNLIMITED_BYTES))
+
+
+def dearest(plans: Sequence[Plan]) -> int:
+    """Return which of ``plans``, all for one GPU, decides what fits: the one that needs most."""
+    return max(range(len(plans)), key=lambda place: plans[place].needed_bytes)
