@@ -1,13 +1,15 @@
 """Every example runs."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from oomless.config import TrainConfig
+from oomless.config.stages import stages_of
 from oomless.config.values import load_yaml
-from oomless.training import loop
+from oomless.training import loop, stages
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -49,6 +51,25 @@ def test_yaml(make_checkpoint, texts, tmp_path, monkeypatch):
     settings |= {"model": str(make_checkpoint("llama")), "output_dir": "run", "gpu": "cpu"}
     result = loop.train(TrainConfig.from_mapping(settings))
     assert set(result.eval_after) == {"new-text", "old-text"}
+
+
+def test_stages(make_checkpoint, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("new-text").mkdir()
+    for place, content in enumerate(texts):
+        Path("new-text", f"{place}.py").write_text(content)
+    turns = [
+        [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": f"{n + 1}."}] for n in range(60)
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+    settings = load_yaml(EXAMPLES / "stages.yaml")
+    settings |= {"model": str(make_checkpoint("llama")), "gpu": "cpu"}
+    found = [
+        stages.Planned(stage=stage, config=TrainConfig.from_mapping(stage.settings)) for stage in stages_of(settings)
+    ]
+    result = stages.train_stages(found)
+    assert result.eval_after["chats.jsonl"] < result.eval_before["chats.jsonl"]
+    assert "<|im_start|>" in Path("runs/stages/model/chat_template.jinja").read_text()
 
 
 def test_a_pinned_plan():
