@@ -163,6 +163,8 @@ def _joined(folder: Path, stages: Sequence[Logged]) -> Logged:
         whole.events += [(first + step, said) for step, said in stage.events]
         whole.recovered += [first + step for step in stage.recovered]
         whole.bad += [first + step for step in stage.bad]
+        for prompt, written in stage.samples.items():
+            whole.samples.setdefault(prompt, {}).update((first + step, said) for step, said in written.items())
         whole.unread += stage.unread
         whole.cut |= stage.cut
         if (stage.predicted(*PEAK) or 0) >= (whole.predicted(*PEAK) or 0):
