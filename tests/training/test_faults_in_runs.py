@@ -155,7 +155,7 @@ def test_no_two_techniques_end_the_run(make_checkpoint, corpus, tmp_path, monkey
         folder = make_checkpoint("llama", num_hidden_layers=3, vocab_size=1024, intermediate_size=width)
         settings = together(pair) | {"learning_rate": 1e-3}
         runs = Runs(folder, corpus, tmp_path / pair[1], monkeypatch, settings)
-        faults += len(assert_no_fault_ends_the_run(runs, lambda count: chance.sample(range(count), 3)))
+        faults += len(assert_no_fault_ends_the_run(runs, lambda count: [chance.randrange(count)]))
         shutil.rmtree(tmp_path / pair[1])
     record_property("faults", faults)
 
