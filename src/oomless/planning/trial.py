@@ -14,10 +14,12 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -264,13 +266,14 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
 @cache
 def state_bytes(trainable: Trainable, optimizer: str, precision: str | None) -> tuple[int, int]:
     """Return the bytes of the optimizer's state, and how many of them could lie in host memory; nothing is allocated."""
-    built = _built(trainable, optimizer, precision, torch.device("meta"))
+    counts = Counter(trainable)  # a layer's are those of the one before
+    built = _built(tuple(counts), optimizer, precision, torch.device("meta"))
     total = movable = 0
-    for parameter, state in built.state.items():
+    for (parameter, state), count in zip(built.state.items(), counts.values(), strict=True):
         for name, tensor in state.items():
-            total += tensor.nbytes
+            total += count * tensor.nbytes
             if name in built.sliced_state and parameter.numel() >= SMALLEST_OFFLOADED:
-                movable += tensor.nbytes
+                movable += count * tensor.nbytes
     return total, movable
 
 
@@ -287,10 +290,10 @@ def _built(
     trainable: Trainable, optimizer: str, precision: str | None, where: torch.device, **how: Any
 ) -> MemoryLeanOptimizer:
     groups: list[dict[str, Any]] = []
-    for shape, kind, orthogonal in trainable:
-        parameter = torch.empty(shape, dtype=getattr(torch, kind), device=where)
-        sixteen_bit = parameter.dtype != torch.float32
-        groups.append({"params": [parameter], "weight_precision": (precision or "master") if sixteen_bit else None})
+    # Not one for each: torch compares every group with all before it.
+    for (sixteen_bit, orthogonal), alike in groupby(trainable, lambda one: (one[1] != "float32", one[2])):
+        parameters = [torch.empty(shape, dtype=getattr(torch, kind), device=where) for shape, kind, _ in alike]
+        groups.append({"params": parameters, "weight_precision": (precision or "master") if sixteen_bit else None})
         if optimizer == "muon":
             groups[-1]["orthogonalise"] = orthogonal
     return optim.build(optimizer, groups, lr=1.0, **how)
