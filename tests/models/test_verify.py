@@ -53,8 +53,29 @@ def test_a_fault_in_the_files_is_seen(saved, monkeypatch, whole, function, word)
         verify.check_saved(folder, model, Device(), {})
 
 
-def test_a_tensor_that_nothing_takes_is_seen(saved):
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_layer_behind_those_that_are_loaded_is_asked_for(make_checkpoint, tmp_path, monkeypatch, whole):
+    """DeepSeek's experts begin behind its first layers; one that is missing is no reason to load random ones."""
+    spec = resolve(str(make_checkpoint("deepseek_v2", num_hidden_layers=3, first_k_dense_replace=2)))
+    model = build.build(spec, device=Device(), dtype=torch.float32)
+    build.load_weights(model, spec, device=Device())
+    save.save_model(model, tmp_path, save.model_tensors(model, Device()), Device(), spec.folder)
+    if not whole:
+        monkeypatch.setattr(verify, "available_host_bytes", lambda: 0)
+    verify.check_saved(tmp_path, model.eval(), Device(), {})
+    change(tmp_path, lambda tensors: tensors.pop("model.layers.2.mlp.experts.1.up_proj.weight"))
+    with pytest.raises(ModelError, match="does not load"):
+        verify.check_saved(tmp_path, model, Device(), {})
+    change(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.2.mlp.experts." in name])
+    with pytest.raises(ModelError, match="experts"):
+        verify.check_saved(tmp_path, model, Device(), {})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_tensor_that_nothing_takes_is_seen(saved, monkeypatch, whole):
     model, folder = saved
+    if not whole:
+        monkeypatch.setattr(verify, "available_host_bytes", lambda: 0)
     change(folder, lambda tensors: tensors.update({"model.layers.0.experts.base_layer.up": torch.ones(3)}))
     with pytest.raises(ModelError, match="base_layer"):
         verify.check_saved(folder, model, Device(), {})

@@ -3,7 +3,7 @@
 The files are loaded in the model's own class: nothing may be missing, unexpected or newly initialised, every parameter must be
 bit for bit the one that was trained (or, where the run held it in fewer bits, the one of the base with its adapter), and the
 logits must be those of the live model. Of a model that is large for the host's free memory the first layers, the embeddings and
-the head are loaded.
+the head are loaded, and of the others names and shapes are compared.
 """
 
 from __future__ import annotations
@@ -49,16 +49,11 @@ def check_saved(
     whole = 2 * size < available_host_bytes()
     with device.host(), quiet():
         config = type(model.config).from_pretrained(folder)
-        loaded, report = type(model).from_pretrained(
-            folder,
-            config=config if whole else twin.first_layers(config, _FIRST_LAYERS),
-            dtype="auto",
-            attn_implementation=form.OWN_ATTENTION,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-        )
-    unexpected = report["unexpected_keys"] if whole else []
-    if faults := [*report["missing_keys"], *report["mismatched_keys"], *unexpected]:
+        # Of a part the names and shapes of the whole are asked for first, which takes no memory.
+        loaded, report = _load(folder, model, config, device_map=None if whole else "meta")
+        if not whole:
+            loaded, _ = _load(folder, model, twin.first_layers(config, _FIRST_LAYERS))
+    if faults := [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]:
         raise _differs(
             folder, f"it does not load whole: {shown(sorted(map(str, faults)))} is missing, unknown or of another shape"
         )
@@ -74,6 +69,23 @@ def check_saved(
         with device.host():
             if not form.same(live, logits, form.tolerance(model), form.HOST):
                 raise _differs(folder, "its logits differ")
+
+
+def _load(folder: Path, model: Any, config: Any, device_map: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return what plain transformers makes of ``folder`` in the class of ``model``, and its report."""
+    try:
+        loaded, report = type(model).from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            attn_implementation=form.OWN_ATTENTION,
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
+    except RuntimeError as error:  # as where one expert of a layer is missing
+        raise _differs(folder, f"transformers does not load it ({str(error).strip().splitlines()[0]})") from error
+    return loaded, report
 
 
 @torch.no_grad()
