@@ -292,6 +292,29 @@ def test_sources_without_weights_are_each_learnt_once_in_an_epoch(prepared, corp
     assert "(1 x in an epoch)" in data.summary[2]
 
 
+@pytest.mark.parametrize("weights", [None, (1, 3)])
+def test_replayed_text_has_its_share_and_makes_no_pass_over_the_data_longer(prepared, corpus, tmp_path, weights):
+    for name in ("old", "older"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 4000)
+    (tmp_path / "small.txt").write_text("small " * 400)
+    paths = (corpus, tmp_path / "small.txt")
+    data = prepared(
+        data=tuple(DataSource(path=str(p), weight=weights and weights[n]) for n, p in enumerate(paths)),
+        replay_data=tuple(DataSource(path=str(tmp_path / f"{name}.txt")) for name in ("old", "older")),
+        replay=0.2,
+    )
+    stream, plain_stream = data.train, prepared(data=tuple(DataSource(path=str(p)) for p in paths)).train
+    assert sum(stream.shares[2:]) == pytest.approx(0.2)
+    main = 1 if weights else 0
+    assert stream.blocks_per_epoch == round(len(stream.sources[main]) / stream.shares[main])
+    if weights is None:
+        assert stream.blocks_per_epoch == pytest.approx(plain_stream.blocks_per_epoch / 0.8, abs=1)
+    places = Counter(stream._place(number)[0] for number in range(1000))
+    assert places[2] + places[3] == pytest.approx(200, abs=3)
+    assert set(data.evaluation) == {"library.jsonl", "small.txt", "old.txt", "older.txt"}
+    assert "old.txt 8.6%" in " ".join(data.summary)
+
+
 def test_how_often_a_weighted_source_is_repeated_is_said(prepared, corpus, tmp_path):
     (tmp_path / "small.txt").write_text("small " * 400)
     data = prepared(

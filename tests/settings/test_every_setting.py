@@ -40,16 +40,18 @@ def base(run, places, *, out=None):
     model = places["make"](kind, tied="tied_weights" in run)
     given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
     given |= {} if out is None else {"output_dir": str(out)}
-    given |= {"max_eval_blocks": 16} if "eval_data" in run and "max_eval_blocks" not in run else {}
+    given |= (
+        {"max_eval_blocks": 16} if {"eval_data", "general_data"} & set(run) and "max_eval_blocks" not in run else {}
+    )
     return values.outrank({"max_steps": 2}, {k: v for k, v in given.items() if k != "max_steps"})[0]
 
 
 def honoured(run, places, settings, *, but=()):
     """Check that everything of ``run`` is in ``settings``, which a command wrote."""
     placed = {k: v.format(**places) if isinstance(v, str) else v for k, v in run.items()}
-    if "eval_data" in placed:
-        path, _, source = placed["eval_data"].partition(",name=")
-        placed["eval_data"] = [{"path": path, **({"name": source} if source else {})}]
+    for key in {"eval_data", "general_data", "replay_data"} & set(placed):
+        path, _, source = placed[key].partition(",name=")
+        placed[key] = [{"path": path, **({"name": source} if source else {})}]
     asked, got = read(placed), read(settings)
     assert {name: got.get(name) for name in asked if name not in but} == {
         name: value for name, value in asked.items() if name not in but
@@ -112,7 +114,7 @@ def through_every_command(run, places, tmp_path):
 
 
 COMBINATIONS = 200
-OPENED_BY_TRAINING = ("tokenizer", "eval_data", "cache_dir", "text_field", "encoding")
+OPENED_BY_TRAINING = ("tokenizer", "eval_data", "general_data", "replay_data", "cache_dir", "text_field", "encoding")
 """Which a plan opens only where there is something to read."""
 
 ALONE = [(name, number) for name in values.names() for number in range(len(values.valid(name)))]

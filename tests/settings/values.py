@@ -24,6 +24,8 @@ CHOSEN = {
     "tokenizer": ["{model}"],
     "trust_remote_code": [True, False],
     "eval_data": ["{corpus}", "{corpus},name=held out", "{folder}"],
+    "general_data": ["builtin", "builtin,name=many languages", "{corpus},name=general"],
+    "replay_data": ["{corpus},name=old", "{folder}", "{corpus},name=2024"],
     "text_field": ["text"],
     "encoding": ["utf-8", "latin-1", "utf-8-sig"],
     "eval_fraction": [0, 0.1, 0.5],
@@ -57,6 +59,8 @@ WRONG = {
     "sample_prompts": ["", " \n"],
     "tokenizer": ["/nowhere", "{corpus}", ""],
     "eval_data": ["/nowhere", "", "{out}/*.none"],
+    "general_data": ["/nowhere", "", "{out}/*.none"],
+    "replay_data": ["/nowhere", "", "{out}/*.none"],
     "cache_dir": ["{corpus}/below", "/proc/below", ""],
     "trainable": ["", "lora+", "full+lora", "layers.99", "lm_hed"],
     "trainable_rows": ["x", "20-10", "5,,6", "99999", "-1"],
@@ -76,6 +80,7 @@ NEEDS = {
     "embedding_learning_rate": {"trainable": "embed_tokens+lm_head"},
     "experts_on_host": {"trainable": "lora"},
     "sample_tokens": {"sample_prompts": "import"},
+    "replay": {"replay_data": "{corpus},name=old"},
     **{name: {"trainable": "lora"} for name in LORA_DEFAULTS},
 }
 

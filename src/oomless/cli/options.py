@@ -15,6 +15,7 @@ import typer
 
 from oomless.cli.voice import aside
 from oomless.config import SECTIONS, TrainConfig, outrank
+from oomless.config.data import SOURCES
 from oomless.config.stages import STAGES, Stage, stages_of
 from oomless.config.values import Texts, field_help, kinds, load_yaml, plain_kind
 from oomless.errors import ConfigError
@@ -39,7 +40,7 @@ def _option(section: type, name: str) -> inspect.Parameter:
         text += f" One of {', '.join(typing.get_args(kind))}."
     if isinstance(default, int | float | str) and kind is not bool:
         text += f" [default: {f'chosen; with --as-given {default}' if name in CHOSEN else default}]"
-    several = name in ("data", "eval_data") or kind == Texts
+    several = name in SOURCES or kind == Texts
     annotation: Any = bool | None if kind is bool else list[str] | None if several else str | None
     option = typer.Option(flag, help=text, rich_help_panel=str(section.__doc__).rstrip("."), show_default=False)
     return inspect.Parameter(
@@ -74,7 +75,7 @@ def given_stages(config: Path | None, options: dict[str, Any]) -> tuple[Stage, .
 def _said(options: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that are given as ``options``."""
     given = {name: value for name, value in options.items() if value is not None and value != []}
-    for name in ("data", "eval_data"):
+    for name in SOURCES:
         if name in given:
             given[name] = [_source(text) for text in given[name]]
     return given

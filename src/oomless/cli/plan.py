@@ -244,12 +244,14 @@ def print_picked(screen: Screen, picked: Choice, *, why: bool) -> None:
         typer.Exit: nothing fits.
     """
     from oomless.cli.searching import explain_nothing_fits
-    from oomless.report.choice import print_choice, print_why
+    from oomless.report.choice import of_replay, print_choice, print_why
     from oomless.report.plan import print_plan
 
     print_choice(screen, picked)
     if picked.config is None or picked.plan is None:
         explain_nothing_fits(screen, picked)
+    if said := of_replay(picked):
+        screen.print(said)
     if why:
         print_why(screen, picked)
         print_plan(screen, picked.plan)

@@ -14,7 +14,7 @@ import typer
 
 from oomless.cli.plan import print_as_given, print_next, print_picked, write_page, write_pick
 from oomless.cli.searching import searching
-from oomless.cli.train import Settler, heard, print_end
+from oomless.cli.train import Settler, heard, print_end, print_learnt
 from oomless.cli.voice import aside, out
 from oomless.config import TrainConfig
 from oomless.config.stages import Stage, together
@@ -114,6 +114,7 @@ def train_stages(settler: Settler, stages: Sequence[Stage]) -> None:
     ]
     with heard(screen, settled[0].config) as listener:
         result = player.train_stages(planned, listener, ended)
+    print_learnt(screen, output_dir)
     if result.interrupted:
         raise typer.Exit(130)
 

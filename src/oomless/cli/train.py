@@ -144,6 +144,8 @@ def _train_one(settler: Settler, given: dict[str, Any]) -> None:
     with heard(settler.screen, config) as listener:
         result = run(config, listener, None if plan is None else plan.to_dict())
     print_end(settler.screen, result, plan, config.output_dir)
+    if config.general_data:
+        print_learnt(settler.screen, config.output_dir)
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -181,6 +183,14 @@ def print_end(screen: Screen, result: RunResult, plan: Plan | None, output_dir: 
     print_result(screen, result, f"{launcher(world_size())} train --config {resume_from} --resume")
     if plan is not None:
         print_prediction(screen, plan, result.peak_memory_bytes)
+
+
+def print_learnt(screen: Screen, output_dir: str) -> None:
+    """Print what the run in ``output_dir`` learnt and forgot."""
+    from oomless.report.knowledge import print_knowledge
+    from oomless.report.run import read_run
+
+    print_knowledge(screen, read_run(Path(output_dir)))
 
 
 def _predict(screen: Any, config: TrainConfig) -> Any:

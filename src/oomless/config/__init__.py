@@ -17,7 +17,7 @@ from typing import Any
 
 from oomless.config import adapter, batch, data, memory, optimizer, running, trained
 from oomless.config.batch import Batch
-from oomless.config.data import Data, sources
+from oomless.config.data import SOURCES, Data, sources
 from oomless.config.data import DataSource as DataSource
 from oomless.config.data import Packing as Packing
 from oomless.config.memory import Memory
@@ -63,7 +63,7 @@ class TrainConfig(Recovery, Running, Memory, Optimizer, Batch, Trained, Data, Mo
         """Return the same settings, with what a run reads named from the root of the disk, so that they mean the same from every folder."""
         found: dict[str, Any] = {
             key: [dataclasses.replace(source, path=_from_root(source.path)) for source in getattr(self, key)]
-            for key in ("data", "eval_data")
+            for key in SOURCES
         }
         found |= {key: _from_root(name) for key in ("model", "tokenizer") if (name := getattr(self, key)) is not None}
         return dataclasses.replace(self, **found)
@@ -112,7 +112,7 @@ def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
         if key == "extend_tokenizer":
             value = tokens_to_add(value)
         if value is not None:
-            values[key] = sources(key, value) if key in ("data", "eval_data") else coerce(key, value, known[key])
+            values[key] = sources(key, value) if key in SOURCES else coerce(key, value, known[key])
     folder = adapter.folder_of(values["model"]) if "model" in values else None
     return values if folder is None else adapter.agree(folder, values)
 
@@ -156,7 +156,7 @@ def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, A
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``settings`` as plain values for YAML or JSON, without those that are not set."""
     found = dict(settings)
-    for key in {"data", "eval_data"} & set(found):
+    for key in set(SOURCES) & set(found):
         entries = [source if isinstance(source, dict) else dataclasses.asdict(source) for source in found[key]]
         found[key] = [{k: v for k, v in source.items() if v is not None} for source in entries]
     infinite = {key: "inf" for key, value in found.items() if value == float("inf")}  # which JSON has no number for

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from oomless.config import TrainConfig
 
 Packing = Literal["documents", "best_fit", "concatenate"]
+SOURCES = ("data", "eval_data", "general_data", "replay_data")
+"""The settings that are sources of text."""
+
+REPLAY = 0.05
+BUILTIN = "builtin"
+"""The source of general text that comes with oomless."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +75,16 @@ class Data:
     eval_fraction: Share | None = None
     """Share of the tokens of each source held out for evaluation: whole documents, and the end of one where they are few.
     [default: 0.01, or 0 with eval_data]"""
+
+    general_data: tuple[DataSource, ...] = ()
+    """Text whose loss in every evaluation says what is forgotten; it is not learnt, and decides neither which model is best nor when the
+    run ends. `builtin` is a small sample in 40 languages that comes with oomless."""
+
+    replay_data: tuple[DataSource, ...] = ()
+    """Old text that is mixed into what is learnt, against forgetting. An epoch is still one pass over `data`."""
+
+    replay: Annotated[float, Range(above=0, below=1)] | None = None
+    """Share of the training tokens that is taken from `replay_data`. [default: 0.05 with replay_data]"""
 
     max_eval_blocks: Count | None = None
     """Most blocks of each source in an evaluation, spread evenly over it. [default: all]"""
@@ -146,16 +162,26 @@ def check(run: TrainConfig) -> None:
     if not run.data:
         raise ConfigError("data is empty: name at least one file, folder or glob", "data")
     _check_encoding(run.encoding)
-    without = [source.name or source.path for source in run.data if source.weight is None]
-    if without and len(without) < len(run.data):
+    for key in ("data", "replay_data"):
+        given = getattr(run, key)
+        without = [source.name or source.path for source in given if source.weight is None]
+        if without and len(without) < len(given):
+            raise ConfigError(
+                f"weights are given to all sources of {key} or to none; {', '.join(without)} has none: give it one too, or take "
+                "the others away to learn every source once",
+                key,
+            )
+    for key in ("eval_data", "general_data"):
+        if any(source.weight is not None for source in getattr(run, key)):
+            raise ConfigError(
+                f"a weight has no effect in {key}, of which each source is measured whole: remove it", key
+            )
+    if run.replay_data and run.replay is None:
+        run.put("replay", REPLAY)
+    elif run.replay is not None and not run.replay_data:
         raise ConfigError(
-            f"weights are given to all sources of data or to none; {', '.join(without)} has none: give it one too, or take "
-            "the others away to learn every source once",
-            "data",
-        )
-    if any(source.weight is not None for source in run.eval_data):
-        raise ConfigError(
-            "a weight has no effect in eval_data, of which each source is measured whole: remove it", "eval_data"
+            f"replay: {run.replay:g} of the training tokens are to be old text: name it as replay_data, or remove replay",
+            *("replay", "replay_data"),
         )
     if run.eval_fraction is None:
         run.fill("eval_fraction", 0.0 if run.eval_data else 0.01)

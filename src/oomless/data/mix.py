@@ -2,7 +2,7 @@
 
 Which block comes k-th is a function of the seed and k alone, so a run resumes anywhere without replaying. Sources are
 interleaved evenly by their weights. Each is gone through in passes, every pass shuffled anew; an epoch of the run is one
-pass over the source with the largest weight (of equal ones, the longest).
+pass over the source with the largest weight (of equal ones, the longest) of those that are not replayed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,23 @@ class BlockStream:
     """The training blocks of a run, by their number."""
 
     def __init__(
-        self, sources: Sequence[PackedBlocks], weights: Sequence[float], *, seed: int, shuffle: bool, fingerprint: str
+        self,
+        sources: Sequence[PackedBlocks],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        shuffle: bool,
+        fingerprint: str,
+        replayed: int = 0,
     ) -> None:
-        """Mix ``sources``; ``fingerprint`` names data and settings, so that a resumed run can tell others apart."""
+        """Mix ``sources``, of which the last are ``replayed``, which makes no epoch longer.
+
+        ``fingerprint`` names data and settings, so that a resumed run can tell others apart.
+        """
         self.sources, self.seed, self.shuffle, self.fingerprint = sources, seed, shuffle, fingerprint
         total = sum(weights)
         self.shares = [weight / total for weight in weights]
-        main = max(range(len(sources)), key=lambda i: (weights[i], len(sources[i])))
+        main = max(range(len(sources) - replayed), key=lambda i: (weights[i], len(sources[i])))
         self.blocks_per_epoch = max(1, round(len(sources[main]) / self.shares[main]))
         self._order = lru_cache(maxsize=2 * len(sources))(self._permutation)
 

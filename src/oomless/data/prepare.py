@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 
 from oomless.config import DataSource, Packing, TrainConfig
+from oomless.config.data import BUILTIN
 from oomless.data.chat import ChatEncoder, load_template
 from oomless.data.encode import Encoder
 from oomless.data.mix import BlockStream
-from oomless.data.pack import PackedBlocks, SomeBlocks, count_targets
+from oomless.data.pack import IGNORED, Block, PackedBlocks, SomeBlocks, count_targets
 from oomless.data.read import Manner
 from oomless.data.store import TokenStore, open_store, source_name, user_cache_dir
 from oomless.errors import ConfigError, DataError
 from oomless.units import counted
+
+GENERAL_TEXT = Path(__file__).parent / "general.jsonl"
+"""The beginnings of the Universal Declaration of Human Rights in 40 languages; see general.license.txt."""
 
 MOST_TOKENS = 1 << 23
 """From so many, chosen by chance, what a tokenizer is taught is learnt."""
@@ -41,6 +45,12 @@ class PreparedData:
     summary: tuple[str, ...]
     """Lines for a person."""
 
+    general: frozenset[str] = frozenset()
+    """Which of them the run is not judged by: text that says what is forgotten."""
+
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict)
+    """How many bytes of text a token to predict is, by source."""
+
 
 def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], None] | None = None) -> PreparedData:
     """Read, tokenise (or find tokenised), split and pack the text that ``config`` names.
@@ -49,12 +59,14 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
         DataError: text is missing, empty or cannot be read, or is too little to hold any of it out.
         ConfigError: two sources have one name.
     """
+    general = [_shipped(source) for source in config.general_data]
+    learnt_from = (*config.data, *config.replay_data)
     opened = _opener(config, tokenizer, progress)
 
     def packed(store: TokenStore, spans: Any) -> PackedBlocks:
         return PackedBlocks(store, spans, config.max_seq_length, config.packing)
 
-    stores, eval_stores = opened(config.data), opened(config.eval_data)
+    stores, eval_stores = opened(learnt_from), [*opened(config.eval_data), *opened(general)]
     for name in ("chat_template", "loss_on"):
         if getattr(config, name) is not None and all(store.learnt is None for store in (*stores, *eval_stores)):
             raise ConfigError(f"{name} is for chats, and data holds none: remove it", name)
@@ -65,13 +77,14 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
     for blocks in (*train, *evaluation.values()):
         if not len(blocks):
             raise DataError(f"{blocks.store.name} holds no text to learn from: its documents are empty")
-    weights = [source.weight or len(blocks) for source, blocks in zip(config.data, train, strict=True)]
+    weights = _weights(config, train)
     stream = BlockStream(
         train,
         weights,
         seed=config.seed,
         shuffle=config.shuffle,
         fingerprint=_fingerprint(stores, splits, weights, config),
+        replayed=len(config.replay_data),
     )
     lines = [store.describe() for store in stores]
     lines += [line for blocks in train for line in _shortened(blocks, blocks.store.name)]
@@ -86,15 +99,57 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], 
         if config.max_eval_blocks is not None and config.max_eval_blocks < len(blocks):
             chosen[name] = SomeBlocks(blocks, config.max_eval_blocks)
             lines.append(f"evaluation on {name}: {config.max_eval_blocks:,} of its {counted(len(blocks), 'block')}")
-    return PreparedData(train=stream, evaluation=chosen, summary=tuple(lines))
+    return PreparedData(
+        train=stream,
+        evaluation=chosen,
+        summary=tuple(lines),
+        general=general_names(config),
+        bytes_per_token={name: _bytes_per_token(blocks, tokenizer) for name, blocks in chosen.items()},
+    )
+
+
+def general_names(config: TrainConfig) -> frozenset[str]:
+    """Return what the sources are called by which a run is not judged."""
+    return frozenset(source_name(_shipped(source)) for source in config.general_data)
+
+
+def _shipped(source: DataSource) -> DataSource:
+    """Return ``source``, or the file that comes with oomless where it names that."""
+    if source.path != BUILTIN:
+        return source
+    return DataSource(path=str(GENERAL_TEXT), name=source.name or "general", text_field="text", encoding="utf-8")
+
+
+def _weights(config: TrainConfig, blocks: Sequence[PackedBlocks]) -> list[float]:
+    """Return the weights of the sources of ``blocks``, those that are replayed last."""
+    weights = [
+        float(source.weight or len(own))
+        for source, own in zip((*config.data, *config.replay_data), blocks, strict=True)
+    ]
+    if config.replay is None:
+        return weights
+    new, old = weights[: len(config.data)], weights[len(config.data) :]
+    times = config.replay / (1 - config.replay) * sum(new) / sum(old)
+    return [*new, *(weight * times for weight in old)]
+
+
+def _bytes_per_token(blocks: Iterable[Block], tokenizer: Any) -> float:
+    """Return how many bytes of UTF-8 a token to predict in ``blocks`` stands for."""
+    tokens = size_bytes = 0
+    for block in blocks:
+        learnt = block.labels[block.labels != IGNORED]
+        tokens += len(learnt)
+        size_bytes += len(tokenizer.decode(learnt.tolist(), skip_special_tokens=True).encode())
+    return max(1, size_bytes) / max(1, tokens)
 
 
 def _opener(
     config: TrainConfig, tokenizer: Any, progress: Callable[[int, int], None] | None
 ) -> Callable[[Sequence[DataSource]], list[TokenStore]]:
     """Return what opens the stores of sources, as ``config`` and ``tokenizer`` make tokens of their text."""
-    _check_names(config.data)
-    _check_names(config.eval_data)
+    learnt_from = (*config.data, *config.replay_data)
+    _check_names(learnt_from)
+    _check_names([*(config.eval_data or learnt_from), *map(_shipped, config.general_data)])
     if config.chat_template is not None:
         tokenizer.chat_template = load_template(config.chat_template)
     encoder = Encoder(tokenizer)

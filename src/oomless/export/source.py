@@ -15,6 +15,7 @@ from typing import Any, Literal
 from oomless.config import TrainConfig
 from oomless.config.stages import STAGES
 from oomless.config.values import load_yaml
+from oomless.data.prepare import general_names
 from oomless.errors import CheckpointError, ConfigError, ModelError, nearest
 from oomless.models.spec import ModelSpec, resolve
 from oomless.training import checkpoint
@@ -182,11 +183,11 @@ def _step(run: Path, which: str | None, config: TrainConfig, known: Sequence[int
     if which is None or which == "final":
         if which == "final" and not final:
             raise CheckpointError(f"{run} has no final model, since the run has not ended; {there}")
-        best = _best(run, known) if final and config.load_best_model_at_end else None
+        best = _best(run, config, known) if final and config.load_best_model_at_end else None
         return last if best is None else best
     if which not in _WHICH and not which.isdecimal():
         raise ConfigError(f"--checkpoint is a step, last, best or final; got {which!r}.{nearest(which, _WHICH)}")
-    step = last if which == "last" else _best(run, known) if which == "best" else int(which)
+    step = last if which == "last" else _best(run, config, known) if which == "best" else int(which)
     if step not in known:
         what = {"last": "no checkpoint", "best": "no checkpoint that was evaluated"}.get(
             which, f"no checkpoint of step {which}"
@@ -195,11 +196,13 @@ def _step(run: Path, which: str | None, config: TrainConfig, known: Sequence[int
     return step
 
 
-def _best(run: Path, steps: Sequence[int]) -> int | None:
+def _best(run: Path, config: TrainConfig, steps: Sequence[int]) -> int | None:
     """Return which of ``steps`` had the best evaluation; ``None`` where none had one."""
+    general = general_names(config)
     metrics, best = Metrics(run / "metrics.jsonl", lambda said: None), Best()
     for step in steps:
-        if losses := metrics.evaluated(step):
+        losses = {name: loss for name, loss in metrics.evaluated(step).items() if name not in general}
+        if losses:
             best.judge(step, losses)
     return best.step
 

@@ -42,6 +42,7 @@ def tokens_to_read(config: TrainConfig, gpus: int = 1) -> Reading | None:
     if any(file.compression or file.kind in ("parquet", "arrow", "ipynb", "pdf", "docx") for file in files):
         return None
     epochs, size_bytes = config.num_train_epochs or 1.0, sum(file.size_bytes for file in files)
+    epochs /= 1 - (config.replay or 0.0)  # what is replayed comes beside them
     fewest, most = BYTES_PER_TOKEN
     return Reading(
         tokens_low=max(step, int(epochs * size_bytes / most)),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from oomless.config import TrainConfig
-from oomless.config.data import Data
+from oomless.config.data import BUILTIN, SOURCES, Data
 from oomless.config.model import Model
 from oomless.config.values import kinds
 from oomless.data.files import find_files
@@ -61,7 +61,7 @@ class Layout:
     @classmethod
     def uniform(cls, documents: Documents, config: TrainConfig) -> Layout:
         """Return blocks all of ``documents``, for ``config``, which evaluates two batches of them if any."""
-        evaluates = bool(config.eval_fraction or config.eval_data)
+        evaluates = bool(config.eval_fraction or config.eval_data or config.general_data)
         held_out = ((documents,) * (2 * (config.per_device_eval_batch_size or 1)),) if evaluates else ()
         return cls(train=(documents,), ranked=(((0, documents),),), evaluation=held_out)
 
@@ -104,7 +104,8 @@ def of_the_text(settings: Mapping[str, Any]) -> TrainConfig:
 def is_readable(config: TrainConfig) -> bool:
     """Return whether the text that ``config`` names and its tokenizer are here, and it is not too much."""
     try:
-        files = [file for source in (*config.data, *config.eval_data) for file in find_files(source).files]
+        named = [source for key in SOURCES for source in getattr(config, key) if source.path != BUILTIN]
+        files = [file for source in named for file in find_files(source).files]
     except UserError:
         return False
     small = sum(file.size_bytes for file in files) <= LARGEST_TEXT_BYTES

@@ -15,6 +15,7 @@ from oomless.errors import ConfigError
 from oomless.export import comparison
 from oomless.report.charts import Chart, Line, draw, page, text
 from oomless.report.compare import section, side_by_side
+from oomless.report.knowledge import knowledge_section
 from oomless.report.pictures import shown_bytes, unit_of
 from oomless.training.run_files import CONFIG, EVALUATED, LENGTH, METRICS, PREDICTION, SAMPLES, stage_folders
 from oomless.units import KiB, counted, format_bytes, short
@@ -51,6 +52,8 @@ class Logged:
     prediction: dict[str, Any] = field(default_factory=dict)
     settings: str = ""
     total_steps: int | None = None
+    stages: Sequence[Logged] = ()
+    """What is told of each stage; none where the run has none."""
 
     @property
     def name(self) -> str:
@@ -154,7 +157,7 @@ def read_end(folder: Path) -> Logged:
 
 def _joined(folder: Path, stages: Sequence[Logged]) -> Logged:
     """Return the run in ``folder`` of its ``stages``, whose steps and tokens are counted on from one to the next."""
-    whole = Logged(folder=folder, settings=_text(folder / CONFIG, SETTINGS_BYTES))
+    whole = Logged(folder=folder, settings=_text(folder / CONFIG, SETTINGS_BYTES), stages=stages)
     for stage in stages:
         first, tokens = whole.steps, whole.last("tokens")
         for name, points in stage.values.items():
@@ -258,6 +261,7 @@ def charts_of(runs: Sequence[Logged]) -> Iterator[str]:
 
 def run_details(logged: Logged) -> Iterator[str]:
     """Yield what went wrong in a run, and its settings."""
+    yield from knowledge_section(logged)
     if (compared := comparison.read(logged.folder)) is not None:
         yield section(compared)
     if logged.samples:

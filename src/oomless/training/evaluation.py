@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from oomless.data.loader import MicroBatch
 from oomless.training.interruption import Abandoned
 from oomless.training.life import Life
-from oomless.training.run_files import EVALUATED, SAMPLES
+from oomless.training.run_files import BITS_PER_BYTE, EVALUATED, SAMPLES
 from oomless.training.samples import write_samples
 
 
@@ -35,7 +36,10 @@ def evaluate(life: Life) -> dict[str, float]:
     except Abandoned:
         return {}
     if losses:
-        life.keeper.record({"step": life.step, **{f"{EVALUATED}{name}": loss for name, loss in losses.items()}})
+        sizes = life.data.bytes_per_token
+        bits = {f"{BITS_PER_BYTE}{name}": losses[name] / math.log(2) / size for name, size in sizes.items()}
+        by_token = {f"{EVALUATED}{name}": loss for name, loss in losses.items()}
+        life.keeper.record({"step": life.step, **by_token, **bits})
         life.listener.evaluated(life.step, losses)
         life.evaluated = life.step, losses
     if samples:

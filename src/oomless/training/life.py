@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,11 @@ class Life:
             largest_tensor_bytes=max(parameter.nbytes for parameter in assembly.model.parameters()),
             host_reserve_bytes=config.host_reserve_bytes,
         )
+
+    def judge(self, losses: Mapping[str, float]) -> bool:
+        """Return whether ``losses`` by source, just measured, are better than all before; what is not learnt has no say."""
+        own = {name: loss for name, loss in losses.items() if name not in self.data.general}
+        return bool(own) and self.best.judge(self.step, own)
 
     @property
     def blocks_per_step(self) -> int:

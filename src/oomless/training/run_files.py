@@ -35,6 +35,9 @@ EVALUATED = "eval_loss/"
 SAMPLES = "samples"
 """What the model wrote at an evaluation is called in the metrics: a list of mappings with ``prompt`` and ``text``."""
 
+BITS_PER_BYTE = "bits_per_byte/"
+"""What names of the same begin with where they are told by the byte, which compares tokenizers."""
+
 _PROC = Path("/proc")
 _STAGE = re.compile(r"stage-(\d+)(-.*)?")
 

@@ -80,8 +80,7 @@ def finish(life: Life) -> None:
     step, losses = life.evaluated
     if step != life.step:
         losses = evaluate(life)
-        if losses:
-            life.best.judge(life.step, losses)
+        life.judge(losses)
     life.result.eval_after = losses
     if life.interrupted.is_set():
         return

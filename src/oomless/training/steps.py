@@ -71,7 +71,7 @@ def train(life: Life) -> None:
         if life.step < life.total_steps:
             if config.eval_steps and life.step % config.eval_steps == 0:
                 losses = evaluate(life)
-                saves |= bool(losses) and life.best.judge(life.step, losses) and config.load_best_model_at_end
+                saves |= life.judge(losses) and config.load_best_model_at_end
             if saves:
                 life.keeper.save_on_the_way(life)
                 saved_at = time.perf_counter()
