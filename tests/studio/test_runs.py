@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 from tests.cli.test_cli import ENVIRONMENT
 
 from oomless.report.run import Reader
+from oomless.studio.runs import Runs
 from oomless.studio.safety import TOKEN
 from oomless.studio.server import application
 from oomless.training.run_files import LOCK, Process, ask_to_stop, writer
@@ -108,6 +110,32 @@ def test_a_run_that_another_process_began(make_checkpoint, corpus, tmp_path, mon
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_begun_stopped_and_resumed_as_two(make_checkpoint, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copy(corpus, tmp_path / "library.jsonl")
+    studio, runs = Studio(tmp_path), Runs([tmp_path])
+    studio.row = lambda name: next(row for row in runs.listed() if row["name"] == name)
+    settings = {"model": str(make_checkpoint("llama")), "gpu": "cpu", "max_seq_length": 32, "eval_fraction": 0}
+    runs.begin("two", settings, {"data": "library.jsonl", "max_steps": "100000"}, 2)
+    try:
+        studio.until("two", "trains", step=2)
+        runs.stop("two")
+        at = int(studio.until("two", "stopped")["step"].split()[0].replace(",", ""))
+        runs.resume("two")
+        studio.until("two", "trains", step=at + 2)
+        assert f"resumed from checkpoint-{at}" in runs.parts(["two"])
+        runs.stop("two")
+        at = int(studio.until("two", "stopped")["step"].split()[0].replace(",", ""))
+        state = json.loads((tmp_path / "two" / f"checkpoint-{at}" / "trainer" / "state.json").read_text())
+        assert state["gpus"] == 2
+    finally:
+        for begun in runs._begun.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(begun.pid, signal.SIGKILL)
 
 
 def test_a_process_is_known_by_more_than_its_number(tmp_path):

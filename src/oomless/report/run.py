@@ -26,6 +26,7 @@ LAST_SAMPLES = 5
 """So many of what was written after a prompt are shown, beside the first."""
 EVENTS = 100
 """So many recoveries and bad steps are listed, the last ones."""
+MOST_GPUS = 1 << 10
 PEAK = ("profile", "peak_allocated_bytes")
 SETTINGS_BYTES = 100 * KiB
 END_BYTES = 64 * KiB
@@ -54,6 +55,8 @@ class Logged:
     total_steps: int | None = None
     stages: Sequence[Logged] = ()
     """What is told of each stage; none where the run has none."""
+    gpus: int = 1
+    """On how many it trains."""
 
     @property
     def name(self) -> str:
@@ -108,7 +111,7 @@ class Reader:
             self._read_metrics(metrics)
             self._logged.settings = _text(self.folder / CONFIG, SETTINGS_BYTES)
             self._logged.prediction = _mapping(_text(self.folder / PREDICTION)) or {}
-            self._logged.total_steps = _length_of(self.folder)
+            _read_length(self._logged)
         except OSError as error:
             raise ConfigError(f"the run folder {self.folder} cannot be read: {error.strerror or error}") from error
         return self._logged
@@ -149,7 +152,7 @@ def read_end(folder: Path) -> Logged:
                 file.seek(beginning)
                 for line in file.read(END_BYTES).split(b"\n")[1 if beginning else 0 : -1]:
                     _read_line(logged, line.decode(errors="replace"))
-        logged.total_steps = _length_of(folder)
+        _read_length(logged)
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be read: {error.strerror or error}") from error
     return logged
@@ -168,6 +171,7 @@ def _joined(folder: Path, stages: Sequence[Logged]) -> Logged:
         whole.bad += [first + step for step in stage.bad]
         for prompt, written in stage.samples.items():
             whole.samples.setdefault(prompt, {}).update((first + step, said) for step, said in written.items())
+        whole.gpus = max(whole.gpus, stage.gpus)
         whole.unread += stage.unread
         whole.cut |= stage.cut
         if (stage.predicted(*PEAK) or 0) >= (whole.predicted(*PEAK) or 0):
@@ -178,9 +182,11 @@ def _joined(folder: Path, stages: Sequence[Logged]) -> Logged:
     return whole
 
 
-def _length_of(folder: Path) -> int | None:
-    steps = (_mapping(_text(folder / LENGTH)) or {}).get("total_steps")
-    return steps if type(steps) is int and 0 < steps < 2**53 else None
+def _read_length(logged: Logged) -> None:
+    found = _mapping(_text(logged.folder / LENGTH)) or {}
+    steps, gpus = found.get("total_steps"), found.get("gpus")
+    logged.total_steps = steps if type(steps) is int and 0 < steps < 2**53 else None
+    logged.gpus = gpus if type(gpus) is int and 0 < gpus < MOST_GPUS else 1
 
 
 def _text(path: Path, most: int = -1) -> str:

@@ -62,6 +62,8 @@ class Runs:
     _read: OrderedDict[Path, Reader] = field(default_factory=OrderedDict)
     _begun: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
     """Kept to be asked how they ended, so that none stays a zombie."""
+    _trained: set[Path] = field(default_factory=set)
+    """Of those that were begun, which were seen to train."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def found(self) -> dict[str, Path]:
@@ -90,7 +92,7 @@ class Runs:
                     "changed": _changed(path / METRICS, path / LOCK, path / BEGUN),
                 }
             )
-        return sorted(rows, key=lambda row: (row["state"] not in ("trains", "starts"), -float(row["changed"])))
+        return sorted(rows, key=lambda row: (row["state"] not in ("trains", "starts", "ends"), -float(row["changed"])))
 
     def state(self, run: Path) -> str:
         """Return what the run in ``run`` is doing."""
@@ -98,9 +100,10 @@ class Runs:
         if begun is not None and begun.poll() is not None:
             self._begun.pop(run, None)
         if writer(run) is not None:
+            self._trained.add(run)
             return "trains"
         if run in self._begun:
-            return "starts"
+            return "ends" if run in self._trained else "starts"
         if (run / MODEL).is_dir():
             return "finished"
         return "stopped" if any(run.glob("checkpoint-*")) or stage_folders(run) else "ended without a checkpoint"
@@ -147,12 +150,11 @@ class Runs:
             ConfigError: it trains, or cannot go on.
         """
         run = self.path(name)
-        command = [sys.executable, "-m", "oomless", "train", f"--config={run / CONFIG}", "--resume"]
         with self._lock:
             state = self.state(run)
             if state != "stopped":
                 raise ConfigError(f"{name} cannot go on from a checkpoint: what it does is {state!r}, not 'stopped'")
-            self._start(run, command)
+            self._start(run, read_end(run).gpus, f"--config={run / CONFIG}", "--resume")
 
     def begin(self, name: str, settings: Mapping[str, Any], given: Mapping[str, str], gpus: int) -> str:
         """Begin the run ``name`` with ``settings`` and what is ``given`` beside them, in a process that outlives this one; return its name here.
@@ -181,11 +183,14 @@ class Runs:
                 )
             except OSError as error:
                 raise ConfigError(f"{run} cannot be begun: {error.strerror}; choose another name") from error
-            several = ["-m", "torch.distributed.run", f"--nproc-per-node={gpus}"] if gpus > 1 else []
-            self._start(run, [sys.executable, *several, "-m", "oomless", "train", f"--config={run / BEGUN}"])
+            self._start(run, gpus, f"--config={run / BEGUN}")
         return next(called for called, path in self.found().items() if path == run)
 
-    def _start(self, run: Path, command: Sequence[str]) -> None:
+    def _start(self, run: Path, gpus: int, *options: str) -> None:
+        """Start ``oomless train`` with ``options``, as one process for each of several GPUs."""
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+        command = [sys.executable, *several, "-m", "oomless", "train", *options]
+        self._trained.discard(run)
         with (run / PRINTED).open("ab") as printed:
             self._begun[run] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True

@@ -23,7 +23,7 @@ COMPARISON = "compare.json"
 """What ``oomless compare`` found last of a run."""
 
 LENGTH = "length.json"
-"""How many steps a run has, or how many stages."""
+"""How many steps a run has, or how many stages, and on how many GPUs it trains."""
 
 MODEL = "model"
 """The folder of the final model."""

@@ -62,7 +62,9 @@ class RunFolder(Keeper):
             if self.ranks.first:
                 self.metrics.cut(self.saved.step if self.saved is not None else -1)
                 checkpoint.write_atomically(self.folder / CONFIG, self.config.to_yaml())
-                checkpoint.write_atomically(self.folder / LENGTH, json.dumps({"total_steps": total_steps}))
+                checkpoint.write_atomically(
+                    self.folder / LENGTH, json.dumps({"total_steps": total_steps, "gpus": self.ranks.count})
+                )
                 if self.prediction is not None:
                     checkpoint.write_atomically(self.folder / PREDICTION, json.dumps(self.prediction))
                 else:

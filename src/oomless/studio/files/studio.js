@@ -259,9 +259,18 @@ function leave(cards, closing) {
   }
 }
 
-const plan = {
-  asked: "",
+// A room whose questions are asked while it is looked at.
+const asking = {
   cards: [],
+  leave(closing = false) {
+    leave(this.cards, closing);
+    this.cards = [];
+  },
+};
+
+const plan = {
+  ...asking,
+  asked: "",
   async offer() {
     if (this.offered) return;
     this.offered = true;
@@ -315,9 +324,8 @@ const plan = {
     if ([...find("#plan-form details").querySelectorAll("[name]")].some((field) => field.value)) find("#plan-form details").open = true;
   },
   leave(closing = false) {
-    leave(this.cards, closing);
+    asking.leave.call(this, closing);
     around.leave(closing);
-    this.cards = [];
     this.asked = "";
   },
 };
@@ -497,7 +505,7 @@ window.addEventListener("pageshow", (event) => event.persisted && enter());
 // ---- the room of explanations
 
 const explain = {
-  cards: [],
+  ...asking,
   enter() {
     plan.offer();
   },
@@ -515,10 +523,6 @@ const explain = {
     } catch (error) {
       find("#explain-said").textContent = error.message;
     }
-  },
-  leave(closing = false) {
-    leave(this.cards, closing);
-    this.cards = [];
   },
 };
 
@@ -548,7 +552,7 @@ find("#explain-form").addEventListener("drop", (event) => {
 // ---- the room of comparisons
 
 const compare = {
-  cards: [],
+  ...asking,
   async enter(query) {
     plan.offer();
     try {
@@ -585,10 +589,6 @@ const compare = {
     if (form.elements.texts.value.trim()) question.texts = form.elements.texts.value;
     if (!form.elements.loss.checked) question.no_loss = "yes";
     this.cards = [card("compare", question, question.run)];
-  },
-  leave(closing = false) {
-    leave(this.cards, closing);
-    this.cards = [];
   },
 };
 
