@@ -54,12 +54,16 @@ requestAnimationFrame(next);
 """
 
 
-def main(address: str, folder: Path, asked: list[str]) -> None:
+def open_browser() -> Any:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or "chromium"
     for flag in (*FLAGS, f"--user-data-dir={tempfile.mkdtemp()}"):
         options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+def main(address: str, folder: Path, asked: list[str]) -> None:
+    browser = open_browser()
     browser.get(address)
     for place, room in enumerate(asked):
         if room.startswith("#"):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import axe_core_python
 import pytest
 import yaml
-from tests.cli.test_cli import ENVIRONMENT
+from tests.cli.test_cli import ENVIRONMENT, oomless
 from tests.studio.test_explain import LOG
 from tests.studio.test_runs import begin
 
@@ -34,6 +35,12 @@ FLAGS = (
 )
 HOSTILE = "<img src=x onerror=document.title='taken'>"
 
+SEED = "meta-llama/Llama-3.2-1B"
+DROP = """
+const given = new DataTransfer();
+given.items.add(new File([arguments[0]], "error.log"));
+document.querySelector("#explain-log").dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+"""
 AXE = Path(axe_core_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
 FAULTS = """
 const done = arguments[0];
@@ -139,13 +146,14 @@ def test_a_run_is_watched_stopped_and_resumed_and_outlives_the_studio(
     browser.get(address)
     until(lambda: "No run lies below" in read(browser, "#runs"))
     assert "token" not in browser.current_url
-    begun = begin(make_checkpoint("llama"), corpus, run)
+    begun = begin(make_checkpoint("llama"), corpus, run, "--sample-prompts", HOSTILE, "--sample-tokens", "2")
     try:
         until(lambda: "trains" in read(browser, "#runs tbody"))
         first = until(lambda: re.search(r"(\d+) steps of", read(browser, "#runs-shown")))
         until(lambda: int(re.search(r"(\d+) steps of", read(browser, "#runs-shown"))[1]) > int(first[1]))
         assert browser.title == "Runs - oomless studio"
         assert len(browser.find_elements(By.CSS_SELECTOR, "#runs-shown svg")) == 5
+        assert f"Written on the way\n{HOSTILE}\nafter step 0" in read(browser, "#runs-shown")
         no_faults(browser)
         # By keyboard alone.
         browser.execute_script("document.querySelector('#runs tbody button[data-does=stop]').focus()")
@@ -154,6 +162,10 @@ def test_a_run_is_watched_stopped_and_resumed_and_outlives_the_studio(
     finally:
         begun.kill()
         begun.communicate()
+    until(lambda: "stopped" in read(browser, "#runs tbody"))
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "button[data-does=resume]"))[0].click()
+    until(lambda: "trains" in read(browser, "#runs tbody"))
+    os.kill(writer(run).pid, signal.SIGKILL)
     until(lambda: "stopped" in read(browser, "#runs tbody"))
     until(lambda: browser.find_elements(By.CSS_SELECTOR, "button[data-does=resume]"))[0].click()
     until(lambda: "trains" in read(browser, "#runs tbody"))
@@ -235,12 +247,18 @@ def test_a_plan_from_an_empty_page_to_a_run(browser, serve, make_checkpoint, cor
     assert "256 tokens to 512 tokens: full, AdamW" in read(browser, "#plan-ways p")
 
     browser.get(asked)
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "#plan-way-gpu"), 60).pop().send_keys(Keys.ARROW_RIGHT)
+    until(lambda: "gpu=virtual" not in browser.current_url)
+    until(lambda: re.search(r"virtual:256MiB to .+: full, AdamW", read(browser, "#plan-ways")), 240)
+
+    browser.get(asked)
     until(lambda: browser.find_elements(By.CSS_SELECTOR, ".begin"), 60)
-    for name, value in (("data", "library.jsonl"), ("name", HOSTILE), ("max_steps", "2")):
+    for name, value in (("data", "library.jsonl"), ("name", HOSTILE), ("max_steps", "2"), ("sample_prompts", "def")):
         browser.find_element(By.CSS_SELECTOR, f".begin [name={name}]").send_keys(value)
     browser.find_element(By.CSS_SELECTOR, ".begin [name=name]").send_keys(Keys.ENTER)
     until(lambda: "img src=x" in read(browser, "#runs tbody"))
     until(lambda: "finished" in read(browser, "#runs tbody"), 240)
+    until(lambda: "after step 2" in read(browser, "#runs-shown"))
     no_faults(browser)
 
     browser.find_element(By.LINK_TEXT, "Compare").click()
@@ -252,6 +270,65 @@ def test_a_plan_from_an_empty_page_to_a_run(browser, serve, make_checkpoint, cor
     assert "library.jsonl" in read(browser, "#compare-answers td")
     no_faults(browser)
     assert browser.title == "Compare - oomless studio"
+
+
+def test_the_seed_case_from_an_empty_page_to_a_command_that_trains(browser, serve, make_checkpoint, corpus, tmp_path):
+    """The command is copied; what it sets trains, here with a small model in the place of the one that is not on this machine. Then every
+    other GPU is asked for, and the page left: the search ends."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    (tmp_path / "work").mkdir()
+    studio, address = serve(tmp_path / "work")
+    browser.get(address)
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    browser.find_element(By.LINK_TEXT, "Plan").click()
+    known = "return [...document.querySelectorAll('#plan-models option')].some((one) => one.value === arguments[0])"
+    until(lambda: browser.execute_script(known, SEED))
+    browser.find_element(By.ID, "plan-model").send_keys(SEED, Keys.TAB, "T4", Keys.TAB, "512", Keys.ENTER)
+    until(lambda: read(browser, "pre[aria-label=Command]"), 400)
+    assert f"{SEED} on T4" in read(browser, "#plan-answers")
+    browser.find_element(By.CSS_SELECTOR, "button.copy").click()
+    until(lambda: browser.find_element(By.CSS_SELECTOR, "button.copy").text == "Copied")
+    copied = browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    program, verb, *options = shlex.split(copied)
+    assert (program, verb, options[-4:]) == ("oomless", "train", ["--data", "...", "--output-dir", "..."])
+    assert {f"--model={SEED}", "--max-seq-length=512"} <= set(options)
+    here = (
+        "--model",
+        make_checkpoint("llama"),
+        "--gpu",
+        "virtual:1GiB",
+        "--data",
+        corpus,
+        "--output-dir",
+        tmp_path / "run",
+    )
+    trained = oomless(verb, *options[:-4], *here, "--max-steps", 1, "--eval-fraction", 0)
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "run" / "model").is_dir()
+
+    hit = "return [...document.querySelectorAll('#plan-answers svg .hit title')].map((one) => one.textContent)"
+    named = [said for said in browser.execute_script(hit) if said.startswith("weights: ")]
+    assert any("model.embed_tokens.weight" in said for said in named), named
+    assert "model.embed_tokens.weight" in read(browser, "#plan-answers")
+    browser.find_element(By.CSS_SELECTOR, "[aria-label='Plan every GPU']").click()
+    until(lambda: re.search(r"on \S+: .*; \d+ to plan", read(browser, "#plan-around-said")))
+    until(lambda: re.search(r"; \d+ to plan", read(browser, "#plan-around-said")) and searching(studio))
+    busy = searching(studio)
+    browser.find_element(By.LINK_TEXT, "Runs").click()
+    until(lambda: busy - searching(studio))
+    until(lambda: not read(browser, "#plan-around-said"))
+
+
+def searching(studio):
+    """The processes of a studio that search or could."""
+    listed = subprocess.run(
+        ["pgrep", "-P", str(studio.pid), "-f", "oomless.studio.worker"], capture_output=True, text=True
+    )
+    return set(listed.stdout.split())
 
 
 def test_a_long_run_is_small_on_the_page(browser, serve, tmp_path):
@@ -280,6 +357,9 @@ def test_a_pasted_log_and_a_snapshot_are_explained(browser, serve, tmp_path):
     _, address = serve(tmp_path)
     browser.get(address)
     browser.find_element(By.LINK_TEXT, "Explain").click()
+    browser.execute_script(DROP, f"{HOSTILE} {LOG}")
+    until(lambda: browser.find_element(By.ID, "explain-log").get_property("value") == f"{HOSTILE} {LOG}")
+    browser.find_element(By.ID, "explain-log").clear()
     browser.find_element(By.ID, "explain-log").send_keys(f"{HOSTILE} {LOG}")
     browser.find_element(By.CSS_SELECTOR, "#explain-form button").click()
     until(lambda: "answered" in read(browser, "#explain-said"))
