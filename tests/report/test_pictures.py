@@ -1,5 +1,6 @@
 """Pictures of memory: what is drawn is what was held."""
 
+import itertools
 import re
 
 import pytest
@@ -64,3 +65,12 @@ def test_nothing_held_and_one_choice_are_drawn():
     assert "<b>" not in drawn
     assert "<i>" not in drawn
     assert drawn.count("<circle") == 1
+
+
+def test_names_of_choices_do_not_lie_over_each_other():
+    dots = [Dot(name=f"n{n}", x=5.0, y=0.98 + 0.01 * (n % 3), size=9, said="", colour=0) for n in range(5)]
+    heights = sorted(
+        float(y) for y in re.findall(r'<text class="in" x="[\d.]+" y="([\d.]+)"', choices("t", "w", dots, str))
+    )
+    assert len(heights) == 5
+    assert all(below - above >= 12 for above, below in itertools.pairwise(heights))

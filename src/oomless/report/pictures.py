@@ -10,6 +10,7 @@ from oomless.report.charts import (
     BAR,
     BOTTOM,
     COLUMNS,
+    LABEL,
     LEFT,
     LINES,
     RIGHT,
@@ -197,13 +198,18 @@ def choices(title: str, across: str, dots: Sequence[Dot], show: Callable[[float]
             f'<circle class="dot c{dot.colour % LINES}{picked}" cx="{frame.x(dot.x):.1f}" cy="{frame.y(dot.y):.1f}" r="{radius:.1f}">'
             f"<title>{text(dot.said)}</title></circle>"
         )
-    for dot in dots:
+    heights: list[float] = []
+    for dot in sorted(dots, key=lambda dot: -dot.y):
         if dot.name:
+            height = frame.y(dot.y) + 4
+            while any(abs(height - other) < LABEL for other in heights):
+                height += LABEL
+            heights.append(height)
             late = frame.x(dot.x) > (LEFT + WIDTH - RIGHT) / 2
             radius = 8 + 12 * (dot.size / largest) ** 0.5
             at = frame.x(dot.x) - radius if late else frame.x(dot.x) + radius
             parts.append(
-                f'<text class="in" x="{at:.1f}" y="{frame.y(dot.y) + 4:.1f}" text-anchor="{"end" if late else "start"}">{text(dot.name)}</text>'
+                f'<text class="in" x="{at:.1f}" y="{height:.1f}" text-anchor="{"end" if late else "start"}">{text(dot.name)}</text>'
             )
     return (
         f"<section><h2>{text(title)}</h2>{scrolling(''.join(parts) + '</svg>', title)}<p>{text(across)}</p></section>"
