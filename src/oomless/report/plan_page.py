@@ -114,7 +114,7 @@ def plan_parts(plan: Plan) -> Iterator[str]:
 
 def _held(holder: Holder) -> str:
     several = f" x {holder.allocations:,}" if holder.allocations > 1 else ""
-    return f"{holder.name or 'smaller ones'}{several}: {format_bytes(holder.size_bytes)}"
+    return f"{holder.name or 'others'}{several}: {format_bytes(holder.size_bytes)}"
 
 
 def _largest(profile: MemoryProfile) -> str:
