@@ -74,6 +74,7 @@ def test_written_and_read_again_they_are_the_same():
         ([{}, {"model": "n"}], "model is one for all stages"),
         ([{}, {"resume": True}], "resume is one for all stages"),
         ([{"tokenizer": "t"}], "tokenizer is one for all stages"),
+        ([{}, {"extend_tokenizer": 9}], "stage 2: extend_tokenizer belongs to the first stage"),
         ([{"stages": []}], "a stage has no stages of its own"),
         ([{"merge_lora": False}, {}], "stage 1: merge_lora is about the final model, so it belongs to the last stage"),
         ([{"data": {"path": "a", "wieght": 1}}], "stage 1: unknown setting 'wieght' in data. Did you mean 'weight'?"),

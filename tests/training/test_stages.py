@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oomless.config import TrainConfig
 from oomless.config.stages import stages_of
 from oomless.config.values import load_yaml
 from oomless.errors import CheckpointError, ConfigError, DataError
 from oomless.export.source import find, find_two
+from oomless.planning.stages import settings_to_plan
 from oomless.report.run import read_end, read_run, run_page
 from oomless.training import loop, stages
 from oomless.training.checkpoint import list_checkpoints
@@ -119,6 +120,27 @@ def test_weights_go_on_whatever_trains(make_checkpoint, corpus, tmp_path, way):
         assert adapter["base_model_name_or_path"] == str(model)
 
 
+@pytest.mark.slow
+def test_tokens_are_learnt_in_the_first_stage_and_known_in_the_others(make_checkpoint, corpus, tmp_path):
+    rows = dict(trainable="embed_tokens+lm_head", trainable_rows="new", max_steps=2)
+    listed = [dict(FIRST, **rows), dict(SECOND, **rows), dict(name="third", max_steps=1)]
+    model, run = make_checkpoint("llama"), tmp_path / "run"
+    found = planned(model, corpus, run, *listed, extend_tokenizer=20, max_seq_length=32)
+    stages.train_stages(found)
+    # The later stages are planned for the model with the new tokens.
+    later = settings_to_plan(found[2].stage.settings, [found[0].config, found[1].config], tmp_path)
+    vocabularies = [
+        AutoConfig.from_pretrained(place).vocab_size
+        for place in (model, later["model"], run / "stage-3-third" / "model")
+    ]
+    assert vocabularies[0] == 512
+    assert vocabularies[1] == vocabularies[2] >= 532
+    assert evaluations(run, "stage-2-second")[0] == evaluations(run, "stage-1-first")[-1]
+    assert len(AutoTokenizer.from_pretrained(run / "model")) == 532
+    assert find_two(run)[1].folder == (run / "stage-1-first" / "extended").resolve()
+
+
+@pytest.mark.slow
 def test_the_final_model_may_be_the_adapter_alone(make_checkpoint, corpus, tmp_path):
     listed = [dict(FIRST, max_steps=1), dict(SECOND, max_steps=1)]
     stages.train_stages(planned(make_checkpoint("llama"), corpus, tmp_path, *listed, **LORA, merge_lora=False))

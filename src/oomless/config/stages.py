@@ -89,14 +89,18 @@ def stages_of(settings: Mapping[str, Any], stronger: Mapping[str, Any] | None = 
             )
         stage = Stage(number=number, name=name, settings={})
         with stage.named():
-            _check_own(own, last=number == len(listed))
+            _check_own(own, first=number == 1, last=number == len(listed))
             both = outrank(outrank(around, own)[0], stronger or {})[0]
         found.append(Stage(number=number, name=name, settings=both))
     return tuple(found)
 
 
-def _check_own(own: Mapping[str, Any], *, last: bool) -> None:
+def _check_own(own: Mapping[str, Any], *, first: bool, last: bool) -> None:
     for name in own:
+        if name == "extend_tokenizer" and not first:
+            raise ConfigError(
+                "extend_tokenizer belongs to the first stage: the others begin with its model and its tokens", name
+            )
         if name in OF_THE_RUN:
             raise ConfigError(f"{name} is one for all stages: say it outside of them", name)
         if name == STAGES:
@@ -141,7 +145,8 @@ def after(settings: Mapping[str, Any], before: Sequence[TrainConfig]) -> dict[st
     """
     left = dict(settings)
     if before:
-        left.pop("tokenizer", None)  # it lies beside the model
+        for name in ("tokenizer", "extend_tokenizer"):
+            left.pop(name, None)  # they lie beside the model
     if any(config.tied_weights == "untied" for config in before) and left.pop("tied_weights", None) == "shared":
         raise ConfigError(
             "an earlier stage unties embed_tokens and lm_head, which are two matrices from then on: remove tied_weights: shared",

@@ -21,7 +21,7 @@ from oomless.models.spec import ModelSpec, resolve
 from oomless.training import checkpoint
 from oomless.training.best import Best
 from oomless.training.checkpoint import Checkpoint
-from oomless.training.run_files import MODEL, stage_folders
+from oomless.training.run_files import CONFIG, MODEL, stage_folders
 from oomless.training.run_folder import Metrics
 
 Kind = Literal["model", "adapter", "trained"]
@@ -163,7 +163,11 @@ def _in_run(run: Path, which: str | None) -> _Located:
         if not kept:
             raise CheckpointError(f"no stage of {run} has a checkpoint or a model yet: there is nothing to export")
         found = _in_run(kept[-1], which)
-        return replace(found, name=f"{found.name} of {kept[-1].name}", begun=str(settings["model"]))
+        return replace(
+            found,
+            name=f"{found.name} of {kept[-1].name}",
+            begun=str(load_yaml(stage_folders(run)[0] / CONFIG)["model"]),
+        )
     config = TrainConfig.from_mapping(settings)
     known = {one.step: one for one in checkpoint.list_checkpoints(run)}
     final = (run / "model").is_dir()

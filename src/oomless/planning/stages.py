@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from oomless.config import TrainConfig
 from oomless.config.stages import after
 from oomless.models.spec import resolve_for_plan
+from oomless.planning.layout import with_new_tokens
 from oomless.planning.plan import Plan
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.planning.strategies import Settings
@@ -27,23 +29,30 @@ def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch:
     left = after(settings, before)
     if not before:
         return left
-    tokenizer = settings.get("tokenizer") or settings["model"]
-    untied = any(config.tied_weights == "untied" for config in before)
-    if untied:
+    untied, first = any(config.tied_weights == "untied" for config in before), before[0]
+    if untied or first.extend_tokenizer is not None:
         spec = resolve_for_plan(left["model"], trust_remote_code=bool(left.get("trust_remote_code")))
-        config = copy.deepcopy(spec.config)
+        taught = {**left, "data": first.to_dict()["data"], "tokenizer": first.tokenizer}
+        with with_new_tokens(spec, taught | {"extend_tokenizer": first.extend_tokenizer}) as (grown, changed):
+            config = copy.deepcopy(grown.config)
+            if "trainable_rows" in left:
+                left["trainable_rows"] = changed["trainable_rows"]
         for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
-        left["model"] = str(scratch / f"{Path(spec.name).name}-untied.json")
+            part.tie_word_embeddings = part.tie_word_embeddings and not untied
+        left["model"] = str(scratch / f"{Path(spec.name).name}-as-left.json")
         config.to_json_file(left["model"], use_diff=False)
-    if untied or "tokenizer" in settings:
-        left["tokenizer"] = tokenizer
+        left["tokenizer"] = settings.get("tokenizer") or settings["model"]
+    elif "tokenizer" in settings:
+        left["tokenizer"] = settings["tokenizer"]
     return left
 
 
 def as_said(config: TrainConfig, settings: Settings) -> TrainConfig:
-    """Return what was planned with ``settings_to_plan``, with the model and the tokenizer that ``settings`` say."""
-    return replace(config, model=settings["model"], tokenizer=settings.get("tokenizer"))
+    """Return what was planned with ``settings_to_plan``, with the model, its tokenizer and its rows as ``settings`` say."""
+    of_the_model: dict[str, Any] = {
+        name: settings.get(name) for name in ("model", "tokenizer", "extend_tokenizer", "trainable_rows")
+    }
+    return replace(config, **of_the_model)
 
 
 def check(config: TrainConfig) -> None:

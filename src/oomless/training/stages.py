@@ -23,6 +23,7 @@ from oomless.data.chat import load_template
 from oomless.data.encode import check_tokenizer
 from oomless.data.prepare import prepare
 from oomless.errors import CheckpointError, ConfigError
+from oomless.models import extension
 from oomless.models.spec import load_tokenizer, resolve
 from oomless.training import checkpoint, distributed, final_model, resuming
 from oomless.training.assemble import check_length, open_device
@@ -30,6 +31,7 @@ from oomless.training.listening import Listener, RunResult
 from oomless.training.loop import train
 from oomless.training.run_files import CONFIG, LENGTH, MODEL
 from oomless.training.run_folder import locked, remove_leftovers
+from oomless.vocabulary import extend
 
 Ended = Callable[[Stage, RunResult], None]
 
@@ -69,6 +71,8 @@ def train_stages(planned: Sequence[Planned], listener: Listener | None = None, e
                 model = str(run / planned[place - 1].stage.folder / MODEL)
             with one.stage.named():
                 config = as_runs(run, pairs, place, model=model)
+                if place and config.trainable_rows == extend.NEW:
+                    config = replace(config, trainable_rows=_new_rows(run / planned[0].stage.folder))
                 resume = config.resume and folder.is_dir()
                 result = train(replace(config, resume=resume), listener, one.prediction)
             if ended is not None:
@@ -78,6 +82,17 @@ def train_stages(planned: Sequence[Planned], listener: Listener | None = None, e
             if ranks.first:
                 _leave(run, folder, listener, last)
     return replace(result, output_dir=run, model_dir=run / MODEL)
+
+
+def _new_rows(first: Path) -> str:
+    """Return the rows of the tokens that the stage in the folder ``first`` has learnt."""
+    noted = extension.read(first / extend.FOLDER)
+    if noted is None:
+        raise ConfigError(
+            "trainable_rows: new is the rows of new tokens, and the first stage has none: set extend_tokenizer, or name rows",
+            "trainable_rows",
+        )
+    return noted.new_rows
 
 
 def is_over(folder: Path) -> bool:
