@@ -50,6 +50,8 @@ def test_every_setting_has_help():
         ({"shuffle": "yes"}, "shuffle must be true or false"),
         ({"model": None}, "model must be given"),
         ({"data": []}, "data is empty"),
+        ({"report_to": "tensorbord"}, "got 'tensorbord'. Did you mean 'tensorboard'?"),
+        ({"report_to": "wandb,wandb"}, "one or several, each once, joined by commas; got 'wandb,wandb'"),
         ({"replay": 0.1}, "replay: 0.1 of the training tokens are to be old text: name it as replay_data"),
         ({"replay": 0, "replay_data": "old"}, "replay must be a number above 0 and below 1; got 0"),
         ({"replay": 1, "replay_data": "old"}, "replay must be a number above 0 and below 1; got 1"),

@@ -82,17 +82,6 @@ def test_it_learns(make_checkpoint, corpus, tmp_path):
     assert result.tokens == metrics(tmp_path)[-1]["tokens"]
 
 
-def test_tensorboard_reads_what_metrics_say(make_checkpoint, corpus, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    loop.train(config(make_checkpoint("llama"), corpus, tmp_path, max_steps=3, tensorboard=True))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    written = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert written == [(line["step"], pytest.approx(line["loss"])) for line in metrics(tmp_path)]
-    assert any(tag.startswith("eval_loss") for tag in events.Tags()["scalars"])
-
-
 @pytest.mark.parametrize(
     "settings",
     [

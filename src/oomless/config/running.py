@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from oomless.config.values import Count, Positive, Range, Texts
-from oomless.errors import ConfigError
+from oomless.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from oomless.config import TrainConfig
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 BadLossPolicy = Literal["stop", "skip", "rewind"]
 
 
@@ -56,8 +57,15 @@ class Running:
     resume: bool = False
     """Go on from the newest good checkpoint in output_dir."""
 
-    tensorboard: bool = False
-    """Write TensorBoard event files to output_dir/tensorboard."""
+    report_to: str = "none"
+    """What else is told the metrics, each through its own library: tensorboard (event files in output_dir/tensorboard), wandb, mlflow,
+    trackio, or several of them joined by commas."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Those that ``report_to`` names."""
+        named = tuple(name.strip() for name in self.report_to.split(","))
+        return () if named == ("none",) else named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,13 @@ class Recovery:
 
 def check(run: TrainConfig) -> None:
     """Refuse what contradicts itself."""
+    for name in run.trackers:
+        if name not in TRACKERS or run.trackers.count(name) > 1:
+            raise ConfigError(
+                f"report_to is none, or of {', '.join(TRACKERS)} one or several, each once, joined by commas; got {run.report_to!r}."
+                + nearest(name, TRACKERS),
+                "report_to",
+            )
     if run.on_bad_loss == "skip" and run.optimizer_in_backward:
         raise ConfigError(
             "on_bad_loss: skip needs the whole gradient before the first update, which optimizer_in_backward never has: "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from oomless.export.plan import Plan
 
 NAME = "README.md"
-_NOT_OF_THE_MODEL = ("output_dir", "cache_dir", "resume", "tensorboard")
+_NOT_OF_THE_MODEL = ("output_dir", "cache_dir", "resume", "report_to")
 
 
 def write(plan: Plan, folder: Path) -> None:

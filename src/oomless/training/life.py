@@ -69,6 +69,9 @@ class Keeper:
         """Make the model what it was at the best evaluation, and return whether that was possible; nothing else changes."""
         return False
 
+    def close(self) -> None:
+        """Have everything that was recorded kept, however the run ended."""
+
     def save_model(self, life: Life) -> Path | None:
         """Keep the model as it is at the end, and return where."""
         raise NotImplementedError

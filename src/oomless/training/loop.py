@@ -16,7 +16,7 @@ from oomless.data.prepare import prepare
 from oomless.memory.device import Device
 from oomless.models.spec import load_tokenizer, resolve
 from oomless.techniques import sharding, trainable
-from oomless.training import distributed, guard, resuming, script
+from oomless.training import distributed, guard, resuming, script, trackers
 from oomless.training.assemble import assemble, open_device
 from oomless.training.distributed import Ranks
 from oomless.training.guard import StartAgain
@@ -41,6 +41,7 @@ def train(
     gpus = distributed.world_size()
     config = sharding.shared(config.from_anywhere(), gpus)
     sharding.check(config, gpus)
+    trackers.require(config)
     device = open_device(config.gpu)
     listener, standing = listener or Listener(), None
     with distributed.joined(device.torch_device.type) as ranks, ExitStack() as stack:
@@ -134,7 +135,10 @@ class Run(Life):
             gpus=self.ranks.count,
         )
         self.listener.prepared(facts)
-        script.play(self)
+        try:
+            script.play(self)
+        finally:
+            self.keeper.close()
         result, usage = self.result, self.device.usage()
         result.interrupted = result.model_dir is None
         result.steps, result.tokens, result.peak_memory_bytes = self.step, self.tokens, usage.peak_allocated_bytes

@@ -20,7 +20,7 @@ LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
 MAY_CHANGE = {
     *("output_dir", "resume", "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
     *("sample_prompts", "sample_tokens"),
-    *("save_minutes", "save_total_limit", "tensorboard", "cache_dir", "gpu", "loss_chunk_bytes"),
+    *("save_minutes", "save_total_limit", "report_to", "cache_dir", "gpu", "loss_chunk_bytes"),
     *("kernels", "sharding"),
     "gradient_checkpointing",
     *("checkpointed_layers", "offload_activations", "offload_optimizer", "cheap_recompute", "mlp_tiles"),

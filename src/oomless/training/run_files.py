@@ -28,6 +28,9 @@ LENGTH = "length.json"
 MODEL = "model"
 """The folder of the final model."""
 
+TRACKED = "trackers.json"
+"""By what names the programs that are told the metrics know the run."""
+
 LOCK = ".lock"
 EVALUATED = "eval_loss/"
 """What names of validation losses begin with."""

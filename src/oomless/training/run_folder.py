@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oomless.errors import CheckpointError, ConfigError
+from oomless.errors import CheckpointError
 from oomless.training import checkpoint
 from oomless.training.run_files import EVALUATED, LOCK, Process
 
@@ -120,16 +120,3 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the line that a kill cut short
         return float("inf")
-
-
-def tensorboard(run: Path) -> Any:
-    """Return a writer of TensorBoard event files.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard is not installed: install oomless[tensorboard] or leave it out") from error
-    return SummaryWriter(str(run / "tensorboard"))

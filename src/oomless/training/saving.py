@@ -16,7 +16,8 @@ from oomless.training.distributed import Ranks
 from oomless.training.life import Keeper, Life
 from oomless.training.listening import Listener
 from oomless.training.run_files import CONFIG, LENGTH, METRICS, MODEL, PREDICTION
-from oomless.training.run_folder import Metrics, tensorboard
+from oomless.training.run_folder import Metrics
+from oomless.training.trackers import Trackers
 
 
 class RunFolder(Keeper):
@@ -49,7 +50,7 @@ class RunFolder(Keeper):
         self.last_save_failed = False
         self.best: checkpoint.Checkpoint | None = None
         self.metrics = Metrics(folder / METRICS, listener.said)
-        self.writer: Any = None
+        self.trackers = Trackers(config, folder, listener.said)
         self._prompts = samples.tokens_of(config, tokenizer)
 
     def open(self, total_steps: int) -> None:
@@ -69,17 +70,14 @@ class RunFolder(Keeper):
                     checkpoint.write_atomically(self.folder / PREDICTION, json.dumps(self.prediction))
                 else:
                     (self.folder / PREDICTION).unlink(missing_ok=True)
-        if self.config.tensorboard and self.ranks.first:
-            self.writer = tensorboard(self.folder)
+        if self.ranks.first:
+            self.trackers.open(self.saved.step if self.saved is not None else None)
 
     def record(self, metrics: dict[str, Any]) -> None:  # noqa: D102
         if not self.ranks.first:
             return
         self.metrics.append(metrics)
-        if self.writer is not None:
-            for key, value in metrics.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.writer.add_scalar(key, value, metrics["step"])
+        self.trackers.log(metrics)
 
     def prompts(self, life: Life) -> Sequence[Sequence[int]]:  # noqa: D102
         return self._prompts
@@ -146,6 +144,7 @@ class RunFolder(Keeper):
         self.saved = last
         if self.ranks.first:
             self.metrics.cut(life.step)
+            self.trackers.open(life.step)
         life.loader.left_out |= left_out
         return last.folder.name
 
@@ -161,6 +160,9 @@ class RunFolder(Keeper):
         self.best = found
         self.listener.said(f"{said}; the final model is that one")
         return True
+
+    def close(self) -> None:  # noqa: D102
+        self.trackers.close()
 
     def save_model(self, life: Life) -> Path:  # noqa: D102
         target, source = self.folder / MODEL, self.spec.folder or Path(self.config.model)

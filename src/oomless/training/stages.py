@@ -25,7 +25,7 @@ from oomless.data.prepare import prepare
 from oomless.errors import CheckpointError, ConfigError
 from oomless.models import extension
 from oomless.models.spec import load_tokenizer, resolve
-from oomless.training import checkpoint, distributed, final_model, resuming
+from oomless.training import checkpoint, distributed, final_model, resuming, trackers
 from oomless.training.assemble import check_length, open_device
 from oomless.training.listening import Listener, RunResult
 from oomless.training.loop import train
@@ -163,6 +163,7 @@ def _check_text(planned: Sequence[Planned], over: int, listener: Listener) -> No
         with one.stage.named():
             after(one.config.to_dict(), [earlier.config for earlier in planned[:place]])
             check_length(spec, one.config)
+            trackers.require(one.config)
             if one.config.chat_template is not None:
                 tokenizer.chat_template = load_template(one.config.chat_template)
             if place > over:
