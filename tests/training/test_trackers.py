@@ -84,6 +84,7 @@ def test_what_is_not_installed_is_said_before_anything_is_begun(make_checkpoint,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of their own libraries
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_the_others_go_on_with_the_same_run_offline(make_checkpoint, corpus, tmp_path, name, monkeypatch):
     pytest.importorskip(name)
