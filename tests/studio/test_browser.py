@@ -249,7 +249,9 @@ def test_a_plan_from_an_empty_page_to_a_run(browser, serve, make_checkpoint, cor
     browser.get(asked)
     until(lambda: browser.find_elements(By.CSS_SELECTOR, "#plan-way-gpu"), 60).pop().send_keys(Keys.ARROW_RIGHT)
     until(lambda: "gpu=virtual" not in browser.current_url)
-    until(lambda: re.search(r"virtual:256MiB to .+: full, AdamW", read(browser, "#plan-ways")), 240)
+    told = "return document.querySelector('#plan-way-gpu')?.getAttribute('aria-valuetext') ?? ''"
+    until(lambda: ": full, AdamW, " in browser.execute_script(told), 240)
+    assert f"gpu={browser.execute_script(told).split(':')[0].replace(' ', '+')}" in browser.current_url
 
     browser.get(asked)
     until(lambda: browser.find_elements(By.CSS_SELECTOR, ".begin"), 60)
