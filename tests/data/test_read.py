@@ -188,6 +188,9 @@ def test_bytes_that_are_not_utf8_in_a_json_line(tmp_path):
         ('{"test": "x", "id": 1}', "line 2 has no field 'text'; it has test, id. Did you mean 'test'?"),
         ('{"text": 3}', "line 2: the field 'text' must be text; got int"),
         ('{"text": null}', "line 2: the field 'text' must be text; got NoneType"),
+        ('{"text": ["a", "b"]}', "line 2: the field 'text' must be text; got list"),
+        ('{"text": {"en": "a"}}', "line 2: the field 'text' must be text; got dict"),
+        ('{"text": true}', "line 2: the field 'text' must be text; got bool"),
         ('{"text": "half \\ud83d of a pair"}', r"line 2: .*U\+D83D"),
     ],
 )
@@ -196,6 +199,36 @@ def test_bad_records(tmp_path, line, message):
     path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "got"),
+    [
+        ([["a", "b"]], "list"),
+        ([{"en": "a"}], "dict"),
+        ([b"\xff\xfe"], "bytes"),
+        ([1.5], "float"),
+        ([[]], "list"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_that_is_no_text(tmp_path, column, got, suffix):
+    path, table = tmp_path / f"records{suffix}", pyarrow.table({"text": column})
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(DataError, match=f"row 1: the field 'text' must be text; got {got}"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_row_of_50_megabytes_is_a_document_like_any_other(tmp_path, suffix):
+    path, row = tmp_path / f"records{suffix}", "a line of it\n" * 4_000_000
+    assert len(row) > 50_000_000
+    path.write_bytes(records_bytes(suffix, [row, "short"], "text"))
+    assert read(path) == [row, "short"]
 
 
 def test_escaped_surrogate_pairs_are_one_character(tmp_path):

@@ -164,4 +164,8 @@ def test_of_what_was_written_the_first_and_the_last_are_kept(tmp_path):
         {"step": n, "samples": [{"prompt": "def", "text": f" text {n}"}]} for n in (0, 10, 20, 20, 30, 40, 50, 60)
     ]
     logged = read_run(folder_with(tmp_path, records))
+    many = {"step": 1, "samples": [{"prompt": "天" * 5000 + str(n), "text": "天" * 9000} for n in range(100)]}
+    page = run_page(read_run(folder_with(tmp_path, [many, *({**many, "step": n} for n in range(2, 9))])))
+    assert "The first 16 of 100 texts." in page
+    assert len(page.encode()) < 1_000_000
     assert logged.samples == {"def": {n: f" text {n}" for n in (0, 20, 30, 40, 50, 60)}}

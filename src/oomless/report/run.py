@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,8 @@ MOST = 1e100
 """Beyond it a number is damage."""
 LAST_SAMPLES = 5
 """So many of what was written after a prompt are shown, beside the first."""
+PROMPTS, SAMPLE_CHARACTERS = 16, 1000
+"""Of so many prompts, and so much of each text."""
 EVENTS = 100
 """So many recoveries and bad steps are listed, the last ones."""
 MOST_GPUS = 1 << 10
@@ -272,8 +275,11 @@ def run_details(logged: Logged) -> Iterator[str]:
         yield section(compared)
     if logged.samples:
         yield '<section class="wide"><h2>Written on the way</h2>'
-        for prompt, of_prompt in logged.samples.items():
-            yield side_by_side(prompt, [(f"after step {step:,}", said) for step, said in of_prompt.items()])
+        if len(logged.samples) > PROMPTS:
+            yield f"<p>The first {PROMPTS} of {len(logged.samples):,} texts.</p>"
+        for prompt, of_prompt in islice(logged.samples.items(), PROMPTS):
+            sides = [(f"after step {step:,}", _start_of(written)) for step, written in of_prompt.items()]
+            yield side_by_side(_start_of(prompt), sides)
         yield "</section>"
     if logged.events:
         events = sorted(logged.events, key=lambda event: event[0])
@@ -286,6 +292,10 @@ def run_details(logged: Logged) -> Iterator[str]:
         yield f'<table><thead><tr><th scope="col">after step</th><th scope="col"></th></tr></thead><tbody>{rows}</tbody></table></section>'
     if logged.settings:
         yield f'<section><h2>Settings</h2><pre tabindex="0">{text(logged.settings)}</pre></section>'
+
+
+def _start_of(written: str) -> str:
+    return written if len(written) <= SAMPLE_CHARACTERS else f"{written[:SAMPLE_CHARACTERS]} ..."
 
 
 def summary(logged: Logged) -> Iterator[str]:
