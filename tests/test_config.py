@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import oomless
 from oomless.config import DataSource, TrainConfig, outrank
 from oomless.config.values import field_help, load_yaml
 from oomless.errors import ConfigError
@@ -123,6 +124,16 @@ def test_python_is_told_what_the_command_line_is_told(wrong):
     with pytest.raises(ConfigError) as direct:
         TrainConfig(**{**LEAST, **wrong})
     assert str(direct.value) == str(from_mapping.value)
+
+
+@pytest.mark.parametrize("wrong", ["run.yaml", Path("run.yaml"), None, {"model": "m"}, 3])
+def test_what_is_no_config_at_all_is_said_in_one_line(wrong):
+    with pytest.raises(ConfigError, match="config must be a TrainConfig; got .*: make one"):
+        oomless.train(wrong)
+    if not isinstance(wrong, dict):
+        for call in (TrainConfig.from_mapping, oomless.choose_training):
+            with pytest.raises(ConfigError, match="must be a Mapping; got .* such as"):
+                call(wrong)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from oomless.config.running import BadLossPolicy as BadLossPolicy
 from oomless.config.running import Recovery, Running
 from oomless.config.trained import LORA_DEFAULTS as LORA_DEFAULTS
 from oomless.config.trained import Trained
-from oomless.config.values import coerce, kinds
+from oomless.config.values import coerce, kinds, require_kind
 from oomless.errors import ConfigError, nearest
 
 SECTIONS = (Model, Data, Trained, Batch, Optimizer, Memory, Running, Recovery)
@@ -105,6 +105,7 @@ def read(mapping: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a key is no setting, or a value is not what that setting may be.
     """
+    require_kind("settings", mapping, Mapping, 'give names and values, such as {"model": "a/folder"}')
     known, values = kinds(TrainConfig), {}
     for key, value in mapping.items():
         if key not in known:

@@ -53,6 +53,16 @@ Texts = tuple[str, ...]
 """One text, or several."""
 
 
+def require_kind(what: str, value: object, kind: type, instead: str) -> None:
+    """Check that ``value``, which Python code gives for ``what``, is of the ``kind`` that is taken; else it is told ``instead``.
+
+    Raises:
+        ConfigError: it is of another kind.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{what} must be a {kind.__name__}; got {value!r}: {instead}")
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Return the settings in the YAML file ``path``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from oomless.catalogue import learning
 from oomless.config import TrainConfig, plain
 from oomless.config.batch import Batch
-from oomless.config.values import kinds
+from oomless.config.values import kinds, require_kind
 from oomless.errors import ConfigError
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.choice import Choice
@@ -67,6 +67,7 @@ def choose_training(
     Raises:
         UserError: model, GPU or settings do not fit together.
     """
+    require_kind("given", given, Mapping, 'name a model and what is pinned, such as {"model": "a/folder", "gpu": "T4"}')
     target = target_for(str(given.get("gpu", "auto")), host_bytes)
     wish = Wish(prefer=prefer, tokens=tokens, hours=hours)
     return _choose(given, target, results_folder() if keep_trials else None, wish, progress, heard)

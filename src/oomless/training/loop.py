@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from oomless.config import TrainConfig
+from oomless.config.values import require_kind
 from oomless.data.encode import check_tokenizer
 from oomless.data.prepare import prepare
 from oomless.memory.device import Device
@@ -37,6 +38,7 @@ def train(
         UserError: what was given cannot work.
         TrainingError: the run went wrong and was stopped.
     """
+    require_kind("config", config, TrainConfig, "make one, with TrainConfig(...) or TrainConfig.from_mapping(...)")
     run = Path(config.output_dir)
     gpus = distributed.world_size()
     config = sharding.shared(config.from_anywhere(), gpus)
