@@ -208,7 +208,10 @@ def test_the_longest_sequence(make_checkpoint):
     [
         (["--model", "gemma-7b", "--what-if", "gpus=T4"], "--what-if gpu="),
         (["--model", "gemma-7b", "--what-if", "gpu=T4", "--write", "x.yaml"], "a comparison goes without"),
-        (["--model", "gemma-7b", "--gpu", "T4", "--as-given", "--write", "x.yaml"], "have no effect with --as-given"),
+        (
+            ["--model", "gemma-7b", "--gpu", "T4", "--as-given", "--write", "x.yaml"],
+            "so that --write would have no effect: remove --write",
+        ),
         (["--model", "gemma-7b", "--gpu", "T4", "--host-memory", "much"], "--host-memory"),
         (["--model", "gemma-7b", "--gpu", "T4", "--host-memory", "0"], "of host memory, of which 0 B may be used"),
         (["--model", "gemma-7b", "--gpu", "T4", "--tokens-per-step", "1000"], "multiple of"),

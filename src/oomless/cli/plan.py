@@ -93,7 +93,7 @@ def plan(
             )
         from oomless.cli.stages import plan_stages
 
-        _require_choice(as_given, why, write, host_memory, prefer)
+        _require_choice(as_given, why, write=write, host_memory=host_memory, prefer=prefer)
         wish, host_bytes = wish_of(prefer), host_size(host_memory)
         plan_stages(stages, as_given, wish, host_bytes, why=why, json=json, write=write, html=html)
         return
@@ -107,7 +107,8 @@ def plan(
         )
     if compares and why:
         raise ConfigError("--why is about one plan: leave it out, or plan one model on one GPU")
-    _require_choice(as_given, why, write, host_memory, prefer, tokens, hours)
+    about_choosing = {"write": write, "host_memory": host_memory, "prefer": prefer, "tokens": tokens, "hours": hours}
+    _require_choice(as_given, why, **about_choosing)
     given = as_config(given).to_dict() if as_given else read_given(given)
 
     from oomless.cli.voice import say_notes
@@ -138,13 +139,11 @@ def plan(
         raise typer.Exit(1)
 
 
-def _require_choice(as_given: bool, why: bool, *of_a_choice: object) -> None:
+def _require_choice(as_given: bool, why: bool, **of_a_choice: object) -> None:
     """Check that what is about choosing is not given where nothing is chosen."""
-    if as_given and any(value is not None for value in of_a_choice):
-        raise ConfigError(
-            "--write, --host-memory, --prefer, --tokens and --hours have no effect with --as-given, where nothing is chosen; "
-            "remove them"
-        )
+    given = " and ".join(f"--{name.replace('_', '-')}" for name, value in of_a_choice.items() if value is not None)
+    if as_given and given:
+        raise ConfigError(f"--as-given chooses nothing, so that {given} would have no effect: remove {given}")
     if as_given and why:
         raise ConfigError("--why has no effect with --as-given, which shows everything; remove it")
 

@@ -132,7 +132,8 @@ def print_parameters(screen: Screen, rows: list[TrainableRow]) -> None:
             row.dtype,
         )
     total, trains = sum(row.parameters for row in rows), sum(row.trainable for row in rows)
-    grid.add(*(Text(cell, "bold") for cell in ("total", f"{total:,}", f"{trains:,}", f"{trains / total:.1%}")))
+    cells = (f"total, of which {trains / total:.1%} train", f"{total:,}", f"{trains:,}", "")
+    grid.add(*(Text(cell, "bold") for cell in cells))
     grid.print(screen)
 
 
