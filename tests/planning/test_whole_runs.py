@@ -160,6 +160,18 @@ def test_short_documents_weigh_what_the_allocator_makes_of_them(
     in_its_size(configure(folder, text, tmp_path, **BASE | long), monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "deepseek_v2"])
+def test_dropout_and_latent_attention_see_many_short_documents(make_checkpoint, tmp_path, monkeypatch, architecture):
+    """What GPT-2's dropout and DeepSeek's attention ask for follows from each document's length: some thirty in a block here."""
+    chance = random.Random(0)
+    text = tmp_path / "text.jsonl"
+    lines = ["import os, sys, re\n"[: chance.randrange(2, 14)] for _ in range(300)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    short = dict(packing="best_fit", max_steps=2)
+    in_its_size(configure(make_checkpoint(architecture, tied=True), text, tmp_path, **BASE | short), monkeypatch)
+
+
 def cut(text):
     return (text[:size] for size in range(1, len(text)))
 
