@@ -1,7 +1,8 @@
-"""A fast tokenizer in the terms of llama.cpp: byte-level BPE with the name of how text is cut first, or SentencePiece with scores."""
+"""A fast tokenizer in the terms of llama.cpp: byte-level BPE with the name of how text is cut first, or SentencePiece's two with scores."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from typing import Any
@@ -35,23 +36,30 @@ def describe(writer: Any, tokenizer: Any, vocabulary: int) -> None:
 
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     model = said["model"]
-    if model["type"] != "BPE":
+    unigram = model["type"] == "Unigram"
+    if not unigram and model["type"] != "BPE":
         raise _unknown(f"is {model['type']}")
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    by_bytes = "ByteLevel" in json.dumps(said.get("decoder")) or "ByteLevel" in json.dumps(said.get("pre_tokenizer"))
-    if not by_bytes and not model.get("byte_fallback"):
+    vocab = {text: number for number, (text, _) in enumerate(model["vocab"])} if unigram else model["vocab"]
+    unknown = model["unk_id"] if unigram else vocab.get(model.get("unk_token"))
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ())]
+    by_bytes = (
+        not unigram
+        and "ByteLevel" in json.dumps(said.get("decoder"))
+        or "ByteLevel" in json.dumps(said.get("pre_tokenizer"))
+    )
+    if not (by_bytes or unigram) and not model.get("byte_fallback"):
         raise _unknown("has neither bytes nor SentencePiece's fallback to them")
-    beyond = max([*model["vocab"].values(), *(added["id"] for added in said["added_tokens"])])
+    beyond = max([*vocab.values(), *(added["id"] for added in said["added_tokens"])])
     if beyond >= vocabulary:
         raise ModelError(
             f"the tokenizer has a token of number {beyond}, and the model rows for {vocabulary} tokens: the two do not belong together"
         )
     texts = [f"[PAD{number}]" for number in range(vocabulary)]
     kinds = [TokenType.UNUSED] * vocabulary
-    for text, number in model["vocab"].items():
+    for text, number in vocab.items():
         texts[number] = text
         kinds[number] = TokenType.BYTE if not by_bytes and _BYTE.fullmatch(text) else TokenType.NORMAL
-        if text == model.get("unk_token"):
+        if number == unknown:
             kinds[number] = TokenType.UNKNOWN
     for added in said["added_tokens"]:
         number, text = added["id"], added["content"]
@@ -59,11 +67,15 @@ def describe(writer: Any, tokenizer: Any, vocabulary: int) -> None:
             continue
         texts[number] = text if added["special"] else text.replace(_SPACE, " ")
         kinds[number] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
+    writer.add_tokenizer_model("gpt2" if by_bytes else "t5" if unigram else "llama")
     writer.add_tokenizer_pre(_cut(said["pre_tokenizer"], bool(model.get("ignore_merges"))) if by_bytes else "default")
     writer.add_token_list(texts)
     if not by_bytes:
-        writer.add_token_scores(_scores(texts, kinds, merges))
+        if unigram:
+            _describe_spelling(writer, said)
+            writer.add_token_scores([*(score for _, score in model["vocab"]), *[0.0] * (vocabulary - len(vocab))])
+        else:
+            writer.add_token_scores(_scores(texts, kinds, merges))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(_SPACE))
     writer.add_token_types(kinds)
     if by_bytes:
@@ -73,6 +85,10 @@ def describe(writer: Any, tokenizer: Any, vocabulary: int) -> None:
 
 def notes(tokenizer: Any) -> tuple[str, ...]:
     """Return what llama.cpp cuts otherwise than ``tokenizer``, of one that it has."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] == "Unigram":
+        known = "characters that the tokenizer does not know are its unknown token in llama.cpp, and bytes elsewhere"
+        return (known,) if model.get("byte_fallback") else ()
     special = next(iter(tokenizer.all_special_tokens), None)
     if special is None or not tokenizer.tokenize("a")[0].startswith(_SPACE):
         return ()
@@ -81,6 +97,34 @@ def notes(tokenizer: Any) -> tuple[str, ...]:
     if after[1:] == alone and spaced != after:
         return ()
     return ("after a special token llama.cpp puts a space before the text, always; this tokenizer does not",)
+
+
+def _describe_spelling(writer: Any, said: dict[str, Any]) -> None:
+    """Tell how a Unigram tokenizer spells text before it cuts it.
+
+    Raises:
+        ModelError: llama.cpp does not do so.
+    """
+    normalizers, cuts = _parts(said.get("normalizer"), "normalizers"), _parts(said["pre_tokenizer"], "pretokenizers")
+    charsmaps = [part["precompiled_charsmap"] for part in normalizers if part["type"] == "Precompiled"]
+    one_space = any(part["type"] == "Replace" and part["pattern"].get("Regex") == " {2,}" for part in normalizers)
+    known = {"Precompiled", "Replace"} | ({"Strip"} if one_space else set())
+    known_cuts = {"Metaspace"} | ({"WhitespaceSplit"} if charsmaps and one_space else set())
+    replaces = sum(part["type"] == "Replace" for part in normalizers)
+    if {part["type"] for part in normalizers} - known or len(charsmaps) > 1 or replaces > one_space:
+        raise _unknown("spells text in a way that llama.cpp does not")
+    if {part["type"] for part in cuts} - known_cuts or not cuts:
+        raise _unknown("cuts text in a way that is none of llama.cpp's that are known here")
+    if charsmaps:
+        writer.add_precompiled_charsmap(base64.b64decode(charsmaps[0]))
+    writer.add_remove_extra_whitespaces(one_space)
+
+
+def _parts(said: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """Return the parts of a sequence, one after the other."""
+    if said is None:
+        return []
+    return [part for one in said[name] for part in _parts(one, name)] if said["type"] == "Sequence" else [said]
 
 
 def _scores(texts: list[str], kinds: list[Any], merges: list[list[str]]) -> list[float]:
@@ -98,7 +142,7 @@ def _scores(texts: list[str], kinds: list[Any], merges: list[list[str]]) -> list
 
 
 def _cut(before: dict[str, Any], ignores_merges: bool) -> str:
-    parts = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    parts = _parts(before, "pretokenizers")
     expressions = [part["pattern"].get("Regex", "") for part in parts if part["type"] == "Split"]
     bytes_part = next((part for part in parts if part["type"] == "ByteLevel"), {})
     others = [part["type"] for part in parts if part["type"] not in ("Split", "ByteLevel")]

@@ -7,12 +7,14 @@ which would be looked for before text is cut into words, so that what else reads
 from __future__ import annotations
 
 import json
+import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from oomless.errors import ModelError
@@ -173,18 +175,21 @@ class Cut:
         """Add pieces whose scores are a little better than those of what they stand for.
 
         So a path through old pieces is as good as before, and the best of all goes through as many new ones as it can. None is worse than
-        the worst old piece, by which unknown characters are scored.
+        the worst old piece, by which unknown characters are scored. No two are the same, and all are numbers of 32 bits: equally good paths
+        would be taken by each program as it rounds.
         """
         worst = min(score for _, score in entries)
         scores = dict(enumerate(score for _, score in entries))
         better: dict[str, float] = {}
+        chance = random.Random(0)
         if self.unknown is not None:
             scores[self.unknown] = worst - _UNKNOWN_IS_WORSE
         entries += [[fill.get(number, f"<unused{number}>"), worst] for number in range(len(entries), self.first)]
         for text, parts, pieces in zip(learnt.texts, learnt.parts, learnt.pieces, strict=True):
             saved = len(pieces) if parts is None else 1
             better[text] = _EDGE * saved + sum(better.get(part, 0.0) for part in parts or ())
-            entries.append([text, max(worst, self._score(pieces, scores, worst - _UNKNOWN_IS_WORSE) + better[text])])
+            made = self._score(pieces, scores, worst - _UNKNOWN_IS_WORSE) + better[text]
+            entries.append([text, float(np.float32(max(worst, made) + _EDGE / 4 * (0.01 + chance.random())))])
 
     def _score(self, pieces: Word, scores: dict[int, float], unknown: float) -> float:
         """Return the score of the path through ``pieces``, where the bytes of a character count as one unknown."""
