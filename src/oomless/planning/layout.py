@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -119,9 +120,18 @@ def with_new_tokens(spec: ModelSpec, settings: Mapping[str, Any]) -> Iterator[tu
     Raises:
         UserError: they cannot be added.
     """
+    with TemporaryDirectory(prefix="oomless-") as folder:
+        yield new_tokens(spec, settings, Path(folder))
+
+
+def new_tokens(spec: ModelSpec, settings: Mapping[str, Any], folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return ``spec`` and ``settings`` with the tokens that ``extend_tokenizer`` adds, whose tokenizer is written to ``folder``.
+
+    Raises:
+        UserError: they cannot be added.
+    """
     about = of_the_text(settings)
-    with extend.for_plan(spec, settings, about if is_readable(about) else None) as changed:
-        yield changed
+    return extend.for_plan(spec, settings, about if is_readable(about) else None, folder)
 
 
 def read_layout(config: TrainConfig) -> Layout | None:

@@ -12,7 +12,7 @@ from typing import Any
 from oomless.config import TrainConfig
 from oomless.config.stages import after
 from oomless.models.spec import resolve_for_plan
-from oomless.planning.layout import with_new_tokens
+from oomless.planning.layout import new_tokens, with_new_tokens
 from oomless.planning.plan import Plan
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.planning.strategies import Settings
@@ -30,20 +30,18 @@ def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch:
     if not before:
         return left
     untied, first = any(config.tied_weights == "untied" for config in before), before[0]
+    tokenizer = settings.get("tokenizer") or settings["model"]
     if untied or first.extend_tokenizer is not None:
         spec = resolve_for_plan(left["model"], trust_remote_code=bool(left.get("trust_remote_code")))
-        taught = {**left, "data": first.to_dict()["data"], "tokenizer": first.tokenizer}
-        with with_new_tokens(spec, taught | {"extend_tokenizer": first.extend_tokenizer}) as (grown, changed):
-            config = copy.deepcopy(grown.config)
-            if "trainable_rows" in left:
-                left["trainable_rows"] = changed["trainable_rows"]
+        grown, changed = new_tokens(spec, first.to_dict(), scratch)  # which are noted there, for trainable_rows: new
+        tokenizer, config = changed.get("tokenizer", tokenizer), copy.deepcopy(grown.config)
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = part.tie_word_embeddings and not untied
         left["model"] = str(scratch / f"{Path(spec.name).name}-as-left.json")
         config.to_json_file(left["model"], use_diff=False)
-        left["tokenizer"] = settings.get("tokenizer") or settings["model"]
+        left["tokenizer"] = tokenizer
     elif "tokenizer" in settings:
-        left["tokenizer"] = settings["tokenizer"]
+        left["tokenizer"] = tokenizer
     return left
 
 
@@ -62,7 +60,8 @@ def check(config: TrainConfig) -> None:
         UserError: as training would.
     """
     spec = resolve_for_plan(config.model, trust_remote_code=config.trust_remote_code)
-    rehearse_briefly(spec, config, partial(virtual_device, UNLIMITED_BYTES))
+    with with_new_tokens(spec, config.to_dict()) as (grown, settings):
+        rehearse_briefly(grown, TrainConfig.from_mapping(settings), partial(virtual_device, UNLIMITED_BYTES))
 
 
 def dearest(plans: Sequence[Plan]) -> int:

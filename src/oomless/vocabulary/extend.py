@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -63,11 +61,10 @@ def for_run(config: TrainConfig, run: Path, progress: Progress = None) -> TrainC
     return replace(config, **changed, **_of_new_rows(settings, noted))
 
 
-@contextmanager
 def for_plan(
-    spec: ModelSpec, given: Mapping[str, Any], text: TrainConfig | None
-) -> Iterator[tuple[ModelSpec, dict[str, Any]]]:
-    """Give ``spec`` and the settings ``given`` as those of the model with the new tokens, for as long as the context lasts.
+    spec: ModelSpec, given: Mapping[str, Any], text: TrainConfig | None, folder: Path
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return ``spec`` and the settings ``given`` as those of the model with the new tokens; its tokenizer is written to ``folder``.
 
     Tokens are learnt from ``text``, a run of the same text; where that is ``None`` their number is taken as given.
 
@@ -75,22 +72,20 @@ def for_plan(
         UserError: the tokenizer or the text gives none.
     """
     if given.get("extend_tokenizer") is None:
-        yield spec, {**given, **_of_new_rows(given)}
-        return
-    with TemporaryDirectory(prefix="oomless-") as place:
-        changed: dict[str, Any] = {"extend_tokenizer": None}
-        if text is None:
-            noted = _noted(spec, given, _taken_as_given(spec, given))
-        else:
-            tokenizer = _tokenizer(text)
-            found = _find(spec, text, tokenizer, None)
-            noted = _noted(spec, given, found)
-            _write_tokenizer(tokenizer, found, Path(place))
-            changed["tokenizer"] = place
-        config = grown.config_with(spec, noted.rows)
-        spec = replace(spec, config=config, notes=(*spec.notes, *noted.notes()))
-        settings = {**given, **changed, **_of_new_rows(given, noted)}
-        yield spec, {name: value for name, value in settings.items() if value is not None}
+        return spec, {**given, **_of_new_rows(given)}
+    changed: dict[str, Any] = {"extend_tokenizer": None}
+    if text is None:
+        found = _taken_as_given(spec, given)
+    else:
+        tokenizer = _tokenizer(text)
+        found = _find(spec, text, tokenizer, None)
+        _write_tokenizer(tokenizer, found, folder)
+        changed["tokenizer"] = str(folder)
+    noted = _noted(spec, given, found)
+    noted.write(folder)
+    grown_spec = replace(spec, config=grown.config_with(spec, noted.rows), notes=(*spec.notes, *noted.notes()))
+    settings = {**given, **changed, **_of_new_rows(given, noted)}
+    return grown_spec, {name: value for name, value in settings.items() if value is not None}
 
 
 def as_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +113,8 @@ def _of_new_rows(settings: Mapping[str, Any], noted: Extension | None = None) ->
     """Return ``trainable_rows`` where it is ``new``, with the rows that those are."""
     if settings.get("trainable_rows") != NEW:
         return {}
-    noted = noted or extension.read(Path(settings["model"]).expanduser())
+    place = Path(settings["model"]).expanduser()
+    noted = noted or extension.read(place if place.is_dir() else place.parent)
     if noted is None:
         raise ConfigError(
             f"trainable_rows: new is the rows of new tokens, and {settings['model']} has none: set extend_tokenizer, or name rows",
