@@ -24,6 +24,7 @@ from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.make import ties
 from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.planning.layout import with_new_tokens
 from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
 from oomless.units import KiB, format_bytes
@@ -304,10 +305,12 @@ def rehearse_own(
         return target.simulated(target.capacity_bytes if limited else UNLIMITED_BYTES, settings=settings)
 
     how: dict[str, Any] = {"kernel": target.kernel, "workspace_bytes": target.workspace_bytes}
-    if names_modules:
-        found = rehearse(spec, config, open_device(), **how)
-    else:
-        found = rehearse_briefly(spec, config, open_device, **how)
+    with with_new_tokens(spec, config.to_dict()) as (grown, said):
+        extended = TrainConfig.from_mapping(said)
+        if names_modules:
+            found = rehearse(grown, extended, open_device(), **how)
+        else:
+            found = rehearse_briefly(grown, extended, open_device, **how)
     return outcome(found.device, found.out_of_memory), found
 
 
