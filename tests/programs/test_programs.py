@@ -257,7 +257,7 @@ if kind == "qlora":
     how = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
            bnb_4bit_compute_dtype=torch.float16), "device_map": {"": 0}}
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, **how)
-if kind != "full":
+if kind not in ("full", "fsdp"):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     if kind == "qlora":
         model = prepare_model_for_kbit_training(model)
@@ -265,7 +265,7 @@ if kind != "full":
 rows = Dataset.from_dict({"input_ids": [list(range(1, 129))] * 32, "labels": [list(range(1, 129))] * 32})
 collate = lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
 arguments = TrainingArguments(output, per_device_train_batch_size=2, gradient_accumulation_steps=2, fp16=True,
-    max_steps=40, eval_strategy="steps", eval_steps=3, save_steps=3, report_to="none", logging_steps=1)
+    max_steps=40, eval_strategy="steps", eval_steps=3, save_steps=3, report_to="none", logging_steps=1, fsdp=kind == "fsdp")
 trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
 trainer.train()
 trainer.save_model(output)
@@ -416,15 +416,55 @@ def test_a_larger_gpu_is_not_answered_by_a_smaller_one(tmp_path):
     assert [answer["fits"] for answer in json.loads(done.stdout)] == [False, True], done.stderr
 
 
+@pytest.mark.slow
+def test_several_gpus_hold_what_they_hold_in_a_real_run(tmp_path, monkeypatch):
+    """The first of two processes, DDP's buckets and what FSDP gathers included, beside two real ones."""
+    kinds = ("ddp", "fsdp bf16")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    real = subprocess.run(
+        [*launcher, HERE / "several_gpus.py", ",".join(kinds), "--on-cpu"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent.parent / "src")},
+    )
+    assert real.returncode == 0, real.stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script = (HERE / "several_gpus.py").read_text()
+    for kind, line in zip(kinds, real.stdout.splitlines()[-2:], strict=True):
+        done = rehearse(tmp_path, script, kind, gpu="virtual:1GiB", options=["--json"])
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        allocated, reserved = map(int, line.split())
+        # FSDP numbers the processes in five tensors of the host, which a real run in these books has on the device.
+        numbers = 5 * 512 if "fsdp" in kind else 0
+        assert answer["profile"]["peak_allocated_bytes"] == allocated - numbers
+        assert answer["needed_bytes"] == reserved
+
+
+@pytest.mark.slow
+def test_a_trainer_on_several_gpus(tmp_path, small_model):
+    """In DDP each holds everything, and buckets of gradients beside; FSDP shares it out."""
+    held = {}
+    for kind in ("full", "fsdp"):
+        arguments = (str(small_model), str(tmp_path / "out"), kind)
+        done = rehearse(tmp_path, TRAINER, *arguments, gpu="4xT4", options=["--json"])
+        assert done.returncode == 0, done.stderr
+        held[kind] = json.loads(done.stdout)["profile"]["peak_bytes_by_category"]
+    assert 3.9 < held["full"]["optimizer state"] / held["fsdp"]["optimizer state"] <= 4.0
+    assert held["full"]["gradients"] > 0.99 * held["full"]["weights"]  # the buckets
+
+
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "gpu", "words"),
     [
-        ("import torch\nx = torch.ones(3, device='cuda')\nraise ValueError('my own')", "train.py:3 in <module>: ValueError: my own"),
-        ("print('hello')", "put nothing on the GPU"),
+        ("import torch\nx = torch.ones(3, device='cuda')\nraise ValueError('my own')", "T4", "train.py:3 in <module>: ValueError: my own"),
+        ("import torch\nx = torch.ones(3, device='cuda')", "2xT4", "joined no other process"),
+        ("import torch\ntorch.distributed.init_process_group()", "T4", "--gpu 2xT4"),
+        ("print('hello')", "T4", "put nothing on the GPU"),
     ],
 )  # fmt: skip
-def test_a_script_that_cannot_be_rehearsed(tmp_path, script, words):
-    done = rehearse(tmp_path, script)
+def test_a_script_that_cannot_be_rehearsed(tmp_path, script, gpu, words):
+    done = rehearse(tmp_path, script, gpu=gpu)
     assert done.returncode in (1, 2)
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

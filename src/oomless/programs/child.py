@@ -76,6 +76,7 @@ def rehearse(asked: dict[str, Any]) -> dict[str, Any]:
     return {
         "ended": ended,
         "steps": stage.steps,
+        "joined": stage.processes.joined,
         "profile": profile.to_dict(),
         "line": str(stage.highest_line or ""),
         "assumed": dict(stage.stand_ins.assumed),

@@ -51,8 +51,8 @@ class _Stream:
     def __exit__(self, *args: object) -> None: ...
 
 
-def changes(gpu: VirtualGPU) -> list[tuple[Any, str, Any]]:
-    """Return what is to be patched so that ``gpu`` is there as far as a script can see."""
+def changes(gpu: VirtualGPU, count: int) -> list[tuple[Any, str, Any]]:
+    """Return what is to be patched so that ``gpu``, the first of ``count``, is there as far as a script can see."""
     capability = gpu.compute_capability or (8, 0)
     properties = SimpleNamespace(
         name=gpu.name,
@@ -84,7 +84,7 @@ def changes(gpu: VirtualGPU) -> list[tuple[Any, str, Any]]:
         (cuda, "is_initialized", lambda: True),
         (cuda, "init", nothing),
         (cuda, "_lazy_init", nothing),
-        (cuda, "device_count", lambda: 1),
+        (cuda, "device_count", lambda: count),
         (cuda, "current_device", lambda: 0),
         (cuda, "set_device", nothing),
         (cuda, "device", lambda index: contextlib.nullcontext()),
@@ -97,7 +97,7 @@ def changes(gpu: VirtualGPU) -> list[tuple[Any, str, Any]]:
         (torch.backends.cuda, "is_built", lambda: True),
         (torch.accelerator, "is_available", lambda check_available=False: True),
         (torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
-        (torch.accelerator, "device_count", lambda: 1),
+        (torch.accelerator, "device_count", lambda: count),
         (torch.accelerator, "current_device_index", lambda: 0),
         (torch.accelerator, "set_device_index", nothing),
         (torch.accelerator, "current_stream", _Stream),

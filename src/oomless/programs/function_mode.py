@@ -57,6 +57,7 @@ class AsIfOnCuda(TorchFunctionMode):
             torch.autograd.backward: self._backward,
             Tensor.tolist: self._values(Tensor.tolist),
             Tensor.numpy: self._values(Tensor.numpy),
+            Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
             Tensor.__repr__: self._repr,
             Tensor.__format__: self._format,
             Tensor.data_ptr: self._data_ptr,
@@ -138,6 +139,13 @@ class AsIfOnCuda(TorchFunctionMode):
 
     def _data_ptr(self, tensor: Tensor) -> int:
         return self.stand_ins.address(tensor) if self.stand_ins.is_stand_in(tensor) else Tensor.data_ptr(tensor)
+
+    def _set_data(self, tensor: Tensor, data: Tensor) -> None:
+        """Set ``tensor.data``; where one of both is real and the other a stand-in, torch knows them as of two kinds."""
+        if self.stand_ins.is_stand_in(tensor) == self.stand_ins.is_stand_in(data):
+            _SET_DATA(tensor, data)
+        else:
+            self.stand_ins.become(tensor, data)
 
     def _is_cuda(self, tensor: Tensor) -> bool:
         return self._device(tensor).type == "cuda"
@@ -331,5 +339,5 @@ class _RmsNorm(torch.autograd.Function):
 
 
 _DEVICE = torch._C.TensorBase.device.__get__
-_TO, _ITEM = Tensor.to, Tensor.item
+_TO, _ITEM, _SET_DATA = Tensor.to, Tensor.item, Tensor.data.__set__  # type: ignore[attr-defined]
 _NOT_A_MAKER = frozenset({torch.set_default_device, torch.nn.init.kaiming_uniform_})

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from oomless.errors import ConfigError
 from oomless.memory.profile import MemoryProfile
 from oomless.planning.plan import target_for
 from oomless.programs.child import owner_of
@@ -44,7 +43,8 @@ def rehearsal(gpu: str, *, own: str | None = None) -> Iterator[Rehearsed]:
     process (``programs/cuda.py`` lists where); after it they are as before.
 
     Args:
-        gpu: a name from the catalogue (``T4``), or a size (``24GiB``).
+        gpu: a name from the catalogue (``T4``), or a size (``24GiB``). Of several (``2xT4``) it is the first, and this the first of as
+            many processes.
         own: the folder whose lines are told; by default that of the file which calls.
 
     Raises:
@@ -60,8 +60,6 @@ def rehearsal(gpu: str, *, own: str | None = None) -> Iterator[Rehearsed]:
         True
     """
     target = target_for(gpu)
-    if target.gpus > 1:
-        raise ConfigError(f"a rehearsal is on one GPU; got {gpu}")
     folder = Path(own or sys._getframe(2).f_code.co_filename).resolve()
     stage = Stage(target, owner_of(folder if folder.is_dir() else folder.parent))
     with stage.active():

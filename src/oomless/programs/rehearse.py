@@ -17,6 +17,7 @@ from oomless.memory.profile import MemoryProfile
 from oomless.planning.plan import Target, target_for
 
 STEPS = 3
+_ASKS_FOR_OTHERS = "environment variable RANK expected"
 SCHEMA = 1
 
 
@@ -26,6 +27,8 @@ class ProgramAnswer:
 
     script: str
     target: Target
+    """The GPU, each of them where there are several."""
+
     ended: str
     """How it ended, to be read after the script's name."""
 
@@ -87,14 +90,14 @@ def rehearse_program(
 ) -> ProgramAnswer:
     """Run ``script`` with its ``arguments`` on ``gpu``, which need not be here, until it has made ``steps`` optimizer steps.
 
+    On several GPUs (``2xT4``) it is the first of as many processes, as torchrun starts them.
+
     Raises:
         ConfigError: there is no such script, it stopped with an error of its own, or what is asked for makes no sense.
         HardwareError: no such GPU is known.
         TrainingError: the script made no use of the GPU, or its process ended without an answer.
     """
     target = target_for(gpu)
-    if target.gpus > 1:
-        raise ConfigError(f"a program is rehearsed on one GPU; got {gpu}: name one, such as {gpu.split('x')[-1]}")
     if not script.is_file():
         raise ConfigError(f"the script to rehearse is a Python file; {script} is none")
     if steps < 2:
@@ -108,6 +111,11 @@ def rehearse_program(
         raise TrainingError(
             f"{script.name} {found['ended']['how']} and put nothing on the GPU: there is nothing to predict. It must train on "
             "the device 'cuda', in this process."
+        )
+    if not found["joined"]:
+        raise ConfigError(
+            f"{script.name} does not know of several GPUs: it joined no other process (init_process_group, accelerate, Trainer), so "
+            f"{gpu} has no effect: rehearse it on one of them"
         )
     return ProgramAnswer(
         script=script.name,
@@ -124,14 +132,15 @@ def rehearse_program(
 
 def compare_programs(script: Path, gpus: Sequence[str], arguments: Sequence[str], *, steps: int) -> list[ProgramAnswer]:
     """Return the answer for each of ``gpus``; GPUs that take the same kernels share one rehearsal where it fits them."""
-    answers: dict[tuple[int, int], ProgramAnswer] = {}
+    answers: dict[tuple[int, tuple[int, int]], ProgramAnswer] = {}
     compared = []
     for gpu in gpus:
         target = target_for(gpu)
-        known = answers.get(target.compute_capability)
+        kind = (target.gpus, target.compute_capability)
+        known = answers.get(kind)
         if known is None or not known.fits or known.needed_bytes > target.usable_bytes:
             known = rehearse_program(script, gpu, arguments, steps=steps)
-            answers[target.compute_capability] = known
+            answers[kind] = known
         compared.append(replace(known, target=target))
     return compared
 
@@ -141,7 +150,12 @@ def _in_child(asked: dict[str, Any], debug: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="oomless-rehearse-") as folder:
         question, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
         question.write_text(json.dumps({**asked, "scratch": folder}), encoding="utf-8")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "HF_HUB_OFFLINE": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         done = subprocess.run(
             [sys.executable, "-m", "oomless.programs.child", str(question), str(answer)],
             stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
@@ -154,9 +168,12 @@ def _in_child(asked: dict[str, Any], debug: bool) -> dict[str, Any]:
             )
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if found["ended"]["how"] == "stopped with an error":
-        at = f" at {found['ended']['line']}" if found["ended"]["line"] else ""
+        at, message = f" at {found['ended']['line']}" if found["ended"]["line"] else "", found["ended"]["message"]
+        several = (
+            " (several GPUs are rehearsed as torchrun starts them: --gpu 2xT4)" if _ASKS_FOR_OTHERS in message else ""
+        )
         raise ConfigError(
-            f"{asked['script']} cannot be rehearsed: it stopped{at}: {found['ended']['message']}"
+            f"{asked['script']} cannot be rehearsed: it stopped{at}: {message}{several}"
             + (f"\n{found['ended']['traceback']}" if debug else " (--debug prints the traceback)")
         )
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from oomless.memory.device import Phase
@@ -17,6 +17,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.planning.plan import Target
 from oomless.programs import cuda, kernels, libraries
 from oomless.programs.function_mode import AsIfOnCuda
+from oomless.programs.several import Processes
 from oomless.programs.stand_ins import StandIns
 
 
@@ -55,6 +56,7 @@ class Stage:
         )
         self.target, self.own = target, own
         self.stand_ins = StandIns(self.gpu, target.workspace_bytes, self._asked)
+        self.processes = Processes(target.gpus, self._label_bucket, self.stand_ins.assumed)
         self.mode = AsIfOnCuda(self.stand_ins, self.gpu)
         self.steps = 0
         self.after_step: Callable[[], None] = lambda: None
@@ -68,9 +70,10 @@ class Stage:
     def active(self) -> Iterator[None]:
         """Let the GPU be there, as far as Python code can see."""
         with ExitStack() as stack:
-            changes = cuda.changes(self.gpu) + self.mode.changes() + self.mode.casting.changes()
+            changes = cuda.changes(self.gpu, self.processes.count) + self.mode.changes() + self.mode.casting.changes()
             changes += libraries.changes(self.stand_ins) + kernels.changes(self.stand_ins)
             stack.enter_context(cuda.patched(changes))
+            stack.enter_context(self.processes.active())
             stack.enter_context(self.mode)
             stack.enter_context(self.stand_ins)
             for handle in (
@@ -115,6 +118,9 @@ class Stage:
         self._depth = 0
         self.steps += 1
         self.after_step()
+
+    def _label_bucket(self, bucket: Tensor) -> None:
+        self.gpu.label([bucket], "gradients")
 
     def _asked(self) -> None:
         """Note the user's line where memory was never fuller; called after each allocation on the GPU."""

@@ -51,12 +51,11 @@ class StandIns(StorageTracker):
 
     def is_on_gpu(self, tensor: Tensor) -> bool:
         """Return whether ``tensor`` lies on the rehearsed GPU."""
-        booking = self._bookings.get(id(tensor.untyped_storage()))
-        return booking is not None and booking.ledger is self._on_gpu
+        return any(booking.ledger is self._on_gpu for booking in self.find(tensor))
 
     def is_stand_in(self, tensor: Tensor) -> bool:
         """Return whether ``tensor`` has no real memory, on the GPU or on the host."""
-        return id(tensor.untyped_storage()) in self._bookings
+        return bool(self.find(tensor))
 
     def address(self, tensor: Tensor) -> int:
         """Return where ``tensor`` begins: on the GPU its address in the simulated allocator."""
@@ -95,6 +94,14 @@ class StandIns(StorageTracker):
         if shadow is not None:
             self._keep(copy, shadow.detach().to(copy.dtype, copy=True))
         return copy
+
+    def become(self, tensor: Tensor, data: Tensor) -> None:
+        """Let ``tensor`` be what ``data`` is, which is of the other kind: one of both is real, the other a stand-in."""
+        shadow, view = self.shadow(data), data.detach()
+        self.forget(view)
+        torch.utils.swap_tensors(tensor, view)  # type: ignore[no-untyped-call]
+        if shadow is not None and self.is_stand_in(tensor):
+            self._keep(tensor, shadow)
 
     # Values
 
@@ -145,6 +152,8 @@ class StandIns(StorageTracker):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` on stand-ins where one is among its operands, book the result, and follow its values."""
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # A wrapper (DTensor) runs first; the operators on its parts come here.
         with torch._C.DisableTorchFunction():
             if torch.is_inference_mode_enabled() and _is_composite(func):
                 return self._apart(func, args, kwargs or {})
