@@ -3,7 +3,8 @@
 To say what held the memory of a run that was not oomless's, that run is rehearsed and not oomless's own. What differs
 from ``planning.rehearse`` is what differs in the programs: all logits and their copy in fp32 exist, 16-bit weights are
 updated as they are, and automatic casting keeps fp32 weights and makes 16-bit copies of them. Where the run has them,
-adapters are peft's, the loss in chunks is TRL's, Adafactor is transformers' and 8-bit AdamW bitsandbytes'.
+adapters are peft's, the loss in chunks is TRL's, Adafactor is transformers' and 8-bit AdamW bitsandbytes'. Of several GPUs it is
+the first: DDP's buckets of gradients, or a model cut by FSDP2 as accelerate cuts it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from oomless import optim
@@ -24,6 +26,7 @@ from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device
 from oomless.memory.profile import Request
 from oomless.memory.repeated_layers import CannotRepeat
+from oomless.memory.tracker import import_unbooked
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import build, form
 from oomless.models.make import attend
@@ -32,12 +35,15 @@ from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.planning.plan import Target
 from oomless.planning.rehearse import UNLIMITED_BYTES, layers_repeated
-from oomless.techniques import checkpointing, frozen_layers, lora, quantization, trainable
+from oomless.techniques import checkpointing, frozen_layers, lora, quantization, sharding, trainable
+from oomless.training import distributed
 from oomless.training.assemble import check_length
+from oomless.training.distributed import Ranks
 from oomless.training.precision import choose_dtype
 
 STEPS = 2
 REFERENCE = "reference_of_the_training"
+ROOT = "root_of_fsdp"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +71,12 @@ class PlainRun:
 
     by_a_trainer: bool = True
     """Whether transformers' Trainer makes the optimizer, which keeps the moments of embeddings in 32 bits."""
+
+    gpus: int = 1
+    """How many share the model by FSDP."""
+
+    buckets: bool = False
+    """Whether DDP sums gradients over several GPUs, in buckets that lie beside them."""
 
     adapters_in_fp32: bool = True
     """Whether adapters are in fp32 whatever the model is in, as peft makes them; what goes into each is then cast, and kept."""
@@ -128,20 +140,22 @@ def _rehearsed(
 ) -> Outcome:
     device = target.simulated(target.capacity_bytes if limited else UNLIMITED_BYTES, settings=settings)
     message = None
-    with device.active():
+    with distributed.rehearsed(run.gpus) as ranks, device.active():
         try:
             text = run.spec.config.get_text_config()
             width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
             arithmetic = choose_dtype(run.mixed_precision or run.config.dtype, device)
             kernel: Kernel = target.kernel or kernel_for(target.compute_capability, arithmetic, width)
             with attention_kernel(kernel):
-                model, optimizer = build_plain(run, device)
+                model, optimizer = build_plain(run, device, ranks)
+                held = _buckets(run, model, device)
                 device.book_workspaces(target.workspace_bytes)
                 with repeated(model, device):
                     for _ in range(STEPS):
                         train_step(run, model, optimizer, device)
                     if run.evaluates:
                         evaluation_step(run, model, device)
+                del held
         except torch.OutOfMemoryError as error:
             message = str(error)
     return outcome(device, message)
@@ -168,23 +182,33 @@ def outcome(device: VirtualGPU, message: str | None) -> Outcome:
     )
 
 
-def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimizer]:
+def build_plain(run: PlainRun, device: Device, ranks: Ranks) -> tuple[Any, torch.optim.Optimizer]:
     """Return model and optimizer as the tool has them when its first step begins; weights are not filled."""
     config, kind = run.config, run.config.quantization
     check_length(run.spec, config)
     dtype = torch.float32 if run.mixed_precision else choose_dtype(config.dtype, device)
+    cut = run.gpus > 1
+
+    def prepare(made: Any) -> None:
+        if kind is not None:
+            quantization.replace(made, kind, trainable.trained_modules(made, config))
+        if cut:
+            nowhere = Device()
+            nowhere.torch_device = torch.device("meta")
+            _trained(run, made, nowhere)
+
     model = build.build(
         run.spec,
         device=device,
         dtype=dtype,
         form=_form(run),
-        prepare=kind and (lambda made: quantization.replace(made, kind, trainable.trained_modules(made, config))),
+        prepare=prepare,
+        cut=(lambda made, materialise: _cut(run, made, ranks, materialise)) if cut else None,
     )
     with device.phase("load"):
         frozen_layers.rehearse_filling(model, device)
-        trainable.apply(model, config, device)
-        if run.adapters_in_fp32:
-            _adapters_to_fp32(model, device)
+        if not cut:
+            _trained(run, model, device)
         if run.attention == "eager":
             attend(model, "eager")
         if config.gradient_checkpointing:
@@ -198,6 +222,46 @@ def build_plain(run: PlainRun, device: Device) -> tuple[Any, torch.optim.Optimiz
     optimizer = _optimizer(run, model)
     device.watch(model, optimizer)
     return model, optimizer
+
+
+def _trained(run: PlainRun, model: Any, device: Device) -> None:
+    trainable.apply(model, run.config, device)
+    if run.adapters_in_fp32:
+        _adapters_to_fp32(model, device)
+
+
+def _cut(run: PlainRun, model: Any, ranks: Ranks, materialise: Callable[[nn.Module], None]) -> None:
+    """Cut ``model`` as accelerate does (1.15: accelerate/utils/fsdp_utils.py): layers, embedding, the last norm with the head, the rest."""
+    fsdp = import_unbooked(sharding.FSDP)
+    how: dict[str, Any] = {"mesh": ranks.mesh}
+    if run.mixed_precision:
+        half = torch.float16 if run.mixed_precision == "fp16" else torch.bfloat16
+        how["mp_policy"] = fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    norm = [last for _, last in model.get_decoder().named_children() if "norm" in type(last).__name__.lower()][-1:]
+    for part in [*checkpointing.decoder_layers(model), *([] if tied else [embedding])]:
+        materialise(part)
+        fsdp.fully_shard(part, **how)
+    tail = [*norm, *([embedding] if tied else []), head]
+    materialise(nn.ModuleList(tail))
+    fsdp.fully_shard(tail, **how, reshard_after_forward=False)
+    materialise(model)
+    model.__dict__[ROOT] = fsdp.fully_shard(sharding.Whole(model), **how, reshard_after_forward=False)
+
+
+def _buckets(run: PlainRun, model: nn.Module, device: Device) -> list[Tensor]:
+    """Return what DDP sums gradients in, which lies beside them: buckets of 25 MiB, the first of 1 MiB."""
+    if not run.buckets:
+        return []
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(REFERENCE)][::-1]
+    buckets, _ = dist._compute_bucket_assignment_by_size(trained, [1 << 20, 25 << 20])
+    made = [
+        torch.empty(sum(trained[i].numel() for i in bucket), dtype=trained[bucket[0]].dtype, device=trained[0].device)
+        for bucket in buckets
+    ]
+    device.label(made, "gradients")
+    return made
 
 
 def _adapters_to_fp32(model: Any, device: Device) -> None:
@@ -286,19 +350,28 @@ def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
     with torch.no_grad(), device.phase("evaluation"):
         batch = run.config.per_device_eval_batch_size or 1
         tokens = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
-        with _casting(run):
+
+        def evaluate() -> Any:
             if run.fused_loss == "trl":
-                _fused_loss(model, tokens, device, "trl")
-                return
+                return _fused_loss(model, tokens, device, "trl")
             logits = model(input_ids=tokens, use_cache=False).logits
-            model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+            return model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+
+        with _casting(run):
+            _whole(model, evaluate)
+
+
+def _whole(model: Any, function: Callable[[], Any]) -> Any:
+    """Return what ``function`` returns, run where FSDP knows that a pass through ``model`` begins and ends."""
+    root = model.__dict__.get(ROOT)
+    return function() if root is None else root(function)
 
 
 def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     batch *= run.sequences_each
     with device.host():
         host = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
-    with _casting(run):
+    def compute() -> Any:
         with device.phase("forward"):
             tokens = device.put(host)
             if run.reference:
@@ -309,13 +382,15 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
                     else:
                         reference(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
         if run.fused_loss:
-            loss = _fused_loss(model, tokens, device, run.fused_loss)
-        else:
-            with device.phase("forward"):
-                output = model(input_ids=tokens, use_cache=False)
-            with device.phase("loss"):
-                logits = output.logits.float() if run.mixed_precision else output.logits
-                loss = model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+            return _fused_loss(model, tokens, device, run.fused_loss)
+        with device.phase("forward"):
+            output = model(input_ids=tokens, use_cache=False)
+        with device.phase("loss"):
+            logits = output.logits.float() if run.mixed_precision else output.logits
+            return model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+
+    with _casting(run):
+        loss: Tensor = _whole(model, compute)
     return loss / run.config.gradient_accumulation_steps
 
 

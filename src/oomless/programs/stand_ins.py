@@ -97,7 +97,7 @@ class StandIns(StorageTracker):
 
     def become(self, tensor: Tensor, data: Tensor) -> None:
         """Let ``tensor`` be what ``data`` is, which is of the other kind: one of both is real, the other a stand-in."""
-        shadow, view = self.shadow(data), data.detach()
+        shadow, view = self.shadow(data), data.detach().requires_grad_(tensor.requires_grad)
         self.forget(view)
         torch.utils.swap_tensors(tensor, view)  # type: ignore[no-untyped-call]
         if shadow is not None and self.is_stand_in(tensor):
