@@ -21,7 +21,13 @@ from oomless.memory.profile import Request
 from oomless.models.spec import resolve
 
 HERE = Path(__file__).parent
-BATCH, LENGTH, EVAL_BATCH, HALF = 2, 2048, 8, {"bf16", "half"}
+BATCH, LENGTH, EVAL_BATCH, HALF, GPUS = 2, 2048, 8, {"bf16", "half"}, 2
+STARTED = {
+    "ddp": f"torchrun --nproc_per_node {GPUS} train.py",
+    "fsdp": f"torchrun --nproc_per_node {GPUS} train.py --fsdp full_shard",
+}
+"""How the user starts a script on several GPUs."""
+
 SHAPE = dict(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32,
     num_key_value_heads=8, max_position_embeddings=4096, tie_word_embeddings=False,
@@ -44,6 +50,9 @@ KINDS = [
     ("sft lora half", "mixtral"),
     ("dpo half", "llama"),
     ("dpo lora half", "llama"),
+    ("transformers half ddp", "llama"),
+    ("transformers bf16 fsdp", "llama"),
+    ("sft half fsdp checkpointing", "qwen3"),
 ]
 NOT_ON_A_GPU = re.compile(
     r'  File "[^"]*(?:/oomless/(?:memory|programs)/|torch/overrides\.py|tool_errors\.py|runpy>)[^"]*", line \d+, in \S+\n'
@@ -74,10 +83,19 @@ def asked_of_tool(asked, kind, model, folder, changes=None):
         [sys.executable, str(HERE / "tool_errors.py"), asked, str(HERE / "tool_script.py"), kind, str(folder / model),
          str(folder / "out"), json.dumps(changes or {})],
         capture_output=True, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1] / "src"), "TQDM_DISABLE": "1"},
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1] / "src"), "TQDM_DISABLE": "1"} | processes_of(kind),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def started(kind):
+    """Return the command that starts the script where it is on several GPUs."""
+    return "".join(f"{STARTED[option]}\n" for option in kind.split() if option in STARTED)
+
+
+def processes_of(kind):
+    return {"WORLD_SIZE": str(GPUS)} if started(kind) else {}
 
 
 def told(kind, model, folder, capacity):
@@ -100,7 +118,7 @@ def told(kind, model, folder, capacity):
 
 def explained(kind, model, folder, error):
     given, mixed_precision = told(kind, model, folder, error["capacity"])
-    return given, explain(NOT_ON_A_GPU.sub("", error["text"]), given, mixed_precision=mixed_precision)
+    return given, explain(started(kind) + NOT_ON_A_GPU.sub("", error["text"]), given, mixed_precision=mixed_precision)
 
 
 def truth(kind, request, text, config):
@@ -110,6 +128,10 @@ def truth(kind, request, text, config):
     blocks = EVAL_BATCH if evaluates else BATCH * (2 if tool == "dpo" else 1)
     rows, size, module = blocks * LENGTH, request["size_bytes"], request["module"]
     code = [line.strip() for line in text.splitlines() if line.startswith("    ") and set(line) - set(" ^~")][-1]
+    if "reducer = dist.Reducer(" in text.rsplit("Traceback", 1)[1]:
+        return "bucket of gradients"
+    if ("_fsdp_collectives.py" in text or "_fsdp_param.py" in text) and request["phase"] != "load":
+        return "gathered|gradients of a layer"
     if code.startswith("mm_buf ="):
         return "chunk of the logits"
     if "weight[start:end]" in code:
@@ -142,14 +164,26 @@ def truth(kind, request, text, config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "apart"),
-    [("transformers half", 0.005), ("transformers half lora", 0.0001), ("sft half", 0.008), ("dpo lora half", 0.012)],
+    [
+        ("transformers half", 0.005),
+        ("transformers half lora", 0.0001),
+        ("sft half", 0.008),
+        ("dpo lora half", 0.012),
+        ("transformers half ddp", 0.005),
+        ("transformers half lora fsdp", 0.0002),
+        ("sft half fsdp", 0.0001),
+    ],
 )
 def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind, apart):
     """peft's adapters are in fp32, and what goes into each is cast and kept; TRL's loss is computed in chunks."""
     peak = asked_of_tool("peak", kind, "llama", model_folder)
     given, _ = told(kind, "llama", model_folder, 1 << 40)
-    text = "" if "transformers" in kind else f"{kind[:3].upper()}Trainer: outputs = model(**inputs, fused_lm_head=True)"
-    answer = explain(text, given, tool="trl" if text else "trainer", budget_s=30)
+    text = (
+        started(kind)
+        if "transformers" in kind
+        else started(kind) + f"{kind[:3].upper()}Trainer: outputs = model(**inputs, fused_lm_head=True)"
+    )
+    answer = explain(text, given, tool="trainer" if "transformers" in kind else "trl", budget_s=30)
     assert answer.without_limit.allocated_bytes == pytest.approx(peak, rel=apart)
 
 

@@ -38,6 +38,7 @@ common["gradient_checkpointing"] = "checkpointing" in options
 if "evaluation" in options:
     common |= dict(eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=EVAL_BATCH)
 
+common |= dict(fsdp=True) if "fsdp" in options else {}
 common |= json.loads(changes)
 
 if tool == "transformers":

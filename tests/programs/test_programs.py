@@ -458,8 +458,8 @@ def test_a_trainer_on_several_gpus(tmp_path, small_model):
     ("script", "gpu", "words"),
     [
         ("import torch\nx = torch.ones(3, device='cuda')\nraise ValueError('my own')", "T4", "train.py:3 in <module>: ValueError: my own"),
-        ("import torch\nx = torch.ones(3, device='cuda')", "2xT4", "joined no other process"),
-        ("import torch\ntorch.distributed.init_process_group()", "T4", "--gpu 2xT4"),
+        pytest.param("import torch\nx = torch.ones(3, device='cuda')", "2xT4", "joined no other process", marks=pytest.mark.slow),
+        pytest.param("import torch\ntorch.distributed.init_process_group()", "T4", "--gpu 2xT4", marks=pytest.mark.slow),
         ("print('hello')", "T4", "put nothing on the GPU"),
     ],
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Changes of a run that may cure it: what each sets, what it costs, and which are tried together.
 
 Settings are those of ``TrainConfig``. What another tool's run has beside them stands under ``PLAIN``'s names: how attention is
-computed, whether the loss holds all logits, and what is cast.
+computed, whether the loss holds all logits, what is cast, and how several GPUs share the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS
 
-PLAIN = ("attention", "fused_loss", "mixed_precision", "evaluates")
+PLAIN = ("attention", "fused_loss", "mixed_precision", "sharing", "evaluates")
 """What a run of another tool has beside the settings of ``TrainConfig``; ``oomless`` has none of it."""
 
 
@@ -87,7 +87,7 @@ def _optimizer(name: str) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
 
     def change(values: dict[str, Any]) -> dict[str, Any] | None:
         now = values.get("optimizer", "adamw")
-        if now not in order or order.index(now) >= order.index(name):
+        if values.get("sharing") == "fsdp" or now not in order or order.index(now) >= order.index(name):
             return None
         dropped = {key: None for key in OPTIMIZER_DEFAULTS[now] if key not in OPTIMIZER_DEFAULTS[name]}
         return {"optimizer": name, **dropped}
@@ -103,6 +103,11 @@ def _shorter(divisor: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
     return change
 
 
+def _shared_out(values: dict[str, Any]) -> dict[str, Any] | None:
+    shares = values.get("sharing") == "ddp" and not values.get("quantization")
+    return {"sharing": "fsdp"} if shares and values.get("optimizer", "adamw") == "adamw" else None
+
+
 def _lora(values: dict[str, Any]) -> dict[str, Any] | None:
     if "lora" in values.get("trainable", "full"):
         return None
@@ -111,6 +116,8 @@ def _lora(values: dict[str, Any]) -> dict[str, Any] | None:
 
 def _quantized(values: dict[str, Any]) -> dict[str, Any] | None:
     if values.get("quantization") or "full" in values.get("trainable", "full") or values.get("use_dora"):
+        return None
+    if values.get("sharing") == "fsdp":
         return None
     return {"quantization": "nf4"}
 
@@ -135,6 +142,8 @@ CHANGES = {
                speed="more, smaller passes", apply=_smaller_batch),
         Change(name="checkpointing", title="gradient checkpointing", quality=SAME, reduces_fixed=False,
                speed="each layer's forward is computed twice", apply=_checkpointing),
+        Change(name="zero3", title="weights, gradients and optimizer state shared out among the GPUs", quality=SAME,
+               reduces_fixed=True, speed="each layer's weights come over the links", apply=_shared_out),
         Change(name="in_backward", title="updates inside the backward pass", reduces_fixed=True,
                quality="no clipping by the global norm", speed="none", apply=_in_backward),
         Change(name="half", title="16-bit weights", reduces_fixed=True,
@@ -158,7 +167,7 @@ CHANGES = {
                quality="the body learns nothing", speed="much faster", apply=_head_alone),
     )
 }  # fmt: skip
-_LEAN = ("logits", "attention", "batch", "checkpointing", "half", "correction")
+_LEAN = ("logits", "attention", "batch", "checkpointing", "zero3", "half", "correction")
 BUNDLES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("attention",),
@@ -167,8 +176,9 @@ BUNDLES: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("checkpointing",),
         ("logits", "batch"),
         ("logits", "attention", "batch", "checkpointing"),
+        ("zero3",),
         ("in_backward",),
-        ("batch", "checkpointing", "in_backward"),
+        ("batch", "checkpointing", "zero3", "in_backward"),
     ),
     (
         ("adamw_8bit",),

@@ -22,7 +22,7 @@ from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run
 from oomless.diagnosis.settings import LogSettings
 from oomless.diagnosis.situation import Situation, Source, read_situation, why_not_rehearsed
-from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
+from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_sharing, of_weights
 from oomless.errors import UserError
 
 TRAINER_EVAL_BATCH = 8
@@ -271,6 +271,7 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
             cast=run.mixed_precision is not None,
         ),
         *of_activations(dimensions, blocks, run.item_bytes),
+        *(of_sharing(run.spec, run.sharing) if run.sharing else ()),
     ]
     return suspects(
         first.message,

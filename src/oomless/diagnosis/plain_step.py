@@ -125,7 +125,7 @@ def rehearse_plain(
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
-    if not names_modules:
+    if not names_modules and run.gpus == 1:  # layers that are gathered ask for each other's weights
         with suppress(CannotRepeat):
             return _rehearsed(run, target, limited, settings, layers_repeated)
     return _rehearsed(run, target, limited, settings, lambda model, device: nullcontext())
@@ -254,8 +254,8 @@ def _buckets(run: PlainRun, model: nn.Module, device: Device) -> list[Tensor]:
     """Return what DDP sums gradients in, which lies beside them: buckets of 25 MiB, the first of 1 MiB."""
     if not run.buckets:
         return []
-    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(REFERENCE)][::-1]
-    buckets, _ = dist._compute_bucket_assignment_by_size(trained, [1 << 20, 25 << 20])
+    trained: list[Tensor] = _parameters(model)[::-1]
+    buckets, _ = dist._compute_bucket_assignment_by_size(trained, [1 << 20, 25 << 20])  # type: ignore[attr-defined]
     made = [
         torch.empty(sum(trained[i].numel() for i in bucket), dtype=trained[bucket[0]].dtype, device=trained[0].device)
         for bucket in buckets
@@ -280,9 +280,14 @@ def _form(run: PlainRun) -> form.Form:
         return form.Form()
 
 
+def _parameters(model: nn.Module) -> list[Tensor]:
+    """Return what trains of ``model``."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(REFERENCE)]
+
+
 def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
     config = run.config
-    parameters = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(REFERENCE)]
+    parameters = _parameters(model)
     if config.optimizer == "adamw":
         kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
         return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
@@ -371,6 +376,7 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     batch *= run.sequences_each
     with device.host():
         host = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
+
     def compute() -> Any:
         with device.phase("forward"):
             tokens = device.put(host)

@@ -68,6 +68,12 @@ class FailedRun:
     reference: bool = False
     """Whether a frozen copy of the weights is held beside."""
 
+    gpus: int = 1
+    """How many train together, as far as it is told."""
+
+    sharing: Literal["ddp", "fsdp"] | None = None
+    """How they share the model: each holds all, or a part."""
+
     outside_bytes: int | None = None
     """What the message leaves for everything outside of this process's allocator."""
 
@@ -109,6 +115,8 @@ class FailedRun:
             sequences_each=self.sequences_each,
             reference=self.reference,
             by_a_trainer=self.tool not in OWN_LOOPS,
+            gpus=self.gpus if self.sharing == "fsdp" else 1,
+            buckets=self.sharing == "ddp",
             adapters_in_fp32=self.tool not in OWN_ADAPTERS,
         )
 
@@ -140,9 +148,25 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         fused_loss=bool(situation.others.get("liger")) and situation.tool != "oomless",
         sequences_each=2 if pairs else 1,
         reference=situation.method == "dpo" and situation.trains_all,
+        gpus=situation.several.gpus or 1,
+        sharing=_sharing(situation, notes),
         outside_bytes=outside,
     )
     return _usable(_consistent(run), notes)
+
+
+def _sharing(situation: Situation, notes: list[str]) -> Literal["ddp", "fsdp"] | None:
+    """Return how several GPUs share the model of a run of another tool, and note how that is rehearsed."""
+    several = situation.several
+    if situation.tool == "oomless" or not several.many:
+        return None
+    if several.sharing == "fsdp":
+        notes.append(f"rehearsed as the first of {several.gpus} GPUs, cut by FSDP2 as accelerate cuts a model")
+        return "fsdp"
+    if several.sharing == "ddp":
+        notes.append("rehearsed as one of the GPUs, with the buckets in which DDP sums gradients")
+        return "ddp"
+    return None
 
 
 def _usable(run: FailedRun, notes: list[str]) -> FailedRun:

@@ -209,6 +209,23 @@ NOT_REHEARSED = {
 }
 
 
+OWN_SHARING = ("torchtune", "litgpt", "nemo", "verl", "unsloth")
+"""Tools that cut a model otherwise than accelerate."""
+
+
+def _why_not_shared(situation: Situation) -> str | None:
+    several = situation.several
+    if several.sharing != "fsdp":
+        return "which is rehearsed for FSDP alone"
+    if situation.tool in OWN_SHARING:
+        return f"which {situation.tool} does in its own way"
+    if situation.values.get("quantization"):
+        return "which is not rehearsed with packed weights"
+    if several.gpus is None or several.at_least:
+        return "and the text does not say how many there are"
+    return None
+
+
 def why_not_rehearsed(situation: Situation) -> str | None:
     """Return why the run cannot be rehearsed as it was; ``None`` where it can be."""
     first, several = situation.reading.first, situation.several
@@ -229,8 +246,8 @@ def why_not_rehearsed(situation: Situation) -> str | None:
         return "it failed while it generated text" if first.place.generating else "it failed while it saved"
     if situation.method in NOT_REHEARSED:
         return NOT_REHEARSED[situation.method]
-    if several.shares:
-        return "training that is shared out among GPUs is not rehearsed as its tool runs it"
+    if several.shares and (why := _why_not_shared(situation)) is not None:
+        return f"the model is shared out among GPUs, {why}"
     if situation.model is None and situation.reading.settings.named is None:
         return "the text names no model: --model NAME"
     if situation.model is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from oomless.memory.device import Phase
@@ -153,6 +153,51 @@ def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
             name = "embed_tokens (also lm_head)"
         found[name, tuple(parameter.shape)] = parameter.numel()
     return sorted(found, key=lambda key: -found[key])
+
+
+def of_sharing(spec: ModelSpec, sharing: Literal["ddp", "fsdp"]) -> Iterator[Tensor]:
+    """Yield what exists because several GPUs train a model: DDP's buckets of one matrix alone, or what FSDP gathers and sends."""
+    import torch
+
+    from oomless.models.make import make
+    from oomless.techniques.checkpointing import decoder_layers
+
+    with torch.device("meta"):
+        model = make(copy.deepcopy(spec.config), trust_remote_code=spec.trust_remote_code)
+    whole = {" x ".join(f"{n:,}" for n in p.shape): p.numel() for p in model.parameters() if p.numel() >= _SMALL}
+    layers = {sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)}
+    used = _phases("forward", "backward", "evaluation")
+    for item in (2, 4):
+        words = _DTYPES[item]
+
+        def made(kind: str, shape: str, count: int, phases: frozenset[Phase], *hints: str, item: int = item) -> Tensor:
+            of = "DDP" if sharing == "ddp" else "FSDP"
+            return Tensor(
+                kind=kind, of=of, shape=shape, count=count, item_bytes=item, phases=phases, hints=hints, prior=0.2,
+                operations=("aten.empty", "storage.resize_"),
+            )  # fmt: skip
+
+        for shape, count in whole.items():
+            if sharing == "fsdp":
+                yield made(f"gathered weight in {words}", shape, count, used, *_GATHERING)
+            elif count * item > _BUCKET_BYTES:
+                yield made(
+                    f"bucket of gradients in {words}", shape, count, _phases("load", "backward"), "dist.Reducer("
+                )
+        for count in layers if sharing == "fsdp" else ():
+            shape = f"a layer's {count:,} weights"
+            yield made(f"gathered layer in {words}", shape, count, used, *_GATHERING)
+            yield made(f"gradients of a layer in {words}, sent", shape, count, _phases("backward"), "reduce_scatter")
+
+
+_SMALL = 1 << 20
+_BUCKET_BYTES = 25 << 20
+_GATHERING = (
+    "torch.empty(torch.Size([numel * world_size])",
+    "storage.resize_",
+    "all_gather",
+    "torch.empty(size, dtype=dtype",
+)
 
 
 def _phases(*names: Phase) -> frozenset[Phase]:
