@@ -171,7 +171,7 @@ def truth(kind, request, text, config):
         ("dpo lora half", 0.012),
         ("transformers half ddp", 0.005),
         ("transformers half lora fsdp", 0.0002),
-        ("sft half fsdp", 0.0001),
+        ("sft half fsdp", 0.01),
     ],
 )
 def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind, apart):

@@ -287,7 +287,7 @@ def _parameters(model: nn.Module) -> list[Tensor]:
 
 def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
     config = run.config
-    parameters = _parameters(model)
+    parameters = [sharding.local(parameter) for parameter in _parameters(model)]
     if config.optimizer == "adamw":
         kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
         return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
@@ -343,8 +343,12 @@ def train_step(run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, devi
             loss.backward()  # type: ignore[no-untyped-call]
         del loss
     with device.phase("optimizer"):
+        trained = [(parameter, sharding.local(parameter)) for parameter in _parameters(model)]
+        for parameter, own in trained:
+            if own is not parameter:
+                own.grad, parameter.grad = parameter.grad.to_local(), None  # type: ignore[union-attr]
         if run.config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([own for _, own in trained], run.config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

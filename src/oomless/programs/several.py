@@ -7,7 +7,6 @@ are, so that buckets of gradients, parts of weights and what is gathered are boo
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oomless.programs.cuda import patched
+from oomless.programs.stand_ins import StandIns
 
 
 class Processes:
@@ -25,11 +25,11 @@ class Processes:
     Args:
         count: how many there are; 1 changes nothing.
         label: is given the buckets of gradients that DDP sums.
-        assumed: counts what is left out.
+        stand_ins: tensors of the GPU.
     """
 
-    def __init__(self, count: int, label: Callable[[Tensor], None], assumed: Counter[str]) -> None:
-        self.count, self._label, self._assumed = count, label, assumed
+    def __init__(self, count: int, label: Callable[[Tensor], None], stand_ins: StandIns) -> None:
+        self.count, self._label, self._stand_ins = count, label, stand_ins
         self.joined = count == 1
         """Whether the program has asked for the others."""
 
@@ -54,11 +54,13 @@ class Processes:
         import torch.distributed._tools.fake_collectives
         from torch.distributed import distributed_c10d as c10d
         from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator
         from torch.nn.parallel import distributed as ddp
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         join, group, wrap = dist.init_process_group, dist.new_group, ddp.DistributedDataParallel.__init__
         register = ddp.DistributedDataParallel.register_comm_hook
+        ask_for_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def init_process_group(*args: Any, **kwargs: Any) -> None:
             self.joined = True
@@ -93,7 +95,11 @@ class Processes:
             )  # DDP reads annotations, and wants none of text
 
         def hook_of_the_program(module: Any, state: Any, hook: Any) -> None:
-            self._assumed[f"DDP's communication hook {getattr(hook, '__name__', hook)} is not run"] += 1
+            self._stand_ins.assumed[f"DDP's communication hook {getattr(hook, '__name__', hook)} is not run"] += 1
+
+        def shapes(*args: Any) -> Any:
+            with self._stand_ins.making_nothing():
+                return ask_for_shapes(*args)
 
         modules = (dist, c10d)
         return [
@@ -111,6 +117,8 @@ class Processes:
             # FSDP: its mesh is the accelerator's, and stand-ins are of the meta device.
             (torch._C, "_get_accelerator", lambda *args: torch.device("cuda")),
             (FSDPParamGroup, "_validate_no_meta_params", nothing),
+            # DTensor: it asks operators for shapes, on tensors that have no memory.
+            (ShardingPropagator, "_propagate_tensor_meta_non_cached", shapes),
         ]
 
 

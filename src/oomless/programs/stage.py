@@ -56,7 +56,7 @@ class Stage:
         )
         self.target, self.own = target, own
         self.stand_ins = StandIns(self.gpu, target.workspace_bytes, self._asked)
-        self.processes = Processes(target.gpus, self._label_bucket, self.stand_ins.assumed)
+        self.processes = Processes(target.gpus, self._label_bucket, self.stand_ins)
         self.mode = AsIfOnCuda(self.stand_ins, self.gpu)
         self.steps = 0
         self.after_step: Callable[[], None] = lambda: None

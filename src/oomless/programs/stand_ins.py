@@ -168,7 +168,8 @@ class StandIns(StorageTracker):
         device = kwargs.get("device")
         if device is not None and (device.type == "cuda" or (device == META and place is None and not stand_ins)):
             # What operators make for themselves beside a stand-in is asked for on its device.
-            kwargs, place = {**kwargs, "device": META}, self._on_gpu
+            kwargs = {**kwargs, "device": META}
+            place = place if place is self._nowhere else self._on_gpu
         if place is None:
             place = self._on_gpu if any(self.is_on_gpu(leaf) for leaf in stand_ins) else self._on_host
         before, self.ledger = self.ledger, place
