@@ -35,7 +35,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--dim:#9aa4af;--grid:#353c45;--page:#14171b;
 --c0:#7db2f5;--c1:#ff8f78;--c2:#6fd08c;--c3:#e3c04d;--c4:#cd9bec;--c5:#5fcbe0;--c6:#f092c0;--c7:#b4b8bf;--c8:#6b727c}}
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:0 auto;padding:1rem}
-h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 .3rem}p{margin:.3rem 0;overflow-wrap:anywhere}
+h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:1.6rem 0 .3rem}p{margin:.3rem 0}p,li,h2{overflow-wrap:anywhere}
 .scroll{overflow-x:auto;position:relative}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;vertical-align:top;padding:.1rem .9rem .1rem 0;white-space:nowrap}th{color:var(--dim);font-weight:normal}
 th:first-child,td:first-child{text-align:left}th.text{text-align:left}td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:12rem}
