@@ -13,6 +13,12 @@ SAMPLE = ("gpt2", "mixtral", "falcon_h1")
 
 
 @pytest.mark.slow
+def test_layers_within_layers_are_rehearsed(tmp_path):
+    """Zamba's hybrid layers hold layers of Mamba, which its config does not count."""
+    assert zoo.row("zamba", tmp_path, ("plan",)) == {"plan": "yes"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_row_of_the_zoo_has_no_fault(tmp_path, model_type):
     row = zoo.row(model_type, tmp_path)

@@ -193,6 +193,8 @@ def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[No
     """Run only some of the layers of ``model`` inside; see ``memory.repeated_layers``."""
     layers = decoder_layers(model)
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+    if len(types) != len(layers):
+        types = range(len(layers))  # some lie within others, as Zamba's do: each is of a kind of its own, and runs
     backward = {id(layer) for layer in layers_of_backward(model)}
     out = [offload_activations.goes_out(layer) for layer in layers]
     kinds = [
