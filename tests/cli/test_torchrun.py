@@ -42,6 +42,24 @@ def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_stages_are_one_run_of_both(make_checkpoint, corpus, tmp_path):
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    settings = dict(
+        model=str(make_checkpoint("llama")), data=str(corpus), output_dir=str(run), gpu="cpu", eval_fraction=0
+    )
+    stages = [dict(name="short", max_seq_length=32), dict(name="long", max_seq_length=64), dict(name="last", seed=1)]
+    config.write_text(yaml.safe_dump({**settings, "max_seq_length": 32, "max_steps": 2, "stages": stages}))
+    trained = torchrun("train", "--config", config)
+    assert trained.returncode == 0, trained.stderr
+    for part in ("stage 1 (short) of 3", "stage 3 (last) of 3", "2 steps of 2 blocks x 64 tokens on 2 x"):
+        assert plain(trained.stdout).count(part) == 1, part
+    assert (run / "model" / "config.json").is_file()
+    again = torchrun("train", "--config", config, "--resume", "--output-dir", run)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from checkpoint-2" in again.stdout
+
+
+@pytest.mark.slow
 def test_one_message_where_it_cannot_be(make_checkpoint, corpus, tmp_path):
     common = ["train", "--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", tmp_path, "--gpu", "cpu"]
     refused = torchrun(*common, "--undo-updates", "--max-steps", 1)

@@ -180,9 +180,13 @@ def world_size() -> int:
     return max(1, environment("WORLD_SIZE", 1))
 
 
+_MET: list[Ranks] = []
+"""The processes that this one trains with, while they are joined."""
+
+
 @contextmanager
 def joined(device_type: str) -> Iterator[Ranks]:
-    """Meet the other processes that torchrun has started; alone where there are none.
+    """Meet the other processes that torchrun has started; alone where there are none. Within it they stay together.
 
     An error that passes through here is marked (``OomlessError.told``) in all processes but the one that it reaches first.
 
@@ -194,6 +198,9 @@ def joined(device_type: str) -> Iterator[Ranks]:
     if count == 1:
         yield ALONE
         return
+    if _MET:  # the runs of a run in stages: to part and to meet again would leave old addresses in the way
+        yield _MET[-1]
+        return
     if environment("LOCAL_WORLD_SIZE", count) != count:
         raise ConfigError(
             f"all processes must run on one machine, because each writes its part into the same files; of {count} processes "
@@ -203,7 +210,11 @@ def joined(device_type: str) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
         mesh = init_device_mesh(device_type, (count,))
-        yield Ranks(rank=dist.get_rank(), count=count, mesh=mesh, control=control)
+        _MET.append(Ranks(rank=dist.get_rank(), count=count, mesh=mesh, control=control))
+        try:
+            yield _MET[-1]
+        finally:
+            _MET.clear()
     except Exception as error:
         explained = _explained(error, count)
         if isinstance(explained, OomlessError):

@@ -58,12 +58,12 @@ def train_stages(planned: Sequence[Planned], listener: Listener | None = None, e
     planned = [replace(one, config=one.config.from_anywhere()) for one in planned]
     pairs = [(one.stage, one.config) for one in planned]
     run, model = Path(planned[0].config.output_dir), planned[0].config.model
-    with ExitStack() as stack:
-        with distributed.joined(open_device(planned[0].config.gpu).torch_device.type) as ranks:
-            with ranks.together("the lock of the run folder"):
-                if ranks.first:
-                    stack.enter_context(locked(run))
-            over = ranks.from_first(lambda: _begin(run, planned, listener))
+    device_type = open_device(planned[0].config.gpu).torch_device.type
+    with distributed.joined(device_type) as ranks, ExitStack() as stack:
+        with ranks.together("the lock of the run folder"):
+            if ranks.first:
+                stack.enter_context(locked(run))
+        over = ranks.from_first(lambda: _begin(run, planned, listener))
         for place, one in enumerate(planned[over:], over):
             folder, last = run / one.stage.folder, place + 1 == len(planned)
             listener.said(f"{one.stage} of {len(planned)}")
@@ -79,8 +79,9 @@ def train_stages(planned: Sequence[Planned], listener: Listener | None = None, e
                 ended(one.stage, result)
             if result.interrupted:
                 return result
-            if ranks.first:
-                _leave(run, folder, listener, last)
+            with ranks.together("what is left of a stage"):
+                if ranks.first:
+                    _leave(run, folder, listener, last)
     return replace(result, output_dir=run, model_dir=run / MODEL)
 
 
