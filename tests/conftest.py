@@ -32,6 +32,13 @@ def pytest_collection_modifyitems(config, items):
         longest = [item for item in items if item.get_closest_marker("full_length")]
         config.hook.pytest_deselected(items=longest)
         items[:] = [item for item in items if item not in set(longest)]
+    items.sort(key=_allowed, reverse=True)  # what takes longest begins first, so that no process waits for it at the end
+
+
+def _allowed(item):
+    """Return how many seconds a test is allowed beyond what all are."""
+    marker = item.get_closest_marker("timeout")
+    return marker.args[0] if marker is not None else 0
 
 
 @pytest.fixture
