@@ -27,6 +27,7 @@ from oomless.data.pack import Block
 from oomless.data.prepare import PreparedData, prepare
 from oomless.errors import UserError
 from oomless.models.spec import ModelSpec, load_tokenizer
+from oomless.planning.given import LONGEST
 from oomless.units import MiB
 from oomless.vocabulary import extend
 
@@ -98,8 +99,11 @@ def usual_documents(config: TrainConfig) -> Documents:
 
 
 def of_the_text(settings: Mapping[str, Any]) -> TrainConfig:
-    """Return a run of the text of ``settings``, of which others may not go together yet."""
-    return TrainConfig.from_mapping({name: value for name, value in settings.items() if name in OF_THE_TEXT})
+    """Return a run of the text of ``settings``, of which others may not go together yet, and the length may still be looked for."""
+    about = {name: value for name, value in settings.items() if name in OF_THE_TEXT}
+    if about.get("max_seq_length") == LONGEST:
+        del about["max_seq_length"]
+    return TrainConfig.from_mapping(about)
 
 
 def is_readable(config: TrainConfig) -> bool:
