@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from oomless.config import read
+from oomless.models import extension
+from oomless.vocabulary.extend import FOLDER
 from tests.settings import values
 from tests.settings.commands import devices, flags, oomless
 
@@ -58,6 +60,13 @@ def honoured(run, places, settings, *, but=()):
     }
 
 
+def settings_of(run_folder):
+    """Return what a run did; one with new tokens has a model of its own, which says what it was made for."""
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    noted = extension.read(run_folder / FOLDER)
+    return settings if noted is None else settings | {"tokenizer": noted.tokenizer, "extend_tokenizer": noted.asked}
+
+
 def through_every_command(run, places, tmp_path):
     """Return the exit codes of the commands, each checked for what it did with ``run``."""
     codes, out = {}, tmp_path / "run"
@@ -82,7 +91,7 @@ def through_every_command(run, places, tmp_path):
             first = oomless("train", *train)
             codes["train on a virtual GPU"] = first.code
             assert first.code == 0, first.err + first.out[-2000:]
-            honoured(run, places, yaml.safe_load((out / "config.yaml").read_text()))
+            honoured(run, places, settings_of(out))
             again = oomless("train", *train, "--resume")
             codes["resume"] = again.code
             assert again.code == 0, again.err + again.out[-2000:]
@@ -103,7 +112,7 @@ def through_every_command(run, places, tmp_path):
     codes["train on the CPU"] = said.code
     assert said.code in (0, 2), said.err + said.out[-2000:]
     if said.code == 0:
-        honoured(run, places, yaml.safe_load((tmp_path / "cpu" / "config.yaml").read_text()))
+        honoured(run, places, settings_of(tmp_path / "cpu"))
     # Explain, as if it had been another's run.
     said = oomless("explain", "--message", MESSAGE, *arguments, "--gpu", "T4", "--json")
     codes["explain"] = said.code
