@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(config, items):
         longest = [item for item in items if item.get_closest_marker("full_length")]
         config.hook.pytest_deselected(items=longest)
         items[:] = [item for item in items if item not in set(longest)]
-    items.sort(key=_allowed, reverse=True)  # what takes longest begins first, so that no process waits for it at the end
+    items.sort(
+        key=_allowed, reverse=True
+    )  # what takes longest begins first, so that no process waits for it at the end
 
 
 def _allowed(item):

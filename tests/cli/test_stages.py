@@ -52,7 +52,7 @@ def test_a_stage_is_planned_for_the_model_that_those_before_it_leave(make_checkp
     assert as_said(planned, then).model == str(tied)
 
 
-@pytest.mark.slow
+@pytest.mark.full_length
 def test_planned_written_trained_and_gone_on_with(make_checkpoint, corpus, tmp_path):
     model = make_checkpoint("llama", vocab_size=512)
     config = written(tmp_path / "run.yaml", model, corpus, gpu="virtual:64MiB", eval_fraction=0.1)

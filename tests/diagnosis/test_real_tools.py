@@ -169,9 +169,9 @@ def truth(kind, request, text, config):
         ("transformers half lora", 0.0001),
         ("sft half", 0.008),
         ("dpo lora half", 0.012),
-        ("transformers half ddp", 0.005),
+        pytest.param("transformers half ddp", 0.005, marks=pytest.mark.full_length),
         ("transformers half lora fsdp", 0.0002),
-        ("sft half fsdp", 0.01),
+        pytest.param("sft half fsdp", 0.01, marks=pytest.mark.full_length),
     ],
 )
 def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind, apart):

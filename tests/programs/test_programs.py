@@ -442,7 +442,7 @@ def test_several_gpus_hold_what_they_hold_in_a_real_run(tmp_path, monkeypatch):
             assert answer["needed_bytes"] == reserved
 
 
-@pytest.mark.slow
+@pytest.mark.full_length
 def test_a_trainer_on_several_gpus(tmp_path, small_model):
     """In DDP each holds everything, and buckets of gradients beside; FSDP shares it out."""
     held = {}
