@@ -169,7 +169,7 @@ def truth(kind, request, text, config):
         ("transformers half lora", 0.0001),
         ("sft half", 0.008),
         ("dpo lora half", 0.012),
-        pytest.param("transformers half ddp", 0.005, marks=pytest.mark.full_length),
+        ("transformers half ddp", 0.005),
         ("transformers half lora fsdp", 0.0002),
         pytest.param("sft half fsdp", 0.01, marks=pytest.mark.full_length),
     ],

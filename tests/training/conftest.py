@@ -1,6 +1,7 @@
 """What tests of training share."""
 
 import gc
+import multiprocessing
 
 import pytest
 
@@ -12,3 +13,11 @@ def frozen_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes that start in a moment, because what they import is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["oomless.training.stages", "transformers.models.auto.modeling_auto", "peft"])
+    return context

@@ -1,7 +1,6 @@
 """Twenty steps are ten, a SIGKILL and ten more: bit for bit, whatever trains and whatever updates it."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -61,14 +60,6 @@ def run(config, log):
         log.write_text("done")
     except Exception as error:
         log.write_text(f"{type(error).__name__}: {error}")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start in a moment, because what they import is imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oomless.training.loop", "transformers.models.auto.modeling_auto", "peft"])
-    return context
 
 
 def finish(processes, config, log):

@@ -1,7 +1,6 @@
 """Two real processes over gloo: the losses of one, the peak that was rehearsed, checkpoints for any number, and clear ends."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -137,14 +136,6 @@ def some(names, *quick):
     """Of ``names`` those that are not ``quick`` are slow tests."""
     assert set(quick) <= set(names)
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start in a moment, because what they import is imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oomless.training.loop", "transformers.models.auto.modeling_auto", "peft"])
-    return context
 
 
 def as_rank(rank, count, port, out, function, arguments):

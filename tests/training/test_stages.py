@@ -1,7 +1,6 @@
 """Runs in stages: what each begins with, what is left of it, and a SIGKILL wherever it may come."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -165,13 +164,6 @@ def run_in_process(listed, log, moment=None):
         log.write_text("done")
     except Exception as error:
         log.write_text(f"{type(error).__name__}: {error}")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oomless.training.stages", "transformers.models.auto.modeling_auto", "peft"])
-    return context
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """What ends runs besides a GPU that is full: kills, preemption, full disks, damaged files, a second run, changed data."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -94,14 +93,6 @@ def run(config, log, file_limit=None, ear=None):
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     log.write_text("\n".join([*ear.heard, outcome]))
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start in a moment, because what they import is imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oomless.training.loop", "transformers.models.auto.modeling_auto", "peft"])
-    return context
 
 
 def finish(processes, config, log, target=run, *arguments):

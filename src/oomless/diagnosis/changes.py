@@ -115,9 +115,8 @@ def _lora(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _quantized(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("quantization") or "full" in values.get("trainable", "full") or values.get("use_dora"):
-        return None
-    if values.get("sharing") == "fsdp":
+    packed_or_cut = values.get("quantization") or values.get("sharing") == "fsdp"
+    if packed_or_cut or "full" in values.get("trainable", "full") or values.get("use_dora"):
         return None
     return {"quantization": "nf4"}
 

@@ -23,7 +23,7 @@ from oomless.config import TrainConfig
 from oomless.diagnosis.tensors import TRL_TOKENS, TRL_WORDS
 from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
-from oomless.memory.device import Category, Device
+from oomless.memory.device import Category, Device, nowhere
 from oomless.memory.profile import Request
 from oomless.memory.repeated_layers import CannotRepeat
 from oomless.memory.tracker import import_unbooked
@@ -193,9 +193,7 @@ def build_plain(run: PlainRun, device: Device, ranks: Ranks) -> tuple[Any, torch
         if kind is not None:
             quantization.replace(made, kind, trainable.trained_modules(made, config))
         if cut:
-            nowhere = Device()
-            nowhere.torch_device = torch.device("meta")
-            _trained(run, made, nowhere)
+            _trained(run, made, nowhere())
 
     model = build.build(
         run.spec,

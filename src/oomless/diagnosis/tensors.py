@@ -8,7 +8,6 @@ N tokens of a micro-batch (B blocks of T), V vocabulary, H hidden size, I width 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,13 +135,10 @@ class Dimensions:
 
 def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
     """Return the distinct kinds of weights of a model and their shapes, layers taken together, the largest first."""
-    import torch
+    from oomless.models.make import ties, without_memory
 
-    from oomless.models.make import make, ties
-
-    config = copy.deepcopy(spec.config)
-    with torch.device("meta"):
-        model = make(config, trust_remote_code=spec.trust_remote_code)
+    config = spec.config
+    model = without_memory(config, trust_remote_code=spec.trust_remote_code)
     found: dict[tuple[str, tuple[int, ...]], int] = {}
     for full, parameter in model.named_parameters():
         pieces = [
@@ -157,13 +153,10 @@ def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
 
 def of_sharing(spec: ModelSpec, sharing: Literal["ddp", "fsdp"]) -> Iterator[Tensor]:
     """Yield what exists because several GPUs train a model: DDP's buckets of one matrix alone, or what FSDP gathers and sends."""
-    import torch
-
-    from oomless.models.make import make
+    from oomless.models.make import without_memory
     from oomless.techniques.checkpointing import decoder_layers
 
-    with torch.device("meta"):
-        model = make(copy.deepcopy(spec.config), trust_remote_code=spec.trust_remote_code)
+    model = without_memory(spec.config, trust_remote_code=spec.trust_remote_code)
     whole = {" x ".join(f"{n:,}" for n in p.shape): p.numel() for p in model.parameters() if p.numel() >= _SMALL}
     layers = {sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)}
     used = _phases("forward", "backward", "evaluation")

@@ -6,7 +6,6 @@ forgotten.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from oomless.export.source import Source
 from oomless.memory.device import Device
 from oomless.models import layout, sample
 from oomless.models.layout import LateTensor, Savable
-from oomless.models.make import left_out, make
+from oomless.models.make import left_out, without_memory
 from oomless.models.weights import Weights, open_file
 from oomless.techniques import lora, trainable
 from oomless.units import MiB
@@ -48,8 +47,7 @@ class Merged:
         spec = source.base
         assert spec.folder is not None
         self.source, self.dtype = source, dtype or trained_dtype(source)
-        with torch.device("meta"):
-            self.model = make(copy.deepcopy(spec.config), dtype=self.dtype, trust_remote_code=spec.trust_remote_code)
+        self.model = without_memory(spec.config, dtype=self.dtype, trust_remote_code=spec.trust_remote_code)
         state = self.model.state_dict(keep_vars=True)
         self._weights = Weights(spec.folder, self.model, list(state), HOST)
         self._read_bytes = 0

@@ -152,6 +152,13 @@ class Device:
         """Give memory that is cached but unused back to the device."""
 
 
+def nowhere() -> Device:
+    """Return a device on which tensors have shapes alone."""
+    device = Device()
+    device.torch_device = torch.device("meta")
+    return device
+
+
 def _nothing_to_wait_for() -> None:
     """Stand for a copy that is complete when it has begun."""
 

@@ -20,7 +20,7 @@ from oomless.memory.device import Device
 from oomless.models import attention, experts, layout, sample
 from oomless.models import form as form_of
 from oomless.models.form import Form
-from oomless.models.make import make
+from oomless.models.make import make, without_memory
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import Weights
 from oomless.techniques import experts as frozen_experts
@@ -73,8 +73,7 @@ def build(
 
 def parameter_count(spec: ModelSpec) -> int:
     """Return how many parameters the model of ``spec`` has, tied ones counted once; nothing is allocated."""
-    with torch.device("meta"):
-        model = make(copy.deepcopy(spec.config), trust_remote_code=spec.trust_remote_code)
+    model = without_memory(spec.config, trust_remote_code=spec.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -7,6 +7,7 @@ anything has memory: it is neither loaded nor trained, and ``models.save`` copie
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def make(config: Any, **settings: Any) -> Any:
     model = AutoModelForImageTextToText.from_config(config, **settings)
     _leave_out(model)
     return model
+
+
+def without_memory(config: Any, **settings: Any) -> Any:
+    """Return the model of a copy of ``config`` on the meta device, for its names and shapes."""
+    with torch.device("meta"):
+        return make(copy.deepcopy(config), **settings)
 
 
 def is_known(model_type: str) -> bool:

@@ -90,9 +90,8 @@ class Processes:
 
         def wrapped(module: Any, *args: Any, **kwargs: Any) -> None:
             wrap(module, *args, **kwargs)
-            register(
-                module, None, lambda state, bucket: reduced(bucket)
-            )  # DDP reads annotations, and wants none of text
+            # DDP reads annotations of a hook, and wants none that are text.
+            register(module, None, lambda state, bucket: reduced(bucket))
 
         def hook_of_the_program(module: Any, state: Any, hook: Any) -> None:
             self._stand_ins.assumed[f"DDP's communication hook {getattr(hook, '__name__', hook)} is not run"] += 1

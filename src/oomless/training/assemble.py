@@ -15,7 +15,7 @@ from torch import nn
 from oomless import optim
 from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.errors import ConfigError, HardwareError
-from oomless.memory.device import CudaDevice, Device
+from oomless.memory.device import CudaDevice, Device, nowhere
 from oomless.models import build, form, save
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import adapter_file, open_file
@@ -168,9 +168,7 @@ def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill:
 
     def prepare(model: Any) -> None:
         save.require_own_names(model)
-        nowhere = Device()
-        nowhere.torch_device = torch.device("meta")
-        trainable.apply(model, config, nowhere, form.unreached(spec))
+        trainable.apply(model, config, nowhere(), form.unreached(spec))
         _shape(model, config, device)
 
     def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:

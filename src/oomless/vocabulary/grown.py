@@ -21,7 +21,7 @@ from torch import Tensor
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import layout
-from oomless.models.make import make
+from oomless.models.make import without_memory
 from oomless.models.save import durable, write_safetensors
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import Weights, open_file, weight_files
@@ -48,7 +48,7 @@ def shapes_that_grow(spec: ModelSpec, rows: int) -> dict[str, tuple[int, ...]]:
     """
     old, new = (
         {name: tuple(tensor.shape) for name, tensor in _tensors(_on_meta(spec, config)).items()}
-        for config in (copy.deepcopy(spec.config), config_with(spec, rows))
+        for config in (spec.config, config_with(spec, rows))
     )
     changed = {name: shape for name, shape in old.items() if new.get(name) != shape}
     for name, shape in changed.items():
@@ -104,7 +104,7 @@ def write(spec: ModelSpec, rows: int, first: int, pieces: Sequence[Word], folder
         shutil.copyfile(path, folder / path.name)
     with durable(folder / "config.json", "w") as file:
         json.dump(_config_file(spec, rows), file, indent=2)
-    model = _on_meta(spec, copy.deepcopy(spec.config))
+    model = _on_meta(spec, spec.config)
     names = shapes_that_grow(spec, rows)
     weights = Weights(spec.folder, model, list(names), Device())
     setattr(model, layout.NAMES, weights.names_in_files)
@@ -127,8 +127,7 @@ def _shard(number: int, count: int, suffix: str) -> str:
 
 
 def _on_meta(spec: ModelSpec, config: Any) -> Any:
-    with torch.device("meta"):
-        return make(config, trust_remote_code=spec.trust_remote_code)
+    return without_memory(config, trust_remote_code=spec.trust_remote_code)
 
 
 def _tensors(model: Any) -> Mapping[str, Tensor]:
