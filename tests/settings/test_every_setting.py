@@ -42,7 +42,7 @@ def base(run, places, *, out=None):
     model = places["make"](kind, tied="tied_weights" in run)
     given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
     given |= {} if out is None else {"output_dir": str(out)}
-    evaluates = bool({"eval_data", "general_data"} & set(run)) or float(run.get("eval_fraction", 0)) > 0
+    evaluates = bool({"eval_data", "general_data"} & set(run)) or str(run.get("eval_fraction", 0)) not in ("0", "0.0")
     given |= {"max_eval_blocks": 16} if evaluates and "max_eval_blocks" not in run else {}
     return values.outrank({"max_steps": 2}, {k: v for k, v in given.items() if k != "max_steps"})[0]
 
