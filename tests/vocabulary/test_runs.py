@@ -1,6 +1,8 @@
 """Runs whose tokenizer is extended: planned to the byte, resumed, saved, and read by others."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tests.settings.commands import oomless
 from tests.vocabulary.languages import documents
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oomless.config import TrainConfig
@@ -19,6 +22,7 @@ from oomless.models import extension
 from oomless.planning.choose import choose_training, picked_settings
 from oomless.planning.plan import plan_training
 from oomless.training import loop
+from oomless.vocabulary import extend
 
 SLOW = pytest.mark.slow
 ROWS = {"trainable": "lora+embed_tokens+lm_head", "trainable_rows": "new", "lora_r": 4}
@@ -207,6 +211,72 @@ def test_what_is_said(run_of):
         assert part in said
     done = oomless(*plan)
     assert "200 tokens are taken as given" in " ".join((done.out + done.err).split())
+
+
+@pytest.fixture
+def with_added_tokens(model_of, tmp_path):
+    """A function that adds tokens to the tokenizer of a model, 481 of whose 512 rows have one, and returns its folder."""
+
+    def make(added, kind="BPE"):
+        folder = tmp_path / "with-added"
+        shutil.copytree(model_of(kind), folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"<|kept_{number}|>" for number in range(512 - len(tokenizer))])
+        tokenizer.add_tokens(added, special_tokens=True)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+TURNS = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("BPE", {"trainable": "embed_tokens+lm_head", "trainable_rows": "new", "learning_rate": 0.1}),
+        pytest.param("byte-level BPE", ROWS, marks=SLOW),
+        pytest.param("Unigram", {"trainable": "full"}, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_added_tokens_without_rows_are_given_rows(run_of, with_added_tokens, kind, settings, tmp_path):
+    folder = with_added_tokens(TURNS, kind)
+    config = run_of(kind, model=str(folder), extend_tokenizer=None, max_steps=2, save_steps=1, **settings)
+    planned = plan_training(config)
+    result = loop.train(config)
+    assert planned.profile.peak_allocated_bytes == result.peak_memory_bytes
+    old = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "extended").get_input_embeddings().weight
+    assert grown.shape == (640, old.shape[1])
+    for number, text in enumerate(TURNS, start=512):
+        pieces = AutoTokenizer.from_pretrained(model_of_run(config)).encode(text, add_special_tokens=False)
+        assert pieces == [number]
+        without = tokenizer_without(folder, 512).encode(text, add_special_tokens=False).ids
+        torch.testing.assert_close(grown[number], old[without].mean(0))
+    torch.testing.assert_close(grown[600], old.mean(0))
+    again = loop.train(replace(config, max_steps=3, resume=True))
+    _, loaded = AutoModelForCausalLM.from_pretrained(again.model_dir, output_loading_info=True)
+    assert not any(loaded.values())
+
+
+def model_of_run(config):
+    return loop.Path(config.output_dir) / "model"
+
+
+def tokenizer_without(folder, rows):
+    said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    said["added_tokens"] = [one for one in said["added_tokens"] if one["id"] < rows]
+    return Tokenizer.from_str(json.dumps(said))
+
+
+def test_only_added_tokens_may_have_no_row(with_added_tokens):
+    tokenizer = AutoTokenizer.from_pretrained(with_added_tokens(TURNS))
+    assert extend.tokens_without_rows(tokenizer, 514) == {}
+    assert extend.tokens_without_rows(tokenizer, 512) == dict(enumerate(TURNS, start=512))
+    assert len(extend.tokens_without_rows(tokenizer, 481)) == 33
+    assert extend.tokens_without_rows(tokenizer, 479) == {}  # one of its own has none: it is another model's
 
 
 def test_chats_and_little_text(run_of, tmp_path):

@@ -20,8 +20,8 @@ class Extension:
     """The model that was extended, as it was named."""
 
     tokenizer: str | None
-    asked: int
-    """How many tokens were asked for."""
+    asked: int | None
+    """How many tokens were to be learnt; ``None`` where they were in the tokenizer, and had no rows."""
 
     key: str = ""
     """Of all that it rests on."""
@@ -54,6 +54,11 @@ class Extension:
     def notes(self) -> tuple[str, ...]:
         """Return what is to be said of it."""
         size = f"their rows take {format_bytes(self.rows_bytes)} more as weights"
+        if self.asked is None:
+            return (
+                f"{counted(self.added, 'token')} of the tokenizer had no row in the embedding of {self.model}: each begins as the mean of "
+                f"its pieces, and learns where embed_tokens trains (trainable_rows: new trains these alone); {size}",
+            )
         if not self.words:
             return (
                 f"{counted(self.added, 'token')} are taken as given for the tokenizer of {self.model}: the text is not read here; {size}",

@@ -14,6 +14,7 @@ import copy
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -153,8 +154,9 @@ def _attempt(twin: nn.Module, x: Tensor) -> Tensor | None:
     return result if isinstance(result, Tensor) else None
 
 
+@cache
 def _numbers(*shape: int) -> Tensor:
-    """Return numbers without a pattern, the same every time, that disturb no random state."""
+    """Return numbers without a pattern, the same every time, that disturb no random state; nobody writes to them."""
     return torch.sin(torch.arange(1.0, 1.0 + torch.Size(shape).numel()) ** 2).view(shape)
 
 

@@ -159,7 +159,9 @@ def _check_text(planned: Sequence[Planned], over: int, listener: Listener) -> No
     begun = planned[0].config
     spec = resolve(begun.model, trust_remote_code=begun.trust_remote_code)
     tokenizer = load_tokenizer(begun.tokenizer or begun.model, trust_remote_code=begun.trust_remote_code)
-    check_tokenizer(tokenizer, spec.config.get_text_config().vocab_size)
+    rows = spec.config.get_text_config().vocab_size
+    if not extend.tokens_without_rows(tokenizer, rows):
+        check_tokenizer(tokenizer, rows)
     for place, one in enumerate(planned):
         with one.stage.named():
             after(one.config.to_dict(), [earlier.config for earlier in planned[:place]])

@@ -1,11 +1,13 @@
-"""``extend_tokenizer``: a run, or a plan of one, whose model has more tokens than the one that was given.
+"""A run, or a plan of one, whose model has more tokens than the one that was given.
 
-Tokens are learnt from the text that trains. The model that they make is a folder like any other, in that of the run, and from there on
-the run is one of that model, of which nothing else has to know: LoRA's base, what is exported, what a run is compared with.
+Tokens are learnt from the text that trains (``extend_tokenizer``), or somebody added them to the tokenizer and the embedding has no rows
+for them. The model that they make is a folder like any other, in that of the run, and from there on the run is one of that model, of
+which nothing else has to know: LoRA's base, what is exported, what a run is compared with.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -45,20 +47,36 @@ def for_run(config: TrainConfig, run: Path, progress: Progress = None) -> TrainC
         ModelError: the folder cannot be written.
     """
     settings = {name: getattr(config, name) for name in _CHANGED}
-    if config.extend_tokenizer is None:
-        return replace(config, **_of_new_rows(settings))
     place = run.resolve() / FOLDER
     noted = extension.read(place)
-    if any(run.glob("checkpoint-*")):  # which hold what was trained of the model there
-        _check_same(run, noted, settings)
+    if Path(config.model).expanduser().resolve() == place:  # the run by its own config.yaml
+        noted = None
+    elif any(run.glob("checkpoint-*")):  # which hold what was trained of the model there
+        if noted is not None or config.extend_tokenizer is not None:
+            _check_same(run, noted, settings)
     else:
-        spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
-        tokenizer = _tokenizer(config)
-        found = _find(spec, config, tokenizer, progress)
-        if noted is None or noted.key != found.key:
-            noted = _make(place, spec, settings, tokenizer, found)
+        noted = _made(place, noted, config, settings, progress)
+    if noted is None:
+        return replace(config, **_of_new_rows(settings))
     changed: dict[str, Any] = {"model": str(place), "tokenizer": None, "extend_tokenizer": None}
     return replace(config, **changed, **_of_new_rows(settings, noted))
+
+
+def _made(
+    place: Path, before: Extension | None, config: TrainConfig, settings: Mapping[str, Any], progress: Progress
+) -> Extension | None:
+    """Return what is noted in the folder ``place``, made if it is not what is ``before``; ``None`` where there are no new tokens."""
+    if config.extend_tokenizer is None and adapter.folder_of(config.model) is not None:
+        return None
+    spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = _tokenizer(config)
+    if config.extend_tokenizer is not None:
+        found: _Found | None = _find(spec, config, tokenizer, progress)
+    else:
+        found = _added(spec, tokenizer)
+    if found is None or (before is not None and before.key == found.key):
+        return None if found is None else before
+    return _make(place, spec, settings, tokenizer, found)
 
 
 def for_plan(
@@ -71,16 +89,18 @@ def for_plan(
     Raises:
         UserError: the tokenizer or the text gives none.
     """
-    if given.get("extend_tokenizer") is None:
-        return spec, {**given, **_of_new_rows(given)}
     changed: dict[str, Any] = {"extend_tokenizer": None}
-    if text is None:
+    if given.get("extend_tokenizer") is None:
+        found = _added_here(spec, given)
+    elif text is None:
         found = _taken_as_given(spec, given)
     else:
         tokenizer = _tokenizer(text)
         found = _find(spec, text, tokenizer, None)
         _write_tokenizer(tokenizer, found, folder)
         changed["tokenizer"] = str(folder)
+    if found is None:
+        return spec, {**given, **_of_new_rows(given)}
     noted = _noted(spec, given, found)
     noted.write(folder)
     grown_spec = replace(spec, config=grown.config_with(spec, noted.rows), notes=(*spec.notes, *noted.notes()))
@@ -134,13 +154,13 @@ def _tokenizer(config: TrainConfig) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
-    """What was learnt from a text."""
+    """New tokens, and where they were learnt from a text, what that was."""
 
     first: int
     count: int
     pieces: tuple[Word, ...] = ()
     tokenizer: str = ""
-    """The tokenizer.json with the new tokens."""
+    """The tokenizer.json with the new tokens, where it has to be made."""
 
     key: str = ""
     existing: int = 0
@@ -203,6 +223,47 @@ def _learn(cut: Cut, text: TrainingText, count: int) -> dict[str, Any]:
     return {**asdict(learnt), "measured": measured}
 
 
+def tokens_without_rows(tokenizer: Any, rows: int) -> dict[int, str]:
+    """Return the tokens that were added to ``tokenizer`` and have none of the ``rows`` of an embedding, by their ids.
+
+    None where the tokenizer is another model's: other tokens have no row either, or the ids lie far apart.
+    """
+    added = {number: text for text, number in tokenizer.get_added_vocab().items() if number >= rows}
+    if not added or max(added) - rows >= len(added) + grown.MULTIPLE:
+        return {}
+    return added if all(number < rows or number in added for number in tokenizer.get_vocab().values()) else {}
+
+
+def _added(spec: ModelSpec, tokenizer: Any) -> _Found | None:
+    """Return the tokens that somebody added to ``tokenizer`` and for which the model has no rows."""
+    rows = int(spec.config.get_text_config().vocab_size)
+    added = tokens_without_rows(tokenizer, rows)
+    if not added:
+        return None
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said["added_tokens"] = [one for one in said["added_tokens"] if one["id"] < rows]
+    without = Tokenizer.from_str(json.dumps(said))
+    without.no_truncation()
+    without.no_padding()
+    pieces = [
+        tuple(number for number in without.encode(added.get(place, ""), add_special_tokens=False).ids if number < rows)
+        for place in range(rows, max(added) + 1)
+    ]
+    key = key_of("added tokens", sorted(added.items()), str(spec.folder), grown.stamp(spec))
+    return _Found(first=rows, count=len(pieces), pieces=tuple(pieces), key=key)
+
+
+def _added_here(spec: ModelSpec, given: Mapping[str, Any]) -> _Found | None:
+    """Return the same for a plan, where the tokenizer is here."""
+    name = str(given.get("tokenizer") or given["model"])
+    if spec.adapter is not None or not Path(name).expanduser().is_dir():
+        return None
+    try:
+        return _added(spec, load_tokenizer(name, trust_remote_code=bool(given.get("trust_remote_code"))))
+    except ModelError:  # a config alone can be planned; training says what is wrong with a tokenizer
+        return None
+
+
 def _taken_as_given(spec: ModelSpec, given: Mapping[str, Any]) -> _Found:
     return _Found(first=int(spec.config.get_text_config().vocab_size), count=given["extend_tokenizer"])
 
@@ -215,7 +276,7 @@ def _noted(spec: ModelSpec, settings: Mapping[str, Any], found: _Found) -> Exten
     return Extension(
         model=str(settings["model"]),
         tokenizer=settings.get("tokenizer"),
-        asked=settings["extend_tokenizer"],
+        asked=settings.get("extend_tokenizer"),
         key=found.key,
         first=found.first,
         added=found.count,
@@ -249,4 +310,5 @@ def _write_tokenizer(tokenizer: Any, found: _Found, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # a bare one, of a disk that is full
         raise OSError(str(error)) from error
-    (folder / "tokenizer.json").write_text(found.tokenizer, encoding="utf-8")
+    if found.tokenizer:
+        (folder / "tokenizer.json").write_text(found.tokenizer, encoding="utf-8")

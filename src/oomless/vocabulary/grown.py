@@ -27,7 +27,7 @@ from oomless.models.spec import ModelSpec
 from oomless.models.weights import Weights, open_file, weight_files
 from oomless.vocabulary.learn import Word
 
-_MULTIPLE = 128
+MULTIPLE = 128
 """The number of rows stays a multiple of the largest power of two up to this of which it was one."""
 _BESIDE = ("generation_config.json", "*processor*config.json", "*.py", "LICENSE*")
 """What goes along; not a tokenizer in another form than tokenizer.json, which has no new token."""
@@ -36,7 +36,7 @@ _BESIDE = ("generation_config.json", "*processor*config.json", "*.py", "LICENSE*
 def rows_for(spec: ModelSpec, last: int) -> int:
     """Return how many rows the model of ``spec`` has for tokens up to ``last``."""
     rows = int(spec.config.get_text_config().vocab_size)
-    multiple = math.gcd(rows, _MULTIPLE)
+    multiple = math.gcd(rows, MULTIPLE)
     return max(rows, -(-(last + 1) // multiple) * multiple)
 
 
@@ -138,6 +138,6 @@ def _grown(tensor: Tensor, rows: int, first: int, pieces: Sequence[Word]) -> Ten
     grown = tensor.new_empty((rows, *tensor.shape[1:]))
     grown[: len(tensor)] = tensor
     grown[len(tensor) :] = tensor.mean(0, dtype=torch.float32)
-    for number, ids in enumerate(pieces, start=first):
+    for number, ids in ((number, ids) for number, ids in enumerate(pieces, start=first) if ids):
         grown[number] = tensor[list(ids)].mean(0, dtype=torch.float32)
     return grown
