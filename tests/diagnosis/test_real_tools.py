@@ -231,23 +231,22 @@ def examine(kind, model, folder, error):
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
-    ("kinds", "most"),
+    ("kind", "model", "most"),
     [
-        pytest.param([KINDS[8]], 3, marks=pytest.mark.slow, id="one"),
-        pytest.param(KINDS, 6, marks=pytest.mark.full_length, id="all"),
+        pytest.param(*KINDS[8], 3, marks=pytest.mark.slow, id="three"),
+        *(pytest.param(*kind, 6, marks=pytest.mark.full_length, id=", ".join(kind)) for kind in KINDS),
     ],
 )
-def test_what_asked_is_named(model_folder, record_property, kinds, most):
+def test_what_asked_is_named(model_folder, record_property, kind, model, most):
     outcomes = []
-    for kind, model in kinds:
-        for error in errors_of(kind, model, model_folder, most):
-            if error["request"]["size_bytes"] > 2 << 20:  # smaller ones share segments, whose size says nothing
-                outcomes.append((kind, error["capacity"], *examine(kind, model, model_folder, error)))
-                print(outcomes[-1], flush=True)
-    wrong = [outcome for outcome in outcomes if not outcome[2]]
-    cured = [outcome[5] for outcome in outcomes if outcome[5] is not None]
+    for error in errors_of(kind, model, model_folder, most):
+        if error["request"]["size_bytes"] > 2 << 20:  # smaller ones share segments, whose size says nothing
+            outcomes.append((error["capacity"], *examine(kind, model, model_folder, error)))
+            print(outcomes[-1], flush=True)
+    wrong = [outcome for outcome in outcomes if not outcome[1]]
+    cured = [outcome[4] for outcome in outcomes if outcome[4] is not None]
     for name, count in (("errors", len(outcomes)), ("named", len(outcomes) - len(wrong)), ("cured", sum(cured))):
         record_property(name, count)
-    assert len(outcomes) >= (most - 1) * len(kinds)
-    assert len(wrong) <= 0.05 * len(outcomes), wrong
-    assert all(cured), [outcome for outcome in outcomes if outcome[5] is False]
+    assert len(outcomes) >= most - 2
+    assert not wrong
+    assert all(cured), [outcome for outcome in outcomes if outcome[4] is False]

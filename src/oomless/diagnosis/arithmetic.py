@@ -41,7 +41,7 @@ def fixed(situation: Situation) -> Fixed | None:
     if several.shares:
         if several.gpus is None or several.at_least:
             return None
-        parts = several.gpus
+        parts = several.parts or several.gpus
     zero = several.sharing in ("zero1", "zero2", "zero3")
     quantized = situation.values.get("quantization")
     mixed = situation.mixed_precision is not None and situation.values.get("dtype") in (None, "fp32") and not zero
@@ -62,6 +62,8 @@ def fixed(situation: Situation) -> Fixed | None:
     state = parameters * (_MOMENTS.get(optimizer, 0.0) * item + _IN_BYTES.get(optimizer, 0.0))
     if zero:
         state = parameters * 12.0
+    if situation.others.get("optimizer_in_backward"):
+        gradients = 0.0
     if several.shares:
         state /= parts
         gradients /= parts if several.sharing != "zero1" else 1

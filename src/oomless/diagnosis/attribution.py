@@ -165,7 +165,7 @@ def suspects(
             if sizes.says_little:
                 continue
             length = sizes.tokens(tensor, min(positions or LONGEST_TOKENS, LONGEST_TOKENS))
-            if length is None or not is_believable(length):
+            if length is None or not (is_believable(length) or (place.generating and _hint(tensor, place))):
                 continue
         size_bytes = tensor.size_bytes(length or 0)
         rounding = sizes.match(size_bytes)
@@ -204,7 +204,7 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
         if phase in tensor.phases or recomputed:
             score += 3
             support.append(f"the stack is in the {phase} phase")
-        elif loss_in_forward:
+        elif loss_in_forward and tensor.of_tokens is not None:
             score += 0.5
         else:
             score -= 3
@@ -214,8 +214,7 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
             support.append(f"the stack is in {place.module}")
         elif tensor.modules:
             score -= 1.5
-    codes = (place.code, *(frame.code for frame in place.frames[-1:]))
-    hint = next((hint for hint in tensor.hints if any(hint in code for code in codes)), None)
+    hint = _hint(tensor, place)
     if hint is not None:
         score += 2
         support.append(f"the code says {hint}")
@@ -232,6 +231,12 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
             where = f" in {stopped_at.module}" if stopped_at.module else ""
             support.append(f"a rehearsal of these settings stops here, at {stopped_at.operation}{where}")
     return score, tuple(support)
+
+
+def _hint(tensor: Tensor, place: Place) -> str | None:
+    """Return the piece of the innermost code that makes ``tensor``; ``None`` where there is none."""
+    codes = (place.code, *(frame.code for frame in place.frames[-1:]))
+    return next((hint for hint in tensor.hints if any(hint in code for code in codes)), None)
 
 
 def phase_of_request(request: Request) -> str:

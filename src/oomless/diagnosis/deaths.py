@@ -27,6 +27,7 @@ engine | vLLM | CUDA out of memory occurred when warming up sampler with (?P<req
 engine | vLLM | Free memory on device[^\n]{0,40}\([\d.]+/[\d.]+ GiB\) on startup is less than desired GPU memory utilization \([\d.]+, [\d.]+ GiB\)
 engine | vLLM | max seq len \(\d+\)[^\n]{0,60}is larger than the (?:maximum number of tokens that can be stored in|available) KV cache[^\n]{0,20}
 engine | vLLM | \(?[\d.]+ GiB KV cache is needed, which is larger than the available KV cache memory \([\d.]+ GiB\)
+engine | vLLM | (?:CUDA Error: )?out of memory at \S*cumem_allocator\.cpp
 engine | SGLang | Not enough memory\. Please try to increase --mem-fraction-static
 placement | bitsandbytes | Some modules are dispatched on the CPU or the disk
 host | PyTorch on the host | DefaultCPUAllocator: (?:not enough memory|can't allocate memory)(?::? you tried to allocate (?P<bytes>\d+) bytes)?
@@ -46,6 +47,7 @@ killed | the kernel | Out of memory: Kill(?:ed)? process \d+|\boom-kill:constrai
 killed | the container | \bOOMKilled\b|\bexit(?:ed with|ing with)?(?: code| status)?[ :=]+137\b
 killed | a data-loader worker | DataLoader worker \(pid\(?s?\)? [\d, ]+\) (?:is killed by signal: Killed|exited unexpectedly)
 killed | the launcher | exits with return code = -9\b|\bexitcode\s*:\s*-9\b|\bSignal 9 \(SIGKILL\)|died with <Signals\.SIGKILL: 9>|SIGKILL(?:: 9| \(9\))|terminated by signal (?:9|SIGKILL)
+killed | Ray | Worker unexpectedly exits with a connection error code 2\. End of file|A worker died or was killed while executing a task
 killed | Colab | session crashed after using all available RAM
 killed | Kaggle | notebook tried to allocate more memory than is available
 killed | the notebook's server | kernel appears to have died|Kernel died|Kernel (?:crashed while executing|Restarting)|Canceled future for execute_request

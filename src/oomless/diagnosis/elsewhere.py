@@ -146,6 +146,8 @@ def _host_remedy(situation: Situation, phase: str | None) -> str:
 
 def _killed(message: OutOfMemory, situation: Situation) -> Told:
     remedy = _host_remedy(situation, None)
+    if message.source == "Ray":
+        remedy = "ray logs and dmesg on the node say why; " + remedy
     if message.source == "a data-loader worker":
         return (
             "not GPU memory",
@@ -182,6 +184,13 @@ def _engine(message: OutOfMemory) -> Told:
             "engine",
             f"{message.source} tried its sampler with as many requests at once as max_num_seqs allows, whose logits did not fit.",
             "max_num_seqs=64 (or less), or a lower gpu_memory_utilization, which leaves more beside the cache",
+        )
+    if "cumem" in words:
+        return (
+            "engine",
+            f"{message.source} was asleep and took its memory back; the trainer in the same process holds too much of the GPU for that.",
+            "a lower gpu_memory_utilization; the trainer's weights and optimizer state offloaded while it generates (verl: "
+            "actor_rollout_ref.actor.fsdp_config.param_offload=True, optimizer_offload=True); no expandable_segments",
         )
     if "startup" in words:
         return (

@@ -21,8 +21,9 @@ from oomless.diagnosis.logs import read
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run
 from oomless.diagnosis.settings import LogSettings
+from oomless.diagnosis.shared_tensors import of_sharing
 from oomless.diagnosis.situation import Situation, Source, read_situation, why_not_rehearsed
-from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_sharing, of_weights
+from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
 from oomless.errors import UserError
 
 TRAINER_EVAL_BATCH = 8
@@ -269,6 +270,7 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
             matrices(run.spec),
             trained=situation.values.get("trainable") != "lora",
             cast=run.mixed_precision is not None,
+            packed=bool(run.values.get("quantization")),
         ),
         *of_activations(dimensions, blocks, run.item_bytes),
         *(of_sharing(run.spec, run.sharing) if run.sharing else ()),

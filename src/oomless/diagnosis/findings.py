@@ -38,6 +38,9 @@ Topic = Literal[
     "too large for this GPU",
     "several errors",
 ]
+ADAMW_BY_DEFAULT = ("trainer", "trl", "llamafactory", "ms-swift", "axolotl")
+"""Tools that take AdamW where they are not told."""
+
 LATE_STEPS = 20
 CONTEXT_BYTES = GiB // 2
 """A usual CUDA context with its libraries."""
@@ -73,6 +76,7 @@ def find(situation: Situation, snapshot: SnapshotReading | None = None) -> list[
         if text:
             found.append(Finding(topic=topic, text=text, remedy=remedy))  # type: ignore[arg-type]
         found += [
+            *_engine(situation),
             *_too_large(message),
             *_others(message, situation),
             *_more_than_there_is(message),
@@ -145,6 +149,8 @@ def _others(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
         else:
             numbers = ", ".join(str(number) for number, _ in message.processes[:6])
             engine = "; the text names vLLM, whose engine may be one of them" if situation.others.get("vllm") else ""
+            if _in_engine(situation):
+                engine = "; it is vLLM's engine that failed, so the training beside it may be one of them"
             yield Finding(
                 topic="other processes",
                 text=f"{text[:-1]}; numbers in the message: {numbers}{engine}.",
@@ -154,6 +160,22 @@ def _others(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
             )
         return
     yield from _unexplained(message, situation)
+
+
+def _in_engine(situation: Situation) -> bool:
+    first = situation.reading.first
+    return first is not None and first.place.in_engine
+
+
+def _engine(situation: Situation) -> Iterator[Finding]:
+    if _in_engine(situation):
+        yield Finding(
+            topic="engine",
+            text="It is vLLM's engine that asked, not the training: it takes its share of the whole GPU, for its weights and its key-value "
+            "cache, whatever else is on it.",
+            remedy="a smaller share (gpu_memory_utilization), or a GPU on which nothing trains: one process fewer than there are GPUs, and "
+            "vLLM as a server on the last",
+        )
 
 
 def _unexplained(message: OutOfMemory, situation: Situation) -> Iterator[Finding]:
@@ -226,6 +248,11 @@ def _fragmented(message: OutOfMemory, situation: Situation) -> Iterator[Finding]
     ):
         return
     on = situation.others.get("expandable")
+    alone = (
+        "; not with vLLM's sleep mode in the same process"
+        if situation.others.get("vllm") or situation.tool == "verl"
+        else ""
+    )
     yield Finding(
         topic="fragmentation",
         text=f"PyTorch holds {format_bytes(cached)} that no tensor uses, more than the {requested.text} that were asked for, "
@@ -233,7 +260,7 @@ def _fragmented(message: OutOfMemory, situation: Situation) -> Iterator[Finding]
         remedy="expandable_segments is on already; batches of one padded length leave fewer holes"
         if on
         else "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before Python starts; it changes no number of the training "
-        "(not on Windows)",
+        f"(not on Windows{alone})",
         size_bytes=cached,
     )
 
@@ -312,7 +339,17 @@ def _several(situation: Situation) -> Iterator[Finding]:
 
 def _of_sharing(situation: Situation) -> str:
     sharing = situation.several.sharing
-    full = situation.trains_all
+    full, first = situation.trains_all, situation.reading.first
+    phase = first.place.phase if first is not None else None
+    if phase == "load" and sharing == "fsdp":
+        return (
+            "each process loads all of the model before FSDP cuts it: load on the host (fsdp_cpu_ram_efficient_loading: true, no device_map), "
+            "and in 4 bits with bnb_4bit_quant_storage in the dtype of the other weights"
+        )
+    if phase == "load" and sharing == "zero3":
+        return "ZeRO-3 cuts the model while it loads only where it knows of it by then: TrainingArguments(deepspeed=...) before from_pretrained"
+    if phase == "save":
+        return ""
     if sharing in (None, "ddp"):
         return (
             "more GPUs make no room in DDP: ZeRO-3 or FSDP share weights, gradients and optimizer state out"
@@ -322,9 +359,17 @@ def _of_sharing(situation: Situation) -> str:
     if sharing == "dp":
         return "torchrun with DistributedDataParallel, FSDP or ZeRO: GPU 0 then holds no more than the others"
     if sharing == "layers":
-        return 'GPUs work one after the other so, and the first and last hold embeddings and logits: max_memory={0: "10GiB", ...} evens it out; FSDP or ZeRO-3 share it equally'
+        shared = "" if first is not None and first.place.generating else "; FSDP or ZeRO-3 share it equally"
+        return (
+            "GPUs work one after the other so, and the first and last hold embeddings and logits: "
+            f'max_memory={{0: "10GiB", ...}} evens it out{shared}'
+        )
     if sharing in ("zero1", "zero2"):
-        return "ZeRO-3 shares the weights out too; offload_optimizer puts the optimizer's state into the host's memory"
+        return (
+            "ZeRO-3 shares the weights out too; offload_optimizer puts the optimizer's state into the host's memory"
+            if full
+            else "ZeRO-3 shares the frozen weights out too"
+        )
     if sharing in ("zero3", "fsdp"):
         return "what remains on each GPU are activations, the layer that is gathered, and logits: those grow with the batch and the length of each GPU"
     return ""
@@ -340,7 +385,7 @@ def _method(situation: Situation) -> Iterator[Finding]:
         "kto": f"KTO keeps {reference}, and runs each batch twice, for the KL term.",
         "orpo": "ORPO and SimPO run the chosen and the rejected answer together, so a batch of 1 is two sequences; there is no reference model.",
         "grpo": "GRPO generates several answers to each prompt and then computes the log-probabilities of all their tokens: logits of "
-        f"batch x length x vocabulary. Beside the training lie {reference}, and vLLM's share of the GPU where it is used.",
+        f"batch x length x vocabulary. Beside the training lie {reference}, unless beta is 0 (as in today's TRL where it is not told), and vLLM's share of the GPU where it is used.",
         "ppo": f"PPO holds the policy, a value model, {reference} and often a reward model, and generates in between.",
         "reward model": "A reward model runs the chosen and the rejected answer together, so a batch of 1 is two sequences; there are no logits over the vocabulary.",
         "distillation": "Distillation holds a teacher beside the student, and logits over the whole vocabulary of both.",
@@ -363,18 +408,27 @@ def _fixed(situation: Situation) -> Iterator[Finding]:
         return
     said = ", ".join(f"{format_bytes(size)} of {name}" for name, size in parts if size)
     least = "at least " if held.at_least else ""
-    all_train = situation.trains_all and "trainable" not in situation.values and not loading
-    optimizer = str(situation.values.get("optimizer", "adamw")).replace("adamw", "AdamW").replace("_8bit", " in 8 bits")
-    start = (
-        f"If all weights train, with {optimizer} (the text does not say), each" if all_train else "By arithmetic each"
-    )
-    end = " Then no batch size and no length can help." if all_train else " No batch size and no length can help."
+    assumed = _assumed(situation, loading)
+    start = f"If {' and '.join(assumed)} (the text does not say), each" if assumed else "By arithmetic each"
+    end = " Then no batch size and no length can help." if assumed else " No batch size and no length can help."
     yield Finding(
         topic="too large for this GPU",
         text=f"{start} GPU holds {least}{said}: {format_bytes(total)} of {format_bytes(capacity)}, before any activation."
         + (end if total > capacity else ""),
         size_bytes=total,
     )
+
+
+def _assumed(situation: Situation, loading: bool) -> list[str]:
+    """Return what the arithmetic takes for granted of the training, in words."""
+    if loading or not situation.trains_all:
+        return []
+    optimizer = str(situation.values.get("optimizer", "adamw")).replace("adamw", "AdamW").replace("_8bit", " in 8 bits")
+    said = [
+        ("trainable" in situation.values, "all weights train"),
+        ("optimizer" in situation.values or situation.tool in ADAMW_BY_DEFAULT, f"the optimizer is {optimizer}"),
+    ]
+    return [words for known, words in said if not known]
 
 
 def _leak(situation: Situation, snapshot: SnapshotReading | None) -> Iterator[Finding]:

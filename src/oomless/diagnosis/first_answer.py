@@ -14,7 +14,7 @@ from oomless.diagnosis.findings import Finding, find
 from oomless.diagnosis.logs import Occurrence, read
 from oomless.diagnosis.remedies import Remedy, advise
 from oomless.diagnosis.situation import Situation, read_situation
-from oomless.diagnosis.tensors import Tensor, of_activations, of_weights
+from oomless.diagnosis.tensors import Tensor, of_activations, of_answers, of_torchtune, of_weights
 from oomless.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -128,13 +128,27 @@ def _suspects(situation: Situation) -> list[Suspect]:
         named = situation.model is not None or situation.reading.settings.named is not None
         tokens = batch * length if batch and length else None
         return [] if named else suspects_in_the_catalogue(first.message, first.place, unsloth=unsloth, tokens=tokens)
+    dimensions = dimensions.cut(situation.several.parts or 1)
     tensors: list[Tensor] = [
         *of_weights(
-            dimensions.matrices(), trained=situation.values.get("trainable") != "lora", cast=may_cast(situation)
+            dimensions.matrices(),
+            trained=situation.values.get("trainable") != "lora",
+            cast=may_cast(situation),
+            packed=bool(situation.values.get("quantization")),
         ),
         *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
+        *(of_torchtune(dimensions, blocks_at_once(situation)) if situation.tool == "torchtune" else ()),
     ]
-    return suspects(first.message, first.place, tensors, tokens=length, positions=dimensions.positions, unsloth=unsloth)
+    answer = situation.others.get("max_completion_length")
+    if situation.method in ("grpo", "ppo") and answer:
+        tensors += of_answers(dimensions, blocks_at_once(situation), answer, item_bytes(situation))
+    how: dict[str, Any] = {"unsloth": unsloth}
+    found = suspects(first.message, first.place, tensors, tokens=length, positions=dimensions.positions, **how)
+    if (
+        not found and answer and length
+    ):  # prompts and answers are as long as the longest of the batch, not as they may be
+        found = suspects(first.message, first.place, tensors, tokens=None, positions=length, **how)
+    return found
 
 
 def missing_of(
@@ -154,7 +168,8 @@ def missing_of(
     if situation.gpu is None and situation.capacity_bytes is None:
         missing.append("--gpu: which GPU it is")
     values, sources = rehearsed or (situation.values, situation.sources)
-    for name in ("max_seq_length", "dtype", "per_device_train_batch_size"):
+    of_a_step = first is None or not (first.place.phase in ("load", "save") or first.place.generating)
+    for name in ("max_seq_length", "dtype", "per_device_train_batch_size") if of_a_step else ("dtype",):
         if sources.get(name, "assumed") == "assumed":
             assumed = f": it was assumed to be {values.get(name, 1)}" if rehearsed is not None else ""
             missing.append(f"--{name.replace('_', '-')}{assumed}")

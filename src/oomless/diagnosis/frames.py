@@ -25,6 +25,11 @@ _NOTEBOOK = re.compile(
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception)\b")
 _NUMBERED = re.compile(r"^\s*(?:-+>)?\s*\d+\s")
 _CODE = re.compile(r"^(?:return |with |for |\w[\w.]*(?:, \w+)* = |\w+(?:\.\w+)+\()(?=.*[(\[])|\.(?:backward|step)\(")
+_SETS_UP = re.compile(
+    r"from_pretrained\(|(?:Trainer|Config|Arguments|Args)\(|load_dataset\(|get_peft_model\(|\bpipeline\("
+)
+"""Lines of a script that is pasted beside its error, which say nothing of where it arose."""
+
 _ARROW = re.compile(r"^-+>\s*\d+ (?P<code>.*)$", re.MULTILINE)
 _OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tuple(
     (phase, re.compile(where), re.compile(code) if code else None)  # type: ignore[misc]
@@ -90,7 +95,7 @@ _MODULES = (
         "self_attn",
         re.compile(
             r"\bself\.(?:self_attn|attn|attention|q_proj|k_proj|v_proj|o_proj|qkv_proj|c_attn|query_key_value)\b"
-            r"|attention_interface\(|attn_weights|scaled_dot_product_attention|softmax\(|apply_rotary_pos_emb"
+            r"|attention_interface\(|attn_weights|scaled_dot_product_attention|(?<!log_)softmax\(|apply_rotary_pos_emb"
         ),
     ),
     (
@@ -109,6 +114,10 @@ _FILES_OF_MODULES = (
     ("self_attn", re.compile(r"integrations/sdpa_attention|flash_attn|xformers|integrations/(?:flash|flex|eager)")),
     ("lora", re.compile(r"peft/tuners/lora")),
     ("quantisation", re.compile(r"bitsandbytes/(?:functional|autograd|nn)")),
+)
+_VISION = re.compile(
+    r"\bself\.(?:visual|vision_tower|vision_model|image_encoder)\(|cu_seqlens|pixel_values|vision_transformer|siglip|clip_vision|vl\w*\.py \S+ .*attention\(q, k, v",
+    re.IGNORECASE,
 )
 _STRIDED = re.compile(r"empty_strided_\w+\(\(([\d, ]{1,80})\), \([\d, ]*\), torch\.(\w+)\)")
 _ITEM_BYTES = {"float32": 4, "int64": 8, "float64": 8, "int32": 4, "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1}
@@ -194,6 +203,12 @@ class Place:
     asked_bytes: int | None = None
     """What the code itself asks for, where it says the shape and the dtype: compiled code does."""
 
+    in_vision: bool = False
+    """Whether it was the part of a model that reads pictures."""
+
+    in_engine: bool = False
+    """Whether it was an inference engine (vLLM) that asked."""
+
     recomputing: bool = False
     """Whether a backward pass was computing a checkpointed forward again."""
 
@@ -236,6 +251,8 @@ def place_of_frames(frames: tuple[Frame, ...]) -> Place:
         frames=frames,
         recomputing=recomputing,
         generating=any(f.name in ("generate", "_sample", "_generate", "_prefill") for f in frames),
+        in_vision=any(_VISION.search(f"{f.path} {f.name} {f.code}") for f in frames[-6:]),
+        in_engine=re.search(r"(?<![A-Za-z])vllm[/\\]", frames[-1].path) is not None,
         asked_bytes=_strided_bytes(frames[-1].code),
     )
 
@@ -270,7 +287,7 @@ def _code_alone(text: str) -> tuple[Frame, ...]:
     found: list[Frame] = []
     for line in reversed(text.split("\n")[-12:]):
         code = _NUMBERED.sub("", line).strip(" `>")
-        if _CODE.search(code):
+        if _CODE.search(code) and not _SETS_UP.search(code):
             found.insert(0, Frame(path="", name="", code=code[:300]))
     return tuple(found)
 

@@ -47,8 +47,20 @@ def named_model(text: str) -> NamedModel | None:
             unknown = name
     inside = _in_words(plain)
     if inside is not None and unknown is None:
-        return NamedModel(text=inside, known=inside)
+        return NamedModel(text=_published(plain, inside), known=inside)
     return NamedModel(text=unknown, known=None) if unknown is not None else None
+
+
+_PUBLISHED = re.compile(r"(?<![\w/.-])[A-Za-z][\w.-]*/([A-Za-z][\w.-]*\w)(?![/\w])")
+
+
+def _published(text: str, known: str) -> str:
+    """Return the name with its owner under which ``text`` has the ``known`` model, or its own."""
+    for match in list(_PUBLISHED.finditer(text))[:40]:
+        found = _known(match[1])
+        if found is not None and found.name == known:
+            return match[0]
+    return known
 
 
 @cache

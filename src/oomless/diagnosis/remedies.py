@@ -5,6 +5,7 @@ Nothing here is rehearsed, so no bytes are promised. ``cures.py`` rehearses what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,12 @@ from oomless.diagnosis.situation import Situation
 from oomless.diagnosis.tools import word
 
 MOST = 6
+_SEES = re.compile(r"vl\b|vision|llava|minicpm-?[vo]", re.IGNORECASE)
+"""Models that read pictures, by their names."""
+
+CUDA_ALONE = ("logits", "adamw_8bit", "paged", "nf4")
+"""Changes whose libraries have no kernels for Metal and NPUs."""
+
 TITLES = {
     "batch": "fewer sequences at once, accumulated: the same training",
     "checkpointing": "gradient checkpointing: activations are computed again instead of kept",
@@ -43,6 +50,8 @@ TITLES = {
     "completion": "shorter answers",
     "vllm_share": "a smaller share of the GPU for vLLM",
     "reference": "no second copy of the weights as reference",
+    "last_logits": "logits of the last token alone, as generation needs them",
+    "fewer_prompts": "fewer or shorter prompts at once",
     "vision": "fewer tokens for each picture",
     "expandable": "an allocator that does not fragment",
 }
@@ -111,9 +120,14 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
     first = situation.reading.first
     place = first.place if first is not None else None
     phase = place.phase if place is not None else None
+    if place is not None and place.in_engine:
+        yield from ("vllm_share",)
+        return
     shares = situation.several.many
     if place is not None and place.generating and situation.method is None:
-        yield from ("eval_batch", "shorter", "load_half", "nf4")
+        if suspects and "logits" in suspects[0].tensor.kind:
+            yield "last_logits"
+        yield from ("fewer_prompts", "load_half", "nf4")
         return
     if phase == "load":
         yield from _loading(situation, topics)
@@ -130,6 +144,9 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
     if phase == "evaluation":
         yield from ("eval_batch", "eval_accumulation", "eval_loss_only", "shorter")
         return
+    if place is not None and place.in_vision:
+        yield from ("vision", "attention", "batch", "checkpointing", "shorter")
+        return
     large = "too large for this GPU" in topics
     scores = bool(suspects) and "scores" in suspects[0].tensor.kind
     if scores or (place is not None and "attn_weights" in place.code) or situation.attention == "eager":
@@ -144,6 +161,8 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
     elif situation.method is not None:
         yield from ("batch", "reference", "checkpointing", "logits", "shorter")
     kind = suspects[0].tensor.kind if suspects else ""
+    if situation.model is not None and _SEES.search(situation.model):
+        yield "vision"
     if scores:
         yield from ("batch", "shorter", "checkpointing")
     elif "logits" in kind or "log-prob" in kind or phase == "loss" or (place is not None and place.module == "lm_head"):
@@ -183,7 +202,16 @@ def _is_on(situation: Situation, name: str) -> bool:
     batch = values.get("per_device_train_batch_size")
     optimizer = values.get("optimizer")
     zero = sharing in ("zero1", "zero2", "zero3")
-    half = values.get("dtype") in ("bf16", "fp16") or values.get("quantization") or (zero and situation.mixed_precision)
+    packed = others.get("packed_weights")
+    half = (
+        packed
+        or values.get("dtype") in ("bf16", "fp16")
+        or values.get("quantization")
+        or (zero and situation.mixed_precision)
+    )
+    first = situation.reading.first
+    if first is not None and first.message.source in ("MPS", "NPU") and name in CUDA_ALONE:
+        return True
     on: dict[str, object] = {
         "batch": batch == 1,
         "checkpointing": values.get("gradient_checkpointing"),
@@ -191,7 +219,8 @@ def _is_on(situation: Situation, name: str) -> bool:
         "attention": situation.attention in ("flash", "sdpa"),
         "half": half,
         "load_half": half,
-        "nf4": values.get("quantization") == "nf4"
+        "nf4": packed
+        or values.get("quantization") == "nf4"
         or sharing == "zero3"
         or (situation.trains_all and bool(situation.values) and "trainable" in values),
         "lora": not situation.trains_all,

@@ -145,7 +145,7 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         mixed_precision=situation.mixed_precision,  # type: ignore[arg-type]
         attention="eager" if eager else "sdpa",
         foreach="_multi_tensor" in frames or "_foreach" in frames,
-        fused_loss=bool(situation.others.get("liger")) and situation.tool != "oomless",
+        fused_loss=_fused_loss(situation, frames, notes),
         sequences_each=2 if pairs else 1,
         reference=situation.method == "dpo" and situation.trains_all,
         gpus=situation.several.gpus or 1,
@@ -153,6 +153,14 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         outside_bytes=outside,
     )
     return _usable(_consistent(run), notes)
+
+
+def _fused_loss(situation: Situation, frames: str, notes: list[str]) -> bool:
+    """Return whether the loss of a run of another tool never holds all logits; where the tool does so by itself, note it."""
+    if situation.tool == "unsloth" and "cross_entropy_loss.py" not in frames:
+        notes.append("rehearsed with a loss in chunks, as unsloth has since 2024.11")
+        return True
+    return bool(situation.others.get("liger")) and situation.tool != "oomless"
 
 
 def _sharing(situation: Situation, notes: list[str]) -> Literal["ddp", "fsdp"] | None:

@@ -38,7 +38,9 @@ _INTEGER = _KEY + r"(?:\s*[:=|│]+\s*|\s+(?:of\s+|is\s+|=\s*)?)['\"]?(\d[\d,]{{
 _TRAINABLE = re.compile(
     r"(?:trainable params|Number of trainable parameters|trainable parameters)\s*[:=]\s*(\d[\d,]*)", re.IGNORECASE
 )
-_ALL = re.compile(r"all params\s*[:=]\s*(\d[\d,]*)", re.IGNORECASE)
+_ALL = re.compile(
+    r"all params\s*[:=]\s*(\d[\d,]*)|trainable parameters\s*=\s*[\d,]+\s*(?:/|of)\s*(\d[\d,]*)", re.IGNORECASE
+)
 _TRUE = r"(?:true|yes|on|1|enable[sd]?)\b"
 _FALSE = r"(?:false|no|off|0|none|null|disable[sd]?)\b"
 _SWITCH = r"(?<!\w)(?<!\w-)({dashes}){name}['\"]?(?:\s*[:=│|]+\s*|\s+)?(?:\{{\s*['\"]?enabled['\"]?\s*:\s*)?['\"]?({true}|{false}|auto\b)?"
@@ -47,6 +49,10 @@ _OPTIMIZER = re.compile(
     r"([A-Za-z]\w*)"
     r"|_component_:\s*(?:torch|bitsandbytes|torchao)\.optim\w*\.(?:\w+\.)*(\w+)|\b(?:torch\.optim|bnb\.optim|bitsandbytes\.optim)\.(\w+)\("
 )
+_OPTIMIZER_IN_WORDS = re.compile(
+    r"(?<![\w.])(paged_adamw(?:_8bit|_32bit)?|adamw_8bit|adamw_bnb_8bit)(?!\w)", re.IGNORECASE
+)
+_STATE_IN_8_BITS = re.compile(r"bitsandbytes[/\\]optim[^\n]*in init_state[^\0]{0,400}?dtype=torch\.uint8")
 _OPTIMIZERS = {
     "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adam": "adamw",
     "fused_adam": "adamw", "fusedadam": "adamw", "deepspeedcpuadam": "adamw", "paged_adamw_32bit": "adamw",
@@ -75,6 +81,9 @@ _EIGHT_BITS = re.compile(
     rf"\bload_in_8bit['\"]?\s*(?:[:=]|\s)\s*['\"]?{_TRUE}|\bquant(?:ization)?_bits?['\"]?\s*(?:[:=]|\s)\s*['\"]?8\b|--load_in_8bit\b",
     re.IGNORECASE,
 )
+_PACKED = re.compile(r"(?<![A-Za-z])(?:AWQ|GPTQ)(?![A-Za-z])")
+"""Weights that are published in 4 bits."""
+
 _NOT_QUANTIZED = re.compile(r"\bload_in_[48]bit['\"]?\s*[:=]\s*['\"]?false", re.IGNORECASE)
 _LORA = re.compile(
     rf"\bLoraConfig\b|\bget_peft_model\b|(?:finetuning|train|tuner|sft|peft|adapter)(?:_type|_method)?['\"]?\s*(?:[:=]|\s)\s*['\"]?q?lora\b"
@@ -106,6 +115,7 @@ _ON = {
     "offload_optimizer": ("optimizer_cpu_offload",),
     "cpu_offload": ("fsdp_offload_params", "fsdp_cpu_offload", "cpu_offload", "param_offload"),
     "prediction_loss_only": ("prediction_loss_only",),
+    "optimizer_in_backward": ("optimizer_in_bwd",),
     "use_vllm": ("use_vllm",),
     "padding_free": ("padding_free",),
 }
@@ -115,7 +125,11 @@ _EXPANDABLE = re.compile(
     re.MULTILINE,
 )
 _OFFLOAD = re.compile(r"offload_(optimizer|param)['\"]?\s*[:=]\s*\{?\s*['\"]?device['\"]?\s*[:=]\s*['\"]?(cpu|nvme)")
-_OFFLOAD_FLAG = re.compile(r"offload_(optimizer|param)(?:_device)?['\"]?\s*[:=]\s*['\"]?cpu\b|zero_?[23]_(offload)\b")
+_OFFLOAD_FLAG = re.compile(
+    r"offload_(optimizer|param)(?:_device)?['\"]?\s*[:=]\s*['\"]?cpu\b|zero_?[23]_(offload)\b|deepspeed\b['\":=\s]{1,6}\S*_z[23]_(offload)"
+    r"|\b(optimizer) (?:state )?offload(?:ed|ing)?\b|zero-?[23]\W{1,3}(?:with )?(?:CPU )?(offload)\b",
+    re.IGNORECASE,
+)
 _METHODS = (
     ("dpo", r"\bDPO(?:Trainer|Config)?\b|dpo_trainer"),
     ("orpo", r"\bORPO(?:Trainer|Config)?\b"),
@@ -206,7 +220,7 @@ _OTHERS_CODE = re.compile(
 def read_settings(text: str) -> LogSettings:
     """Return the settings that ``text``, which is clean, prints."""
     tool, beside = libraries(text)
-    text = _OTHERS_CODE.sub(r"\1", text)
+    whole, text = text, _OTHERS_CODE.sub(r"\1", text)
     values: dict[str, Any] = {}
     for name, spellings in _INTEGERS.items():
         number = _integer(spellings, text, at_least=2 if name == "max_seq_length" else 1)
@@ -223,12 +237,18 @@ def read_settings(text: str) -> LogSettings:
         values["gradient_checkpointing"] = True
         by_default.add("gradient_checkpointing")
     optimizers = [next(n for n in match if n).lower() for match in _OPTIMIZER.findall(text) if any(match)]
+    optimizers = optimizers or [match.lower() for match in _OPTIMIZER_IN_WORDS.findall(text)]
     known = [(_OPTIMIZERS[name], "paged" in name) for name in optimizers if name in _OPTIMIZERS]
     if known:
         values["optimizer"], others["paged"] = known[-1]
+    elif _STATE_IN_8_BITS.search(whole):
+        values["optimizer"] = "adamw_8bit"
     trainable, everything = _number(_TRAINABLE, text), _number(_ALL, text)
     _read_part(text, values, tool, trainable, everything)
     mixed = _read_precision(text, values, tool)
+    parts = [others.get(name) for name in ("max_prompt_length", "max_completion_length")]
+    if "max_seq_length" not in values and parts[0] and parts[1]:
+        values["max_seq_length"] = parts[0] + parts[1]
     attention = _ATTENTION.findall(text)
     kind = (
         attention[-1] if attention else "flash" if re.search(r"\bflash_attention['\"]?\s*[:=]\s*true", text) else None
@@ -277,9 +297,13 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
             )
         ),
     )
+    yield "packed_weights", bool(_PACKED.search(text))
     yield "expandable", bool(_EXPANDABLE.search(text))
     for match in [*_OFFLOAD.finditer(text), *_OFFLOAD_FLAG.finditer(text)]:
-        yield f"offload_{match[1] or 'optimizer'}", True
+        part = (match[1] or "optimizer").lower()
+        yield f"offload_{part}", True
+        if "z3" in match[0].lower() or "zero3" in match[0].lower():
+            yield "offload_param", True  # the tools' files of this name offload both
     share = re.findall(r"(?:vllm_)?gpu_memory_utilization['\"]?\s*(?:[:=]|\s)\s*['\"]?(0?\.\d+|1\.0)", text)
     yield "gpu_memory_utilization", float(share[-1]) if share else None
     yield "vllm", bool(share) or bool(re.search(r"(?<![a-z])vllm(?![a-z])", text, re.IGNORECASE))
@@ -353,5 +377,5 @@ def _switch(text: str, name: str) -> bool | None:
 
 
 def _number(pattern: re.Pattern[str], text: str) -> int | None:
-    found = [match.replace(",", "") for match in pattern.findall(text)]
+    found = ["".join(match).replace(",", "") for match in pattern.findall(text)]
     return int(found[-1]) if found and len(found[-1]) < 15 else None

@@ -69,6 +69,9 @@ class Several:
     """How many work together; ``None`` where it is not said."""
 
     sharing: Sharing | None = None
+    parts: int | None = None
+    """Into how many parts each matrix is cut, where it is tensor parallel; the rest of the GPUs does something else."""
+
     at_least: bool = False
     """Whether ``gpus`` is only what the numbers in the text show, so that there may be more."""
 
@@ -84,13 +87,17 @@ class Several:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"gpus": self.gpus, "sharing": self.sharing, "at_least": self.at_least}
+        return {"gpus": self.gpus, "sharing": self.sharing, "parts": self.parts, "at_least": self.at_least}
 
 
 def read_several(text: str, by_default: Sharing | None = None) -> Several:
     """Return what ``text`` says of several GPUs, which share ``by_default`` where it does not say how."""
     gpus, at_least = _count(text)
-    return Several(gpus=gpus, sharing=_sharing(text, gpus) or by_default, at_least=at_least)
+    parts = [int(number) for number in _TENSOR.findall(text)]
+    sharing = _sharing(text, gpus) or by_default
+    return Several(
+        gpus=gpus, sharing=sharing, parts=parts[-1] if parts and sharing == "tensor" else None, at_least=at_least
+    )
 
 
 def _count(text: str) -> tuple[int | None, bool]:

@@ -6,6 +6,7 @@ Nothing here needs torch, so that a reader has the first answer at once. What wa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from oomless.models.names import by_shape
 from oomless.units import format_bytes
 
 Source = Literal["given", "default", "log", "tool", "message", "assumed"]
+_PUBLISHED = re.compile(r"(?!.*(?:4bit|8bit|awq|gptq|gguf|int[48]|fp8|nf4))[A-Za-z][\w.-]*/[\w.-]+", re.IGNORECASE)
+"""A model under its owner, whose weights are as they were trained."""
+
 SAME_GPU = 0.02
 """Two sizes of a GPU that differ by less are one GPU's."""
 
@@ -58,6 +62,11 @@ class Situation:
     def trains_all(self) -> bool:
         """Whether all weights train, as far as is known."""
         return bool(self.values.get("trainable", "full") == "full")
+
+    @property
+    def trains(self) -> bool:
+        """Whether any setting is one of a training."""
+        return bool(self.values.keys() - {"dtype", "quantization", "max_seq_length", "trust_remote_code"})
 
     @property
     def shown_values(self) -> dict[str, Any]:
@@ -139,7 +148,9 @@ def _model(
                 f"{named.text} is not a model that is known here: --model NAME, or --model path/to/config.json, makes the answer better"
             )
         known = catalogue.model(named.known) if named is not None and named.known else None
-        name = known.name if known is not None else None
+        name = (
+            None if known is None or named is None else named.text if _PUBLISHED.fullmatch(named.text) else known.name
+        )
     else:
         path = Path(given).expanduser()
         if path.exists():
@@ -244,6 +255,8 @@ def why_not_rehearsed(situation: Situation) -> str | None:
         return f"rehearsals simulate CUDA's allocator, not that of {first.message.source}"
     if first is not None and (first.place.generating or first.place.phase == "save"):
         return "it failed while it generated text" if first.place.generating else "it failed while it saved"
+    if first is not None and first.place.phase == "load" and situation.tool is None and not situation.trains:
+        return "it failed while the model was loaded, and nothing in the text trains it"
     if situation.method in NOT_REHEARSED:
         return NOT_REHEARSED[situation.method]
     if several.shares and (why := _why_not_shared(situation)) is not None:

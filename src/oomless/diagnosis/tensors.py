@@ -9,18 +9,21 @@ N tokens of a micro-batch (B blocks of T), V vocabulary, H hidden size, I width 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oomless.memory.device import Phase
     from oomless.models.spec import ModelSpec
 
+TOGETHER = "mlp.gate and up together"
+"""One matrix for both, which few models have."""
+
 CAST_COPY = "copy of a weight in 16 bits (automatic casting)"
 TRL_TOKENS, TRL_WORDS = 4096, 32768
 """What TRL's loss computes at once."""
 
-_DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
+DTYPES = {4: "fp32", 2: "16 bits", 1: "8 bits"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,13 +121,18 @@ class Dimensions:
             expert_width=number("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size") or 0,
         )
 
+    def cut(self, parts: int) -> Dimensions:
+        """Return what each GPU has of a model that is tensor parallel over ``parts``."""
+        names = ("vocabulary", "mlp", "heads", "key_heads", "expert_width")
+        return replace(self, **{name: -(-getattr(self, name) // parts) for name in names})
+
     def matrices(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the weights that any model of these numbers has, the largest first."""
         heads, keys = self.heads * self.head_width, self.key_heads * self.head_width
         found = {
             ("embed_tokens (also lm_head)" if self.tied else "embed_tokens or lm_head"): (self.vocabulary, self.hidden),
             "mlp.gate_proj or up_proj": (self.mlp, self.hidden),
-            "mlp.gate and up together": (2 * self.mlp, self.hidden),
+            TOGETHER: (2 * self.mlp, self.hidden),
             "self_attn.q_proj or o_proj": (heads, self.hidden),
             "self_attn.k_proj or v_proj": (keys, self.hidden),
         }
@@ -151,60 +159,33 @@ def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
     return sorted(found, key=lambda key: -found[key])
 
 
-def of_sharing(spec: ModelSpec, sharing: Literal["ddp", "fsdp"]) -> Iterator[Tensor]:
-    """Yield what exists because several GPUs train a model: DDP's buckets of one matrix alone, or what FSDP gathers and sends."""
-    from oomless.models.make import without_memory
-    from oomless.techniques.checkpointing import decoder_layers
-
-    model = without_memory(spec.config, trust_remote_code=spec.trust_remote_code)
-    whole = {" x ".join(f"{n:,}" for n in p.shape): p.numel() for p in model.parameters() if p.numel() >= _SMALL}
-    layers = {sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)}
-    used = _phases("forward", "backward", "evaluation")
-    for item in (2, 4):
-        words = _DTYPES[item]
-
-        def made(kind: str, shape: str, count: int, phases: frozenset[Phase], *hints: str, item: int = item) -> Tensor:
-            of = "DDP" if sharing == "ddp" else "FSDP"
-            return Tensor(
-                kind=kind, of=of, shape=shape, count=count, item_bytes=item, phases=phases, hints=hints, prior=0.2,
-                operations=("aten.empty", "storage.resize_"),
-            )  # fmt: skip
-
-        for shape, count in whole.items():
-            if sharing == "fsdp":
-                yield made(f"gathered weight in {words}", shape, count, used, *_GATHERING)
-            elif count * item > _BUCKET_BYTES:
-                yield made(
-                    f"bucket of gradients in {words}", shape, count, _phases("load", "backward"), "dist.Reducer("
-                )
-        for count in layers if sharing == "fsdp" else ():
-            shape = f"a layer's {count:,} weights"
-            yield made(f"gathered layer in {words}", shape, count, used, *_GATHERING)
-            yield made(f"gradients of a layer in {words}, sent", shape, count, _phases("backward"), "reduce_scatter")
-
-
-_SMALL = 1 << 20
-_BUCKET_BYTES = 25 << 20
-_GATHERING = (
-    "torch.empty(torch.Size([numel * world_size])",
-    "storage.resize_",
-    "all_gather",
-    "torch.empty(size, dtype=dtype",
-)
-
-
-def _phases(*names: Phase) -> frozenset[Phase]:
+def phases(*names: Phase) -> frozenset[Phase]:
+    """Return the phases of these ``names``."""
     return frozenset(names)
 
 
-def of_weights(weights: list[tuple[str, tuple[int, ...]]], *, trained: bool, cast: bool) -> Iterator[Tensor]:
+def of_weights(
+    weights: list[tuple[str, tuple[int, ...]]], *, trained: bool, cast: bool, packed: bool
+) -> Iterator[Tensor]:
     """Yield what exists for each kind of weight.
 
     Gradients and optimizer state exist only where they are ``trained``, copies in 16 bits only where arithmetic may be ``cast``.
+    Where weights are ``packed`` in 4 or 8 bits, all but embeddings and head are whole only before that and where they are used.
     """
     for tensor in _of_weights(weights):
-        if (trained or tensor.kind.startswith(("weights", "copy"))) and (cast or tensor.kind != CAST_COPY):
+        if not (trained or tensor.kind.startswith(("weights", "copy"))) or (tensor.kind == CAST_COPY and not cast):
+            continue
+        if not packed or "embed" in tensor.of or "lm_head" in tensor.of:
             yield tensor
+        elif tensor.kind.startswith("weights"):
+            yield replace(tensor, kind=f"{tensor.kind}, before they are packed")
+            if tensor.item_bytes == 2:
+                used = phases("forward", "backward", "evaluation")
+                hints = ("dequantize", ".to(A.dtype)")
+                yield replace(
+                    tensor, kind="weight in 4 bits", item_bytes=1, count=tensor.count // 2, shape=f"{tensor.shape} / 2"
+                )
+                yield replace(tensor, kind="weight unpacked to 16 bits", phases=used, hints=hints, prior=0.5)
 
 
 def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
@@ -215,32 +196,33 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
         module = name.split(".")[0].split(" ")[0]
         modules = frozenset({module, *(["lm_head"] if "lm_head" in name else [])})
         common: dict[str, Any] = {"of": name, "shape": text, "count": count}
+        usual = 0.2 if name == TOGETHER else 0.4
         for size in (2, 4):
             yield Tensor(
-                kind=f"weights in {_DTYPES[size]}", item_bytes=size, phases=_phases("load"), prior=0.4, **common
+                kind=f"weights in {DTYPES[size]}", item_bytes=size, phases=phases("load"), prior=usual, **common
             )
             yield Tensor(
-                kind=f"gradient of a weight in {_DTYPES[size]}",
+                kind=f"gradient of a weight in {DTYPES[size]}",
                 item_bytes=size,
-                phases=_phases("backward"),
+                phases=phases("backward"),
                 modules=modules,
                 operations=("aten.mm", "aten.embedding_dense_backward", "aten.add", "aten.addmm"),
-                prior=0.65 if shape == weights[0][1] else 0.4,
+                prior=0.65 if shape == weights[0][1] else usual,
                 **common,
             )
             yield Tensor(
-                kind=f"optimizer state in {_DTYPES[size]}",
+                kind=f"optimizer state in {DTYPES[size]}",
                 item_bytes=size,
-                phases=_phases("optimizer"),
+                phases=phases("optimizer"),
                 hints=("zeros_like", "init_state", "momentum_buffer =", "state["),
                 operations=("aten.zeros_like", "aten.empty_like", "aten.zeros", "aten.full_like"),
                 prior=0.5,
                 **common,
             )
             yield Tensor(
-                kind=f"temporary of the optimizer in {_DTYPES[size]}",
+                kind=f"temporary of the optimizer in {DTYPES[size]}",
                 item_bytes=size,
-                phases=_phases("optimizer"),
+                phases=phases("optimizer"),
                 hints=("_foreach", "sqrt", "addcdiv", "denom", "grad.float()", "clip_grad"),
                 operations=("aten._foreach", "aten.sqrt", "aten.div", "aten.mul", "aten.add"),
                 prior=0.4,
@@ -249,7 +231,7 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
         yield Tensor(
             kind="optimizer state in 8 bits",
             item_bytes=1,
-            phases=_phases("optimizer"),
+            phases=phases("optimizer"),
             hints=("init_state", "state1", "state2"),
             prior=0.3,
             **common,
@@ -257,7 +239,7 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
         yield Tensor(
             kind="copy of a weight in fp32",
             item_bytes=4,
-            phases=_phases("load", "optimizer"),
+            phases=phases("load", "optimizer"),
             hints=(".float()", "fp32", "torch.float32"),
             operations=("aten._to_copy", "aten.clone"),
             prior=0.3,
@@ -266,7 +248,7 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
         yield Tensor(
             kind=CAST_COPY,
             item_bytes=2,
-            phases=_phases("forward", "evaluation"),
+            phases=phases("forward", "evaluation"),
             modules=modules,
             hints=("F.linear(",),
             operations=("aten._to_copy",),
@@ -293,7 +275,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
     yield Tensor(
         kind="logits",
         item_bytes=item_bytes,
-        phases=_phases("forward", "evaluation"),
+        phases=phases("forward", "evaluation"),
         modules=frozenset({"lm_head"}),
         hints=("lm_head(", "F.linear("),
         operations=("aten.mm", "aten.addmm", "aten._unsafe_view"),
@@ -304,7 +286,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         yield Tensor(
             kind="logits in fp32",
             item_bytes=4,
-            phases=_phases("loss", "forward", "evaluation"),
+            phases=phases("loss", "forward", "evaluation"),
             hints=("logits.float()", ".to(torch.float32)", "upcast", "convert_to_fp32", "logits.to("),
             operations=("aten._to_copy",),
             prior=0.7,
@@ -313,7 +295,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         yield Tensor(
             kind="gradient of the logits in 16 bits",
             item_bytes=item_bytes,
-            phases=_phases("backward"),
+            phases=phases("backward"),
             operations=("aten._to_copy",),
             prior=0.3,
             **logits,
@@ -324,7 +306,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         shape=f"{batch}(T tokens - 1) x {d.vocabulary:,}",
         of_tokens=lambda tokens: blocks * (tokens - 1) * d.vocabulary,
         item_bytes=4,
-        phases=_phases("loss", "forward"),
+        phases=phases("loss", "forward"),
         hints=("shift_logits", "contiguous()"),
         operations=("aten.clone",),
         prior=0.1,
@@ -332,7 +314,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
     yield Tensor(
         kind="log-probabilities of the loss",
         item_bytes=4,
-        phases=_phases("loss", "evaluation"),
+        phases=phases("loss", "evaluation"),
         hints=("cross_entropy", "log_softmax", "loss_fct("),
         operations=("aten._log_softmax.default",),
         prior=0.6,
@@ -341,7 +323,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
     yield Tensor(
         kind="gradient of the logits",
         item_bytes=4,
-        phases=_phases("backward"),
+        phases=phases("backward"),
         operations=backward_of_loss,
         prior=0.7,
         **logits,
@@ -375,8 +357,8 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
                 "modules": frozenset(modules),
                 "hints": ("F.linear(",) if size == item_bytes else (),
             }
-            yield Tensor(kind=f"{kind}{in_dtype}", phases=_phases("forward", "evaluation"), prior=prior, **common)
-            yield Tensor(kind=f"gradient of the {kind}{in_dtype}", phases=_phases("backward"), prior=prior, **common)
+            yield Tensor(kind=f"{kind}{in_dtype}", phases=phases("forward", "evaluation"), prior=prior, **common)
+            yield Tensor(kind=f"gradient of the {kind}{in_dtype}", phases=phases("backward"), prior=prior, **common)
     # All blocks in one row where documents are packed, else one square for each.
     for squares, of_all in ((blocks, 1), (1, blocks)) if blocks > 1 else ((1, 1),):
         for size in (1, item_bytes):
@@ -386,7 +368,7 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
                 shape=f"{squares:,} x ({of_all:,} x T tokens)^2" if blocks > 1 else "T tokens x T tokens",
                 of_tokens=lambda tokens, n=squares, each=of_all: n * (each * tokens) ** 2,  # type: ignore[misc]
                 item_bytes=size,
-                phases=_phases("forward", "evaluation"),
+                phases=phases("forward", "evaluation"),
                 modules=frozenset({"mask"}),
                 hints=("mask",),
                 operations=("aten.eq", "aten.bitwise_and", "aten.where", "aten.expand", "aten.clone"),
@@ -404,18 +386,61 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         }
         yield Tensor(
             kind=f"attention scores{in_dtype}",
-            phases=_phases("forward", "evaluation"),
-            hints=("attn_weights", "matmul(quer", "attention_mask", "softmax("),
+            phases=phases("forward", "evaluation"),
+            hints=("attn_weights", "matmul(quer", "attention_mask", "functional.softmax("),
             operations=("aten.bmm", "aten._softmax", "aten.add", "aten.mul", "aten._to_copy"),
             prior=0.4,
             **scores,
         )
         yield Tensor(
             kind=f"gradient of the attention scores{in_dtype}",
-            phases=_phases("backward"),
+            phases=phases("backward"),
             operations=("aten.bmm", "aten._softmax_backward", "aten.mul", "aten._to_copy"),
             prior=0.4,
             **scores,
+        )
+
+
+def of_answers(d: Dimensions, blocks: int, tokens: int, item_bytes: int) -> Iterator[Tensor]:
+    """Yield what GRPO and PPO compute of ``blocks`` answers of ``tokens``: their logits alone, and log-probabilities one by one."""
+    for size in {item_bytes, 4}:
+        of_all: dict[str, Any] = {"of": "lm_head", "item_bytes": size, "prior": 0.5}
+        for more, words in ((0, f"{tokens:,} tokens"), (1, f"({tokens:,} + 1) tokens")):
+            yield Tensor(
+                kind=f"logits of the answers in {DTYPES[size]}",
+                shape=f"{blocks:,} x {words} x {d.vocabulary:,}",
+                count=blocks * (tokens + more) * d.vocabulary,
+                phases=phases("forward", "loss", "backward"),
+                modules=frozenset({"lm_head"}),
+                hints=("logits",),
+                **of_all,
+            )
+        yield Tensor(
+            kind=f"log-probabilities of one answer in {DTYPES[size]}",
+            shape=f"{tokens:,} tokens x {d.vocabulary:,}",
+            count=tokens * d.vocabulary,
+            phases=phases("loss", "forward", "backward"),
+            hints=("log_softmax", "logsumexp"),
+            **of_all,
+        )
+
+
+TORCHTUNE_CHUNKS = 8
+
+
+def of_torchtune(d: Dimensions, blocks: int) -> Iterator[Tensor]:
+    """Yield what torchtune's loss computes at once: an eighth of the tokens (0.6: torchtune/modules/loss/ce_chunked_output_loss.py)."""
+    for kind, phase in (("chunk of the logits in fp32", "loss"), ("gradient of a chunk of the logits", "backward")):
+        yield Tensor(
+            kind=kind,
+            of="lm_head",
+            shape=f"{blocks:,} x T tokens / {TORCHTUNE_CHUNKS} x {d.vocabulary:,}",
+            of_tokens=lambda tokens: blocks * -(-tokens // TORCHTUNE_CHUNKS) * d.vocabulary,
+            item_bytes=4,
+            phases=phases(phase),  # type: ignore[arg-type]
+            modules=frozenset({"lm_head"}),
+            hints=("F.cross_entropy(", ".float()"),
+            prior=0.5,
         )
 
 
@@ -429,7 +454,7 @@ def _of_a_chunked_loss(d: Dimensions, blocks: int, batch: str, item_bytes: int) 
             shape=f"{batch}(T tokens - 1), {TRL_TOKENS:,} at most, x {words:,} of {d.vocabulary:,}",
             of_tokens=lambda tokens: min(blocks * (tokens - 1), TRL_TOKENS) * words,
             item_bytes=size,
-            phases=_phases("forward", "loss", "backward"),
+            phases=phases("forward", "loss", "backward"),
             modules=frozenset({"lm_head"}),
             hints=("mm_buf = torch.empty",),
         )
@@ -439,7 +464,7 @@ def _of_a_chunked_loss(d: Dimensions, blocks: int, batch: str, item_bytes: int) 
             shape=f"{words:,} x {d.hidden:,}",
             count=words * d.hidden,
             item_bytes=size,
-            phases=_phases("forward", "loss", "backward"),
+            phases=phases("forward", "loss", "backward"),
             modules=frozenset({"lm_head"}),
             hints=("w_chunk = weight[start:end]", "weight[start:end].to(compute_dtype)"),
         )

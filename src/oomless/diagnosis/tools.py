@@ -16,6 +16,9 @@ _EVERYWHERE = {
     "load_half": "from_pretrained(..., dtype=torch.bfloat16)  (before transformers 5: torch_dtype=)",
     "load_one_gpu": 'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before anything is loaded',
     "map_location": 'torch.load(..., map_location="cpu")',
+    "last_logits": "transformers 4.45 or newer, whose generate() asks for no others",
+    "fewer_prompts": "one prompt in a call of generate(), with fewer tokens; a smaller max_new_tokens",
+    "vision": "a processor with max_pixels=512*28*28 (Qwen), or smaller pictures",
     "merge_on_cpu": 'load the base model with device_map="cpu", then PeftModel.from_pretrained(...).merge_and_unload()',
 }
 _SHARDED = {
@@ -102,6 +105,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         "nf4": "adapter: qlora, load_in_4bit: true",
         "shorter": "sequence_len: {length}",
         "eval_batch": "eval_batch_size: 1, eval_sample_packing: false",
+        "vision": "image_size: 512",
         "zero3": "deepspeed: deepspeed_configs/zero3_bf16.json (or fsdp_version: 2 with fsdp_config)",
     },
     "llamafactory": {
@@ -126,6 +130,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         "offload_param": "deepspeed: examples/deepspeed/ds_z3_offload_config.json",
         "load_half": "bf16: true (fp16: true before Ampere)",
         "merge_on_cpu": "llamafactory-cli export with export_device: cpu",
+        "vision": "image_max_pixels: 262144 (videos: video_max_pixels, video_maxlen)",
         "reference": "finetuning_type: lora: the reference is then the same weights without the adapter",
     },
     "ms-swift": {
@@ -153,7 +158,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         "completion": "--max_completion_length {length}",
         "vllm_share": "--vllm_gpu_memory_utilization 0.3 --sleep_level 1 --offload_optimizer true --offload_model true (vllm_mode colocate)",
         "reference": "--tuner_type lora: the reference is then the same weights without the adapter; or --beta 0 (GRPO)",
-        "vision": "MAX_PIXELS=602112 (fewer tokens for each picture)",
+        "vision": "MAX_PIXELS=602112 (or less) in front of the command; for videos VIDEO_MAX_PIXELS and FPS_MAX_FRAMES",
     },
     "torchtune": {
         **_EVERYWHERE,
