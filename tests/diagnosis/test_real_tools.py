@@ -22,6 +22,15 @@ from oomless.models.spec import resolve
 
 HERE = Path(__file__).parent
 BATCH, LENGTH, EVAL_BATCH, HALF, GPUS = 2, 2048, 8, {"bf16", "half"}, 2
+_LOSS_OF_TRL = ": outputs = model(**inputs, fused_lm_head=True)"
+OF_TRL = {
+    "sft": f"SFTTrainer{_LOSS_OF_TRL}",
+    "dpo": f"DPOTrainer{_LOSS_OF_TRL}",
+    "reward": "RewardTrainer",
+    "grpo": f"GRPOTrainer, vllm_mode=server, max_prompt_length=512, max_completion_length=1536{_LOSS_OF_TRL}",
+}
+"""What the user's text shows of a script of TRL."""
+
 STARTED = {
     "ddp": f"torchrun --nproc_per_node {GPUS} train.py",
     "fsdp": f"torchrun --nproc_per_node {GPUS} train.py --fsdp full_shard",
@@ -53,6 +62,8 @@ KINDS = [
     ("transformers half ddp", "llama"),
     ("transformers bf16 fsdp", "llama"),
     ("sft half fsdp checkpointing", "qwen3"),
+    ("reward half", "llama"),
+    ("grpo half", "llama"),
 ]
 NOT_ON_A_GPU = re.compile(
     r'  File "[^"]*(?:/oomless/(?:memory|programs)/|torch/overrides\.py|tool_errors\.py|runpy>)[^"]*", line \d+, in \S+\n'
@@ -77,7 +88,7 @@ def errors_of(kind, model, folder, most, changes=None, capacity=None):
 
 
 def asked_of_tool(asked, kind, model, folder, changes=None):
-    if "sft" in kind or "dpo" in kind:
+    if kind.split()[0] in OF_TRL:
         pytest.importorskip("trl")
     done = subprocess.run(
         [sys.executable, str(HERE / "tool_errors.py"), asked, str(HERE / "tool_script.py"), kind, str(folder / model),
@@ -118,14 +129,15 @@ def told(kind, model, folder, capacity):
 
 def explained(kind, model, folder, error):
     given, mixed_precision = told(kind, model, folder, error["capacity"])
-    return given, explain(started(kind) + NOT_ON_A_GPU.sub("", error["text"]), given, mixed_precision=mixed_precision)
+    words = started(kind) + (f"{OF_TRL['grpo']}\n" if kind.startswith("grpo") else "")
+    return given, explain(words + NOT_ON_A_GPU.sub("", error["text"]), given, mixed_precision=mixed_precision)
 
 
 def truth(kind, request, text, config):
     """Name what truly asked: a pattern for the kind, from the module, the operator, the size and the line of code."""
     tool, *options = kind.split()
     evaluates = request["phase"] == "evaluation" and "evaluation" in options
-    blocks = EVAL_BATCH if evaluates else BATCH * (2 if tool == "dpo" else 1)
+    blocks = EVAL_BATCH if evaluates else BATCH * (2 if tool in ("dpo", "reward") else 1)
     rows, size, module = blocks * LENGTH, request["size_bytes"], request["module"]
     code = [line.strip() for line in text.splitlines() if line.startswith("    ") and set(line) - set(" ^~")][-1]
     if "reducer = dist.Reducer(" in text.rsplit("Traceback", 1)[1]:
@@ -169,6 +181,8 @@ def truth(kind, request, text, config):
         ("transformers half lora", 0.0001),
         ("sft half", 0.008),
         ("dpo lora half", 0.012),
+        ("reward half", 0.025),
+        ("grpo half", 0.01),
         ("transformers half ddp", 0.005),
         ("transformers half lora fsdp", 0.0002),
         pytest.param("sft half fsdp", 0.01, marks=pytest.mark.full_length),
@@ -178,11 +192,7 @@ def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder,
     """peft's adapters are in fp32, and what goes into each is cast and kept; TRL's loss is computed in chunks."""
     peak = asked_of_tool("peak", kind, "llama", model_folder)
     given, _ = told(kind, "llama", model_folder, 1 << 40)
-    text = (
-        started(kind)
-        if "transformers" in kind
-        else started(kind) + f"{kind[:3].upper()}Trainer: outputs = model(**inputs, fused_lm_head=True)"
-    )
+    text = started(kind) + OF_TRL.get(kind.split()[0], "")
     answer = explain(text, given, tool="trainer" if "transformers" in kind else "trl", budget_s=30)
     assert answer.without_limit.allocated_bytes == pytest.approx(peak, rel=apart)
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-BATCH, LENGTH, EVAL_BATCH = 2, 2048, 8
+BATCH, LENGTH, EVAL_BATCH, ANSWER = 2, 2048, 8, 1536
 kind, model_name, output, changes = sys.argv[1:5]
 tool, *options = kind.split()
 HALF = "bf16" if "bf16" in options else None
@@ -100,6 +100,49 @@ elif tool == "dpo":
         model(),
         args=DPOConfig(output, max_length=LENGTH, **common),
         train_dataset=pairs,
+        processing_class=tokenizer(),
+        peft_config=adapters() if "lora" in options else None,
+    )
+    trainer.train()
+elif tool == "reward":
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    dtype = torch.bfloat16 if "half" in options else torch.float32
+    scorer = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=1, dtype=dtype)
+    scorer.config.pad_token_id = 0
+    answers = {"chosen_ids": [ids] * 64, "rejected_ids": [ids] * 64}
+    trainer = RewardTrainer(
+        scorer,
+        args=RewardConfig(output, max_length=LENGTH, **common),
+        train_dataset=Dataset.from_dict(answers),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+elif tool == "grpo":
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Answered(GRPOTrainer):
+        """Takes answers as they are; what generates them is not asked."""
+
+        def _generate_and_score_completions(self, inputs):
+            device, rows = self.accelerator.device, len(inputs)
+            prompts = torch.ones(rows, LENGTH - ANSWER, dtype=torch.int64, device=device)
+            answers = torch.ones(rows, ANSWER, dtype=torch.int64, device=device)
+            return {
+                "prompt_ids": prompts,
+                "prompt_mask": torch.ones_like(prompts),
+                "completion_ids": answers,
+                "completion_mask": torch.ones_like(answers),
+                "advantages": torch.ones(rows, device=device),
+                "num_items_in_batch": torch.tensor(answers.numel(), device=device),
+            }
+
+    trainer = Answered(
+        model(),
+        args=GRPOConfig(output, max_completion_length=ANSWER, num_generations=BATCH, **common),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_dict({"prompt": ["a b"] * 64}),
         processing_class=tokenizer(),
         peft_config=adapters() if "lora" in options else None,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS
 
-PLAIN = ("attention", "fused_loss", "mixed_precision", "sharing", "evaluates")
+PLAIN = ("attention", "fused_loss", "mixed_precision", "sharing", "answers", "scores", "evaluates")
 """What a run of another tool has beside the settings of ``TrainConfig``; ``oomless`` has none of it."""
 
 
@@ -36,7 +36,8 @@ def _is_plain(values: Mapping[str, Any]) -> bool:
 
 
 def _logits(values: dict[str, Any]) -> dict[str, Any] | None:
-    return {"fused_loss": True} if _is_plain(values) and not values["fused_loss"] else None
+    whole = _is_plain(values) and not values["fused_loss"] and not values.get("scores")
+    return {"fused_loss": True} if whole else None
 
 
 def _attention(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -97,7 +98,11 @@ def _optimizer(name: str) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
 
 def _shorter(divisor: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
     def change(values: dict[str, Any]) -> dict[str, Any] | None:
-        length = values["max_seq_length"] // divisor
+        length, answers = values["max_seq_length"], values.get("answers")
+        if answers:  # prompts are what they are
+            shorter = answers // divisor
+            return {"max_seq_length": length - answers + shorter, "answers": shorter} if shorter >= 64 else None
+        length //= divisor
         return {"max_seq_length": length} if length >= 64 else None
 
     return change
@@ -122,7 +127,7 @@ def _quantized(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _head_alone(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("trainable", "full") == "lm_head":
+    if values.get("trainable", "full") == "lm_head" or values.get("scores"):
         return None
     return {"trainable": "lm_head", **dict.fromkeys(LORA_DEFAULTS), "quantization": None}
 

@@ -229,7 +229,7 @@ def find_cures(
         for name, group in PARTS.items():
             if CHANGES[name].apply(search.base) is not None and search.found() < 2:
                 search.groups((group,), ENOUGH)
-    if run.tool != "oomless" and not evaluates:
+    if run.tool != "oomless" and run.method is None and not evaluates:
         _in_oomless(run, before, search)
     return Cures(
         usable_bytes=run.target.usable_bytes,
@@ -276,7 +276,7 @@ def _in_oomless(run: FailedRun, before: Outcome, search: _Search) -> None:
 
 def changed(run: FailedRun, sets: Mapping[str, Any]) -> FailedRun:
     """Return ``run`` with what a change ``sets``; ``None`` takes a setting away."""
-    plain = {name: sets[name] for name in PLAIN if name in sets and name != "evaluates"}
+    plain = {name: sets[name] for name in PLAIN if name in sets and name not in ("evaluates", "scores")}
     values = {k: v for k, v in {**run.values, **sets}.items() if v is not None and k not in PLAIN}
     return dataclasses.replace(run, values=values, **plain)
 
@@ -323,8 +323,19 @@ def _cure(run: FailedRun, names: tuple[str, ...], sets: Mapping[str, Any], answe
         headroom_bytes=answer.headroom_bytes,
         quality="; ".join(qualities) or SAME,
         speed="; ".join(speeds) or SAME_SPEED,
-        tool=None if own else change_in(run.tool or "torch", names, {**after.values, "half": run.half}),
+        tool=None if own else change_in(run.tool or "torch", _named(run, names), _said(after)),
     )
+
+
+def _named(run: FailedRun, names: tuple[str, ...]) -> list[str]:
+    """Return the changes as tools have settings for them: of answers that the model generates, their own length."""
+    return ["completion" if run.answers and name.endswith("_length") else name for name in names]
+
+
+def _said(run: FailedRun) -> dict[str, Any]:
+    """Return the numbers of ``run`` as they are said in a tool's words."""
+    length = {"max_seq_length": run.answers} if run.answers else {}
+    return {**run.values, **length, "half": run.half}
 
 
 def _around_the_run(

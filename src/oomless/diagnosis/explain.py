@@ -23,7 +23,7 @@ from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehe
 from oomless.diagnosis.settings import LogSettings
 from oomless.diagnosis.shared_tensors import of_sharing
 from oomless.diagnosis.situation import Situation, Source, read_situation, why_not_rehearsed
-from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
+from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_answers, of_weights
 from oomless.errors import UserError
 
 TRAINER_EVAL_BATCH = 8
@@ -275,6 +275,10 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
         *of_activations(dimensions, blocks, run.item_bytes),
         *(of_sharing(run.spec, run.sharing) if run.sharing else ()),
     ]
+    if run.answers:
+        tensors += of_answers(dimensions, blocks, run.answers, run.item_bytes)
+    if run.scores:
+        tensors = [tensor for tensor in tensors if tensor.of != "lm_head"]
     return suspects(
         first.message,
         first.place,

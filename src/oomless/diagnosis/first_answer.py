@@ -13,7 +13,7 @@ from oomless.diagnosis.attribution import Suspect, suspects, suspects_in_the_cat
 from oomless.diagnosis.findings import Finding, find
 from oomless.diagnosis.logs import Occurrence, read
 from oomless.diagnosis.remedies import Remedy, advise
-from oomless.diagnosis.situation import Situation, read_situation
+from oomless.diagnosis.situation import PAIRS, Situation, read_situation
 from oomless.diagnosis.tensors import Tensor, of_activations, of_answers, of_torchtune, of_weights
 from oomless.errors import ConfigError, UserError
 
@@ -114,7 +114,7 @@ def blocks_at_once(situation: Situation) -> int:
     first = situation.reading.first
     evaluates = first is not None and first.place.phase == "evaluation"
     name = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
-    pairs = 2 if situation.method in ("dpo", "orpo", "reward model") else 1
+    pairs = 2 if situation.method in PAIRS else 1
     return int(situation.values.get(name, 1)) * pairs
 
 
@@ -142,6 +142,8 @@ def _suspects(situation: Situation) -> list[Suspect]:
     answer = situation.others.get("max_completion_length")
     if situation.method in ("grpo", "ppo") and answer:
         tensors += of_answers(dimensions, blocks_at_once(situation), answer, item_bytes(situation))
+    if situation.method == "reward model":
+        tensors = [tensor for tensor in tensors if tensor.of != "lm_head"]
     how: dict[str, Any] = {"unsloth": unsloth}
     found = suspects(first.message, first.place, tensors, tokens=length, positions=dimensions.positions, **how)
     if (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from oomless import optim
 from oomless.config import TrainConfig
-from oomless.diagnosis.tensors import TRL_TOKENS, TRL_WORDS
+from oomless.diagnosis.losses import answers_loss, fused_loss, generate, reward_loss
 from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device, nowhere
@@ -32,7 +32,6 @@ from oomless.models import build, form
 from oomless.models.make import attend
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
-from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.planning.plan import Target
 from oomless.planning.rehearse import UNLIMITED_BYTES, layers_repeated
 from oomless.techniques import checkpointing, frozen_layers, lora, quantization, sharding, trainable
@@ -68,6 +67,15 @@ class PlainRun:
 
     reference: bool = False
     """Whether a frozen copy of the weights computes log-probabilities beside the training."""
+
+    scores: bool = False
+    """Whether a head of one number for each token stands in place of the vocabulary's, as in a reward model."""
+
+    answers: int = 0
+    """How many tokens at the end of a sequence the model has generated, of which the logits alone are needed; 0 for all."""
+
+    generates: int = 0
+    """How many sequences are generated at once before a step."""
 
     by_a_trainer: bool = True
     """Whether transformers' Trainer makes the optimizer, which keeps the moments of embeddings in 32 bits."""
@@ -190,6 +198,10 @@ def build_plain(run: PlainRun, device: Device, ranks: Ranks) -> tuple[Any, torch
     cut = run.gpus > 1
 
     def prepare(made: Any) -> None:
+        if run.scores:
+            made.set_output_embeddings(
+                nn.Linear(made.get_input_embeddings().weight.shape[1], 1, bias=False, dtype=dtype, device="meta")
+            )
         if kind is not None:
             quantization.replace(made, kind, trainable.trained_modules(made, config))
         if cut:
@@ -335,6 +347,8 @@ class _AdamW8bit(torch.optim.Optimizer):
 def train_step(run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, device: Device) -> None:
     """Run one optimizer step with its accumulation, as the ``Trainer`` does."""
     model.train()
+    if run.generates:
+        generate(model, run.generates, run.config.max_seq_length, device)
     for _ in range(min(2, run.config.gradient_accumulation_steps)):  # further passes repeat the second
         loss = _loss(run, model, device, run.config.per_device_train_batch_size)
         with device.phase("backward"):
@@ -360,7 +374,7 @@ def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
 
         def evaluate() -> Any:
             if run.fused_loss == "trl":
-                return _fused_loss(model, tokens, device, "trl")
+                return fused_loss(model, tokens, device, "trl")
             logits = model(input_ids=tokens, use_cache=False).logits
             return model.loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
 
@@ -385,12 +399,18 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
             if run.reference:
                 reference = model.get_submodule(REFERENCE)
                 with torch.no_grad():
-                    if run.fused_loss == "trl":
-                        _fused_loss(reference, tokens, device, "trl")
+                    if run.answers and not run.fused_loss:
+                        answers_loss(reference, tokens, run.answers, device, single=run.mixed_precision is not None)
+                    elif run.fused_loss == "trl":
+                        fused_loss(reference, tokens, device, "trl")
                     else:
                         reference(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
+        if run.scores:
+            return reward_loss(model, tokens, device)
         if run.fused_loss:
-            return _fused_loss(model, tokens, device, run.fused_loss)
+            return fused_loss(model, tokens, device, run.fused_loss)
+        if run.answers:
+            return answers_loss(model, tokens, run.answers, device, single=run.mixed_precision is not None)
         with device.phase("forward"):
             output = model(input_ids=tokens, use_cache=False)
         with device.phase("loss"):
@@ -400,52 +420,6 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     with _casting(run):
         loss: Tensor = _whole(model, compute)
     return loss / run.config.gradient_accumulation_steps
-
-
-def _fused_loss(model: Any, tokens: Tensor, device: Device, whose: Literal["liger", "trl"]) -> Tensor:
-    with device.phase("forward"):
-        hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    with device.phase("loss"):
-        weight = model.get_output_embeddings().weight
-        if whose == "trl":
-            rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            return _LossOfTRL.apply(rows, weight)  # type: ignore[no-any-return, no-untyped-call]
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        total: Tensor = linear_cross_entropy(rows.to(weight.dtype), weight, tokens.reshape(-1))
-        return total
-
-
-class _LossOfTRL(torch.autograd.Function):
-    """Holds what TRL's loss holds (1.16: trl/kernels/chunked_logprob.py), and computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else rows.dtype
-        sums = [torch.zeros(len(rows), dtype=torch.float32, device=rows.device) for _ in range(7)]
-        held = _LossOfTRL._chunk(ctx, rows, weight)
-        del held
-        ctx.save_for_backward(rows, weight, sums[0])
-        return sums[1].sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, weight, _ = ctx.saved_tensors
-        of_both = [
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if needed else None
-            for tensor, needed in zip((rows, weight), ctx.needs_input_grad, strict=True)
-        ]
-        held = _LossOfTRL._chunk(ctx, rows, weight)
-        of_rows, of_weight = (
-            None if one is None else one.to(t.dtype) for one, t in zip(of_both, (rows, weight), strict=True)
-        )
-        del held
-        return of_rows, of_weight
-
-    @staticmethod
-    def _chunk(ctx: Any, rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        tokens, words = min(len(rows), TRL_TOKENS), min(len(weight), TRL_WORDS)
-        logits = torch.empty((tokens, words), dtype=ctx.dtype, device=rows.device)
-        return logits, rows[:tokens].to(ctx.dtype), weight[:words].to(ctx.dtype)
 
 
 def _casting(run: PlainRun) -> AbstractContextManager[Any]:

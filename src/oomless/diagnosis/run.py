@@ -18,7 +18,7 @@ from oomless.diagnosis.attribution import Suspect, roundness
 from oomless.diagnosis.findings import outside_bytes
 from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_plain
-from oomless.diagnosis.situation import SAME_GPU, Situation, Source
+from oomless.diagnosis.situation import PAIRS, SAME_GPU, Situation, Source
 from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -38,6 +38,9 @@ OWN_LOOPS = ("torch", "accelerate", "peft", "torchtune", "litgpt", "nemo", "verl
 
 OWN_ADAPTERS = ("torchtune", "litgpt", "nemo")
 """Tools whose LoRA is not peft's: adapters are in the model's dtype."""
+
+TRL_SHARE = 0.3
+"""What vLLM takes of the GPU in TRL where it is not told."""
 
 _SOLVED_LENGTHS = 8
 LONGEST_USUAL_TOKENS = 8192
@@ -68,6 +71,15 @@ class FailedRun:
     reference: bool = False
     """Whether a frozen copy of the weights is held beside."""
 
+    method: str | None = None
+    """dpo, grpo, reward model ...; ``None`` for plain training."""
+
+    answers: int = 0
+    """Tokens of an answer that the model generates itself; 0 where it generates none."""
+
+    generates: int = 0
+    """Sequences that it generates at once."""
+
     gpus: int = 1
     """How many train together, as far as it is told."""
 
@@ -79,6 +91,11 @@ class FailedRun:
 
     own: Mapping[str, Any] = field(default_factory=dict)
     """What else a run of oomless was told, its text and length say, which no cure changes."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model has a head of one number in place of the vocabulary's."""
+        return self.method == "reward model"
 
     @property
     def known(self) -> bool:
@@ -114,6 +131,9 @@ class FailedRun:
             fused_loss=("trl" if self.tool == "trl" else "liger") if self.fused_loss else None,
             sequences_each=self.sequences_each,
             reference=self.reference,
+            scores=self.scores,
+            answers=self.answers,
+            generates=self.generates,
             by_a_trainer=self.tool not in OWN_LOOPS,
             gpus=self.gpus if self.sharing == "fsdp" else 1,
             buckets=self.sharing == "ddp",
@@ -134,7 +154,13 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
     target, outside = _target(situation)
     frames = " ".join(f"{f.path} {f.name} {f.code}" for f in first.place.frames) if first is not None else ""
     eager = situation.attention == "eager" or (situation.attention is None and "eager_attention_forward" in frames)
-    pairs = situation.method in ("dpo", "orpo")
+    answers = situation.others.get("max_completion_length", 0) if situation.method == "grpo" else 0
+    if answers:
+        notes.append(_of_grpo(situation))
+    own_generation = answers and not situation.others.get("vllm")
+    at_once = situation.values.get("per_device_train_batch_size", 1) * situation.values.get(
+        "gradient_accumulation_steps", 1
+    )
     run = FailedRun(
         tool=situation.tool,
         model=situation.model,
@@ -146,13 +172,32 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         attention="eager" if eager else "sdpa",
         foreach="_multi_tensor" in frames or "_foreach" in frames,
         fused_loss=_fused_loss(situation, frames, notes),
-        sequences_each=2 if pairs else 1,
-        reference=situation.method == "dpo" and situation.trains_all,
+        sequences_each=2 if situation.method in PAIRS else 1,
+        reference=situation.trains_all and (situation.method == "dpo" or bool(situation.others.get("beta"))),
+        method=situation.method,
+        answers=answers,
+        generates=at_once if own_generation else 0,
         gpus=situation.several.gpus or 1,
         sharing=_sharing(situation, notes),
         outside_bytes=outside,
     )
     return _usable(_consistent(run), notes)
+
+
+def _of_grpo(situation: Situation) -> str:
+    """Say what is rehearsed of GRPO."""
+    beside = "vLLM's share beside it" if _share_of_vllm(situation) else "the GPU for itself"
+    how = "as vLLM makes them" if situation.others.get("vllm") else "keys and values of all of them at once"
+    reference = "with a reference model" if situation.others.get("beta") else "without a reference model (beta 0)"
+    return f"rehearsed: GRPO's answers, {how}, and its update {reference}, with {beside}; of older TRL, where the text shows no other"
+
+
+def _share_of_vllm(situation: Situation) -> float:
+    """Return which part of the GPU vLLM holds while the model trains: none where it sleeps or has a GPU of its own."""
+    others = situation.others
+    if situation.method != "grpo" or not others.get("vllm") or others.get("vllm_sleeps") or others.get("vllm_server"):
+        return 0.0
+    return float(others.get("gpu_memory_utilization") or TRL_SHARE)
 
 
 def _fused_loss(situation: Situation, frames: str, notes: list[str]) -> bool:
@@ -212,13 +257,15 @@ def _target(situation: Situation) -> tuple[Target, int | None]:
     else:
         assert capacity_bytes is not None
         target = _target_of_size(capacity_bytes)
+    share = int(_share_of_vllm(situation) * target.capacity_bytes)
+    target = dataclasses.replace(target, outside_bytes=target.outside_bytes + share)
     if message is None or capacity is None:
         return target, None
     outside = outside_bytes(message)
     total = target.capacity_bytes if target.capacity_bytes in capacity else capacity.low
     changes: dict[str, Any] = {"capacity_bytes": total}
     if outside is not None:
-        changes["outside_bytes"] = min(outside, total - (1 << 20))
+        changes["outside_bytes"] = min(max(outside, share), total - (1 << 20))
     return dataclasses.replace(target, **changes), outside
 
 

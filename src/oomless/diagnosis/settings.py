@@ -117,6 +117,7 @@ _ON = {
     "prediction_loss_only": ("prediction_loss_only",),
     "optimizer_in_backward": ("optimizer_in_bwd",),
     "use_vllm": ("use_vllm",),
+    "vllm_sleeps": ("vllm_enable_sleep_mode", "sleep_level", "free_cache_engine"),
     "padding_free": ("padding_free",),
 }
 _EXPANDABLE = re.compile(
@@ -136,7 +137,10 @@ _METHODS = (
     ("kto", r"\bKTO(?:Trainer|Config)?\b"),
     ("grpo", r"\bGRPO(?:Trainer|Config)?\b|grpo_trainer|adv_estimator=grpo"),
     ("ppo", r"\bPPO(?:Trainer|Config|v2Trainer)?\b|ppo_trainer|adv_estimator=gae"),
-    ("reward model", r"\bReward(?:Trainer|Config)\b|PairwiseTrainer|\bstage['\"]?\s*(?:[:=]|\s)\s*['\"]?rm\b"),
+    (
+        "reward model",
+        r"\bReward(?:Trainer|Config)\b|reward_trainer|PairwiseTrainer|\bstage['\"]?\s*(?:[:=]|\s)\s*['\"]?rm\b",
+    ),
     ("distillation", r"\bGKD(?:Trainer|Config)?\b|\bteacher_model|knowledge_distillation|distill\w*\.py"),
 )
 _STAGE = re.compile(
@@ -306,6 +310,9 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
             yield "offload_param", True  # the tools' files of this name offload both
     share = re.findall(r"(?:vllm_)?gpu_memory_utilization['\"]?\s*(?:[:=]|\s)\s*['\"]?(0?\.\d+|1\.0)", text)
     yield "gpu_memory_utilization", float(share[-1]) if share else None
+    yield "vllm_server", bool(re.search(r"vllm_mode['\"]?\s*[:=\s]\s*['\"]?server|vllm-serve\b", text))
+    beta = re.findall(r"(?<![\w_])beta['\"]?\s*[:=\s]\s*(0?\.\d+|\d+(?:\.\d+)?)", text)
+    yield "beta", float(beta[-1]) if beta else None
     yield "vllm", bool(share) or bool(re.search(r"(?<![a-z])vllm(?![a-z])", text, re.IGNORECASE))
 
 

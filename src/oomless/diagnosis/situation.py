@@ -211,12 +211,13 @@ def _size(name: str) -> int | None:
         return None
 
 
+PAIRS = ("dpo", "orpo", "reward model")
+"""Methods that run a chosen and a rejected answer together."""
+
 NOT_REHEARSED = {
-    "grpo": "GRPO generates between its steps, which is not rehearsed",
     "ppo": "PPO holds several models and generates between its steps, which is not rehearsed",
     "kto": "KTO's two passes are not rehearsed",
     "distillation": "a teacher beside the student is not rehearsed",
-    "reward model": "a reward model's head is not rehearsed",
 }
 
 
@@ -259,6 +260,10 @@ def why_not_rehearsed(situation: Situation) -> str | None:
         return "it failed while the model was loaded, and nothing in the text trains it"
     if situation.method in NOT_REHEARSED:
         return NOT_REHEARSED[situation.method]
+    if situation.method == "grpo" and (situation.tool in ("unsloth", "verl") or situation.several.sharing == "layers"):
+        return "GRPO is rehearsed as TRL does it"
+    if situation.method == "grpo" and not {"max_completion_length"} <= situation.others.keys():
+        return "the text does not say how long GRPO's answers may be (max_completion_length)"
     if several.shares and (why := _why_not_shared(situation)) is not None:
         return f"the model is shared out among GPUs, {why}"
     if situation.model is None and situation.reading.settings.named is None:
