@@ -17,7 +17,7 @@ from oomless import catalogue
 from oomless.diagnosis.frames import Place
 from oomless.diagnosis.messages import OutOfMemory
 from oomless.diagnosis.sizes import ByteRange
-from oomless.diagnosis.tensors import Dimensions, Tensor, of_activations
+from oomless.diagnosis.tensors import DEEPSPEED, Dimensions, Tensor, of_activations
 from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.units import MiB
@@ -214,6 +214,8 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
             support.append(f"the stack is in {place.module}")
         elif tensor.modules:
             score -= 1.5
+    if place.frames and "/runtime/zero/" in place.frames[-1].path and tensor.of != DEEPSPEED:
+        score -= 2
     hint = _hint(tensor, place)
     if hint is not None:
         score += 2

@@ -12,7 +12,7 @@ from typing import Any
 
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS
 
-PLAIN = ("attention", "fused_loss", "mixed_precision", "sharing", "answers", "scores", "evaluates")
+PLAIN = ("attention", "fused_loss", "mixed_precision", "sharing", "offloads", "answers", "scores", "evaluates")
 """What a run of another tool has beside the settings of ``TrainConfig``; ``oomless`` has none of it."""
 
 
@@ -88,7 +88,7 @@ def _optimizer(name: str) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
 
     def change(values: dict[str, Any]) -> dict[str, Any] | None:
         now = values.get("optimizer", "adamw")
-        if values.get("sharing") == "fsdp" or now not in order or order.index(now) >= order.index(name):
+        if values.get("sharing") not in (None, "ddp") or now not in order or order.index(now) >= order.index(name):
             return None
         dropped = {key: None for key in OPTIMIZER_DEFAULTS[now] if key not in OPTIMIZER_DEFAULTS[name]}
         return {"optimizer": name, **dropped}
@@ -109,8 +109,15 @@ def _shorter(divisor: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
 
 
 def _shared_out(values: dict[str, Any]) -> dict[str, Any] | None:
-    shares = values.get("sharing") == "ddp" and not values.get("quantization")
-    return {"sharing": "fsdp"} if shares and values.get("optimizer", "adamw") == "adamw" else None
+    if values.get("quantization") or values.get("optimizer", "adamw") != "adamw":
+        return None
+    after = {"ddp": "fsdp", "zero1": "zero3", "zero2": "zero3"}.get(values.get("sharing") or "")
+    return {"sharing": after} if after else None
+
+
+def _offload(values: dict[str, Any]) -> dict[str, Any] | None:
+    zero = str(values.get("sharing")).startswith("zero")
+    return {"offloads": True} if zero and not values.get("offloads") else None
 
 
 def _lora(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -120,7 +127,7 @@ def _lora(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _quantized(values: dict[str, Any]) -> dict[str, Any] | None:
-    packed_or_cut = values.get("quantization") or values.get("sharing") == "fsdp"
+    packed_or_cut = values.get("quantization") or values.get("sharing") in ("fsdp", "zero3")
     if packed_or_cut or "full" in values.get("trainable", "full") or values.get("use_dora"):
         return None
     return {"quantization": "nf4"}
@@ -148,6 +155,8 @@ CHANGES = {
                speed="each layer's forward is computed twice", apply=_checkpointing),
         Change(name="zero3", title="weights, gradients and optimizer state shared out among the GPUs", quality=SAME,
                reduces_fixed=True, speed="each layer's weights come over the links", apply=_shared_out),
+        Change(name="offload_optimizer", title="the optimizer's state in the host's memory (12 bytes a parameter, shared out)",
+               quality=SAME, reduces_fixed=True, speed="a slower update, over the bus", apply=_offload),
         Change(name="in_backward", title="updates inside the backward pass", reduces_fixed=True,
                quality="no clipping by the global norm", speed="none", apply=_in_backward),
         Change(name="half", title="16-bit weights", reduces_fixed=True,
@@ -171,7 +180,7 @@ CHANGES = {
                quality="the body learns nothing", speed="much faster", apply=_head_alone),
     )
 }  # fmt: skip
-_LEAN = ("logits", "attention", "batch", "checkpointing", "zero3", "half", "correction")
+_LEAN = ("logits", "attention", "batch", "checkpointing", "zero3", "offload_optimizer", "half", "correction")
 BUNDLES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("attention",),
@@ -181,8 +190,9 @@ BUNDLES: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("logits", "batch"),
         ("logits", "attention", "batch", "checkpointing"),
         ("zero3",),
+        ("offload_optimizer",),
         ("in_backward",),
-        ("batch", "checkpointing", "zero3", "in_backward"),
+        ("batch", "checkpointing", "zero3", "offload_optimizer", "in_backward"),
     ),
     (
         ("adamw_8bit",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from oomless.diagnosis.logs import read
 from oomless.diagnosis.plain_step import Outcome
 from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehearse_run
 from oomless.diagnosis.settings import LogSettings
-from oomless.diagnosis.shared_tensors import of_sharing
+from oomless.diagnosis.shared_tensors import of_sharing, of_zero
 from oomless.diagnosis.situation import Situation, Source, read_situation, why_not_rehearsed
 from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_answers, of_weights
 from oomless.errors import UserError
@@ -256,6 +256,13 @@ def _with_evaluation(run: FailedRun, situation: Situation) -> FailedRun:
     return replace(run, values=values, sources={**run.sources, "per_device_eval_batch_size": "assumed"})
 
 
+def _of_zero(run: FailedRun, situation: Situation) -> Iterator[Tensor]:
+    assert run.zero is not None
+    assert run.spec is not None
+    trained = situation.parameters if situation.trains_all else situation.reading.settings.trainable_parameters
+    yield from of_zero(run.zero.stage, run.zero.gpus, trained, run.zero.bucket, matrices(run.spec))
+
+
 def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[Suspect]:
     first = situation.reading.first
     assert run.spec is not None
@@ -273,7 +280,8 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
             packed=bool(run.values.get("quantization")),
         ),
         *of_activations(dimensions, blocks, run.item_bytes),
-        *(of_sharing(run.spec, run.sharing) if run.sharing else ()),
+        *(of_sharing(run.spec, run.sharing) if run.sharing in ("ddp", "fsdp") else ()),
+        *(_of_zero(run, situation) if run.zero else ()),
     ]
     if run.answers:
         tensors += of_answers(dimensions, blocks, run.answers, run.item_bytes)

@@ -13,6 +13,7 @@ from oomless.diagnosis.attribution import Suspect, suspects, suspects_in_the_cat
 from oomless.diagnosis.findings import Finding, find
 from oomless.diagnosis.logs import Occurrence, read
 from oomless.diagnosis.remedies import Remedy, advise
+from oomless.diagnosis.shared_tensors import ZERO_BUCKET, of_zero
 from oomless.diagnosis.situation import PAIRS, Situation, read_situation
 from oomless.diagnosis.tensors import Tensor, of_activations, of_answers, of_torchtune, of_weights
 from oomless.errors import ConfigError, UserError
@@ -139,6 +140,13 @@ def _suspects(situation: Situation) -> list[Suspect]:
         *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
         *(of_torchtune(dimensions, blocks_at_once(situation)) if situation.tool == "torchtune" else ()),
     ]
+    sharing = situation.several.sharing or ""
+    if sharing.startswith("zero"):
+        stage, several = int(sharing[-1]), situation.several
+        bucket = situation.others.get("reduce_bucket_size") or (dimensions.hidden**2 if stage == 3 else ZERO_BUCKET)
+        trained = situation.parameters if situation.trains_all else situation.reading.settings.trainable_parameters
+        gpus = None if several.at_least else several.gpus
+        tensors += of_zero(stage, gpus, trained, bucket, dimensions.matrices())
     answer = situation.others.get("max_completion_length")
     if situation.method in ("grpo", "ppo") and answer:
         tensors += of_answers(dimensions, blocks_at_once(situation), answer, item_bytes(situation))

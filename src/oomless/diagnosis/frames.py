@@ -50,7 +50,7 @@ _OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tupl
         (
             "load",
             r"\b(from_pretrained|_load_pretrained_model|load_state_dict|dispatch_model|_load_state_dict_into_\w+|"
-            r"_materialize_copy|prepare_model|create_quantized_param|set_module_tensor_to_device|load_model|load_checkpoint\w*|"
+            r"_configure_(?:bf16|fp16|zero)_optimizer|_create_fp32_partitions|_create_fp16_partitions\w*|_materialize_copy|prepare_model|create_quantized_param|set_module_tensor_to_device|load_model|load_checkpoint\w*|"
             r"load_checkpoint_and_dispatch|_configure_distributed_model|_move_states_to_device|_init_sharded_param|_broadcast_model|resize_token_embeddings|_init_weights|"
             r"initialize_missing_keys|_load_optimizer_and_scheduler|_load_from_checkpoint|init_flat_param|_init_param_handle_from_\w+|"
             r"_convert_to_fp32|prepare_model_for_kbit_training|cast_mixed_precision_params)$",

@@ -9,7 +9,7 @@ the first: DDP's buckets of gradients, or a model cut by FSDP2 as accelerate cut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from oomless import optim
 from oomless.config import TrainConfig
 from oomless.diagnosis.losses import answers_loss, fused_loss, generate, reward_loss
+from oomless.diagnosis.zero import Part, Zero
 from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device, nowhere
@@ -83,6 +84,9 @@ class PlainRun:
     gpus: int = 1
     """How many share the model by FSDP."""
 
+    zero: Zero | None = None
+    """How DeepSpeed shares the training out, where it does."""
+
     buckets: bool = False
     """Whether DDP sums gradients over several GPUs, in buckets that lie beside them."""
 
@@ -133,7 +137,8 @@ def rehearse_plain(
     Raises:
         UserError: model, GPU and settings do not fit together.
     """
-    if not names_modules and run.gpus == 1:  # layers that are gathered ask for each other's weights
+    # Layers that are gathered ask for each other's weights, and what takes a gradient takes every layer's.
+    if not names_modules and run.gpus == 1 and run.zero is None:
         with suppress(CannotRepeat):
             return _rehearsed(run, target, limited, settings, layers_repeated)
     return _rehearsed(run, target, limited, settings, lambda model, device: nullcontext())
@@ -157,13 +162,17 @@ def _rehearsed(
             with attention_kernel(kernel):
                 model, optimizer = build_plain(run, device, ranks)
                 held = _buckets(run, model, device)
+                part = _part(run, model, device)
+                if part is not None:
+                    optimizer = _optimizer(run, model, part.masters)
+                    device.watch(model, optimizer)
                 device.book_workspaces(target.workspace_bytes)
                 with repeated(model, device):
                     for _ in range(STEPS):
-                        train_step(run, model, optimizer, device)
+                        train_step(run, model, optimizer, device, part)
                     if run.evaluates:
                         evaluation_step(run, model, device)
-                del held
+                del held, part
         except torch.OutOfMemoryError as error:
             message = str(error)
     return outcome(device, message)
@@ -274,6 +283,17 @@ def _buckets(run: PlainRun, model: nn.Module, device: Device) -> list[Tensor]:
     return made
 
 
+def _part(run: PlainRun, model: nn.Module, device: Device) -> Part | None:
+    """Return DeepSpeed's part of the optimizer's work, made before the first step."""
+    if run.zero is None:
+        return None
+    part = Part(zero=run.zero, trained=_parameters(model), device=device)  # type: ignore[arg-type]
+    with device.phase("load"):
+        part.build()
+    part.listen()
+    return part
+
+
 def _adapters_to_fp32(model: Any, device: Device) -> None:
     for name, parameter in list(model.named_parameters()):
         if lora.is_adapter(name):
@@ -295,9 +315,9 @@ def _parameters(model: nn.Module) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(REFERENCE)]
 
 
-def _optimizer(run: PlainRun, model: Any) -> torch.optim.Optimizer:
+def _optimizer(run: PlainRun, model: Any, of: Sequence[Tensor] | None = None) -> torch.optim.Optimizer:
     config = run.config
-    parameters = [sharding.local(parameter) for parameter in _parameters(model)]
+    parameters = list(of or (sharding.local(parameter) for parameter in _parameters(model)))
     if config.optimizer == "adamw":
         kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
         return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
@@ -344,7 +364,9 @@ class _AdamW8bit(torch.optim.Optimizer):
                     state[f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
 
 
-def train_step(run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, device: Device) -> None:
+def train_step(
+    run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, device: Device, part: Part | None = None
+) -> None:
     """Run one optimizer step with its accumulation, as the ``Trainer`` does."""
     model.train()
     if run.generates:
@@ -352,9 +374,14 @@ def train_step(run: PlainRun, model: Any, optimizer: torch.optim.Optimizer, devi
     for _ in range(min(2, run.config.gradient_accumulation_steps)):  # further passes repeat the second
         loss = _loss(run, model, device, run.config.per_device_train_batch_size)
         with device.phase("backward"):
+            if part is not None:
+                part.before_backward()
             loss.backward()  # type: ignore[no-untyped-call]
         del loss
     with device.phase("optimizer"):
+        if part is not None:
+            part.step(optimizer)
+            return
         trained = [(parameter, sharding.local(parameter)) for parameter in _parameters(model)]
         for parameter, own in trained:
             if own is not parameter:

@@ -18,7 +18,9 @@ from oomless.diagnosis.attribution import Suspect, roundness
 from oomless.diagnosis.findings import outside_bytes
 from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_plain
+from oomless.diagnosis.shared_tensors import ZERO_BUCKET
 from oomless.diagnosis.situation import PAIRS, SAME_GPU, Situation, Source
+from oomless.diagnosis.zero import Zero
 from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -83,8 +85,14 @@ class FailedRun:
     gpus: int = 1
     """How many train together, as far as it is told."""
 
-    sharing: Literal["ddp", "fsdp"] | None = None
+    sharing: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] | None = None
     """How they share the model: each holds all, or a part."""
+
+    offloads: bool = False
+    """Whether the optimizer's state lies in the host's memory."""
+
+    bucket: int | None = None
+    """DeepSpeed's ``reduce_bucket_size``, where the text says it."""
 
     outside_bytes: int | None = None
     """What the message leaves for everything outside of this process's allocator."""
@@ -96,6 +104,17 @@ class FailedRun:
     def scores(self) -> bool:
         """Whether the model has a head of one number in place of the vocabulary's."""
         return self.method == "reward model"
+
+    @property
+    def zero(self) -> Zero | None:
+        """How DeepSpeed shares the run out; ``None`` where it does not."""
+        if self.sharing is None or not self.sharing.startswith("zero"):
+            return None
+        assert self.spec is not None
+        stage = int(self.sharing[-1])
+        width = int(self.spec.config.get_text_config().hidden_size)
+        bucket = self.bucket or (width * width if stage == 3 else ZERO_BUCKET)
+        return Zero(stage=stage, gpus=self.gpus, bucket=bucket, offloads=self.offloads)
 
     @property
     def known(self) -> bool:
@@ -135,9 +154,10 @@ class FailedRun:
             answers=self.answers,
             generates=self.generates,
             by_a_trainer=self.tool not in OWN_LOOPS,
-            gpus=self.gpus if self.sharing == "fsdp" else 1,
+            gpus=self.gpus if self.sharing in ("fsdp", "zero3") else 1,
+            zero=self.zero,
             buckets=self.sharing == "ddp",
-            adapters_in_fp32=self.tool not in OWN_ADAPTERS,
+            adapters_in_fp32=self.tool not in OWN_ADAPTERS and self.zero is None,
         )
 
 
@@ -179,6 +199,8 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         generates=at_once if own_generation else 0,
         gpus=situation.several.gpus or 1,
         sharing=_sharing(situation, notes),
+        offloads=bool(situation.others.get("offload_optimizer")),
+        bucket=situation.others.get("reduce_bucket_size"),
         outside_bytes=outside,
     )
     return _usable(_consistent(run), notes)
@@ -208,7 +230,7 @@ def _fused_loss(situation: Situation, frames: str, notes: list[str]) -> bool:
     return bool(situation.others.get("liger")) and situation.tool != "oomless"
 
 
-def _sharing(situation: Situation, notes: list[str]) -> Literal["ddp", "fsdp"] | None:
+def _sharing(situation: Situation, notes: list[str]) -> Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] | None:
     """Return how several GPUs share the model of a run of another tool, and note how that is rehearsed."""
     several = situation.several
     if situation.tool == "oomless" or not several.many:
@@ -219,6 +241,16 @@ def _sharing(situation: Situation, notes: list[str]) -> Literal["ddp", "fsdp"] |
     if several.sharing == "ddp":
         notes.append("rehearsed as one of the GPUs, with the buckets in which DDP sums gradients")
         return "ddp"
+    if several.sharing in ("zero1", "zero2", "zero3"):
+        size = situation.others.get("reduce_bucket_size")
+        bucket = (
+            f"{size:,} numbers" if size else "the size that is usual (width^2 in stage 3, else 500,000,000 numbers)"
+        )
+        notes.append(
+            f"rehearsed as one of {several.gpus} GPUs, with what DeepSpeed's source holds in {several.sharing.replace('zero', 'ZeRO-')}: "
+            f"its part in fp32, buckets of {bucket}"
+        )
+        return several.sharing
     return None
 
 
@@ -293,6 +325,9 @@ def _consistent(run: FailedRun) -> FailedRun:
             values["tied_weights"], sources["tied_weights"] = "shared", "assumed"
     capability = run.target.compute_capability if run.target is not None else (8, 0)
     mixed = run.mixed_precision
+    if run.zero is not None and values.get("dtype") in (None, "fp32"):  # DeepSpeed casts the model itself
+        values["dtype"], sources["dtype"] = mixed or run.half, "tool" if mixed else "assumed"
+        mixed = None
     if capability < (8, 0) and values.get("dtype") == "bf16" and sources["dtype"] in ("log", "tool"):
         values["dtype"] = "fp16"  # the tool emulates bf16 there; the bytes are the same
     if capability < (8, 0) and mixed == "bf16":

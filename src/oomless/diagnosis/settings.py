@@ -301,6 +301,8 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
             )
         ),
     )
+    buckets = re.findall(r"(?<![a-z_])reduce_bucket_size['\"]?\s*[:=\s]\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\b", text)
+    yield "reduce_bucket_size", int(float(buckets[-1])) if buckets and float(buckets[-1]) < 1e12 else None
     yield "packed_weights", bool(_PACKED.search(text))
     yield "expandable", bool(_EXPANDABLE.search(text))
     for match in [*_OFFLOAD.finditer(text), *_OFFLOAD_FLAG.finditer(text)]:

@@ -227,11 +227,13 @@ OWN_SHARING = ("torchtune", "litgpt", "nemo", "verl", "unsloth")
 
 def _why_not_shared(situation: Situation) -> str | None:
     several = situation.several
-    if several.sharing != "fsdp":
-        return "which is rehearsed for FSDP alone"
+    if several.sharing not in ("fsdp", "zero1", "zero2", "zero3"):
+        return "which is rehearsed for FSDP and ZeRO alone"
+    if several.sharing != "fsdp" and situation.others.get("offload_param"):
+        return "with their weights in the host's memory, which is not rehearsed"
     if situation.tool in OWN_SHARING:
         return f"which {situation.tool} does in its own way"
-    if situation.values.get("quantization"):
+    if situation.values.get("quantization") and several.sharing in ("fsdp", "zero3"):
         return "which is not rehearsed with packed weights"
     if several.gpus is None or several.at_least:
         return "and the text does not say how many there are"

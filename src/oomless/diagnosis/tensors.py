@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from oomless.memory.device import Phase
     from oomless.models.spec import ModelSpec
 
+DEEPSPEED = "DeepSpeed"
+"""What tensors are of that its own code makes."""
+
 TOGETHER = "mlp.gate and up together"
 """One matrix for both, which few models have."""
 
