@@ -52,7 +52,7 @@ def test_a_stage_holds_what_deepspeed_asks_for(spec, stage):
         2: max(2 * part + in_the_step, 2 * part + 2 * BUCKET + embedding),
         3: 2 * part + in_the_step + 2 * 2 * BUCKET,
     }[stage]
-    assert held["gradients"] == pytest.approx(most, rel=0.01)
+    assert held["gradients"] == pytest.approx(most, rel=0.02)
 
 
 def test_an_offloaded_optimizer_holds_nothing_here(spec):

@@ -14,10 +14,10 @@ tool, *options = kind.split()
 HALF = "bf16" if "bf16" in options else None
 
 
-def adapters():
+def adapters(task="CAUSAL_LM"):
     from peft import LoraConfig
 
-    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=16, target_modules="all-linear", task_type=task)
 
 
 def tokenizer():
@@ -117,6 +117,7 @@ elif tool == "reward":
         args=RewardConfig(output, max_length=LENGTH, **common),
         train_dataset=Dataset.from_dict(answers),
         processing_class=tokenizer(),
+        peft_config=adapters("SEQ_CLS") if "lora" in options else None,
     )
     trainer.train()
 elif tool == "grpo":

@@ -278,6 +278,7 @@ def _suspects(situation: Situation, run: FailedRun, rehearsed: Outcome) -> list[
             trained=situation.values.get("trainable") != "lora",
             cast=run.mixed_precision is not None,
             packed=bool(run.values.get("quantization")),
+            halves=run.values.get("dtype") in ("bf16", "fp16"),
         ),
         *of_activations(dimensions, blocks, run.item_bytes),
         *(of_sharing(run.spec, run.sharing) if run.sharing in ("ddp", "fsdp") else ()),

@@ -136,6 +136,7 @@ def _suspects(situation: Situation) -> list[Suspect]:
             trained=situation.values.get("trainable") != "lora",
             cast=may_cast(situation),
             packed=bool(situation.values.get("quantization")),
+            halves=situation.values.get("dtype") in ("bf16", "fp16"),
         ),
         *of_activations(dimensions, blocks_at_once(situation), item_bytes(situation)),
         *(of_torchtune(dimensions, blocks_at_once(situation)) if situation.tool == "torchtune" else ()),

@@ -168,17 +168,21 @@ def phases(*names: Phase) -> frozenset[Phase]:
 
 
 def of_weights(
-    weights: list[tuple[str, tuple[int, ...]]], *, trained: bool, cast: bool, packed: bool
+    weights: list[tuple[str, tuple[int, ...]]], *, trained: bool, cast: bool, packed: bool, halves: bool
 ) -> Iterator[Tensor]:
     """Yield what exists for each kind of weight.
 
     Gradients and optimizer state exist only where they are ``trained``, copies in 16 bits only where arithmetic may be ``cast``.
     Where weights are ``packed`` in 4 or 8 bits, all but embeddings and head are whole only before that and where they are used.
+    Where they are ``halves``, of 16 bits, their gradients are too; a loss in chunks sums the head's in fp32 even so.
     """
     for tensor in _of_weights(weights):
         if not (trained or tensor.kind.startswith(("weights", "copy"))) or (tensor.kind == CAST_COPY and not cast):
             continue
-        if not packed or "embed" in tensor.of or "lm_head" in tensor.of:
+        at_an_end = "embed" in tensor.of or "lm_head" in tensor.of
+        if halves and not at_an_end and tensor.kind == f"gradient of a weight in {DTYPES[4]}":
+            continue
+        if not packed or at_an_end:
             yield tensor
         elif tensor.kind.startswith("weights"):
             yield replace(tensor, kind=f"{tensor.kind}, before they are packed")
