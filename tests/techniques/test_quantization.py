@@ -68,6 +68,24 @@ def test_only_frozen_layers_of_the_body_are_quantised(make_checkpoint, architect
         assert layer.bias is None or torch.equal(layer.bias, original.bias)
 
 
+def test_a_matrix_that_lies_transposed(make_checkpoint):
+    """GPT-2's layers are ``Conv1D``, whose weight is [in, out]."""
+    folder, device = make_checkpoint("gpt2"), VirtualGPU(1 << 30)
+    with device.active():
+        model = assemble(
+            resolve(str(folder)), make_config(folder, dtype="fp32", **PARTS["lora"]), device, fill=True
+        ).model
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    layers = dict(frozen_layers(model))
+    assert len(layers) == 2 * 4
+    for name, layer in layers.items():
+        original = plain.get_submodule(name)
+        assert (layer.unpack(torch.float32).t() - original.weight).norm() < 0.11 * original.weight.norm()
+        x = torch.randn(3, layer.in_features)
+        exact = torch.addmm(original.bias, x, layer.unpack(torch.float32).t())
+        torch.testing.assert_close(layer(x), exact)
+
+
 class CountsHost(VirtualGPU):
     """A virtual GPU whose books hold what lies on the host as well."""
 
@@ -116,8 +134,9 @@ def test_trains_saves_the_original_weights_and_loads_in_transformers(make_checkp
     assert result.eval_after["library.jsonl"] < result.eval_before["library.jsonl"]
 
 
-def test_saved_model_is_the_live_one_but_for_the_rounding(make_checkpoint, corpus, tmp_path, monkeypatch):
-    folder = make_checkpoint("qwen3")
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_saved_model_is_the_live_one_but_for_the_rounding(make_checkpoint, corpus, tmp_path, monkeypatch, architecture):
+    folder = make_checkpoint(architecture)
     runs = []
     original = loop.Run.__init__
     monkeypatch.setattr(loop.Run, "__init__", lambda run, *given: (original(run, *given), runs.append(run))[0])

@@ -24,9 +24,16 @@ def configure(folder, corpus="none", out="none", **settings):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_device_holds_two_weights_and_updates_as_if_it_held_all(make_checkpoint, checkpointing):
-    folder = make_checkpoint("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS)
+WIDE = {
+    "llama": (dict(hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS), 7 * LAYERS),
+    "gpt2": (dict(hidden_size=256, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0), 4 * 2),
+}
+
+
+@pytest.mark.parametrize(("architecture", "checkpointing"), [("llama", False), ("llama", True), ("gpt2", False)])
+def test_the_device_holds_two_weights_and_updates_as_if_it_held_all(make_checkpoint, architecture, checkpointing):
+    shape, linear = WIDE[architecture]
+    folder = make_checkpoint(architecture, **shape)
     found = {}
     for streamed in (False, True):
         torch.manual_seed(0)
@@ -41,7 +48,7 @@ def test_the_device_holds_two_weights_and_updates_as_if_it_held_all(make_checkpo
     assert found[True][0] == found[False][0]
     assert all(torch.equal(left, right) for left, right in zip(found[True][1], found[False][1], strict=True))
     sizes = [4 * layer.in_features * layer.out_features for _, layer in layers]
-    assert len(sizes) == 7 * LAYERS
+    assert len(sizes) == linear
     saved = found[False][2] - found[True][2]
     assert sum(sizes) - 3 * max(sizes) <= saved <= sum(sizes) - max(sizes)
     assert device.host_allocated_bytes >= sum(sizes)

@@ -44,6 +44,7 @@ from oomless.planning.strategies import rungs
 from oomless.techniques import cheap_recompute, mlp_tiles
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.experts import stacks_on_device
+from oomless.techniques.frozen_layers import LINEAR
 from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
 from oomless.training.distributed import rehearsed
@@ -243,7 +244,7 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             trained = [(parameter, group) for group in built.optimizer.param_groups for parameter in group["params"]]
     except UserError as error:
         return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
-    linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    linear = [module.weight for module in model.modules() if type(module) in LINEAR]
     stacks = list(stacks_on_device(model))
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*parameters, *model.buffers())}
     return Parts(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
@@ -23,24 +24,28 @@ from oomless.techniques.kinds import owner_using_weight
 from oomless.techniques.peers import Peers
 
 
+LINEAR = (nn.Linear, Conv1D)
+"""The classes whose layers can be replaced."""
+
+
 class FrozenLinear(nn.Linear):
-    """A frozen linear layer without a ``weight``: made of ``layer``, which is on the meta device."""
+    """A frozen linear layer without a ``weight``: made of ``layer``, which is on the meta device and may be GPT-2's ``Conv1D``."""
 
     form: str
     pieces = (None,)
     """A weight comes from the files in one piece; experts come one by one."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.transposed = isinstance(layer, Conv1D)
+        rows, columns = layer.weight.shape
+        self.shape: tuple[int, int] = (rows, columns)
+        """Of the weight as the files have it: [out, in], or [in, out] where it is ``transposed``."""
+
+        self.out_features, self.in_features = (columns, rows) if self.transposed else (rows, columns)
         self.register_parameter("weight", None)
         self.register_parameter("bias", layer.bias)
         self._is_hf_initialized = True
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the weight."""
-        return self.out_features, self.in_features
 
     @property
     def qweight(self) -> Tensor:
@@ -50,7 +55,12 @@ class FrozenLinear(nn.Linear):
         return torch.empty(0)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in ``dtype`` on the device, to be dropped after the product."""
+        """Return the weight, [out, in], in ``dtype`` on the device, to be dropped after the product."""
+        stored = self.unpack_stored(dtype)
+        return stored.t() if self.transposed else stored
+
+    def unpack_stored(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as the files have it."""
         raise NotImplementedError
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:
@@ -63,7 +73,7 @@ class FrozenLinear(nn.Linear):
 
 def replace(
     model: Any,
-    make: Callable[[nn.Linear], FrozenLinear],
+    make: Callable[[nn.Linear | Conv1D], FrozenLinear],
     trained: list[nn.Module],
     *,
     key: str,
@@ -87,7 +97,7 @@ def replace(
     """
     kept = {child for module in trained for child in module.modules()} | {model.get_output_embeddings()}
     for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer not in kept and owner_using_weight(model, name) is None:
+        if type(layer) in LINEAR and layer not in kept and owner_using_weight(model, name) is None:
             owner, _, own_name = name.rpartition(".")
             setattr(model.get_submodule(owner), own_name, make(layer))
     experts.replace(model, kind, host, kept, peers)

@@ -368,13 +368,13 @@ def _on_the_host(module: nn.Module, device: Device) -> Iterator[None]:
             parameter.data = place
 
 
-def delta(layer: nn.Module, device: Device) -> Tensor | None:
-    """Return what the adapter of ``layer`` adds to its matrix, on the host, or ``None`` where it has none."""
+def delta(layer: Any, device: Device) -> Tensor | None:
+    """Return what the adapter of ``layer``, a frozen one, adds to its matrix as the files have it, on the host, or ``None`` without one."""
     if not _is_adapted(layer):
         return None
     with _on_the_host(layer, device):
-        added: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
-    return added.detach()
+        added: Tensor = layer.get_delta_weight(ADAPTER).detach()
+    return added.t() if layer.get_base_layer().transposed else added
 
 
 def plain_tensors(model: Any, without: Collection[int] = ()) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
@@ -29,7 +30,7 @@ from oomless.techniques.peers import Peers
 class QuantizedLinear(FrozenLinear):
     """A frozen linear layer whose weight lies in few bits, or of ``peers`` each one's part of it."""
 
-    def __init__(self, layer: nn.Linear, kind: Quantization, peers: Peers | None = None) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, kind: Quantization, peers: Peers | None = None) -> None:
         super().__init__(layer)
         self.kind: Quantization = kind
         self.form = kind
@@ -52,7 +53,7 @@ class QuantizedLinear(FrozenLinear):
         """The bytes of each whole row."""
         return self.layout.sizes
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+    def unpack_stored(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
         rows = self.own_rows if self.peers is None else self.peers.whole(self)
         return self.layout.unpack(rows, dtype, self.code)
 

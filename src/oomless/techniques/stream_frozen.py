@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
@@ -24,12 +25,12 @@ class StreamedLinear(FrozenLinear):
 
     form = "on the host"
 
-    def __init__(self, layer: nn.Linear, fetched: Fetched) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, fetched: Fetched) -> None:
         super().__init__(layer)
         self.fetched = fetched
         self.host = torch.empty(0)
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+    def unpack_stored(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
         return self.fetched.take(self).to(dtype)
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, piece: None = None) -> None:  # noqa: D102
