@@ -20,6 +20,7 @@ from oomless.models.spec import resolve
 from oomless.ops.frozen_linear import packed_shapes
 from oomless.planning.rehearse import rehearse, virtual_device
 from oomless.techniques.frozen_layers import frozen_layers
+from oomless.techniques.kinds import is_linear
 from oomless.techniques.quantization import QuantizedLinear
 from oomless.training import loop
 from oomless.training.assemble import assemble
@@ -66,6 +67,22 @@ def test_only_frozen_layers_of_the_body_are_quantised(make_checkpoint, architect
         assert (layer.unpack(torch.float32) - original.weight).norm() < 0.11 * original.weight.float().norm()
         assert (layer.bias is None) == (original.bias is None)
         assert layer.bias is None or torch.equal(layer.bias, original.bias)
+
+
+def test_a_linear_layer_is_known_by_what_it_computes():
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    for bias in (True, False):
+        assert is_linear(FalconLinear(7, 9, bias=bias))
+        assert is_linear(torch.nn.Linear(7, 9, bias=bias, device="meta"))
+    assert not is_linear(DeepseekV4GroupedLinear(8, 16, 4))
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    assert not is_linear(Scaled(7, 9))
 
 
 def test_a_matrix_that_lies_transposed(make_checkpoint):

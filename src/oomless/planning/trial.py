@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from oomless import optim
 from oomless.config import TrainConfig
@@ -44,7 +43,7 @@ from oomless.planning.strategies import rungs
 from oomless.techniques import cheap_recompute, mlp_tiles
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.experts import stacks_on_device
-from oomless.techniques.frozen_layers import LINEAR
+from oomless.techniques.kinds import is_linear
 from oomless.techniques.sharding import local, shared
 from oomless.training.assemble import assemble
 from oomless.training.distributed import rehearsed
@@ -244,7 +243,7 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             trained = [(parameter, group) for group in built.optimizer.param_groups for parameter in group["params"]]
     except UserError as error:
         return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
-    linear = [module.weight for module in model.modules() if type(module) in LINEAR]
+    linear = [module.weight for module in model.modules() if is_linear(module)]
     stacks = list(stacks_on_device(model))
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*parameters, *model.buffers())}
     return Parts(

@@ -20,12 +20,8 @@ from oomless.memory.device import Device
 from oomless.ops.frozen_linear import Quantization, frozen_linear
 from oomless.techniques import experts
 from oomless.techniques.experts import FrozenExperts
-from oomless.techniques.kinds import owner_using_weight
+from oomless.techniques.kinds import is_linear, owner_using_weight
 from oomless.techniques.peers import Peers
-
-
-LINEAR = (nn.Linear, Conv1D)
-"""The classes whose layers can be replaced."""
 
 
 class FrozenLinear(nn.Linear):
@@ -97,7 +93,7 @@ def replace(
     """
     kept = {child for module in trained for child in module.modules()} | {model.get_output_embeddings()}
     for name, layer in list(model.named_modules()):
-        if type(layer) in LINEAR and layer not in kept and owner_using_weight(model, name) is None:
+        if is_linear(layer) and layer not in kept and owner_using_weight(model, name) is None:
             owner, _, own_name = name.rpartition(".")
             setattr(model.get_submodule(owner), own_name, make(layer))
     experts.replace(model, kind, host, kept, peers)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cache
 from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.pytorch_utils import Conv1D
 
 
 def kind_of(name: str) -> str:
@@ -26,6 +33,26 @@ def kind_in(model: Any, name: str) -> str:
         return name
     children = ", ".join(child for child, _ in model.get_submodule(layer).named_children())
     return f"{kind_of(name)} beside {children}"
+
+
+def is_linear(module: Any) -> bool:
+    """Return whether ``module`` is a linear layer and nothing more: of those two classes, or of one that gives what an nn.Linear gives."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear) or module.weight is None or "forward" in vars(module):
+        return False
+    with _disable_current_modes(), torch.no_grad():
+        twin = copy.copy(module)
+        weight, x = torch.arange(15.0).sin().view(5, 3), torch.arange(12.0).cos().view(2, 2, 3)
+        bias = None if module.bias is None else torch.arange(5.0)
+        twin._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+        twin.in_features, twin.out_features = 3, 5
+        try:
+            given = type(module).forward(twin, x)
+        except Exception:  # whatever a forward that takes other inputs raises
+            return False
+        wanted = functional.linear(x, weight, bias)
+        return isinstance(given, torch.Tensor) and given.shape == wanted.shape and torch.allclose(given, wanted)
 
 
 def owner_using_weight(model: Any, name: str) -> str | None:

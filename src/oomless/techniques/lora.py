@@ -27,7 +27,7 @@ from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.techniques import expert_adapters, frozen_layers, sharding, trained_rows
 from oomless.techniques.experts import expert_modules
-from oomless.techniques.kinds import kind_in, owner_using_weight
+from oomless.techniques.kinds import is_linear, kind_in, owner_using_weight
 
 ADAPTER = "default"
 
@@ -225,8 +225,7 @@ def _obstacle(model: Any, name: str, layer: nn.Module, unreached: Collection[str
     """Return why ``layer`` cannot have an adapter, which stands in its place and is called instead of it."""
     if kind_in(model, f"{name}.weight") in unreached:
         return "the loss does not reach it"
-    plain = isinstance(layer, (Conv1D, frozen_layers.FrozenLinear)) or type(layer).forward is nn.Linear.forward
-    if not plain:
+    if not (isinstance(layer, frozen_layers.FrozenLinear) or is_linear(layer)):
         return f"it is a {type(layer).__name__}, which does more than a linear layer"
     owner = owner_using_weight(model, name)
     return f"{owner} also uses its weight by itself (as fused kernels do)" if owner else None
