@@ -179,6 +179,8 @@ def of_weights(
     for tensor in _of_weights(weights):
         if not (trained or tensor.kind.startswith(("weights", "copy"))) or (tensor.kind == CAST_COPY and not cast):
             continue
+        if tensor.of == TOGETHER:
+            tensor = replace(tensor, prior=tensor.prior - 0.3)
         at_an_end = "embed" in tensor.of or "lm_head" in tensor.of
         if halves and not at_an_end and tensor.kind == f"gradient of a weight in {DTYPES[4]}":
             continue
@@ -203,18 +205,15 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
         module = name.split(".")[0].split(" ")[0]
         modules = frozenset({module, *(["lm_head"] if "lm_head" in name else [])})
         common: dict[str, Any] = {"of": name, "shape": text, "count": count}
-        usual = 0.2 if name == TOGETHER else 0.4
         for size in (2, 4):
-            yield Tensor(
-                kind=f"weights in {DTYPES[size]}", item_bytes=size, phases=phases("load"), prior=usual, **common
-            )
+            yield Tensor(kind=f"weights in {DTYPES[size]}", item_bytes=size, phases=phases("load"), prior=0.4, **common)
             yield Tensor(
                 kind=f"gradient of a weight in {DTYPES[size]}",
                 item_bytes=size,
                 phases=phases("backward"),
                 modules=modules,
                 operations=("aten.mm", "aten.embedding_dense_backward", "aten.add", "aten.addmm"),
-                prior=0.65 if shape == weights[0][1] else usual,
+                prior=0.65 if shape == weights[0][1] else 0.4,
                 **common,
             )
             yield Tensor(
