@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from oomless.config import TrainConfig
-from oomless.errors import ConfigError, ModelError
+from oomless.errors import ConfigError, ModelError, UserError
 from oomless.export.compare import Pair
 from oomless.export.plan import make_plan
 from oomless.export.run import export
@@ -279,12 +279,17 @@ def test_damaged_adapters(make_adapter, corpus, tmp_path):
     for text, message in (
         ("{", "as JSON"),
         ("[]", "no JSON object"),
-        ('{"r": 4}', "damaged"),
+        ('{"r": 4}', "does not say lora_alpha"),
+        (json.dumps({**said, "r": "4"}), "r is a whole number from 1 on, got '4'"),
+        (json.dumps({**said, "alpha_pattern": [1]}), "alpha_pattern is a number for each"),
+        (json.dumps({**said, "target_modules": [5]}), "target_modules is a name or a list of names"),
         ('{"peft_type": "IA3"}', "IA3"),
     ):
         config.write_text(text)
         with pytest.raises(ConfigError, match=message):
             settings(folder, corpus, tmp_path / "run")
+        with pytest.raises(UserError):
+            make_plan(folder, "safetensors", output=tmp_path / "merged")
     config.write_text(json.dumps({**said, "base_model_name_or_path": None}))
     with pytest.raises(ConfigError, match="base_model_name_or_path"):
         train(settings(folder, corpus, tmp_path / "run"))

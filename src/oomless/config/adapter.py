@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,29 @@ _OTHER = (
 
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How an adapter begins that takes what it begins with off the model's own matrices, which it is then of no use beside."""
+
+_NAMES, _NUMBERS = "a name or a list of names", "a number for each of some layers"
+_RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "base_model_name_or_path": ("a name", lambda said: isinstance(said, str)),
+    "peft_type": ("a name", lambda said: isinstance(said, str)),
+    "r": ("a whole number from 1 on", lambda said: type(said) is int and said > 0),
+    "lora_alpha": ("a number", lambda said: _is_number(said)),
+    "lora_dropout": ("a number", lambda said: _is_number(said)),
+    "bias": ("a name", lambda said: isinstance(said, str)),
+    "init_lora_weights": ("true, false or a name", lambda said: isinstance(said, (bool, str))),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", lambda said: isinstance(said, bool))),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (_NUMBERS, lambda said: _is_mapping(said, _is_number))),
+    **dict.fromkeys(
+        ("target_modules", "target_parameters", "modules_to_save", "exclude_modules", "layers_pattern"),
+        (_NAMES, lambda said: isinstance(said, str) or _is_list(said, str)),
+    ),
+    "layers_to_transform": ("a number or a list of them", lambda said: type(said) is int or _is_list(said, int)),
+    "trainable_token_indices": (
+        "a list of numbers, or one for each of some layers",
+        lambda said: _is_list(said, int) or _is_mapping(said, lambda ids: _is_list(ids, int)),
+    ),
+}
+"""What each of an adapter's facts is, where it is said at all, in peft's files."""
 
 AGAIN = ("pissa", "olora")
 """Those of them that make the same of the same matrix every time; others rest on chance, on text, on gradients or on a rounded model."""
@@ -48,7 +71,22 @@ def facts(folder: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{folder / FILE} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{folder / FILE} is no JSON object, which an adapter's is")
+    for name, (kind, is_right) in _RULES.items():
+        if found.get(name) is not None and not is_right(found[name]):
+            raise ConfigError(f"{folder / FILE} is damaged: {name} is {kind}, got {found[name]!r}")
     return found
+
+
+def _is_number(said: Any) -> bool:
+    return type(said) in (int, float)
+
+
+def _is_list(said: Any, kind: type) -> bool:
+    return isinstance(said, list) and all(type(one) is kind for one in said)
+
+
+def _is_mapping(said: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(said, dict) and all(map(is_right, said.values()))
 
 
 def base_of(folder: Path) -> str:
@@ -71,6 +109,16 @@ def beyond_lora(said: Mapping[str, Any], *, to_merge: bool = False) -> list[str]
     odd = begun.startswith(_CHANGES_THE_MODEL) and not (to_merge and begun in AGAIN)
     changed = [f"init_lora_weights {begun}"] if odd else []
     return [*(name for name in _OTHER if said.get(name)), *changed]
+
+
+def require_scale(folder: Path, said: Mapping[str, Any]) -> None:
+    """Check that the adapter in ``folder``, of which ``said`` is told, has a rank and a scale.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if missing := [name for name in ("r", "lora_alpha") if said.get(name) is None]:
+        raise ConfigError(f"{folder / FILE} is damaged: it does not say {' and '.join(missing)}")
 
 
 def beside_settings(model: object) -> dict[str, Any]:
@@ -124,29 +172,27 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the adapter in {folder} has {', '.join(odd)}, with which it cannot go on training here: {_merged(folder)}"
         )
+    require_scale(folder, said)
     whole = sorted({str(name).rpartition(".")[2] for name in said.get("modules_to_save") or ()})
-    try:
-        rows = row_ids(said)
-        ids = {tuple(sorted(numbers)) for numbers in rows.values()}
-        if len(ids) > 1 or (rows and whole):
-            raise ConfigError(
-                f"the adapter in {folder} trains some rows of one embedding and other rows, or all, of another, with which it cannot go on "
-                f"training here: {_merged(folder)}"
-            )
-        of_rows = {"trainable_rows": ",".join(map(str, *ids))} if rows else {}
-        return {
-            "trainable": "+".join(["lora", *whole, *sorted(rows)]),
-            **of_rows,
-            "lora_r": int(said["r"]),
-            "lora_alpha": float(said["lora_alpha"]),
-            "lora_dropout": float(said.get("lora_dropout") or 0.0),
-            "lora_target_modules": _targets(said),
-            "use_rslora": bool(said.get("use_rslora")),
-            "use_dora": bool(said.get("use_dora")),
-            "bias": said.get("bias") or "none",
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{folder / FILE} is damaged: {error!r}") from error
+    rows = row_ids(said)
+    ids = {tuple(sorted(numbers)) for numbers in rows.values()}
+    if len(ids) > 1 or (rows and whole):
+        raise ConfigError(
+            f"the adapter in {folder} trains some rows of one embedding and other rows, or all, of another, with which it cannot go on "
+            f"training here: {_merged(folder)}"
+        )
+    of_rows = {"trainable_rows": ",".join(map(str, *ids))} if rows else {}
+    return {
+        "trainable": "+".join(["lora", *whole, *sorted(rows)]),
+        **of_rows,
+        "lora_r": int(said["r"]),
+        "lora_alpha": float(said["lora_alpha"]),
+        "lora_dropout": float(said.get("lora_dropout") or 0.0),
+        "lora_target_modules": _targets(said),
+        "use_rslora": bool(said.get("use_rslora")),
+        "use_dora": bool(said.get("use_dora")),
+        "bias": said.get("bias") or "none",
+    }
 
 
 def _targets(said: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oomless.config.adapter import AGAIN, beyond_lora
+from oomless.config.adapter import AGAIN, beyond_lora, require_scale
 from oomless.errors import ModelError
 from oomless.export.changes import Added, Change, LowRank, Replaced, Rows, low_rank
 from oomless.export.source import TRAINED, Source
@@ -177,6 +177,7 @@ def _require_mergeable(source: Source, settings: Mapping[str, Any]) -> None:
     odd = beyond_lora(settings, to_merge=True)
     if kind != "LORA":
         raise ModelError(f"{source.folder} is an adapter of the kind {kind}; LORA is merged: merge it with peft")
+    require_scale(source.folder, settings)
     if odd:
         how = "merge it with peft"
         if odd[-1].startswith("init_lora_weights"):  # of which not even peft can tell afterwards what it took off

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from oomless.config import TrainConfig
+from oomless.config import TrainConfig, adapter
 from oomless.config.stages import STAGES
 from oomless.config.values import load_yaml
 from oomless.data.prepare import general_names
@@ -30,7 +30,7 @@ TRAINED = "trained.safetensors"
 RECORD = "export.json"
 """What an export says of itself."""
 
-_KINDS: Mapping[str, Kind] = {"adapter_config.json": "adapter", TRAINED: "trained", "config.json": "model"}
+_KINDS: Mapping[str, Kind] = {adapter.FILE: "adapter", TRAINED: "trained", "config.json": "model"}
 """By which file each is known."""
 
 
@@ -79,8 +79,7 @@ class Source:
     @property
     def adapter(self) -> Mapping[str, Any]:
         """What ``adapter_config.json`` says."""
-        found: dict[str, Any] = read_json(self.folder / "adapter_config.json")
-        return found
+        return adapter.facts(self.folder)
 
 
 def read_json(path: Path) -> Any:
@@ -256,7 +255,7 @@ def _resolved(name: str, trust_remote_code: bool, changed: Path | None) -> Model
 
 
 def _base_of(folder: Path, kind: Kind, run: TrainConfig | None) -> str:
-    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if kind == "adapter" else None
+    named = adapter.facts(folder).get("base_model_name_or_path") if kind == "adapter" else None
     named = named or (run.model if run is not None else None)
     if not named:
         raise ConfigError(f"{folder} does not say which model it changes: give its folder or name with --base")

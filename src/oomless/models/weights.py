@@ -51,9 +51,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index} is damaged: {error!r}") from error
+        said = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{index} cannot be read as JSON: {error}") from error
+    places = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ModelError(f"{index} is damaged: it has no weight_map that names a file for each tensor")
+    names = sorted(set(places.values()))
     folder = index.parent
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
