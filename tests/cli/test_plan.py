@@ -12,6 +12,7 @@ import pytest
 from oomless.planning.choice import SCHEMA
 from tests.cli.test_cli import ENVIRONMENT, ROOT, oomless, plain
 from tests.report.test_run_page import Outline
+from tests.settings import commands
 
 EIGHT_GIGABYTES = ("--gpu", "8GiB", "--max-seq-length", "128", "--as-given")
 
@@ -248,6 +249,26 @@ def test_train_prints_predicted_and_measured(make_checkpoint, corpus, tmp_path):
     assert "on virtual:64MiB: fits" in plain(result.stdout)
     error = re.search(r"peak allocated: predicted .* measured .* \(([+-]\d+\.\d+)%\)", plain(result.stdout))
     assert abs(float(error[1])) < 1
+
+
+def test_a_tensor_larger_than_any_model_has_ends_at_once(make_checkpoint, tmp_path):
+    config = json.loads((make_checkpoint("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 10**9}))
+    said = commands.oomless("plan", "--model", tmp_path / "config.json", *EIGHT_GIGABYTES, "--json")
+    assert (said.code, said.json["needed_at_least"], said.json["batch_cannot_help"]) == (1, True, True)
+    assert said.json["fixed_bytes"] == 512 * 10**9 * 2  # the embedding, in bf16
+
+
+def test_a_run_that_went_on_with_less_is_not_held_to_its_plan(make_checkpoint, corpus, tmp_path):
+    said = commands.oomless(
+        *("train", "--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", tmp_path / "run"),
+        *("--gpu", "virtual:8MiB", "--as-given", "--max-seq-length", 256, "--max-steps", 1, "--eval-fraction", 0),
+        *("--per-device-train-batch-size", 8),
+    )
+    assert said.code == 0, said.err
+    assert "does not fit" in said.out
+    assert "the step is run again" in said.out
+    assert "predicted" not in said.out
 
 
 def test_the_gpu_benchmark_runs_here_in_its_tiny_form():

@@ -6,6 +6,7 @@ from oomless.config import DataSource, TrainConfig
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
 from oomless.planning.rehearse import rehearse, virtual_device
+from oomless.training.step import TrainingStep
 
 LORA = {"trainable": "lora+embed_tokens+lm_head", "lora_r": 4, "dtype": "bf16"}
 CHECKPOINTED = {"gradient_checkpointing": True, "checkpointed_layers": 5}
@@ -138,3 +139,16 @@ def test_it_runs_out_at_the_same_request(make_checkpoint, share):
     ]
     assert found[0].out_of_memory == found[1].out_of_memory is not None
     assert in_the_books(found[0]) == in_the_books(found[1])
+
+
+def test_blocks_alike_are_evaluated_once(make_checkpoint, monkeypatch):
+    folder = make_checkpoint("llama", tied=True)
+    calls, evaluate = [], TrainingStep._add_loss
+    monkeypatch.setattr(TrainingStep, "_add_loss", lambda *given: (calls.append(1), evaluate(*given)))
+    settings = {"dtype": "bf16", "eval_steps": 1, "save_steps": 1}
+    some = rehearsal(folder, settings, run_all_layers=True)
+    once = len(calls)
+    monkeypatch.setattr(VirtualGPU, "repeating", lambda self, key, function: function())
+    every = rehearsal(folder, settings, run_all_layers=True)
+    assert in_the_books(some) == in_the_books(every)
+    assert (once, len(calls) - once) == (1, 6)

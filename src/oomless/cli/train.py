@@ -181,7 +181,7 @@ def print_end(screen: Screen, result: RunResult, plan: Plan | None, output_dir: 
 
     resume_from = quote(f"{output_dir}/config.yaml")
     print_result(screen, result, f"{launcher(world_size())} train --config {resume_from} --resume")
-    if plan is not None:
+    if plan is not None and plan.fits:  # else it went on with less than was planned
         print_prediction(screen, plan, result.peak_memory_bytes)
 
 

@@ -18,7 +18,7 @@ Held = tuple[Any, Any]
 
 
 class Tape:
-    """Requests, frees and labels in their order.
+    """Requests, frees, labels and phases in their order.
 
     Args:
         name: of the stretch.
@@ -67,12 +67,17 @@ class Tape:
         if name is not None:
             self._events.append((name, category))
 
+    def phase_changed(self, phase: str | None) -> None:
+        """Note that ``phase`` begins, or with ``None`` that the one that began last ends."""
+        self._events.append((None, None, phase))
+
     def repeat(
         self,
         held: dict[Any, Held],
         allocate: Callable[[Any, int, object], Any],
         free: Callable[[Any, Any], None],
         label: Callable[[Any, object], None],
+        change_phase: Callable[[Any], None],
     ) -> None:
         """Ask all of it again; ``held`` has what it knows by name, and gets what is left at the end.
 
@@ -84,6 +89,8 @@ class Tape:
                 if len(event) == 4:
                     name, ledger, size_bytes, operation = event
                     held[name] = (ledger, allocate(ledger, size_bytes, operation))
+                elif len(event) == 3:
+                    change_phase(event[2])
                 elif len(event) == 2:
                     label(held[event[0]][1], event[1])
                 else:

@@ -34,7 +34,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import Enum, auto
 from importlib import import_module
 from typing import Any, Protocol
@@ -184,6 +184,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = self._device = ledger
+        self.begin_phase: Callable[[Any], AbstractContextManager[None]] = self.phase
+        """Begins a phase where what was asked for in it is repeated."""
         self.strict = Strict(self._on_device)
         self._bookings: dict[int, Booking] = {}
         self._dead: deque[Booking] = deque()
@@ -318,6 +320,15 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.settle()
         self._running_tapes.remove(tape)
 
+    @contextmanager
+    def phase(self, name: Any) -> Iterator[None]:
+        """Note that what is asked for inside is of the phase ``name``."""
+        for tape in self._running_tapes:
+            tape.phase_changed(name)
+        yield
+        for tape in self._running_tapes:
+            tape.phase_changed(None)
+
     def record(self, key: Any, function: Callable[[], None]) -> None:
         """Call ``function`` and keep what it asked for under ``key``."""
         tape = self._tapes[key] = Tape()
@@ -337,8 +348,17 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def repeat(self, tape: Tape, held: dict[Any, Held]) -> None:
         """Ask again for what is on ``tape``; see ``Tape.repeat``."""
-        with self.quiet():
-            tape.repeat(held, self._take, self._free, self._label)
+        with self.quiet(), ExitStack() as phases:
+            begun: list[ExitStack] = []
+
+            def change_phase(name: Any) -> None:
+                if name is None:
+                    begun.pop().close()
+                else:
+                    begun.append(phases.enter_context(ExitStack()))
+                    begun[-1].enter_context(self.begin_phase(name))
+
+            tape.repeat(held, self._take, self._free, self._label, change_phase)
 
     def adopt(self, make: Callable[[], Tensor], held: Held) -> Tensor:
         """Return the tensor that ``make`` makes, its one new storage booked as the allocation that is ``held`` already."""

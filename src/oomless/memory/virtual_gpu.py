@@ -124,6 +124,7 @@ class VirtualGPU(Device):
         self._ledger = self.ledger = _DeviceLedger(self.allocator, self._recorder)
         self._host_ledger = self.host_ledger = _HostLedger()
         self._tracker = StorageTracker(self._ledger)
+        self.track_with(self._tracker)
         self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
         self._work_of: dict[Any, Any] = {}
@@ -132,6 +133,7 @@ class VirtualGPU(Device):
     def track_with(self, tracker: StorageTracker) -> None:
         """Let ``tracker`` do the books, before anything is in them."""
         self._tracker = tracker
+        tracker.begin_phase = self._noted_phase
 
     @property
     def fake(self) -> bool:  # noqa: D102
@@ -287,12 +289,18 @@ class VirtualGPU(Device):
             if self._recorder is None:
                 yield
                 return
-            with self._recorder.phase(name):
+            with self._noted_phase(name):
                 try:
                     yield
                 finally:
                     if self._watcher is not None:
                         self._watcher.scan()
+
+    @contextmanager
+    def _noted_phase(self, name: Phase) -> Iterator[None]:
+        assert self._recorder is not None
+        with self._recorder.phase(name), self._tracker.phase(name):
+            yield
 
     def count_work(self, passes: int) -> None:  # noqa: D102
         if self._fake_mode is not None:

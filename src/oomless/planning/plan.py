@@ -45,6 +45,9 @@ TOKEN_BYTES = 8
 MOST_TOKENS = 1 << 19
 """A pass of more that does not fit is not rehearsed to its end, which takes minutes: what it needs is told as at least so much."""
 
+LARGEST_TENSOR_BYTES = 64 * GiB
+"""Nor is what stops at a larger tensor, which no model has."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
@@ -147,9 +150,11 @@ class Plan:
 
     @property
     def fixed_bytes(self) -> int:
-        """What no smaller batch and no shorter sequence changes: weights, all gradients and optimizer state."""
+        """What no smaller batch and no shorter sequence changes: weights, all gradients and optimizer state; or of these at least."""
         timeline = self.profile.timeline.bytes_by_category
-        return sum(max(timeline[category], default=0) for category in FIXED)
+        stopped = self.stopped_at if not self.whole else None
+        more_bytes = stopped.size_bytes if stopped is not None and stopped.phase == "load" else 0
+        return sum(max(timeline[category], default=0) for category in FIXED) + more_bytes
 
     @property
     def batch_cannot_help(self) -> bool:
@@ -274,7 +279,9 @@ def plan(
     found = rehearse_on(target, spec, config, target.capacity_bytes, **how)
     if found.out_of_memory is None:
         return plan_of(spec, target, found)
-    if config.per_device_train_batch_size * config.max_seq_length > MOST_TOKENS:
+    tokens = config.per_device_train_batch_size * config.max_seq_length
+    largest_bytes = max((failure.size_bytes for failure in found.profile.failures), default=0)
+    if tokens > MOST_TOKENS or largest_bytes > LARGEST_TENSOR_BYTES:
         return plan_of(spec, target, found, stopped=found)
     return plan_of(spec, target, rehearse_on(target, spec, config, UNLIMITED_BYTES, **how), stopped=found)
 

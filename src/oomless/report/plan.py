@@ -23,7 +23,10 @@ def print_plan(screen: Screen, plan: Plan) -> None:
         f"{format_bytes(target.usable_bytes)} that are usable "
         f"({'headroom' if plan.headroom_bytes >= 0 else 'short by'} {format_bytes(abs(plan.headroom_bytes))}).",
     )
-    screen.print(f"{counted(plan.parameters, 'parameter')}, of which {plan.trainable_parameters:,} train", style="dim")
+    if plan.parameters:  # which are not known where it ended while it was built
+        screen.print(
+            f"{counted(plan.parameters, 'parameter')}, of which {plan.trainable_parameters:,} train", style="dim"
+        )
     if plan.fits and plan.cached_bytes > plan.headroom_bytes:
         screen.print(
             f"{format_bytes(plan.cached_bytes)} of this is cached but unused at the peak: PyTorch gives unused segments back "
@@ -64,7 +67,7 @@ def _print_failure(screen: Screen, plan: Plan) -> None:
     if plan.batch_cannot_help:
         screen.say(
             ("No batch size and no sequence length can help:", "bold"),
-            f" weights, gradients and optimizer state alone are {format_bytes(plan.fixed_bytes)}.",
+            f" weights, gradients and optimizer state alone are {'' if plan.whole else 'at least '}{format_bytes(plan.fixed_bytes)}.",
         )
 
 

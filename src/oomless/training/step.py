@@ -189,9 +189,13 @@ class TrainingStep:
         self.model.eval()
         with self.device.phase("evaluation"):
             for batch in batches:
-                total += self._loss(batch, 1.0)
+                key = ("evaluation", batch.document_lengths, self.loss_chunk_bytes)
+                self.device.repeating(key, partial(self._add_loss, total, batch))
                 tokens += batch.target_count
         return total, tokens
+
+    def _add_loss(self, total: Tensor, batch: MicroBatch) -> None:
+        total += self._loss(batch, 1.0)
 
     @torch.no_grad()
     def write(self, row: Tensor, given: int, new: int) -> list[int]:
