@@ -79,7 +79,7 @@ def finish(life: Life) -> None:
     """Evaluate, and keep the model alone in the Hugging Face layout; the last checkpoint is written."""
     step, losses = life.evaluated
     if step != life.step:
-        losses = evaluate(life)
+        losses = life.keeper.evaluated(life.step) or evaluate(life)
         life.judge(losses)
     life.result.eval_after = losses
     if life.interrupted.is_set():
