@@ -1,6 +1,6 @@
 """The same change in the tools that people come from, in each tool's own words.
 
-``{accumulation}``, ``{length}``, ``{generations}`` and ``{half}`` stand for numbers of the run. A change that a tool has no setting
+``{accumulation}``, ``{length}``, ``{generations}``, ``{share}`` and ``{half}`` stand for numbers of the run. A change that a tool has no setting
 for is absent.
 """
 
@@ -51,7 +51,7 @@ _TRAINER = {
 _RL = {
     "generations": "num_generations={generations}",
     "completion": "max_completion_length={length}",
-    "vllm_share": "vllm_gpu_memory_utilization=0.3 (colocate mode; vllm_enable_sleep_mode=True), or a vLLM server on a GPU of its own",
+    "vllm_share": "vllm_gpu_memory_utilization={share} (colocate mode; vllm_enable_sleep_mode=True), or a vLLM server on a GPU of its own",
     "reference": "train LoRA: the reference is then the same weights without the adapter; or precompute_ref_log_probs=True, or beta=0 (GRPO)",
 }
 _PLAIN = {
@@ -86,7 +86,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         "checkpointing": 'use_gradient_checkpointing="unsloth"',
         "lora": "FastLanguageModel.get_peft_model(model)",
         "nf4": "FastLanguageModel.from_pretrained(..., load_in_4bit=True)",
-        "vllm_share": "FastLanguageModel.from_pretrained(..., fast_inference=True, gpu_memory_utilization=0.4)",
+        "vllm_share": "FastLanguageModel.from_pretrained(..., fast_inference=True, gpu_memory_utilization={share})",
         "shorter": "max_seq_length={length}",
         "merge_on_cpu": 'model.save_pretrained_merged(..., maximum_memory_usage=0.5), or save the adapter alone (save_method="lora")',
     },
@@ -156,7 +156,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         "merge_on_cpu": "swift export --merge_lora true --device_map cpu",
         "generations": "--num_generations {generations}",
         "completion": "--max_completion_length {length}",
-        "vllm_share": "--vllm_gpu_memory_utilization 0.3 --sleep_level 1 --offload_optimizer true --offload_model true (vllm_mode colocate)",
+        "vllm_share": "--vllm_gpu_memory_utilization {share} --sleep_level 1 --offload_optimizer true --offload_model true (vllm_mode colocate)",
         "reference": "--tuner_type lora: the reference is then the same weights without the adapter; or --beta 0 (GRPO)",
         "vision": "MAX_PIXELS=602112 (or less) in front of the command; for videos VIDEO_MAX_PIXELS and FPS_MAX_FRAMES",
     },
@@ -184,7 +184,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
         "completion": "data.max_response_length={length}",
         "offload_optimizer": "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
         "offload_param": "actor_rollout_ref.actor.fsdp_config.param_offload=True actor_rollout_ref.ref.fsdp_config.param_offload=True",
-        "vllm_share": "actor_rollout_ref.rollout.gpu_memory_utilization=0.4 actor_rollout_ref.rollout.free_cache_engine=True",
+        "vllm_share": "actor_rollout_ref.rollout.gpu_memory_utilization={share} actor_rollout_ref.rollout.free_cache_engine=True",
         "generations": "actor_rollout_ref.rollout.n={generations}",
         "lora": "actor_rollout_ref.model.lora_rank=32 actor_rollout_ref.model.lora_alpha=32",
     },
@@ -261,8 +261,14 @@ def _filled(words: str, values: Mapping[str, Any]) -> str:
         "accumulation": values.get("gradient_accumulation_steps", 1),
         "length": values.get("max_seq_length", "N"),
         "generations": max(2, values.get("num_generations", 8) // 2),
+        "share": _smaller_share(values.get("gpu_memory_utilization")),
         "half": "torch.float16" if "fp16" in (values.get("dtype"), values.get("half")) else "torch.bfloat16",
     }
     for name, value in numbers.items():
         words = words.replace(f"{{{name}}}", str(value))
     return words
+
+
+def _smaller_share(now: float | None) -> float:
+    """Return a share of the GPU for an engine that is smaller than what it has ``now``, where that is known."""
+    return 0.3 if now is None or now > 0.4 else round(now / 2, 2)
