@@ -1,6 +1,7 @@
 """What a folder holds is read right or refused before anything is loaded, by plan, train and explain alike."""
 
 import json
+import shutil
 
 import pytest
 
@@ -47,3 +48,11 @@ def test_forms_that_are_not_transformers_own(file, said, tmp_path):
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(ModelError, match=said):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("said", ["", '{"eos_token_id": ', "[1]", "null"])
+def test_a_damaged_generation_config_is_named_before_it_is_saved_again(said, make_checkpoint, tmp_path):
+    folder = shutil.copytree(make_checkpoint("llama"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(said)
+    with pytest.raises(ModelError, match=r"generation_config.json .*fetch it again, or remove it"):
+        resolve(str(folder))

@@ -79,9 +79,10 @@ def check_folder(folder: Path) -> None:
     """Check that ``folder`` holds a whole model.
 
     Raises:
-        ModelError: it holds none, or a form that is not transformers' own; with what to do.
+        ModelError: it holds none, or a form that is not transformers' own, or a damaged file beside it; with what to do.
     """
     if (folder / "config.json").is_file():
+        _check_generation(folder / "generation_config.json")
         return
     rule = "a model folder holds a config.json and safetensors weights"
     if any(folder.glob("*.gguf")):
@@ -91,3 +92,15 @@ def check_folder(folder: Path) -> None:
             f"{rule}; {folder} holds its maker's own form (params.json): give the one converted for transformers"
         )
     raise ModelError(f"a model folder holds a config.json; there is none in {folder}")
+
+
+def _check_generation(path: Path) -> None:
+    """Check that ``path``, which is saved again as it is and read whenever the model is loaded, is right, where it is at all."""
+    if not path.is_file():
+        return
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}: fetch it again, or remove it") from error
+    if not isinstance(said, dict):
+        raise ModelError(f"{path} is no JSON object: fetch it again, or remove it")
