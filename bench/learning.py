@@ -101,6 +101,8 @@ class Bench:
     """The folder with text, models and finished runs."""
 
     work: Path
+    evaluations: int = 10
+    """Of each run."""
 
     def prepare(self) -> None:
         """Make text and the untrained model, where they are not there yet."""
@@ -119,8 +121,12 @@ class Bench:
 
     def continued(self, route: Route, rate: float, steps: int) -> dict[str, Any]:
         """Return the same of one run on the manual from the model that fp32 AdamW made in as many steps."""
-        self.run(OPTIMIZERS[0], START_RATE, steps)
-        start = f"{_name(OPTIMIZERS[0], START_RATE, steps)}/model"
+        return self.continued_from(route, rate, steps, steps)
+
+    def continued_from(self, route: Route, rate: float, steps: int, start_steps: int) -> dict[str, Any]:
+        """Return the same, from the model that fp32 AdamW made in ``start_steps``."""
+        self.run(OPTIMIZERS[0], START_RATE, start_steps)
+        start = f"{_name(OPTIMIZERS[0], START_RATE, start_steps)}/model"
         return self._run(_name(route, rate, steps), route, rate, steps, start, "manual")
 
     def _run(self, name: str, route: Route, rate: float, steps: int, model: str, text: str) -> dict[str, Any]:
@@ -138,7 +144,7 @@ class Bench:
                 max_seq_length=SEQUENCE,
                 per_device_train_batch_size=BLOCKS,
                 max_steps=steps,
-                eval_steps=max(1, steps // 10),
+                eval_steps=max(1, steps // self.evaluations),
                 learning_rate=rate,
                 gpu="cpu",
                 **settings,

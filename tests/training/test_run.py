@@ -301,6 +301,7 @@ class TestPrecision:
             tmp_path,
             optimizer="sgd",
             learning_rate=1e30,
+            weight_decay=0,
             max_grad_norm=0,
             max_steps=9,
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from oomless.catalogue._data import read_yaml
+
+Trains = Literal["full", "lora", "embeddings", "rows"]
+"""What a learning rate is for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,3 +64,31 @@ def batch() -> tuple[int, int]:
     """Return how many steps a text should make at least, and the most tokens that a step should have."""
     entry = read_yaml("learning.yaml")["batch"]
     return int(entry["steps"]), int(entry["most"])
+
+
+def rate(trains: Trains, optimizer: str, width: int, alpha: float | None = None) -> float:
+    """Return the peak learning rate of a model so wide; ``alpha`` is LoRA's, as if its scale were alpha / r."""
+    entry = read_yaml("learning.yaml")["rates"]
+    of_adamw = float(entry[trains]["rate"]) * (entry["of_width"] / width) ** entry[trains]["power"]
+    return float(of_adamw * _times(optimizer) * (1.0 if alpha is None else math.sqrt(entry["alpha"] / alpha)))
+
+
+def beside_lora() -> float:
+    """Return which part of LoRA's rate that of embeddings is which train beside it."""
+    return float(read_yaml("learning.yaml")["rates"]["beside_lora"]["part"])
+
+
+def weight_decay(trains: Trains, optimizer: str) -> float:
+    """Return the decoupled weight decay."""
+    return float(read_yaml("learning.yaml")["weight_decay"].get(trains, 0.0)) / _times(optimizer)
+
+
+def _times(optimizer: str) -> float:
+    return float(read_yaml("learning.yaml")["rates"]["times"].get(optimizer, 1.0))
+
+
+def warmup_steps(total_steps: int) -> int:
+    """Return in how many of a run's steps the rate rises."""
+    entry = read_yaml("learning.yaml")["warmup"]
+    usual = min(max(entry["share"] * total_steps, entry["least_steps"]), entry["most_steps"])
+    return math.ceil(float(min(usual, entry["most_share"] * total_steps)))

@@ -194,6 +194,7 @@ def print_as_given(screen: Screen, answer: Plan, speed: Throughput | None, confi
     from oomless.report.plan import print_plan
 
     print_plan(screen, answer)
+    screen.print(answer.rates)
     if speed is not None:
         print_speed(screen, speed, config, answer.target.gpus)
 
@@ -249,6 +250,7 @@ def print_picked(screen: Screen, picked: Choice, *, why: bool) -> None:
     print_choice(screen, picked)
     if picked.config is None or picked.plan is None:
         explain_nothing_fits(screen, picked)
+    screen.print(picked.rates)
     if said := of_replay(picked):
         screen.print(said)
     if why:

@@ -33,20 +33,20 @@ class Optimizer:
     """adamw, adamw_8bit, adafactor, sgd, apollo, apollo_mini, galore or muon (experimental); docs/optimizers.md compares
     them."""
 
-    learning_rate: Positive = 2e-5
-    """Peak learning rate."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. [default: by what trains, the optimizer and the model's width]"""
 
     embedding_learning_rate: Positive | None = None
-    """Peak learning rate of embed_tokens and lm_head. [default: learning_rate]"""
+    """Peak learning rate of embed_tokens and lm_head. [default: learning_rate, a fifth of it beside LoRA]"""
 
     lr_scheduler_type: Scheduler = "cosine"
     """How the rate falls after warm-up; wsd holds it and falls in the last fifth."""
 
-    warmup_ratio: Share = 0.0
-    """Share of the steps in which the rate rises."""
+    warmup_ratio: Share | None = None
+    """Share of the steps in which the rate rises. [default: 0.03, in steps 10 to 200, at most a tenth of the run]"""
 
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of matrices; norms and biases get none."""
+    weight_decay: NotNegative | None = None
+    """Decoupled weight decay of matrices; norms and biases get none. [default: 0.1 where whole layers train, else 0]"""
 
     max_grad_norm: Annotated[float, Range(least=0, or_infinite=True)] | None = None
     """Global gradient norm above which gradients are scaled down; 0 turns it off. [default: 1, or 0 with

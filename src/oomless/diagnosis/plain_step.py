@@ -42,6 +42,9 @@ from oomless.training.distributed import Ranks
 from oomless.training.precision import choose_dtype
 
 STEPS = 2
+RATE = 1e-5
+"""A learning rate, whichever: none changes what memory is asked for."""
+
 REFERENCE = "reference_of_the_training"
 ROOT = "root_of_fsdp"
 
@@ -320,13 +323,11 @@ def _optimizer(run: PlainRun, model: Any, of: Sequence[Tensor] | None = None) ->
     parameters = list(of or (sharding.local(parameter) for parameter in _parameters(model)))
     if config.optimizer == "adamw":
         kind: dict[str, Any] = {"foreach": True} if run.foreach else {"fused": True}
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, **kind)
+        return torch.optim.AdamW(parameters, lr=RATE, **kind)
     if config.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
-        made: torch.optim.Optimizer = Adafactor(
-            parameters, lr=config.learning_rate, scale_parameter=False, relative_step=False
-        )
+        made: torch.optim.Optimizer = Adafactor(parameters, lr=RATE, scale_parameter=False, relative_step=False)
         return made
     if config.optimizer == "adamw_8bit":
         embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and run.by_a_trainer]
@@ -340,7 +341,7 @@ def _optimizer(run: PlainRun, model: Any, of: Sequence[Tensor] | None = None) ->
         for single in (True, False)
         for matrix in (True, False)
     ]
-    return optim.build(config.optimizer, [group for group in groups if group["params"]], lr=config.learning_rate)
+    return optim.build(config.optimizer, [group for group in groups if group["params"]], lr=RATE)
 
 
 class _AdamW8bit(torch.optim.Optimizer):

@@ -38,6 +38,9 @@ class Choice:
     wish: Wish | None = None
     """What the pick was preferred for; ``None`` where it is the first that fits."""
 
+    rates: str = ""
+    """How fast the pick learns, for a person."""
+
     stopped: bool = False
     """Whether Ctrl-C ended the search, which then says the best of what it had found."""
 
@@ -72,6 +75,7 @@ class Choice:
             "stopped": self.stopped,
             "plan": None if self.plan is None else self.plan.to_dict(),
             "config": None if self.config is None else self.config.to_dict(),
+            "rates": self.rates,
             "trials": self.trials,
         }
 

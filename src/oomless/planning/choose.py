@@ -23,6 +23,7 @@ from oomless.planning.search import Progress, search
 from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
 from oomless.planning.trial import results_folder
 from oomless.planning.wish import Wish
+from oomless.training import rates
 
 LENGTH_STEP = 256
 """The longest sequence is found to within so many tokens."""
@@ -119,7 +120,9 @@ def _choose(
     if pins.get("max_seq_length") != LONGEST:
         require_host(pins.get("max_seq_length", TrainConfig.max_seq_length), target)
         settings, wish = with_batch({**UNPLANNED, **pins}, wish, target.gpus)
-        return search(spec, settings, target, wish=wish, results=results, progress=progress, heard=heard)
+        return _with_rates(
+            search(spec, settings, target, wish=wish, results=results, progress=progress, heard=heard), spec
+        )
 
     def at(length: int, held: Quality | None) -> Choice:
         settings = {**UNPLANNED, **pins, "max_seq_length": length}
@@ -137,7 +140,17 @@ def _choose(
         choice = at(lengths[middle], quality)
         best, low, high = (choice, middle, high) if choice.picked is not None else (best, low, middle)
         stride *= 2
-    return best
+    return _with_rates(best, spec)
+
+
+def _with_rates(choice: Choice, spec: ModelSpec) -> Choice:
+    """Return ``choice`` with how fast it learns; how long its warm-up is the run itself finds, which counts its text."""
+    config, wish = choice.config, choice.wish
+    if config is None or wish is None:
+        return choice
+    step_tokens = config.blocks_per_step * config.max_seq_length * choice.target.gpus
+    steps = config.max_steps or -(-wish.text_tokens // step_tokens)
+    return replace(choice, config=rates.resolved(config, spec.config), rates=rates.said(config, spec.config, steps))
 
 
 def with_batch(settings: Settings, wish: Wish, gpus: int) -> tuple[Settings, Wish]:

@@ -25,8 +25,10 @@ from oomless.ops.attention import Kernel
 from oomless.planning.layout import Layout, read_layout, with_new_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly, virtual_device
 from oomless.techniques.sharding import shared
+from oomless.training import rates
 from oomless.training.assemble import open_device
 from oomless.training.distributed import world_size
+from oomless.training.life import total_steps
 from oomless.units import GiB, format_bytes
 
 FIXED: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
@@ -126,6 +128,9 @@ class Plan:
     work: Work | None
     """What a step computes and moves."""
 
+    rates: str = ""
+    """How fast the run learns, for a person."""
+
     whole: bool = True
     """Whether the profile is of all that a step asks for; else it ends at what could not be served, and more is needed."""
 
@@ -182,6 +187,7 @@ class Plan:
             "parameters": self.parameters,
             "trainable_parameters": self.trainable_parameters,
             "notes": list(self.target.notes),
+            "rates": self.rates,
             "profile": profile,
         }
 
@@ -380,4 +386,8 @@ def predict(config: TrainConfig) -> Plan | None:
 def _plan_of_text(spec: ModelSpec, config: TrainConfig, target: Target, *, snapshot: bool = False) -> Plan:
     with with_new_tokens(spec, config.to_dict()) as (grown, settings):
         extended = TrainConfig.from_mapping(settings)
-        return plan(grown, extended, target, snapshot=snapshot, layout=read_layout(extended))
+        layout = read_layout(extended)
+        found = plan(grown, extended, target, snapshot=snapshot, layout=layout)
+        own = shared(extended, target.gpus)
+        steps = total_steps(own, None if layout is None else layout.blocks_per_epoch, target.gpus)
+        return replace(found, rates=rates.said(own, grown.config, steps))

@@ -46,13 +46,14 @@ def plan_page(plan: Plan, speed: Throughput | None) -> str:
     head = [f"<p>{text(_fits(plan))}</p>"]
     if speed is not None:
         head.append(f"<p>{text(_speed(speed))}</p>")
+    head.append(f"<p>{text(plan.rates)}</p>")
     return page(f"{plan.model} on {plan.target.name}", [*head, *plan_parts(plan)])
 
 
 def in_short(choice: Choice) -> dict[str, str]:
     """Return the pick in a few words, to stand beside other picks."""
     row = choice.picked
-    if row is None:
+    if row is None or choice.config is None:
         return {"strategy": "nothing fits"}
     return {
         "strategy": str(row.quality),
@@ -60,6 +61,7 @@ def in_short(choice: Choice) -> dict[str, str]:
         "speed": speed_in_words(row),
         "hours": hours_of(choice, row),
         "how": in_words(row.settings),
+        "learning_rate": f"{choice.config.learning_rate:g}",
     }
 
 
@@ -148,7 +150,7 @@ def _choices(choice: Choice) -> str:
         for row in [*named, *others]
     ]
     drawn = table("What fits", columns, rows, columns[-3:])
-    return f'<section class="wide"><h2>What fits</h2>{drawn}<p>{text(of_a_step(choice))}</p></section>'
+    return f'<section class="wide"><h2>What fits</h2>{drawn}<p>{text(of_a_step(choice))}</p><p>{text(choice.rates)}</p></section>'
 
 
 def _frontier(choice: Choice) -> str:

@@ -39,7 +39,7 @@ from oomless.techniques import (
     vocabulary_parts,
 )
 from oomless.techniques.peers import Peers
-from oomless.training import kernels
+from oomless.training import kernels, rates
 from oomless.training.distributed import ALONE, Ranks, environment, world_size
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
@@ -110,6 +110,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
         ConfigError, HardwareError, ModelError: what is asked does not fit the model, the device or each other.
     """
     check_length(spec, config)
+    config = rates.resolved(config, spec.config)
     sharding.check(config, ranks.count)
     whole = sharding.why_whole(config)
     if ranks.count > 1 and whole is None:
@@ -256,6 +257,7 @@ def check_length(spec: ModelSpec, config: TrainConfig) -> None:
 def _optimizer(model: Any, config: TrainConfig, device: Device) -> MemoryLeanOptimizer:
     if config.offload_optimizer and device.capacity_bytes is None:
         raise ConfigError("offload_optimizer has no effect on a CPU, whose memory is the host's; remove it")
+    assert config.learning_rate is not None
     own = OPTIMIZER_DEFAULTS[config.optimizer]
     settings: dict[str, Any] = {"momentum": config.momentum} if "momentum" in own else {}
     if "adam_beta1" in own:
@@ -296,6 +298,7 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
             "params": [sharding.local(parameter) for parameter in parameters],
             "lr": embedding_rate if embedding else config.learning_rate,
             "peak_lr": embedding_rate if embedding else config.learning_rate,
+            "embedding": embedding,
             "weight_decay": config.weight_decay if matrix else 0.0,
             "weight_precision": (config.weight_precision or "master") if sixteen_bit else None,
             **({"orthogonalise": matrix and not embedding} if config.optimizer == "muon" else {}),

@@ -16,6 +16,7 @@ from oomless.config import TrainConfig
 from oomless.data.loader import Loader
 from oomless.data.prepare import PreparedData
 from oomless.memory.device import Device
+from oomless.training import rates
 from oomless.training.assemble import Assembly
 from oomless.training.bad_loss import BadLoss
 from oomless.training.best import Best
@@ -93,13 +94,14 @@ class Life:
         result: RunResult,
         interrupted: Interruption | None = None,
     ) -> None:
+        total = total_steps(config, data.train.blocks_per_epoch, ranks.count)
+        assert total is not None
+        self.total_steps = total
+        config = rates.resolved(config, assembly.model.config, total)
         self.config, self.device, self.ranks, self.listener = config, device, ranks, listener
         self.data, self.assembly, self.keeper, self.result = data, assembly, keeper, result
         self.guard = Guard.of(config, assembly.step, device, listener.said)
         self.loader = Loader(data.train)
-        total = total_steps(config, data.train.blocks_per_epoch, ranks.count)
-        assert total is not None
-        self.total_steps = total
         self.step, self.tokens = 0, 0
         self.unapplied: Tensor
         """In how many steps since the last line of metrics something was not finite; on the device."""

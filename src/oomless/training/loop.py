@@ -17,12 +17,12 @@ from oomless.data.prepare import prepare
 from oomless.memory.device import Device
 from oomless.models.spec import load_tokenizer, resolve
 from oomless.techniques import sharding, trainable
-from oomless.training import distributed, guard, resuming, script, trackers
+from oomless.training import distributed, guard, rates, resuming, script, trackers
 from oomless.training.assemble import assemble, open_device
 from oomless.training.distributed import Ranks
 from oomless.training.guard import StartAgain
 from oomless.training.interruption import Interruption
-from oomless.training.life import Life
+from oomless.training.life import Life, total_steps
 from oomless.training.listening import Listener, RunFacts, RunResult
 from oomless.training.run_folder import locked
 from oomless.training.saving import RunFolder
@@ -97,6 +97,10 @@ class Run(Life):
         if ranks.count > 1:
             ranks.from_first(lambda: prepared() is None)  # the others find the cache
         data = prepared()
+        if start is not None:
+            config = rates.kept(config, resuming.config_of(start))
+        total = total_steps(config, data.train.blocks_per_epoch, ranks.count)
+        config = rates.resolved(config, spec.config, total)
         reload_base = (
             start is None
             or "lora" in config.trainable_parts
@@ -118,6 +122,7 @@ class Run(Life):
         )
         for note in self.assembly.notes:
             listener.said(note)
+        listener.said(rates.said(config, spec.config, total))
         if start is not None:
             resuming.restore(self, spec, start)
             listener.said(f"resumed from {start.folder.name}")

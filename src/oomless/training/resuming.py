@@ -10,7 +10,7 @@ from oomless.config.stages import STAGES
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError
 from oomless.models.spec import ModelSpec
-from oomless.training import checkpoint
+from oomless.training import checkpoint, rates
 from oomless.training.life import Life
 from oomless.training.run_files import CONFIG
 from oomless.training.run_folder import remove_leftovers
@@ -50,8 +50,7 @@ def checkpoint_to_resume(
     if not config.resume:
         require_no_checkpoints(folder)
     if found is not None:
-        state = checkpoint.read_state(found)
-        earlier = TrainConfig.from_mapping(state["config"])
+        state, earlier = checkpoint.read_state(found), config_of(found)
         check_same_config(earlier, config, MAY_CHANGE)
         if any(getattr(earlier, name) != getattr(config, name) for name in LENGTHS):
             say("the run has another length than before; from here on the learning rate goes by that")
@@ -84,13 +83,18 @@ def check_same_config(earlier: TrainConfig, config: TrainConfig, may_change: Col
     Raises:
         ConfigError: it is not.
     """
-    before, now = earlier.from_anywhere().to_dict(), config.to_dict()
+    before, now = rates.kept(earlier, earlier).from_anywhere().to_dict(), rates.kept(config, earlier).to_dict()
     for key in sorted((before.keys() | now.keys()) - set(may_change)):
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"a resumed run must keep {key}: it began with {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or start anew in another output_dir"
             )
+
+
+def config_of(start: checkpoint.Checkpoint) -> TrainConfig:
+    """Return the settings of the run that saved ``start``."""
+    return TrainConfig.from_mapping(checkpoint.read_state(start)["config"])
 
 
 def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:

@@ -31,13 +31,14 @@ def train(life: Life) -> None:
         StartAgain: the run has to begin anew.
     """
     config, parts, device, retried = life.config, life.assembly, life.device, life.guard.retried
+    warmup_ratio = config.warmup_ratio or 0.0
     audit = None
     if life.step == 0:
         audit = retried(TrainabilityAudit, parts.model, parts.optimizer, device, life.listener.said, life.ranks.any_of)
     began, tokens_before, logged_at = time.perf_counter(), life.tokens, (time.perf_counter(), life.tokens)
     saved_at = began
     while life.step < life.total_steps and not (_lasts_too_long(life) or life.interrupted.agreed()):
-        factor = learning_rate_factor(config.lr_scheduler_type, life.step, life.total_steps, config.warmup_ratio)
+        factor = learning_rate_factor(config.lr_scheduler_type, life.step, life.total_steps, warmup_ratio)
         for group in parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         outcome = None  # what the last one measured is not held through the next
@@ -199,12 +200,13 @@ def _check_finite(life: Life, loss: float, unapplied: float, batches: Sequence[M
 
 def _log_step(life: Life, loss: float, outcome: StepResult, tokens_per_second: float) -> None:
     usage = life.device.usage()
-    rates = [group["lr"] for group in life.assembly.optimizer.param_groups]
+    groups = life.assembly.optimizer.param_groups
+    body = next((group for group in groups if not group["embedding"]), groups[0])
     metrics = {
         "step": life.step,
         "loss": loss,
         "gradient_norm": life.device.number(outcome.gradient_norm),
-        "learning_rate": rates[0],
+        "learning_rate": body["lr"],
         "tokens": life.tokens,
         "tokens_per_second": round(tokens_per_second, 1),
         "memory_bytes": usage.allocated_bytes,

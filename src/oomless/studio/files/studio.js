@@ -312,7 +312,7 @@ const plan = {
         several,
         answered: (said, place) => {
           around.note(question, said);
-          if (said.trains && !several) find("pre[aria-label=Command]", place).closest("section").append(beginning(question));
+          if (said.trains && !several) find("pre[aria-label=Command]", place).closest("section").append(beginning(question, said.pick));
         },
       }),
     );
@@ -449,8 +449,8 @@ const around = {
   },
 };
 
-// What begins a run from the answer to `question`.
-function beginning(question) {
+// What begins a run from the answer to `question`, which picked `pick`.
+function beginning(question, pick) {
   const form = made("form", "", { class: "begin", "aria-label": "Start this run" });
   const field = (name, label, attributes = {}) => {
     const place = made("label", label);
@@ -460,7 +460,7 @@ function beginning(question) {
   field("data", "Text to train on", { required: "", placeholder: "a file or folder" });
   field("name", "Name of the run", { required: "", placeholder: "first" });
   field("max_steps", "Steps", { inputmode: "numeric", placeholder: "all of the text" });
-  field("learning_rate", "Learning rate", { inputmode: "decimal", placeholder: "usual" });
+  field("learning_rate", "Learning rate", { inputmode: "decimal", placeholder: pick.learning_rate });
   field("sample_prompts", "Text to go on from on the way", { placeholder: "none" });
   const said = made("span", "", { role: "status" });
   form.append(made("button", "Start it", { class: "main" }), said);
