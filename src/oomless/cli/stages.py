@@ -21,7 +21,7 @@ from oomless.config.stages import Stage, together
 from oomless.planning.choose import choose_training, picked_settings
 from oomless.planning.given import as_config, read_given
 from oomless.planning.plan import Plan, plan_training
-from oomless.planning.stages import as_said, check, dearest, settings_to_plan
+from oomless.planning.stages import as_said, check, choice_as_said, dearest, settings_to_plan
 from oomless.planning.throughput import speed_of
 from oomless.report.charts import page, text
 from oomless.report.choice import plan_to_dict
@@ -157,16 +157,15 @@ def plan_stages(
                 print_as_given(out(), plan, speed, config)
             return config, plan
         with searching(aside()) as say:
-            picked = choose_training(read_given(settings), **wish, host_bytes=host_bytes, progress=say)
+            found = choose_training(read_given(settings), **wish, host_bytes=host_bytes, progress=say)
+        picked = choice_as_said(found, stage.settings)
         answers.append({"number": stage.number, "name": stage.name, **picked.to_dict()})
         parts.extend(choice_parts(picked))
         if not json:
             print_picked(out(), picked, why=why)
         if picked.config is None or picked.plan is None:
             raise _NothingFits
-        left_out = {"model", "tokenizer"}  # for which others may have stood in
-        said = {name: stage.settings[name] for name in ("model", "tokenizer") if name in stage.settings}
-        picks.append((stage, said | {n: v for n, v in picked_settings(picked).items() if n not in left_out}))
+        picks.append((stage, picked_settings(picked)))
         return picked.config, picked.plan
 
     settled: list[Settled] = []

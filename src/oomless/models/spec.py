@@ -14,6 +14,9 @@ from oomless.config import adapter
 from oomless.errors import ModelError, nearest
 from oomless.models import extension, names, starting_point
 
+STANDS_FOR = "stands_for"
+"""Where a config.json that a plan writes keeps what a person calls the model."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
@@ -45,9 +48,9 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     if adapted is not None:
         return _with_adapter(adapted, partial(resolve, trust_remote_code=trust_remote_code))
     if path.is_file():
-        return ModelSpec(
-            name=name, config=read_config(path, trust_remote_code), folder=None, trust_remote_code=trust_remote_code
-        )
+        config = read_config(path, trust_remote_code)
+        called = getattr(config, STANDS_FOR, name)
+        return ModelSpec(name=called, config=config, folder=None, trust_remote_code=trust_remote_code)
     folder = path if path.is_dir() else _download(name)
     starting_point.check_folder(folder)
     config = read_config(folder / "config.json", trust_remote_code)

@@ -11,11 +11,17 @@ from typing import Any
 
 from oomless.config import TrainConfig
 from oomless.config.stages import after
-from oomless.models.spec import resolve_for_plan
+from oomless.models import extension
+from oomless.models.spec import STANDS_FOR, resolve_for_plan
+from oomless.planning.choice import Choice
 from oomless.planning.layout import new_tokens, with_new_tokens
 from oomless.planning.plan import Plan
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.planning.strategies import Settings
+from oomless.units import counted
+
+OF_THE_MODEL = ("model", "tokenizer", "extend_tokenizer", "trainable_rows")
+"""Settings for which others may have stood in."""
 
 
 def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch: Path) -> Settings:
@@ -37,7 +43,11 @@ def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch:
         tokenizer, config = changed.get("tokenizer", tokenizer), copy.deepcopy(grown.config)
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = part.tie_word_embeddings and not untied
-        left["model"] = str(scratch / f"{Path(spec.name).name}-as-left.json")
+        noted = extension.read(scratch)
+        changes = [] if noted is None else [f"with {counted(noted.added, 'new token')}"]
+        changes += ["embed_tokens and lm_head untied"] if untied else []
+        setattr(config, STANDS_FOR, f"{spec.name} ({', '.join(changes)})")
+        left["model"] = str(scratch / "as-left.json")
         config.to_json_file(left["model"], use_diff=False)
         left["tokenizer"] = tokenizer
     elif "tokenizer" in settings:
@@ -47,10 +57,16 @@ def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch:
 
 def as_said(config: TrainConfig, settings: Settings) -> TrainConfig:
     """Return what was planned with ``settings_to_plan``, with the model, its tokenizer and its rows as ``settings`` say."""
-    of_the_model: dict[str, Any] = {
-        name: settings.get(name) for name in ("model", "tokenizer", "extend_tokenizer", "trainable_rows")
-    }
+    of_the_model: dict[str, Any] = {name: settings.get(name) for name in OF_THE_MODEL}
     return replace(config, **of_the_model)
+
+
+def choice_as_said(choice: Choice, settings: Settings) -> Choice:
+    """Return what was chosen with ``settings_to_plan`` in the same way."""
+    given = {name: value for name, value in choice.given.items() if name not in OF_THE_MODEL}
+    given |= {name: settings[name] for name in OF_THE_MODEL if name in settings}
+    config = None if choice.config is None else as_said(choice.config, settings)
+    return replace(choice, given=given, config=config)
 
 
 def check(config: TrainConfig) -> None:

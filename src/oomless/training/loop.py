@@ -51,6 +51,7 @@ def train(
             if ranks.first:
                 stack.enter_context(locked(run))
         stack.enter_context(device.active())
+        device.reset_peak()  # of a run before it in this process
         asked, tell = config, listener.tokenising
         config = ranks.from_first(lambda: extend.for_run(asked, run, tell))
 
