@@ -18,6 +18,7 @@ from oomless.config.stages import Stage, same_stages, stages_of
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError, TrainingError, UnplannableError
 from oomless.planning.given import LONGEST, host_size, read_given, require_length, wish_of
+from oomless.training import run_files
 
 if TYPE_CHECKING:
     from oomless.planning.choice import Choice
@@ -57,9 +58,11 @@ def train(config: Path | None, as_given: bool, prefer: str | None, host_memory: 
             _read(stage.settings, chooses)
     given = _read(given, chooses)
 
+    if given.get("resume") and config is not None:
+        _require_place(config, Path(given["output_dir"]))
     from oomless.cli.voice import out
 
-    began = Path(given["output_dir"]) / "config.yaml"
+    began = Path(given["output_dir"]) / run_files.CONFIG
     goes_on = bool(given.get("resume")) and not as_given and began.is_file()
     if goes_on and wish:
         raise ConfigError("--prefer has no effect with --resume, which goes on as the run began; remove it")
@@ -82,6 +85,20 @@ def _read(given: dict[str, Any], chooses: bool) -> dict[str, Any]:
         settings = read(given)
         TrainConfig.from_mapping(settings)
     return settings
+
+
+def _require_place(config: Path, output_dir: Path) -> None:
+    """Check that a run that was moved is gone on with where it lies now.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    folder = config.resolve().parent
+    if not output_dir.exists() and all((folder / name).is_file() for name in (run_files.CONFIG, run_files.LENGTH)):
+        raise ConfigError(
+            f"the run lies in {folder}, and its output_dir is {output_dir}, which is not there: give --output-dir {quote(str(folder))}",
+            "output_dir",
+        )
 
 
 def _go_on(began: Path, given: dict[str, Any]) -> dict[str, Any]:

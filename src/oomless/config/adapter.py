@@ -100,7 +100,15 @@ def base_of(folder: Path) -> str:
         raise ConfigError(
             f"{folder / FILE} does not say which model it changes: write it there as base_model_name_or_path"
         )
-    return str(named)
+    return where_now(str(named), folder)
+
+
+def where_now(path: str, folder: Path) -> str:
+    """Return ``path``, which ``folder`` names, where it lies now: beside that, or in a folder beside the one around that, if a run was moved."""
+    named, here = Path(path), folder.resolve()
+    moved = [here.parents[1].joinpath(*named.parts[-2:]), here.parent / named.name]
+    missing = named.is_absolute() and not named.exists()
+    return str(next((place for place in moved if place.is_dir()), path)) if missing else path
 
 
 def beyond_lora(said: Mapping[str, Any], *, to_merge: bool = False) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from oomless.config import TrainConfig
+from oomless.config import TrainConfig, adapter
 from oomless.config.stages import STAGES
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError
@@ -94,7 +94,8 @@ def check_same_config(earlier: TrainConfig, config: TrainConfig, may_change: Col
 
 def config_of(start: checkpoint.Checkpoint) -> TrainConfig:
     """Return the settings of the run that saved ``start``."""
-    return TrainConfig.from_mapping(checkpoint.read_state(start)["config"])
+    settings = checkpoint.read_state(start)["config"]
+    return TrainConfig.from_mapping({**settings, "model": adapter.where_now(settings["model"], start.folder)})
 
 
 def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
