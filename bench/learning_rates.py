@@ -27,7 +27,7 @@ from oomless.training import rates
 from provenance import write
 
 START_STEPS = 300
-LENGTHS = (25, 100)
+LENGTHS = (20, 60)
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 ALLOWED = 0.01
 BOTH = "embed_tokens+lm_head"

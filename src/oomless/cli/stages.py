@@ -19,14 +19,16 @@ from oomless.cli.voice import aside, out
 from oomless.config import TrainConfig
 from oomless.config.stages import Stage, together
 from oomless.planning.choose import choose_training, picked_settings
+from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import as_config, read_given
 from oomless.planning.plan import Plan, plan_training
 from oomless.planning.stages import as_said, check, choice_as_said, dearest, settings_to_plan
 from oomless.planning.throughput import speed_of
 from oomless.report.charts import page, text
-from oomless.report.choice import plan_to_dict
+from oomless.report.choice import hours_in_words, hours_to_read, plan_to_dict
 from oomless.report.plan_page import choice_parts, plan_parts
 from oomless.report.screen import Screen
+from oomless.techniques.sharding import shared
 from oomless.training import stages as player
 from oomless.training.assemble import open_device
 from oomless.training.distributed import world_size
@@ -142,6 +144,7 @@ def plan_stages(
     answers: list[dict[str, Any]] = []
     parts: list[str] = []
     picks: list[tuple[Stage, dict[str, Any]]] = []
+    hours: list[tuple[float, float] | None] = []
 
     def decide(stage: Stage, settings: dict[str, Any]) -> tuple[TrainConfig, Plan | None]:
         if not json:
@@ -151,6 +154,8 @@ def plan_stages(
             config = as_config(settings)
             plan = plan_training(config)
             speed = speed_of(plan, config)
+            reading = tokens_to_read(shared(config, plan.target.gpus), plan.target.gpus)
+            hours.append(hours_to_read(speed, reading) if speed is not None and reading is not None else None)
             answers.append({"number": stage.number, "name": stage.name, **plan_to_dict(plan, speed)})
             parts.extend(plan_parts(plan))
             if not json:
@@ -165,6 +170,9 @@ def plan_stages(
             print_picked(out(), picked, why=why)
         if picked.config is None or picked.plan is None:
             raise _NothingFits
+        assert picked.wish is not None
+        assert picked.picked is not None
+        hours.append(picked.wish.hours_of(picked.picked) if picked.wish.tokens else None)
         picks.append((stage, picked_settings(picked)))
         return picked.config, picked.plan
 
@@ -173,12 +181,16 @@ def plan_stages(
         settled = settle(stages, decide)
     fits = bool(settled) and not any(one.too_large for one in settled)
     most = decides(settled)
+    known = [one for one in hours if one is not None]
+    in_all = (sum(fewest for fewest, _ in known), sum(most for _, most in known)) if len(known) == len(stages) else None
     write_page(html, lambda: page("Plan of a run in stages", parts))
     if json:
         name = answers[-1]["name"] if most is None else most[0].name
-        out().out(dumps({"fits": fits, "decides": name, "stages": answers}, indent=2))
+        out().out(dumps({"fits": fits, "decides": name, "hours": in_all, "stages": answers}, indent=2))
     else:
         print_decides(out(), settled)
+        if in_all is not None:
+            out().print(f"All stages together take {hours_in_words(in_all)}, predicted.")
         if not as_given:
             print_next(out(), why=why, write=write)
     if write is not None and fits and most is not None:

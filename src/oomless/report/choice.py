@@ -10,7 +10,7 @@ from rich.text import Text
 from oomless.config import TrainConfig
 from oomless.planning.choice import Choice
 from oomless.planning.choose import Compared
-from oomless.planning.duration import tokens_to_read
+from oomless.planning.duration import Reading, tokens_to_read
 from oomless.planning.plan import Plan
 from oomless.planning.row import Row
 from oomless.planning.strategies import Prefer, in_words
@@ -195,7 +195,7 @@ def print_speed(screen: Screen, speed: Throughput, config: TrainConfig, gpus: in
     """Print the predicted speed, what it rests on, and how long the run would take where its length is known."""
     reading = tokens_to_read(shared(config, gpus), gpus)
     if reading is not None:
-        fewest, most = speed.hours(reading.tokens_low)[0], speed.hours(reading.tokens_high)[1]
+        fewest, most = hours_to_read(speed, reading)
         count = f"{reading.tokens_low:,}"
         if reading.tokens_high > reading.tokens_low:
             count += f" to {reading.tokens_high:,}"
@@ -205,6 +205,11 @@ def print_speed(screen: Screen, speed: Throughput, config: TrainConfig, gpus: in
         f"expected, are predicted, not measured: {speed.basis}",
         style="dim",
     )
+
+
+def hours_to_read(speed: Throughput, reading: Reading) -> tuple[float, float]:
+    """Return the fewest and the most hours in which ``reading`` is done at ``speed``."""
+    return speed.hours(reading.tokens_low)[0], speed.hours(reading.tokens_high)[1]
 
 
 def _hours(hours: float) -> str:
