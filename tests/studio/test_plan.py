@@ -10,6 +10,7 @@ import pytest
 import yaml
 from starlette.testclient import TestClient
 from tests.cli.test_cli import oomless
+from transformers import AutoTokenizer
 
 from oomless.studio import searches
 from oomless.studio.safety import TOKEN
@@ -56,11 +57,14 @@ def copy_of(model, folder):
 
 @pytest.mark.slow
 def test_a_plan_is_what_the_command_finds_and_its_command_trains(studio, make_checkpoint, corpus, tmp_path):
-    """From the question to the YAML of the answer, which ``oomless train`` takes; a hostile name of a model is text."""
+    """From the question to the YAML of the answer, which ``oomless train`` takes; a hostile name of a model is text.
+
+    New tokens, whose number is taken as given in the plan, are learnt from the run's own text.
+    """
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     copy_of(make_checkpoint("llama"), folder)
-    question = {"model": folder.name, "gpu": "virtual:256MiB", **PINNED}
+    question = {"model": folder.name, "gpu": "virtual:256MiB", **PINNED, "extend_tokenizer": "20"}
     first = look(studio, question)
     assert (first["html"], first["error"]) == (None, None)
     html = until(studio, question, lambda said: said["html"] or said["error"])["html"]
@@ -72,13 +76,16 @@ def test_a_plan_is_what_the_command_finds_and_its_command_trains(studio, make_ch
         assert f"<h2>{part}</h2>" in html, part
     written = re.search(r'aria-label="YAML" tabindex="0">(.*?)</pre>', html, re.DOTALL)[1]
     picked = yaml.safe_load(written.replace("&lt;", "<").replace("&gt;", ">"))
-    assert picked["model"] == str(folder)
+    assert (picked["model"], picked["extend_tokenizer"]) == (str(folder), 20)
+    assert "20 tokens are taken as given" in html
+    assert "Learning rate" in html
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(picked))
     trained = oomless(
         *("train", "--config", tmp_path / "run.yaml", "--data", corpus, "--output-dir", tmp_path / "run"),
         *("--max-steps", 1, "--learning-rate", "1e-3", "--eval-fraction", 0),
     )
     assert trained.returncode == 0, trained.stderr
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")) == 532
 
 
 def test_what_cannot_be_is_said_and_the_next_question_is_answered(studio):

@@ -71,8 +71,9 @@ def test_each_optimizer_has_its_own_and_decays_as_much_in_a_step():
 
 
 def test_the_warm_up_is_a_share_between_two_numbers_of_steps():
-    steps = {1: 1, 5: 1, 60: 6, 100: 10, 300: 10, 1000: 30, 5000: 150, 100_000: 200}
+    steps = {1: 0, 2: 1, 5: 1, 60: 6, 100: 10, 300: 10, 1000: 30, 5000: 150, 100_000: 200}
     assert {total: learning.warmup_steps(total) for total in steps} == steps
+    assert [rates.resolved(of(), wide(64), total).warmup_ratio for total in (1, 2)] == [0.0, 0.5]
 
 
 def test_what_is_given_is_not_altered():

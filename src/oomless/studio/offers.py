@@ -22,7 +22,10 @@ MOST_FOLDERS = 5_000
 LENGTHS = [str(1 << power) for power in range(8, 18)]
 """Lengths in tokens at which a slider stops."""
 
-SETTINGS = ("max_seq_length", "trainable", "tokens_per_step", "quantization", "optimizer", "weight_precision", "dtype")
+SETTINGS = (
+    *("max_seq_length", "trainable", "tokens_per_step", "quantization", "optimizer", "weight_precision", "dtype"),
+    "extend_tokenizer",
+)
 """Settings that the form has a field for, beside the model and the GPU."""
 
 

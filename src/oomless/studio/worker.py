@@ -105,8 +105,10 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
     from oomless.models.spec import resolve_for_plan
     from oomless.planning.choose import choose_training, picked_settings
     from oomless.planning.given import host_size, read_given, wish_of
+    from oomless.planning.layout import with_new_tokens
     from oomless.planning.nearby import smallest_changes
     from oomless.planning.plan import target_for
+    from oomless.planning.strategies import UNPLANNED
     from oomless.planning.trial import results_folder
     from oomless.report.plan_page import choice_parts, in_short
 
@@ -123,7 +125,8 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
         progress=lambda words, share: say(words=words, share=share),
         heard=lambda rows: say(partial=found_so_far(weights_bytes, rows, fills)),
     )
-    parts = [*(f"<p>{text(note)}</p>" for note in spec.notes), *choice_parts(choice)]
+    with with_new_tokens(spec, {**UNPLANNED, **given}) as (grown, _):
+        parts = [*(f"<p>{text(note)}</p>" for note in grown.notes), *choice_parts(choice)]
     if choice.picked is not None:
         train = {"settings": picked_settings(choice), "gpus": target.gpus}
         return {"html": "".join(parts), "pick": in_short(choice), "train": train}
