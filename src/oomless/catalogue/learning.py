@@ -90,5 +90,6 @@ def _times(optimizer: str) -> float:
 def warmup_steps(total_steps: int) -> int:
     """Return in how many of a run's steps the rate rises: fewer than there are."""
     entry = read_yaml("learning.yaml")["warmup"]
-    usual = min(max(entry["share"] * total_steps, entry["least_steps"]), entry["most_steps"])
-    return min(total_steps - 1, math.ceil(min(usual, entry["most_share"] * total_steps)))
+    usual: float = min(max(entry["share"] * total_steps, entry["least_steps"]), entry["most_steps"])
+    steps = math.ceil(min(usual, float(entry["most_share"]) * total_steps))
+    return min(total_steps - 1, steps)
