@@ -50,6 +50,24 @@ def test_a_stage_is_planned_for_the_model_that_those_before_it_leave(make_checkp
     bytes_ = [plan_training(one).profile.peak_allocated_bytes for one in (planned, two_matrices, first)]
     assert bytes_[0] == bytes_[1] != bytes_[2]
     assert as_said(planned, then).model == str(tied)
+    assert plan_training(planned).model == f"{tied} (embed_tokens and lm_head untied)"
+
+
+def test_hours_are_added_up(tmp_path):
+    config, around = (
+        tmp_path / "run.yaml",
+        dict(model="gpt2", gpu="T4", data="text", output_dir="out", max_seq_length=64),
+    )
+    listed = [dict(max_steps=7200), dict(max_steps=3600)]
+    config.write_text(yaml.safe_dump({**around, "stages": listed}))
+    planned = json.loads(oomless("plan", "--config", config, "--as-given", "--json").stdout)
+    speeds = [stage["speed"] for stage in planned["stages"]]
+    ends = [
+        sum(stage["max_steps"] * 64 / speed[name] / 3600 for stage, speed in zip(listed, speeds, strict=True))
+        for name in ("tokens_per_second_high", "tokens_per_second_low")
+    ]
+    assert planned["hours"] == pytest.approx(ends)
+    assert 0 < ends[0] < ends[1]
 
 
 @pytest.mark.full_length
