@@ -35,8 +35,8 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({"trainable": "full"}, "the power of the width"),
     "lora": ({"trainable": "lora"}, "nothing: predicted"),
     "lora and embeddings": ({"trainable": f"lora+{BOTH}"}, "nothing: predicted"),
-    "embeddings": ({"trainable": BOTH}, "the rate of embeddings"),
-    "1,024 rows": ({"trainable": BOTH, "trainable_rows": "256-1279"}, "the rate of rows"),
+    "embeddings": ({"trainable": BOTH}, "the rate of embeddings and its power"),
+    "1,024 rows": ({"trainable": BOTH, "trainable_rows": "256-1279"}, "nothing: as embeddings"),
 }
 
 
