@@ -23,6 +23,7 @@ from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
 from oomless.techniques.frozen_layers import frozen_layers
 from oomless.techniques.trained_rows import parse
+from oomless.training import rates
 from oomless.training.assemble import assemble, parameter_groups
 
 LENGTH, BLOCKS, STEPS, VOCABULARY = 24, 2, 2, 1024
@@ -101,6 +102,7 @@ def cases():
 
 def configure(folder, settings):
     defaults = {"dtype": "fp32", "optimizer": "sgd", "learning_rate": 0.5, "per_device_train_batch_size": BLOCKS}
+    defaults["weight_decay"] = 0.0
     return TrainConfig(
         model=str(folder),
         data=(DataSource(path="none"),),
@@ -198,6 +200,7 @@ def plain_path(folder, config, begun, rounded):
 
 
 def plain_optimizer(model, config):
+    config = rates.resolved(config, model.config)
     groups = parameter_groups(model, dataclasses.replace(config, weight_precision=None))
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9)
