@@ -91,7 +91,7 @@ def of_sharing(spec: ModelSpec, sharing: Literal["ddp", "fsdp"]) -> Iterator[Ten
             of = "DDP" if sharing == "ddp" else "FSDP"
             return Tensor(
                 kind=kind, of=of, shape=shape, count=count, item_bytes=item, phases=when, hints=hints, prior=0.2,
-                operations=("aten.empty", "storage.resize_"),
+                operations=() if sharing == "ddp" else ("aten.empty", "storage.resize_"),
             )  # fmt: skip
 
         for shape, count in whole.items():
