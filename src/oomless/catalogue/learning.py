@@ -73,6 +73,11 @@ def rate(trains: Trains, optimizer: str, width: int, alpha: float | None = None)
     return float(of_adamw * _times(optimizer) * (1.0 if alpha is None else math.sqrt(entry["alpha"] / alpha)))
 
 
+def published_width() -> int:
+    """Return how wide the models are that the rates in the file are for."""
+    return int(read_yaml("learning.yaml")["rates"]["of_width"])
+
+
 def beside_lora() -> float:
     """Return which part of LoRA's rate that of embeddings is which train beside it."""
     return float(read_yaml("learning.yaml")["rates"]["beside_lora"]["part"])

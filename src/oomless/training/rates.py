@@ -17,6 +17,7 @@ from oomless.units import counted
 RATES = ("learning_rate", "embedding_learning_rate", "warmup_ratio", "weight_decay")
 """The settings that are filled in here."""
 
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _EMBEDDINGS = {"embed_tokens", "lm_head"}
 _WORDS: dict[Trains, str] = {
     "full": "whole layers",
@@ -81,9 +82,9 @@ def what_trains(config: TrainConfig) -> Trains:
 
 
 def width_of(model_config: Any) -> int:
-    """Return the width of the model."""
+    """Return the width of the model; the one that the published rates are for where code of its own calls it otherwise."""
     text = model_config.get_text_config()
-    return int(next(getattr(text, name) for name in ("hidden_size", "d_model", "n_embd") if hasattr(text, name)))
+    return int(next((getattr(text, name) for name in _WIDTHS if hasattr(text, name)), learning.published_width()))
 
 
 def _with(config: TrainConfig, rates: dict[str, Any]) -> TrainConfig:
