@@ -16,6 +16,8 @@ from oomless.config.stages import stages_of
 from oomless.config.values import load_yaml
 from oomless.errors import CheckpointError, ConfigError, DataError
 from oomless.export.source import find, find_two
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.planning.plan import plan_training
 from oomless.planning.stages import settings_to_plan
 from oomless.report.run import read_end, read_run, run_page
 from oomless.training import loop, stages
@@ -204,6 +206,17 @@ def test_killed_and_resumed_is_undisturbed(make_checkpoint, corpus, tmp_path, pr
     for stage in ("stage-1-first", "stage-2-second"):
         assert losses(tmp_path / "straight", stage) == losses(broken, stage)
     assert list_checkpoints(broken / "stage-1-first") == []
+
+
+def test_the_peak_of_a_stage_is_its_own(make_checkpoint, corpus, tmp_path, monkeypatch):
+    """On one device for all stages, as a GPU is."""
+    device, peaks = VirtualGPU(64 << 20), []
+    monkeypatch.setattr(loop, "open_device", lambda name: device)
+    listed = [dict(name="long", max_steps=2, max_seq_length=512), dict(name="short", max_steps=2, max_seq_length=32)]
+    both = planned(make_checkpoint("llama"), corpus, tmp_path / "run", *listed, gpu="virtual:64MiB", eval_fraction=0)
+    stages.train_stages(both, ended=lambda stage, result: peaks.append(result.peak_memory_bytes))
+    assert peaks == [plan_training(one.config).profile.peak_allocated_bytes for one in both]
+    assert peaks[1] < peaks[0] / 2
 
 
 def test_moved_it_goes_on_where_it_lies(make_checkpoint, corpus, tmp_path):

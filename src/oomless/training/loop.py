@@ -51,7 +51,8 @@ def train(
             if ranks.first:
                 stack.enter_context(locked(run))
         stack.enter_context(device.active())
-        device.reset_peak()  # of a run before it in this process
+        guard.free(device)  # of what a run before it in this process has left
+        device.reset_peak()
         asked, tell = config, listener.tokenising
         config = ranks.from_first(lambda: extend.for_run(asked, run, tell))
 
