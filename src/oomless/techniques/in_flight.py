@@ -14,6 +14,11 @@ def note(model: Any, let_go: Callable[[], None]) -> None:
     vars(model).setdefault("in_flight", []).append(let_go)
 
 
+def has_any(model: Any) -> bool:
+    """Return whether a pass of ``model`` may find what the one before has in flight, so that it may ask for something else."""
+    return bool(vars(model).get("in_flight"))
+
+
 def drop(model: Any) -> None:
     """Drop all that is in flight in ``model``; the next step begins as the first did."""
     for let_go in vars(model).get("in_flight", ()):

@@ -189,8 +189,11 @@ class TrainingStep:
         self.model.eval()
         with self.device.phase("evaluation"):
             for batch in batches:
-                key = ("evaluation", batch.document_lengths, self.loss_chunk_bytes)
-                self.device.repeating(key, partial(self._add_loss, total, batch))
+                add = partial(self._add_loss, total, batch)
+                if in_flight.has_any(self.model):
+                    add()
+                else:
+                    self.device.repeating(("evaluation", batch.document_lengths, self.loss_chunk_bytes), add)
                 tokens += batch.target_count
         return total, tokens
 
