@@ -17,21 +17,21 @@ LINES = 200
 
 
 class Terminal:
-    """Runs a command on a screen of ``columns``."""
+    """Runs a command on a screen of ``columns``, with more in its ``environment``."""
 
-    def __init__(self, *arguments, columns=80):
+    def __init__(self, *arguments, columns=80, **environment):
         self.screen = pyte.Screen(columns, LINES)
         self._stream = pyte.ByteStream(self.screen)
         self.frames = []
         self._master, side = os.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
-        environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "NO_COLOR")}
+        usual = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "NO_COLOR")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "oomless", *map(str, arguments)],
             stdin=side,
             stdout=side,
             stderr=side,
-            env=environment | {"TERM": "xterm-256color"},
+            env=usual | {"TERM": "xterm-256color"} | {name: str(value) for name, value in environment.items()},
             start_new_session=True,
         )
         os.close(side)

@@ -61,9 +61,9 @@ def stopped(terminal):
     return terminal.lines()
 
 
-def test_ctrl_c_in_a_search_is_one_line():
-    """Before anything was found, which with a model of this size takes seconds."""
-    with Terminal("plan", "--model", "meta-llama/Llama-3.2-1B", "--gpu", "T4") as terminal:
+def test_ctrl_c_in_a_search_is_one_line(tmp_path):
+    """Before anything was found, which with a model of this size takes seconds where no trial is kept from before."""
+    with Terminal("plan", "--model", "meta-llama/Llama-3.2-1B", "--gpu", "T4", XDG_CACHE_HOME=tmp_path) as terminal:
         terminal.run(until=lambda line: line.startswith("━"))
         assert stopped(terminal) == ["interrupted"]
 
