@@ -3,6 +3,7 @@
 import json
 import os
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ if not torch.cuda.is_available():
 
 import peft  # noqa: F401 (what it logs when it is first imported, pytest keeps, with all that the frames there hold)
 
+BEGAN = "OOMLESS_TESTS_BEGAN"
+"""When the tests began, for all of their processes."""
+
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
@@ -20,10 +24,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full-length", action="store_true", help="run tests of chance as long as bench/full_length.py does"
     )
+    parser.addoption(
+        "--slow-minutes", type=float, help="begin no slow test after so many minutes: those that are left are skipped"
+    )
 
 
 def pytest_configure(config):
     """What is kept between runs is kept between runs of the tests as well, and apart from the user's own."""
+    os.environ.setdefault(BEGAN, str(time.time()))
     os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("user-cache"))
 
 
@@ -32,15 +40,22 @@ def pytest_collection_modifyitems(config, items):
         longest = [item for item in items if item.get_closest_marker("full_length")]
         config.hook.pytest_deselected(items=longest)
         items[:] = [item for item in items if item not in set(longest)]
-    items.sort(
-        key=_allowed, reverse=True
-    )  # what takes longest begins first, so that no process waits for it at the end
+    items.sort(key=_place)
 
 
-def _allowed(item):
-    """Return how many seconds a test is allowed beyond what all are."""
+def _place(item):
+    """Slow tests come after the others; of each, what takes longest begins first, so that no process waits for it at the end."""
     marker = item.get_closest_marker("timeout")
-    return marker.args[0] if marker is not None else 0
+    return item.get_closest_marker("slow") is not None, -marker.args[0] if marker is not None else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("--slow-minutes")
+    if minutes is None or item.get_closest_marker("slow") is None:
+        return
+    if time.time() - float(os.environ[BEGAN]) > minutes * 60:
+        pytest.skip(f"slow tests are begun within {minutes:g} minutes")
 
 
 @pytest.fixture
