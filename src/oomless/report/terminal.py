@@ -54,6 +54,7 @@ class TerminalListener(Listener):
             f"{counted(left, 'step')} of {counted(config.blocks_per_step * facts.gpus, 'block')} x "
             f"{counted(config.max_seq_length, 'token')} on {f'{facts.gpus} x ' if facts.gpus > 1 else ''}{facts.device.name}"
         )
+        self.screen.print(facts.rates)
         self.total_steps, self.limit_bytes = facts.total_steps, facts.device.capacity_bytes
         self.live = LiveLine(self.screen, silent_s=0)
         self.pace.clear()

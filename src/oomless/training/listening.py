@@ -47,6 +47,9 @@ class RunFacts:
     device: Device
     total_steps: int
     first_step: int
+    rates: str
+    """How fast it learns, for a person."""
+
     gpus: int = 1
     """How many train together."""
 

@@ -124,7 +124,6 @@ class Run(Life):
         )
         for note in self.assembly.notes:
             listener.said(note)
-        listener.said(rates.said(config, spec.config, total))
         if start is not None:
             resuming.restore(self, spec, start)
             listener.said(f"resumed from {start.folder.name}")
@@ -142,6 +141,7 @@ class Run(Life):
             total_steps=self.total_steps,
             first_step=self.step,
             gpus=self.ranks.count,
+            rates=rates.said(self.config, self.assembly.model.config, self.total_steps),
         )
         self.listener.prepared(facts)
         try:
