@@ -228,9 +228,8 @@ def _judge(tensor: Tensor, place: Place, size_bytes: int, stopped_at: Request | 
         in_module = not tensor.modules or not stopped_at.module or any(m in stopped_at.module for m in tensor.modules)
         elsewhere = place.module is not None and stopped_at.module and place.module not in stopped_at.module
         made_so = any(stopped_at.operation.startswith(operation) for operation in tensor.operations)
-        told = (
-            place.code.endswith(".float()") and "aten._to_copy" not in tensor.operations
-        )  # the code says what made it
+        # Where the code says what made it.
+        told = place.code.endswith(".float()") and "aten._to_copy" not in tensor.operations
         if agrees and in_module and not elsewhere and not told and (made_so or not tensor.operations):
             score += 2 + made_so + (rehearsed in tensor.phases) + bool(tensor.modules and stopped_at.module)
             where = f" in {stopped_at.module}" if stopped_at.module else ""

@@ -155,9 +155,8 @@ def _suspects(situation: Situation) -> list[Suspect]:
         tensors = [tensor for tensor in tensors if tensor.of != "lm_head"]
     how: dict[str, Any] = {"unsloth": unsloth}
     found = suspects(first.message, first.place, tensors, tokens=length, positions=dimensions.positions, **how)
-    if (
-        not found and answer and length
-    ):  # prompts and answers are as long as the longest of the batch, not as they may be
+    # Prompts and answers are as long as the longest of the batch, not as they may be.
+    if not found and answer and length:
         found = suspects(first.message, first.place, tensors, tokens=None, positions=length, **how)
     return found
 

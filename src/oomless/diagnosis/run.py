@@ -29,6 +29,7 @@ from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.layout import with_new_tokens
 from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
+from oomless.training.rates import width_of
 from oomless.units import KiB, format_bytes
 
 USUAL_TOKENS = 2048
@@ -112,8 +113,7 @@ class FailedRun:
             return None
         assert self.spec is not None
         stage = int(self.sharing[-1])
-        width = int(self.spec.config.get_text_config().hidden_size)
-        bucket = self.bucket or (width * width if stage == 3 else ZERO_BUCKET)
+        bucket = self.bucket or (width_of(self.spec.config) ** 2 if stage == 3 else ZERO_BUCKET)
         return Zero(stage=stage, gpus=self.gpus, bucket=bucket, offloads=self.offloads)
 
     @property

@@ -97,17 +97,16 @@ class Part:
             flat = self._empty(master.numel(), self.trained[0].dtype, "gradients")
             master.grad = self._empty(master.numel(), torch.float32, "gradients")
             del flat
-            if self.zero.stage == 2:
-                self.gradients = None
-            if self.zero.stage < 3:
-                self._forget()
+            self._forget()
             optimizer.step()
             master.grad = None
-        if self.zero.stage < 3:
-            self.gradients = None
-            self._forget()
+        self._forget()  # which is all there is to do where they are offloaded
 
     def _forget(self) -> None:
+        """Drop the gradients, but those that stage 3 keeps room for."""
+        if self.zero.stage == 3:
+            return
+        self.gradients = None
         for parameter in self.trained:
             parameter.grad = None
 

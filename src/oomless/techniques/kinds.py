@@ -36,7 +36,7 @@ def kind_in(model: Any, name: str) -> str:
 
 
 def is_linear(module: Any) -> bool:
-    """Return whether ``module`` is a linear layer and nothing more: of those two classes, or of one that gives what an nn.Linear gives."""
+    """Return whether ``module`` is a linear layer and nothing more: an nn.Linear, a Conv1D, or of a class that gives what nn.Linear gives."""
     if type(module) in (nn.Linear, Conv1D):
         return True
     if not isinstance(module, nn.Linear) or module.weight is None or "forward" in vars(module):

@@ -46,9 +46,8 @@ def resolved(config: TrainConfig, model_config: Any, total_steps: int | None = N
 def kept(config: TrainConfig, earlier: TrainConfig) -> TrainConfig:
     """Return ``config`` of a run that goes on, with the rates with which it began ``earlier`` where it leaves them open."""
     began = {name: getattr(earlier, name) for name in RATES}
-    if (
-        _beside_lora(config) and began["embedding_learning_rate"] is None
-    ):  # of a version in which there was one rate for all
+    # Of a version in which there was one rate for all.
+    if _beside_lora(config) and began["embedding_learning_rate"] is None:
         began["embedding_learning_rate"] = began["learning_rate"]
     return _with(config, began)
 

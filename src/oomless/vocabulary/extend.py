@@ -74,9 +74,10 @@ def _made(
         found: _Found | None = _find(spec, config, tokenizer, progress)
     else:
         found = _added(spec, tokenizer)
-    if found is None or (before is not None and before.key == found.key):
-        return None if found is None else before
-    return _make(place, spec, settings, tokenizer, found)
+    if found is None:
+        return None
+    made = before is not None and before.key == found.key
+    return before if made else _make(place, spec, settings, tokenizer, found)
 
 
 def for_plan(

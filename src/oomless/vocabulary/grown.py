@@ -138,6 +138,7 @@ def _grown(tensor: Tensor, rows: int, first: int, pieces: Sequence[Word]) -> Ten
     grown = tensor.new_empty((rows, *tensor.shape[1:]))
     grown[: len(tensor)] = tensor
     grown[len(tensor) :] = tensor.mean(0, dtype=torch.float32)
-    for number, ids in ((number, ids) for number, ids in enumerate(pieces, start=first) if ids):
-        grown[number] = tensor[list(ids)].mean(0, dtype=torch.float32)
+    for number, ids in enumerate(pieces, start=first):
+        if ids:
+            grown[number] = tensor[list(ids)].mean(0, dtype=torch.float32)
     return grown
