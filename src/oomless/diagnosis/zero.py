@@ -100,7 +100,6 @@ class Part:
             self._forget()
             optimizer.step()
             master.grad = None
-        self._forget()  # which is all there is to do where they are offloaded
 
     def _forget(self) -> None:
         """Drop the gradients, but those that stage 3 keeps room for."""
