@@ -25,6 +25,7 @@ def test_fresh_clone(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name in ("HOME", "LANG")}
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if "venv" not in p and str(ROOT) not in p)
     environment = kept | {"PATH": path, "PYTHON": os.environ.get("PYTHON", "python3"), "COLUMNS": "110"}
+    environment["OMP_NUM_THREADS"] = "1"  # two that wait for each other beside another test are many times slower
 
     def run(*command):
         return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
