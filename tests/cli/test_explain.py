@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -46,6 +49,26 @@ def test_a_message_alone_as_json():
     result = oomless("explain", "--message", MESSAGE, "--json")
     assert result.returncode == 0, result.stderr
     assert "1002.00 MiB" in json.dumps(json.loads(result.stdout))
+
+
+def test_the_reading_is_printed_before_anything_heavy_is_imported():
+    """In a real process whose imports and words go into one pipe: however slow the machine, the words come first."""
+    arguments = ("--message", MESSAGE, "--model", "meta-llama/Llama-3.2-1B", "--max-seq-length", "2048")
+    command = [sys.executable, "-X", "importtime", "-m", "oomless", "explain", *arguments]
+    before = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            imported = re.match(r"import time: +\d+ \| +\d+ \| +(\w+)", line)
+            if imported and imported[1] in ("torch", "transformers", "numpy"):
+                break
+            before.append(line)
+        else:
+            pytest.fail("nothing was rehearsed")
+        process.kill()
+    text = "".join(line for line in before if not line.startswith("import time:"))
+    for part in ("asked for", "logits in fp32", "240.12 MiB"):
+        assert part in text
+    assert len(before) < 900, "the reading takes too many modules"
 
 
 class Hostile:

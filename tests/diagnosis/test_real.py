@@ -4,6 +4,7 @@ The step here is written for the tests and shares nothing with the rehearsal. Wh
 operator, its module and its size.
 """
 
+import math
 import re
 import traceback
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,11 @@ import torch
 from tests.diagnosis.tool_errors import capacities
 from torch.utils.checkpoint import checkpoint
 
-from oomless.diagnosis.explain import explain
+from oomless.diagnosis.explain import Listener, explain
+from oomless.diagnosis.tensors import TOGETHER, Dimensions, matrices
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.models.spec import resolve
+from oomless.models.spec import resolve, resolve_for_plan
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.planning.rehearse import play
 from oomless.training.assemble import assemble
@@ -260,6 +262,33 @@ def test_a_real_error_is_named_and_cured(folder_of, run):
     right, expected, said, cures = examine(run, folder, capacity)
     assert right, (expected, said)
     assert cures is not False
+
+
+def test_what_asked_is_told_before_more_is_rehearsed(folder_of):
+    heard = []
+
+    class Ear(Listener):
+        def attributed(self, run, suspects):
+            heard.append(suspects[0].tensor.kind)
+
+    given = {"model": str(folder_of(RUNS[0])), "gpu": "virtual:70MiB", "dtype": "fp32", "max_seq_length": 512}
+    explain("CUDA out of memory. Tried to allocate 32.00 MiB.", given, budget_s=0.5, listener=Ear(heard.append))
+    assert heard[0] == "the run as it was"
+    assert "logits" in heard[1]
+    assert heard[2] == "the run as it was, without a limit"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["meta-llama/Llama-3.2-1B", "Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V3", "zai-org/GLM-4.5-Air"],
+)  # fmt: skip
+def test_the_matrices_that_the_reading_knows_are_those_of_the_model(name):
+    spec = resolve_for_plan(name)
+    real = {shape for _, shape in matrices(spec)}
+    known = Dimensions.of_config(spec.config).matrices()
+    not_fused = (TOGETHER, "mlp.experts.gate_proj or up_proj of one")  # as older versions have them
+    assert not [(of, shape) for of, shape in known if shape not in real and of not in not_fused]
+    assert max(real, key=math.prod) == known[0][1]
 
 
 @pytest.mark.timeout(1800)

@@ -41,8 +41,11 @@ class Listener:
         """Pass on to ``progress`` what is rehearsed."""
         self.progress = progress
 
-    def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome, suspects: list[Suspect]) -> None:
-        """Hear what the run as it was came to."""
+    def attributed(self, run: FailedRun, suspects: list[Suspect]) -> None:
+        """Hear what asked, now that the run as it was has been rehearsed as far as it came."""
+
+    def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome) -> None:
+        """Hear what held the memory, and what the run as it was needs."""
 
     def cured(self, cure: Cure) -> None:
         """Hear of a cure."""
@@ -179,13 +182,14 @@ def rehearse_answer(
                     _with_evaluation(run, situation), situation.reading, [s for s in named if s.solved], clock.has_time
                 )
             assert run.target is not None
+            named = _suspects(situation, run, at_failure) or named
+            heard.attributed(run, named)
             asked = run.sources.get("per_device_eval_batch_size") == "given"
             evaluates = _evaluates(situation)
             with clock.timing("the run as it was, without a limit"):
                 without_limit = rehearse_run(run, run.target, limited=False, evaluates=evaluates or asked)
-            named = _suspects(situation, run, at_failure) or named
             found |= {"run": run, "at_failure": at_failure, "without_limit": without_limit}
-            heard.rehearsed(run, at_failure, without_limit, named)
+            heard.rehearsed(run, at_failure, without_limit)
             if at_failure.stopped_at is not None or situation.reading.first is None:
                 message = situation.reading.first.message if situation.reading.first is not None else None
                 found["cures"] = find_cures(

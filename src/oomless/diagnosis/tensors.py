@@ -8,6 +8,7 @@ N tokens of a micro-batch (B blocks of T), V vocabulary, H hidden size, I width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,23 @@ class Dimensions:
     """Experts that each token is sent to."""
 
     expert_width: int = 0
+    shared_width: int = 0
+    """Width of the expert that every token is sent to."""
+
+    dense_layers: int = 0
+    """Layers in front that have a plain MLP in place of experts."""
+
+    value_width: int = 0
+    """Width of a head's values."""
+
+    latent: int = 0
+    """Width of what keys and values are made of, in multi-head latent attention."""
+
+    plain_width: int = 0
+    """Of a head's keys there, what does not rotate."""
+
+    query_latent: int = 0
+    """The same for queries; 0 where these are made at once."""
 
     @classmethod
     def of_config(cls, config: Any) -> Dimensions | None:
@@ -109,19 +127,30 @@ class Dimensions:
         heads = number("num_attention_heads", "n_head", "n_heads")
         if not hidden or not vocabulary or not heads:
             return None
+        latent = number("kv_lora_rank") or 0
+        width = number("head_dim") or hidden // heads
+        if latent:
+            width = (number("qk_nope_head_dim") or 0) + (number("qk_rope_head_dim") or 0)
+        expert_width = number("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size") or 0
         return cls(
             vocabulary=vocabulary,
             hidden=hidden,
             mlp=number("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
             heads=heads,
             key_heads=number("num_key_value_heads") or heads,
-            head_width=number("head_dim") or hidden // heads,
+            head_width=width,
             positions=number("max_position_embeddings", "n_positions"),
             layers=number("num_hidden_layers", "n_layer") or 0,
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
             experts=number("num_local_experts", "num_experts", "n_routed_experts"),
             experts_each=number("num_experts_per_tok", "moe_topk", "moe_k") or 1,
-            expert_width=number("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size") or 0,
+            expert_width=expert_width,
+            shared_width=number("shared_expert_intermediate_size") or expert_width * (number("n_shared_experts") or 0),
+            dense_layers=number("first_k_dense_replace") or 0,
+            value_width=(number("v_head_dim") if latent else None) or width,
+            latent=latent,
+            plain_width=number("qk_nope_head_dim") or 0,
+            query_latent=number("q_lora_rank") or 0,
         )
 
     def cut(self, parts: int) -> Dimensions:
@@ -131,17 +160,36 @@ class Dimensions:
 
     def matrices(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the weights that any model of these numbers has, the largest first."""
-        heads, keys = self.heads * self.head_width, self.key_heads * self.head_width
-        found = {
-            ("embed_tokens (also lm_head)" if self.tied else "embed_tokens or lm_head"): (self.vocabulary, self.hidden),
-            "mlp.gate_proj or up_proj": (self.mlp, self.hidden),
-            TOGETHER: (2 * self.mlp, self.hidden),
-            "self_attn.q_proj or o_proj": (heads, self.hidden),
-            "self_attn.k_proj or v_proj": (keys, self.hidden),
+        queries, hidden = self.heads * self.head_width, self.hidden
+        found: dict[str, tuple[int, ...]] = {
+            ("embed_tokens (also lm_head)" if self.tied else "embed_tokens or lm_head"): (self.vocabulary, hidden)
         }
-        if self.experts:
-            found = {name: shape for name, shape in found.items() if "mlp" not in name}
-        return sorted(found.items(), key=lambda item: -item[1][0] * item[1][1])
+        if not self.experts or self.dense_layers:
+            found["mlp.gate_proj or up_proj"] = (self.mlp, hidden)
+        if not self.experts:
+            found[TOGETHER] = (2 * self.mlp, hidden)
+        else:
+            found["mlp.experts.gate_up_proj"] = (self.experts, 2 * self.expert_width, hidden)
+            found["mlp.experts.down_proj"] = (self.experts, hidden, self.expert_width)
+            found["mlp.experts.gate_proj or up_proj of one"] = (self.expert_width, hidden)
+        if self.shared_width:
+            found["mlp.shared_experts.gate_proj or up_proj"] = (self.shared_width, hidden)
+        if not self.latent:
+            found["self_attn.q_proj or o_proj"] = (queries, hidden)
+            found["self_attn.k_proj or v_proj"] = (self.key_heads * self.head_width, hidden)
+            return _largest_first(found)
+        found["self_attn.o_proj"] = (hidden, self.heads * self.value_width)
+        found["self_attn.q_b_proj" if self.query_latent else "self_attn.q_proj"] = (
+            queries,
+            self.query_latent or hidden,
+        )
+        # The part of a head that rotates is one for all heads, and no part of kv_b_proj.
+        found["self_attn.kv_b_proj"] = (self.heads * (self.plain_width + self.value_width), self.latent)
+        return _largest_first(found)
+
+
+def _largest_first(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
+    return sorted(shapes.items(), key=lambda item: -math.prod(item[1]))
 
 
 def matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
@@ -199,9 +247,7 @@ def of_weights(
 
 def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
     for name, shape in weights:
-        count, text = 1, " x ".join(f"{n:,}" for n in shape)
-        for n in shape:
-            count *= n
+        count, text = math.prod(shape), " x ".join(f"{n:,}" for n in shape)
         module = name.split(".")[0].split(" ")[0]
         modules = frozenset({module, *(["lm_head"] if "lm_head" in name else [])})
         common: dict[str, Any] = {"of": name, "shape": text, "count": count}
@@ -341,9 +387,12 @@ def of_activations(dimensions: Dimensions, blocks: int, item_bytes: int) -> Iter
         ("queries", "self_attn", d.heads * d.head_width, f"{d.heads} heads x {d.head_width}", 0.15),
         ("keys or values", "self_attn", d.key_heads * d.head_width, f"{d.key_heads} heads x {d.head_width}", 0.1),
     )
+    if d.latent:
+        both = d.plain_width + d.value_width
+        plain += (("keys and values of all heads", "self_attn", d.heads * both, f"{d.heads} heads x {both}", 0.1),)
     if d.experts:
         each, wide = d.experts_each, d.expert_width
-        plain = tuple(row for row in plain if row[1] != "mlp")
+        plain = tuple(row for row in plain if row[1] != "mlp" or d.dense_layers)
         plain += (
             ("activations of the experts", "mlp", each * wide, f"{each} experts x {wide:,}", 0.3),
             ("activations of the experts, gate and up together", "mlp", each * 2 * wide, f"{each} experts x 2 x {wide:,}", 0.35),

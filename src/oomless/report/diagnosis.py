@@ -46,8 +46,8 @@ class Printer(Listener):
         super().__init__(say)
         self.screen, self.first, self.hide, self._fitting = screen, first, hide, 0
 
-    def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome, suspects: list[Suspect]) -> None:
-        """Print what the run as it was came to."""
+    def attributed(self, run: FailedRun, suspects: list[Suspect]) -> None:
+        """Print what asked."""
         self.hide()
         if [(s.tensor.kind, s.tokens) for s in suspects[:1]] != [
             (s.tensor.kind, s.tokens) for s in self.first.suspects[:1]
@@ -56,6 +56,10 @@ class Printer(Listener):
         elif suspects and len(suspects[0].support) > len(self.first.suspects[0].support):
             self.screen.say(f"{suspects[0].support[-1]}: {suspects[0].tensor.kind}", indent=2)
         _print_run(self.screen, run)
+
+    def rehearsed(self, run: FailedRun, at_failure: Outcome, without_limit: Outcome) -> None:
+        """Print what held the memory."""
+        self.hide()
         _print_held(self.screen, self.first, run, at_failure, without_limit)
 
     def cured(self, cure: Cure) -> None:
@@ -96,7 +100,8 @@ def print_diagnosis(screen: Teller, diagnosis: Diagnosis) -> None:
         print_holders(screen, first)
     printer = Printer(screen, first)
     if run is not None and diagnosis.at_failure is not None and diagnosis.without_limit is not None:
-        printer.rehearsed(run, diagnosis.at_failure, diagnosis.without_limit, list(diagnosis.suspects))
+        printer.attributed(run, list(diagnosis.suspects))
+        printer.rehearsed(run, diagnosis.at_failure, diagnosis.without_limit)
     for cure in diagnosis.cures.tried if diagnosis.cures is not None else ():
         printer.cured(cure)
     printer.close(diagnosis)
