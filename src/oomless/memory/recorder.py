@@ -327,13 +327,14 @@ class Watcher:
             for name, module in model.named_modules()
             for handle in self._hook(name or type(model).__name__, module)
         ]
+        parameters = dict(model.named_parameters())
         self._handles += [
             parameter.register_post_accumulate_grad_hook(self._gradient_accumulated)  # type: ignore[no-untyped-call]
-            for parameter in model.parameters()
+            for parameter in parameters.values()
             if parameter.requires_grad
         ]
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        named = dict([*model.named_parameters(), *model.named_buffers()])
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        named = parameters | dict(model.named_buffers())
         label(named.values(), "weights", overwrite=False, names=named)
         self.scan()
 

@@ -149,6 +149,7 @@ class _Layer(nn.Module):
         # Parameters keep their names.
         self._modules, self._parameters, self._buffers = layer._modules, layer._parameters, layer._buffers
         self.name, self.kind, self.stack = name, kind, stack
+        self.trained = [(name, parameter) for name, parameter in layer.named_parameters() if parameter.requires_grad]
         self.runs, self.keeps_tape, self.leads = runs, keeps_tape, leads
         self.tape: Tape | None = None
         self.booking: Any = None
@@ -241,7 +242,7 @@ class _Layer(nn.Module):
         stack.tracker.start(self.tape)
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
-        return [(name, p.grad) for name, p in self.layer.named_parameters() if p.grad is not None]
+        return [(name, p.grad) for name, p in self.trained if p.grad is not None]
 
     def backward_ended(self, gradient: Tensor) -> None:
         """Keep what was written down; ``gradient`` is that of this layer's input."""
@@ -309,7 +310,7 @@ class _Layer(nn.Module):
         return result
 
     def _leave_gradients(self, held: dict[Any, Held], given: Mapping[Any, Booking]) -> None:
-        for name, parameter in self.layer.named_parameters():
+        for name, parameter in self.trained:
             called = self.kind.gradients.get(name)
             if called is None:
                 parameter.grad = None

@@ -91,6 +91,7 @@ class MemoryLeanOptimizer(Optimizer):
         self._offload = offload
         self._offloaded: dict[Tensor, int] = {}
         self._index: dict[Tensor, int] = {}
+        self._shapes: dict[tuple[int, torch.Size, torch.dtype], State] = {}
         super().__init__(parameters, {**defaults, "weight_precision": weight_precision, "seed": seed})
         if offload is not None and not self._offloaded:
             raise ValueError(
@@ -180,7 +181,7 @@ class MemoryLeanOptimizer(Optimizer):
         """Make the state of ``parameter`` where it belongs, without holding it where it does not."""
         if self._offload is None or parameter.numel() < SMALLEST_OFFLOADED:
             return self._new_state(parameter, group)
-        shapes = self._new_state(parameter.detach().to("meta"), group)
+        shapes = self._shapes_of_state(parameter, group)
         if not self.sliced_state & shapes.keys():
             return self._new_state(parameter, group)
         self._note_offloaded(parameter, shapes)
@@ -189,6 +190,13 @@ class MemoryLeanOptimizer(Optimizer):
             state = self._new_state(host, group)
         del host
         return to_host(state, self.sliced_state, self._offload)
+
+    def _shapes_of_state(self, parameter: Tensor, group: Group) -> State:
+        """Return the state of ``parameter``, of the group that is being added, without memory: made once for all of its kind."""
+        kind = (len(self.param_groups), parameter.shape, parameter.dtype)
+        if kind not in self._shapes:
+            self._shapes[kind] = self._new_state(parameter.detach().to("meta"), group)
+        return self._shapes[kind]
 
     def _new_state(self, parameter: Tensor, group: Group) -> State:
         return {

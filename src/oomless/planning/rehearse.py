@@ -14,9 +14,10 @@ allocator does hold: one for the thread that runs the step, one for autograd's.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -126,7 +127,7 @@ def rehearse(
     """
     failure = None
     parts: Assembly | None = None
-    with rehearsed(gpus) as ranks, device.active():
+    with rehearsed(gpus) as ranks, device.active(), _seldom_collecting():
         try:
             chosen = kernel or kernel_for(
                 device.compute_capability or (8, 0), choose_dtype(config.dtype, device), _head_width(spec.config)
@@ -153,6 +154,17 @@ def rehearse(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0,
         out_of_memory=failure,
     )
+
+
+@contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """Look for garbage in cycles seldom inside: a rehearsal makes many objects and drops them by itself."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def rehearse_briefly(

@@ -58,7 +58,8 @@ def decoder_layers(model: Any) -> list[Any]:
 
 def layers_of_backward(model: Any) -> list[Any]:
     """Return the layers that keep something for backward: those that train or lie above something that does."""
-    order = {id(parameter): place for place, parameter in enumerate(model.base_model.parameters())}
-    lowest = min((order[id(p)] for p in model.base_model.parameters() if p.requires_grad), default=len(order))
+    parameters = list(model.base_model.parameters())
+    order = {id(parameter): place for place, parameter in enumerate(parameters)}
+    lowest = next((place for place, parameter in enumerate(parameters) if parameter.requires_grad), len(order))
     layers = decoder_layers(model)
     return [layer for layer in layers if max((order[id(p)] for p in layer.parameters()), default=-1) >= lowest]
