@@ -352,14 +352,16 @@ class Watcher:
         if parameter.grad is not None:
             self._label([parameter.grad], "gradients", names=[self._names.get(id(parameter), "")])
 
-    def scan(self) -> None:
-        """Label gradients and optimizer state that no hook has seen."""
+    def scan(self, phase: Phase | None = None) -> None:
+        """Label gradients and optimizer state that no hook has seen: those that can be new when ``phase`` ends, by default all."""
+        if phase in ("forward", "loss"):
+            return
         model = self._model()
         if model is not None:
             with_gradient = [p for p in model.parameters() if p.grad is not None]
             names = [self._names.get(id(p), "") for p in with_gradient]
             self._label([p.grad for p in with_gradient], "gradients", names=names)
-        for reference in self._optimizers:
+        for reference in self._optimizers if phase != "backward" else ():
             optimizer = reference()
             for parameter, state in [] if optimizer is None else list(optimizer.state.items()):
                 tensors = list(_tensors_in(state))

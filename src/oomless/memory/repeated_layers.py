@@ -50,7 +50,9 @@ def repeated_layers(
     """
     names = {id(module): name for name, module in model.named_modules()}
     inner = range(1, len(layers) - 1)
-    members = {kind: [place for place in inner if kinds[place] == kind] for kind in kinds}
+    members: dict[Hashable, list[int]] = {kind: [] for kind in kinds}
+    for place in inner:
+        members[kinds[place]].append(place)
     stack = _Stack(device)
     places = []
     for place, layer in enumerate(layers if any(len(alike) > 2 for alike in members.values()) else ()):

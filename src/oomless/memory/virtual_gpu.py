@@ -294,7 +294,7 @@ class VirtualGPU(Device):
                     yield
                 finally:
                     if self._watcher is not None:
-                        self._watcher.scan()
+                        self._watcher.scan(name)
 
     @contextmanager
     def _noted_phase(self, name: Phase) -> Iterator[None]:
