@@ -121,6 +121,17 @@ CASES = {
 }
 
 
+def test_the_heaviest_evaluation_comes_late(make_checkpoint, tmp_path, monkeypatch):
+    """A soft cap has scores of each pair of tokens; the one long document comes after eight batches of short ones."""
+    short, held_out = tmp_path / "short.jsonl", tmp_path / "held_out.jsonl"
+    lines = [json.dumps({"text": "import os"}) + "\n"] * 500
+    short.write_text("".join(lines), encoding="utf-8")
+    held_out.write_text("".join([*lines, json.dumps({"text": "import os " * 600}) + "\n"]), encoding="utf-8")
+    settings = dict(trainable="lm_head", eval_data=str(held_out), per_device_eval_batch_size=1)
+    config = configure(make_checkpoint("gemma2"), short, tmp_path, **BASE | settings)
+    in_its_size(config, monkeypatch)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_in_the_size_of_its_plan(make_checkpoint, corpus, tmp_path, monkeypatch, case):
     architecture, shape, settings = CASES[case]

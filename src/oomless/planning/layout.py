@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +38,7 @@ OF_THE_TEXT = {*kinds(Model), *kinds(Data), "output_dir", "cache_dir", "seed", "
 """The settings that decide it."""
 
 LEARNT_BLOCKS = 512
-EVALUATED_BATCHES = 8
+EVALUATED_BATCHES, HEAVY_BATCHES = 8, 2
 SHORT_RUN_STEPS = 8
 """A run of so many steps is played whole where its text is known."""
 
@@ -55,7 +54,7 @@ class Layout:
     """Numbered blocks, those with the most documents first, and those with the longest; see ``BlockStream.ranked``."""
 
     evaluation: tuple[tuple[Documents, ...], ...]
-    """The first blocks of each source that is evaluated."""
+    """Of each source that is evaluated the first batches, and those with the most documents and with the longest, in their order."""
 
     blocks_per_epoch: int | None = None
     """``None`` where the text is not known."""
@@ -71,7 +70,6 @@ class Layout:
     def of(cls, data: PreparedData, config: TrainConfig) -> Layout:
         """Return how ``data`` lie in the blocks of ``config``."""
         stream = data.train
-        tried = EVALUATED_BATCHES * (config.per_device_eval_batch_size or 1)
         return cls(
             train=tuple(stream.block(number).document_lengths for number in range(LEARNT_BLOCKS)),
             ranked=tuple(
@@ -79,16 +77,36 @@ class Layout:
                 for ranking in stream.ranked(RANKED_BLOCKS)
             ),
             evaluation=tuple(
-                tuple(block.document_lengths for block in islice(blocks, tried)) for blocks in data.evaluation.values()
+                _evaluated([block.document_lengths for block in blocks], config.per_device_eval_batch_size or 1)
+                for blocks in data.evaluation.values()
             ),
             blocks_per_epoch=stream.blocks_per_epoch,
         )
 
-    def data(self) -> PreparedData:
-        """Return blank blocks that lie so."""
+    def data(self, config: TrainConfig, gpus: int = 1) -> PreparedData:
+        """Return blank blocks that lie so; the first of several ``gpus`` gets every batch that is evaluated, whoever has it in a run."""
         train: Any = _Stream(self)
-        evaluation: Any = {str(number): _Blocks(blocks) for number, blocks in enumerate(self.evaluation)}
+        size = config.per_device_eval_batch_size or 1
+        evaluation: Any = {
+            str(number): _Blocks([block for batch in _batches(blocks, size) for _ in range(gpus) for block in batch])
+            for number, blocks in enumerate(self.evaluation)
+        }
         return PreparedData(train=train, evaluation=evaluation, summary=())
+
+
+def _evaluated(blocks: Sequence[Documents], size: int) -> tuple[Documents, ...]:
+    """Return those of ``blocks`` whose batches of ``size`` are played; see ``Layout.evaluation``."""
+    batches = _batches(blocks, size)
+    most = [-sum(map(len, batch)) for batch in batches]
+    longest = [-max(map(max, batch)) for batch in batches]
+    chosen = set(range(len(batches))[:EVALUATED_BATCHES])
+    for measure in (most, longest):
+        chosen.update(sorted(range(len(batches)), key=measure.__getitem__)[:HEAVY_BATCHES])
+    return tuple(block for number in sorted(chosen) for block in batches[number])
+
+
+def _batches(blocks: Sequence[Documents], size: int) -> list[Sequence[Documents]]:
+    return [blocks[first : first + size] for first in range(0, len(blocks), size)]
 
 
 def usual_documents(config: TrainConfig) -> Documents:

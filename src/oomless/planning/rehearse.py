@@ -255,7 +255,7 @@ def play(
         parts.step.device,
         ranks,
         Listener(),
-        data=layout.data(),
+        data=layout.data(config, ranks.count),
         assembly=parts,
         keeper=NoFolder(),
         result=RunResult(output_dir=Path()),
