@@ -290,6 +290,13 @@ def test_damaged_adapters(make_adapter, corpus, tmp_path):
             settings(folder, corpus, tmp_path / "run")
         with pytest.raises(UserError):
             make_plan(folder, "safetensors", output=tmp_path / "merged")
+    for odd in ({"arrow_config": []}, {"arrow_config": {}}, {"lora_dropout": 7}, {"megatron_config": {"a": 1}}):
+        config.write_text(json.dumps(said | odd))
+        for to in ("adapter", "safetensors"):
+            with pytest.raises(
+                ModelError, match="peft cannot load this adapter with what its adapter_config.json says"
+            ):
+                export(make_plan(folder, to, output=tmp_path / "exported"))
     config.write_text(json.dumps({**said, "base_model_name_or_path": None}))
     with pytest.raises(ConfigError, match="base_model_name_or_path"):
         train(settings(folder, corpus, tmp_path / "run"))

@@ -179,7 +179,11 @@ def _load(plan: Plan, folder: Path) -> Any:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    """Return ``model`` with the adapter in ``folder`` beside its matrices, as peft loads it."""
+    """Return ``model`` with the adapter in ``folder`` beside its matrices, as peft loads it.
+
+    Raises:
+        ModelError: peft cannot, with what ``adapter_config.json`` says.
+    """
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -187,4 +191,9 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")  # it is not merged
         warnings.simplefilter("ignore", FutureWarning)  # of a name that transformers is giving up
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        try:
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+        except (TypeError, ValueError, AttributeError, LookupError, ImportError, RuntimeError) as error:
+            raise ModelError(
+                f"peft cannot load this adapter with what its adapter_config.json says: {error}"
+            ) from error
