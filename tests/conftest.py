@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of processes too: two threads that wait for each other beside another test take ten times as long
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run on the CPU
 

@@ -1,8 +1,10 @@
 """Every setting through every command: no traceback, exit code 0, 1 or 2, and what was given is what is done."""
 
 import functools
+import json
 import random
 import re
+import shutil
 
 import pytest
 import yaml
@@ -27,14 +29,24 @@ def _own_cache(monkeypatch, tmp_path_factory, request):
 
 
 @pytest.fixture
-def places(make_checkpoint, corpus, tmp_path):
+def places(make_checkpoint, corpus, tokenizer_folder, tmp_path):
     return {
         "make": functools.partial(make_checkpoint, num_hidden_layers=LAYERS),
         "model": make_checkpoint("llama"),
-        "corpus": corpus,
+        "corpus": with_more_fields(corpus, tmp_path / "library.jsonl"),
         "folder": corpus.parent,
+        "tokenizer": tokenizer_folder,
+        "copy": shutil.copytree(tokenizer_folder, tmp_path / "ä [x] 2024"),
         "out": tmp_path,
     }
+
+
+def with_more_fields(corpus, target):
+    """Write ``corpus`` to ``target`` with its text in other fields too."""
+    texts = (json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines())
+    lines = (json.dumps(dict.fromkeys(("text", "body", "ä [x]"), text)) for text in texts)
+    target.write_text("\n".join(lines), encoding="utf-8")
+    return target
 
 
 def base(run, places, *, out=None):
@@ -174,12 +186,19 @@ def of_use(run, places):
 
 @pytest.mark.parametrize("name", values.names())
 def test_a_wrong_value_is_one_clear_error(places, tmp_path, name):
-    for text in values.invalid(name):
+    wrong = values.invalid(name)
+    assert len(wrong) >= 3
+    assert len(values.valid(name)) >= values.least_valid(name)
+    for text in wrong:
         run = {**values.NEEDS.get(name, {}), name: text}
         for command in ("plan", "train"):
             given = base(run, places, out=tmp_path / "run")
             gpu = ROOMY if command == "plan" else "cpu"
             more = ("--as-given",) if command == "plan" else ()
+            if values.is_switch(name):  # which the command line cannot give a value
+                given.pop(name)
+                (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({name: text}))
+                more += ("--config", tmp_path / "wrong.yaml")
             said = oomless(command, *flags(given, **places), "--gpu", gpu, *more)
             if command == "plan" and name in OPENED_BY_TRAINING:
                 continue  # which a plan does not open

@@ -21,12 +21,12 @@ OF_SEVERAL_GPUS = {"sharding"}
 """What means nothing on the one GPU of these tests; ``tests/training/test_several_gpus.py`` has two."""
 
 CHOSEN = {
-    "tokenizer": ["{model}"],
+    "tokenizer": ["{model}", "{tokenizer}", "{copy}"],
     "trust_remote_code": [True, False],
     "eval_data": ["{corpus}", "{corpus},name=held out", "{folder}"],
     "general_data": ["builtin", "builtin,name=many languages", "{corpus},name=general"],
     "replay_data": ["{corpus},name=old", "{folder}", "{corpus},name=2024"],
-    "text_field": ["text"],
+    "text_field": ["text", "body", "ä [x]"],
     "encoding": ["utf-8", "latin-1", "utf-8-sig"],
     "eval_fraction": [0, 0.1, 0.5],
     "max_seq_length": [16, LENGTH, 48],
@@ -55,9 +55,9 @@ CHOSEN = {
     "bad_loss_factor": [1.5, 10, 1e6],
 }
 WRONG = {
-    "text_field": ["nothing", ""],
+    "text_field": ["nothing", "", "Text"],
     "encoding": ["utf-9", "", "base64"],
-    "sample_prompts": ["", " \n"],
+    "sample_prompts": ["", " \n", "\t"],
     "tokenizer": ["/nowhere", "{corpus}", ""],
     "eval_data": ["/nowhere", "", "{out}/*.none"],
     "report_to": ["", "tensorbord", "tensorboard,tensorboard", "none,tensorboard"],
@@ -96,7 +96,7 @@ def valid(name):
     if name in CHOSEN:
         return CHOSEN[name]
     kind = plain_kind(KINDS[name])
-    if kind is bool:
+    if is_switch(name):
         return [True, False]
     if typing.get_origin(kind) is typing.Literal:
         return list(typing.get_args(kind))
@@ -108,13 +108,25 @@ def valid(name):
     return [low, 0.5, 0.875 if limits.below <= 1 else 3]
 
 
+def is_switch(name):
+    return plain_kind(KINDS[name]) is bool
+
+
+def least_valid(name):
+    """How many values ``valid`` has at least: both of a switch, every choice, three of all else."""
+    kind = plain_kind(KINDS[name])
+    if is_switch(name):
+        return 2
+    return len(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else 3
+
+
 def invalid(name):
-    """Texts that the setting may not be, from its declaration."""
+    """Three values at least that the setting may not be, from its declaration: texts, or for a switch what a YAML may hold."""
     if name in WRONG:
         return WRONG[name]
     kind = plain_kind(KINDS[name])
-    if kind is bool:
-        return []
+    if is_switch(name):
+        return ["maybe", 2, [True]]
     if typing.get_origin(kind) is typing.Literal:
         return ["", "nonsense", "0"]
     limits = range_of(name)
