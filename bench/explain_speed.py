@@ -47,7 +47,7 @@ def timed(size: str, gpu: str, options: str) -> dict[str, dict[str, float]]:
             found.setdefault("first_line", now)
             if line.startswith("What asked"):
                 found.setdefault("first_attribution", now)
-            if line.startswith("What held the rest"):
+            if line.startswith(("What held the rest", "What holds the memory")):
                 found.setdefault("rehearsed", now)
             if ". fits: " in line or line.startswith("  not enough: "):
                 found["last_cure"] = now

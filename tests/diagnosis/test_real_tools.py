@@ -26,6 +26,7 @@ _LOSS_OF_TRL = ": outputs = model(**inputs, fused_lm_head=True)"
 OF_TRL = {
     "sft": f"SFTTrainer{_LOSS_OF_TRL}",
     "dpo": f"DPOTrainer{_LOSS_OF_TRL}",
+    "kto": f"KTOTrainer{_LOSS_OF_TRL}",
     "reward": "RewardTrainer",
     "grpo": f"GRPOTrainer, vllm_mode=server, max_prompt_length=512, max_completion_length=1536{_LOSS_OF_TRL}",
 }
@@ -64,6 +65,7 @@ KINDS = [
     ("sft half fsdp checkpointing", "qwen3"),
     ("reward half", "llama"),
     ("grpo half", "llama"),
+    ("kto half", "llama"),
 ]
 NOT_ON_A_GPU = re.compile(
     r'  File "[^"]*(?:/oomless/(?:memory|programs)/|torch/overrides\.py|tool_errors\.py|runpy>)[^"]*", line \d+, in \S+\n'
@@ -175,26 +177,32 @@ def truth(kind, request, text, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "apart"),
+    ("kind", "apart_bytes"),
     [
-        ("transformers half", 0.005),
-        ("transformers half lora", 0.0001),
-        ("sft half", 0.008),
-        ("dpo lora half", 0.012),
-        ("reward half", 0.025),
-        ("grpo half", 0.01),
-        ("transformers half ddp", 0.005),
-        ("transformers half lora fsdp", 0.0002),
-        pytest.param("sft half fsdp", 0.01, marks=pytest.mark.full_length),
+        ("transformers half", 40_000),
+        ("transformers half lora", 600_000),
+        ("sft half", 140_000),
+        ("dpo lora half", 500_000),
+        ("kto half", 2_000_000),
+        ("reward half", 70_000),
+        ("grpo half", 140_000),
+        ("transformers half ddp", 20_000),
+        ("transformers half lora fsdp", 600_000),
+        pytest.param("dpo half", 2_000_000, marks=pytest.mark.full_length),
+        pytest.param("kto lora half", 500_000, marks=pytest.mark.full_length),
+        pytest.param("sft half fsdp", 2_000_000, marks=pytest.mark.full_length),
     ],
 )
-def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind, apart):
-    """peft's adapters are in fp32, and what goes into each is cast and kept; TRL's loss is computed in chunks."""
-    peak = asked_of_tool("peak", kind, "llama", model_folder)
-    given, _ = told(kind, "llama", model_folder, 1 << 40)
+def test_the_step_that_stands_for_a_tool_holds_what_the_tool_holds(model_folder, kind, apart_bytes):
+    """Of gigabytes; on a GPU with CUDA's attention. peft's adapters are in fp32, and what goes into each is cast and kept."""
+    peak_bytes = asked_of_tool("peak", kind, "llama", model_folder)
+    given = told(kind, "llama", model_folder, 0)[0] | {"gpu": "1000GiB"}
     text = started(kind) + OF_TRL.get(kind.split()[0], "")
-    answer = explain(text, given, tool="trainer" if "transformers" in kind else "trl", budget_s=30)
-    assert answer.without_limit.allocated_bytes == pytest.approx(peak, rel=apart)
+    answer = explain(text, given, tool="trainer" if "transformers" in kind else "trl", budget_s=0.5)
+    of_cublas = (
+        2 * answer.run.target.workspace_bytes
+    )  # of forward's and backward's thread, which the script's GPU leaves out
+    assert abs(answer.without_limit.allocated_bytes - of_cublas - peak_bytes) <= apart_bytes
 
 
 IN_THE_SCRIPT = {

@@ -105,6 +105,13 @@ def test_any_size_of_a_gpu_is_one_that_can_be_rehearsed_on(size):
     assert abs(target.capacity_bytes - float(size) * 2**30) < 2**23
 
 
+def test_a_gpu_that_is_given_as_a_size_is_rehearsed_on():
+    from oomless.diagnosis.run import _target
+
+    situation = first_answer("CUDA out of memory. Tried to allocate 1.00 GiB.", {"gpu": "24GiB"}).situation
+    assert _target(situation)[0].capacity_bytes == 24 << 30
+
+
 def test_a_name_of_a_gpu_that_several_sizes_share_is_told_by_the_message():
     text = "on an A100. CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 39.39 GiB of which 1.00 GiB is free."
     assert first_answer(text).situation.gpu == gpu("A100-40GB").name

@@ -48,7 +48,8 @@ if tool == "transformers":
     if "lora" in options:
         from peft import get_peft_model
 
-        trained.enable_input_require_grads()
+        if "checkpointing" in options:
+            trained.enable_input_require_grads()
         trained = get_peft_model(trained, adapters())
 
     def collate(batch):
@@ -92,14 +93,27 @@ elif tool == "sft":
 elif tool == "dpo":
     from trl import DPOConfig, DPOTrainer
 
-    half = "a b " * (LENGTH // 4)
     pairs = Dataset.from_dict(
-        {"prompt": [half] * 64, "chosen": ["a a " * LENGTH] * 64, "rejected": ["b b " * LENGTH] * 64}
+        {"prompt": ["a b"] * 64, "chosen": ["a a " * LENGTH] * 64, "rejected": ["b b " * LENGTH] * 64}
     )
     trainer = DPOTrainer(
         model(),
         args=DPOConfig(output, max_length=LENGTH, **common),
         train_dataset=pairs,
+        processing_class=tokenizer(),
+        peft_config=adapters() if "lora" in options else None,
+    )
+    trainer.train()
+elif tool == "kto":
+    from trl import KTOConfig, KTOTrainer
+
+    judged = Dataset.from_dict(
+        {"prompt": ["a b"] * 64, "completion": ["a a " * LENGTH] * 64, "label": [True, False] * 32}
+    )
+    trainer = KTOTrainer(
+        model(),
+        args=KTOConfig(output, max_length=LENGTH, **common),
+        train_dataset=judged,
         processing_class=tokenizer(),
         peft_config=adapters() if "lora" in options else None,
     )

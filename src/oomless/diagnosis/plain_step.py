@@ -26,7 +26,7 @@ from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.device import Category, Device, nowhere
 from oomless.memory.profile import Request
-from oomless.memory.repeated_layers import CannotRepeat
+from oomless.memory.repeated_layers import CannotRepeat, all_run
 from oomless.memory.tracker import import_unbooked
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import build, form
@@ -71,6 +71,12 @@ class PlainRun:
 
     reference: bool = False
     """Whether a frozen copy of the weights computes log-probabilities beside the training."""
+
+    base_is_reference: bool = False
+    """Whether the model without its adapters computes them."""
+
+    mismatched: bool = False
+    """Whether answers to other prompts run through both models beside, without gradients, as KTO does for its KL term."""
 
     scores: bool = False
     """Whether a head of one number for each token stands in place of the vocabulary's, as in a reward model."""
@@ -424,15 +430,17 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     def compute() -> Any:
         with device.phase("forward"):
             tokens = device.put(host)
-            if run.reference:
-                reference = model.get_submodule(REFERENCE)
-                with torch.no_grad():
-                    if run.answers and not run.fused_loss:
-                        answers_loss(reference, tokens, run.answers, device, single=run.mixed_precision is not None)
-                    elif run.fused_loss == "trl":
-                        fused_loss(reference, tokens, device, "trl")
-                    else:
-                        reference(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
+        if run.answers:  # these were scored where they were generated
+            _passes_of_reference(run, model, tokens, device)
+            return policy(tokens)
+        if run.mismatched:
+            with device.phase("forward"), torch.no_grad(), all_run(model):
+                _log_probabilities(run, model, tokens, device)
+        loss = policy(tokens)
+        _passes_of_reference(run, model, tokens, device)
+        return loss
+
+    def policy(tokens: Tensor) -> Any:
         if run.scores:
             return reward_loss(model, tokens, device)
         if run.fused_loss:
@@ -448,6 +456,25 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     with _casting(run):
         loss: Tensor = _whole(model, compute)
     return loss / run.config.gradient_accumulation_steps
+
+
+def _passes_of_reference(run: PlainRun, model: Any, tokens: Tensor, device: Device) -> None:
+    """Run what scores ``tokens`` beside the model that trains: a frozen copy, or the model without its adapters."""
+    if not run.reference and not run.base_is_reference:
+        return
+    reference = model.get_submodule(REFERENCE) if run.reference else model
+    with device.phase("forward"), torch.no_grad(), all_run(model), lora.without_adapters(model):
+        for _ in range(2 if run.mismatched else 1):
+            _log_probabilities(run, reference, tokens, device)
+
+
+def _log_probabilities(run: PlainRun, model: Any, tokens: Tensor, device: Device) -> None:
+    if run.answers and not run.fused_loss:
+        answers_loss(model, tokens, run.answers, device, single=run.mixed_precision is not None)
+    elif run.fused_loss == "trl":
+        fused_loss(model, tokens, device, "trl")
+    else:
+        model(input_ids=tokens, use_cache=False).logits.float().logsumexp(-1)
 
 
 def _casting(run: PlainRun) -> AbstractContextManager[Any]:

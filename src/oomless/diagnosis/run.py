@@ -45,6 +45,9 @@ OWN_ADAPTERS = ("torchtune", "litgpt", "nemo")
 TRL_SHARE = 0.3
 """What vLLM takes of the GPU in TRL where it is not told."""
 
+WITH_REFERENCE = ("dpo", "kto")
+"""Methods that compare with the model as it was before: a frozen copy, or the base of the adapters."""
+
 _SOLVED_LENGTHS = 8
 LONGEST_USUAL_TOKENS = 8192
 """Longer blocks are believed only where a size has no other explanation."""
@@ -140,6 +143,7 @@ class FailedRun:
     def plain(self, *, evaluates: bool = False) -> PlainRun:
         """Return the run as its tool runs it."""
         assert self.spec is not None
+        trains_all = self.values.get("trainable", "full") == "full"  # adapters leave the reference where it was
         return PlainRun(
             spec=self.spec,
             config=self.config(),
@@ -149,7 +153,9 @@ class FailedRun:
             evaluates=evaluates,
             fused_loss=("trl" if self.tool == "trl" else "liger") if self.fused_loss else None,
             sequences_each=self.sequences_each,
-            reference=self.reference,
+            reference=self.reference and trains_all,
+            base_is_reference=self.method in WITH_REFERENCE and not (self.reference and trains_all),
+            mismatched=self.method == "kto",
             scores=self.scores,
             answers=self.answers,
             generates=self.generates,
@@ -193,7 +199,7 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         foreach="_multi_tensor" in frames or "_foreach" in frames,
         fused_loss=_fused_loss(situation, frames, notes),
         sequences_each=2 if situation.method in PAIRS else 1,
-        reference=situation.trains_all and (situation.method == "dpo" or bool(situation.others.get("beta"))),
+        reference=situation.trains_all and (situation.method in WITH_REFERENCE or bool(situation.others.get("beta"))),
         method=situation.method,
         answers=answers,
         generates=at_once if own_generation else 0,

@@ -182,9 +182,9 @@ def _gpu(reading: Reading, given: str | None, notes: list[str]) -> tuple[str | N
     named = list(reading.settings.gpus)
     if given is not None:
         try:
-            named = (
-                [given] if given.startswith(("virtual:", "auto")) or "x" in given[:4] else [catalogue.gpu(given).name]
-            )
+            as_given = given.startswith(("virtual:", "auto")) or "x" in given[:4]
+            known = None if as_given else catalogue.gpu(given)
+            named = [known.name if known in catalogue.gpus() else given]
         except HardwareError as error:
             notes.append(str(error))
     sizes = {name: _size(name) for name in named}
@@ -216,7 +216,6 @@ PAIRS = ("dpo", "orpo", "reward model")
 
 NOT_REHEARSED = {
     "ppo": "PPO holds several models and generates between its steps, which is not rehearsed",
-    "kto": "KTO's two passes are not rehearsed",
     "distillation": "a teacher beside the student is not rehearsed",
 }
 

@@ -79,6 +79,19 @@ def repeated_layers(
             setattr(parent_module, child, layer)
 
 
+@contextmanager
+def all_run(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of ``model`` runs, such as for a pass without gradients between a forward and its backward."""
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, _Layer)]
+    for name, part in parts:
+        model.set_submodule(name, part.layer)
+    try:
+        yield
+    finally:
+        for name, part in parts:
+            model.set_submodule(name, part)
+
+
 class _Kind:
     """What layers of one kind ask for in the current micro-batch."""
 

@@ -173,6 +173,7 @@ class StandIns(StorageTracker):
         if place is None:
             place = self._on_gpu if any(self.is_on_gpu(leaf) for leaf in stand_ins) else self._on_host
         before, self.ledger = self.ledger, place
+        books_before = self._books_new
         self._books_new = bool(stand_ins) or self._place is not None or place is self._on_gpu
         within, self.in_operator = self.in_operator, True
         try:
@@ -193,7 +194,7 @@ class StandIns(StorageTracker):
             self._follow(result, shadows, leaves, func)
             return result
         finally:
-            self.ledger, self.in_operator = before, within
+            self.ledger, self.in_operator, self._books_new = before, within, books_before
 
     def _require_one_place(self, func: Any, leaves: Sequence[Tensor]) -> None:
         """Refuse what CUDA refuses: an operator on tensors of host and GPU, but for single values."""
@@ -247,7 +248,8 @@ class StandIns(StorageTracker):
             self.assumed[f"every element of a mask is set, for {func}"] += 1
             shadow = torch.ones(args[0].shape, dtype=torch.bool)
         found = func(shadow, *args[1:], **kwargs)
-        return self.moved(found, to_gpu=self.ledger is self._on_gpu)
+        with self:  # so that what it makes is booked
+            return self.moved(found, to_gpu=self.ledger is self._on_gpu)
 
     def _without_mask(self, index: Any) -> Sequence[Any]:
         """Return ``index`` as CUDA takes it: of a mask, the places that are set, for each dimension."""

@@ -79,6 +79,19 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
 
 
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Inside, ``model`` computes what it did before it had adapters."""
+    adapted = [module for module in _adapted_layers(model) if not module.disable_adapters]
+    for module in adapted:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module._disable_adapters = False
+
+
 def _biases(model: Any, config: TrainConfig, unreached: Collection[str]) -> list[nn.Parameter]:
     """Return the biases of ``model``, which has its adapters, that train beside these; check that there are those that ``config`` wants."""
     adapted = {f"{name}.base_layer.bias": module for name, module in model.named_modules() if _is_adapted(module)}
