@@ -117,6 +117,9 @@ def test_values_that_are_known_are_known():
         assert int(mask.sum()) == 3
         assert not mask.all()
         assert tokens[mask].shape == (3,)
+        places = torch.nonzero(mask[0]).view(-1)
+        assert places.device.type == "cuda"
+        assert tokens[0].index_select(0, places).shape == (2,)
         assert tokens.cpu().tolist() == [[5, 6, 0, 0], [7, 0, 0, 0]]
         assert torch.arange(4, device="cuda").cumsum(0)[-1].item() == 6
         positions = torch.zeros(4, dtype=torch.int64, device="cuda")
