@@ -54,6 +54,32 @@ def test_train(make_checkpoint, corpus, tmp_path, columns):
         assert "12 steps of 1 block x 64 tokens" in terminal.text()
 
 
+@pytest.mark.parametrize("columns", BOTH)
+def test_train_in_stages(make_checkpoint, corpus, tmp_path, columns):
+    stages = [{"name": "short", "max_seq_length": 32}, {"name": "long", "max_seq_length": 64}]
+    around = {"model": str(make_checkpoint("llama")), "data": str(corpus), "output_dir": str(tmp_path / "run")}
+    (tmp_path / "run.yaml").write_text(json.dumps({**around, "gpu": "virtual:64MiB", "max_steps": 6, "stages": stages}))
+    with Terminal("train", "--config", tmp_path / "run.yaml", "--as-given", columns=columns) as terminal:
+        assert terminal.run() == 0
+        assert len(set(live(terminal, r"step \d/6 "))) >= 5
+        # The line of the first stage is gone when the second begins.
+        assert not [
+            frame for frame in terminal.frames if "stage 2 (long) of 2" in frame[-2:] and "step 6/6" in frame[-1]
+        ]
+        assert terminal.text().count("6 steps of 1 block") == 2
+
+
+def test_studio(tmp_path):
+    """Nothing of it is renewed in place; what it says stands, and Ctrl-C ends it with nothing more."""
+    with Terminal("studio", tmp_path, "--no-open") as terminal:
+        terminal.run(until=lambda line: line.startswith("Only who has this address"))
+        said = terminal.lines()
+        assert said[0].startswith("the studio is at http://127.0.0.1:")
+        terminal.press_ctrl_c()
+        assert terminal.run() == 0
+        assert terminal.lines() == said
+
+
 def stopped(terminal):
     """What Ctrl-C leaves on the screen."""
     terminal.press_ctrl_c()

@@ -61,7 +61,7 @@ class TerminalListener(Listener):
         self.pace.append((facts.first_step, time.monotonic()))
 
     def stepped(self, metrics: dict[str, Any]) -> None:
-        """Renew the live line, or print one line now and then."""
+        """Renew the live line, which goes after the last step, or print one line now and then."""
         step, width = metrics["step"], self.screen.width
         self.pace.append((step, time.monotonic()))
         fields = self.fields(metrics)
@@ -70,6 +70,8 @@ class TerminalListener(Listener):
         drawn = Text.assemble(bar(step / self.total_steps, room), "  ") if room >= NARROWEST_BAR else Text()
         log = "  ".join(text for _, text in fields)
         self.live.show(drawn.append(text), log, always=step == self.total_steps)
+        if step == self.total_steps:
+            self.close()
 
     def fields(self, metrics: dict[str, Any]) -> list[tuple[int, str]]:
         """Return step, loss, speed, rate, memory and time left of a line of metrics, each with its rank; 0 matters most."""
