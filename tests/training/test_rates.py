@@ -132,3 +132,7 @@ def test_every_command_says_and_does_the_same(make_checkpoint, corpus, tmp_path)
     done = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {name: done.get(name) for name in rates.RATES} == {name: getattr(usual, name) for name in rates.RATES}
     assert not set(rates.RATES) & set(yaml.safe_load(pick.read_text()))
+    # Where there is no text, no number of steps is made up.
+    alone = ("plan", "--model", model, "--gpu", "virtual:64MiB", "--max-seq-length", 32, *run[-4:], "--json")
+    assert "warm-up" not in oomless(*alone).json["rates"]
+    assert "warm-up" in oomless(*alone, "--tokens", "10k").json["rates"]

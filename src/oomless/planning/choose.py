@@ -144,12 +144,13 @@ def _choose(
 
 
 def _with_rates(choice: Choice, spec: ModelSpec) -> Choice:
-    """Return ``choice`` with how fast it learns; how long its warm-up is the run itself finds, which counts its text."""
+    """Return ``choice`` with how fast it learns, and with its steps where they are not assumed; the run itself counts its text."""
     config, wish = choice.config, choice.wish
     if config is None or wish is None:
         return choice
     step_tokens = config.blocks_per_step * config.max_seq_length * choice.target.gpus
-    steps = config.max_steps or -(-wish.text_tokens // step_tokens)
+    counted = None if wish.tokens is None else -(-wish.tokens // step_tokens)
+    steps = config.max_steps or counted
     return replace(choice, config=rates.resolved(config, spec.config), rates=rates.said(config, spec.config, steps))
 
 
