@@ -33,9 +33,10 @@ class Fixed:
 
 
 def fixed(situation: Situation) -> Fixed | None:
-    """Return what one GPU holds; ``None`` where the model, or what is shared out among how many, is not known."""
+    """Return what one GPU holds; ``None`` where the model, in how many bits it is packed, or what is shared out is not known."""
     parameters, several = situation.parameters, situation.several
-    if parameters is None:
+    packed = situation.others.get("packed_weights") or situation.others.get("quantization_config")
+    if parameters is None or (packed and "quantization" not in situation.values):
         return None
     parts = 1
     if several.shares:

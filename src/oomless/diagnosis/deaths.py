@@ -52,6 +52,9 @@ killed | Colab | session crashed after using all available RAM
 killed | Kaggle | notebook tried to allocate more memory than is available
 killed | the notebook's server | kernel appears to have died|Kernel died|Kernel (?:crashed while executing|Restarting)|Canceled future for execute_request
 """
+PROVED = ("SLURM", "the kernel", "the container's limit", "Colab", "Kaggle", "the container")
+"""Who says that it was the host's memory, where others say only that the process was killed."""
+
 _LINES = (
     ("killed", "the shell", r"^(?:\S+: line \d+:\s+\d+ )?(?:Killed(?:\s{2,}.*)?|已杀死|已终止)[ \t]*$"),
     ("host", "Python", r"^(?:\w+\.)*MemoryError\b"),

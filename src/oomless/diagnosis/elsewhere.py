@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from oomless.diagnosis.deaths import PROVED
 from oomless.diagnosis.frames import Place
 from oomless.diagnosis.messages import OutOfMemory
 from oomless.diagnosis.situation import Situation
@@ -40,6 +41,13 @@ def elsewhere(message: OutOfMemory, place: Place, situation: Situation) -> Told:
             "4-bit or 8-bit matrices. Either the model does not fit even so, or something else fills the GPU.",
             'nvidia-smi, to see what fills the GPU; device_map={"": 0} to have all of it on one GPU; else a smaller model, or 4 bits '
             "instead of 8. (llm_int8_enable_fp32_cpu_offload=True is for inference alone)",
+        )
+    if place.in_managed_memory:
+        return (
+            "not GPU memory",
+            "A paged optimizer asked for managed memory for its state, which lies in the host's memory (RAM) until it is used, and was "
+            "refused. It does not show that the GPU is full: the host's memory, or what Windows and WSL let one process have, is.",
+            "more RAM, under WSL memory=... in .wslconfig; or less state: LoRA, or an 8-bit optimizer that is not paged if the GPU has room",
         )
     if message.kind == "library" or (message.kind == "driver" and message.source == "Triton"):
         return (
@@ -160,7 +168,7 @@ def _killed(message: OutOfMemory, situation: Situation) -> Told:
         remedy = "raise the container's memory limit; " + remedy
     if message.source in ("Colab", "Kaggle"):
         remedy = "a runtime with more RAM; " + remedy
-    sure = message.source in ("SLURM", "the kernel", "the container's limit", "Colab", "Kaggle", "the container")
+    sure = message.source in PROVED
     how = (
         f"The host ran out of its own memory (RAM) and the process was killed ({message.source}). It is not the GPU's memory."
         if sure

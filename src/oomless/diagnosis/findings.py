@@ -341,6 +341,10 @@ def _of_sharing(situation: Situation) -> str:
     sharing = situation.several.sharing
     full, first = situation.trains_all, situation.reading.first
     phase = first.place.phase if first is not None else None
+    if situation.others.get("packed_weights") and sharing in (None, "ddp", "zero1", "zero2"):
+        return (
+            "more GPUs make no room here: each holds all of the packed weights, which ZeRO-3 and FSDP do not share out"
+        )
     if phase == "load" and sharing == "fsdp":
         return (
             "each process loads all of the model before FSDP cuts it: load on the host (fsdp_cpu_ram_efficient_loading: true, no device_map), "

@@ -167,7 +167,9 @@ def missing_of(
     """Return what would make the answer better; ``rehearsed`` are the settings of a rehearsal and their sources."""
     first = situation.reading.first
     missing = []
-    if first is not None and first.message.kind in ("host", "killed", "kernel", "engine", "placement"):
+    if first is not None and (
+        first.message.kind in ("host", "killed", "kernel", "engine", "placement") or first.place.in_managed_memory
+    ):
         return ()
     if first is not None and not first.message.sizes() and first.message.kind == "allocator":
         missing.append("the whole message, with its numbers, and the traceback above it")

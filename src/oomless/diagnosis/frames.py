@@ -77,7 +77,7 @@ _OUTER: tuple[tuple[Phase, re.Pattern[str], re.Pattern[str] | None], ...] = tupl
     )
 )
 _LOSS = re.compile(
-    r"cross_entropy|CrossEntropyLoss|loss_utils\.py|nn/modules/loss\.py|log_softmax|logits\.float\(\)|logits = logits\.to\("
+    r"cross_entropy|CrossEntropyLoss|logsumexp|jsd_loss|loss_utils\.py|nn/modules/loss\.py|log_softmax|logits\.float\(\)|logits = logits\.to\("
     r"|shift_logits|upcast_logits|self\.loss_function\(|loss_fct\("
 )
 _FORWARD = re.compile(
@@ -158,7 +158,7 @@ LIBRARIES = (
         ),
     ),
     ("accelerate", re.compile(r"\baccelerate[/\\]|\bAccelerator\(|accelerator\.backward|\baccelerate launch\b")),
-    ("peft", re.compile(r"\bpeft[/\\]|\bget_peft_model\b|\bLoraConfig\b")),
+    ("peft", re.compile(r"\bpeft[/\\]|\b(?:with|using|用) peft\b|\bpeft で|\bget_peft_model\b|\bLoraConfig\b")),
 )
 """Tools by what they leave in a log, the one closest to the user first."""
 
@@ -209,6 +209,9 @@ class Place:
     in_engine: bool = False
     """Whether it was an inference engine (vLLM) that asked."""
 
+    in_managed_memory: bool = False
+    """Whether it was managed memory, of a paged optimizer, that was asked for."""
+
     recomputing: bool = False
     """Whether a backward pass was computing a checkpointed forward again."""
 
@@ -253,6 +256,7 @@ def place_of_frames(frames: tuple[Frame, ...]) -> Place:
         generating=any(f.name in ("generate", "_sample", "_generate", "_prefill") for f in frames),
         in_vision=any(_VISION.search(f"{f.path} {f.name} {f.code}") for f in frames[-6:]),
         in_engine=re.search(r"(?<![A-Za-z])vllm[/\\]", frames[-1].path) is not None,
+        in_managed_memory=any(f.name == "get_paged" or "get_managed" in f.code for f in frames),
         asked_bytes=_strided_bytes(frames[-1].code),
     )
 

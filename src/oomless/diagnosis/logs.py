@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from oomless.diagnosis import deaths
 from oomless.diagnosis.frames import Place, place_of
 from oomless.diagnosis.messages import ON_GPU, OutOfMemory, find_messages
 from oomless.diagnosis.settings import LogSettings, read_settings
@@ -38,6 +39,11 @@ _SRUN = re.compile(r"(\d+): ")
 _STEP = re.compile(r"\b(?:step|iteration|iter|global_step)['\"]?\s*[:=#]?\s*(\d+)", re.IGNORECASE)
 _BAR = re.compile(r"^(?P<what>[^|\n]*?)\d+%\|[^|\n]*\|\s*(\d+)/(\d+)\s*\[", re.MULTILINE)
 _TRAINS = re.compile(r"^\W*$|epoch|train(?!.*split)|step|^\W*\{.*loss", re.IGNORECASE)
+_QUOTED = re.compile(r"^(?:> )+|^>$", re.MULTILINE)
+_IDEOGRAPH = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+_SCRIPTS_MEET = re.compile(rf"(?<=[A-Za-z0-9_])(?={_IDEOGRAPH})|(?<={_IDEOGRAPH})(?=[A-Za-z0-9_])")
+"""Where Chinese, Japanese or Korean stands right beside a word or a number, which is a word's end all the same."""
+
 _LINK = re.compile(r"\[([^\[\]\n]+)\]\(https?://[^()\s]*\)(?= in )")
 _HELD = re.compile(
     r"(?:memory[ _/](?:allocated|used|active)|allocated[ _]memory|max_mem(?:ory)?_?active|\bMA\b|gpu[ _]mem(?:ory)?|\bmemory)"
@@ -79,7 +85,9 @@ class Reading:
         on_gpu = [o for o in self.occurrences if o.message.kind in ON_GPU]
         with_numbers = [o for o in on_gpu if o.message.sizes()]
         engines = [o for o in self.occurrences if o.message.kind == "engine"]
-        return next(iter([*with_numbers, *engines, *on_gpu, *self.occurrences]), None)
+        proved = [o for o in self.occurrences if o.message.kind == "killed" and o.message.source in deaths.PROVED]
+        killed = proved if all(o.message.kind == "killed" for o in self.occurrences) else []
+        return next(iter([*with_numbers, *engines, *on_gpu, *killed, *self.occurrences]), None)
 
     @property
     def failed_gpus(self) -> tuple[int, ...]:
@@ -129,7 +137,7 @@ def read(text: str) -> Reading:
 
 
 def clean(text: str) -> str:
-    """Return ``text`` without colours, HTML and overwritten lines; of a notebook file, its outputs."""
+    """Return ``text`` without colours, HTML, marks of quoting and overwritten lines; of a notebook file, its outputs."""
     text = _notebook_outputs(text)
     if _ENTITIES.search(text) or _TAGS.search(text):
         text = html.unescape(_TAGS.sub("", re.sub(r"<br\s*/?>", "\n", text)))
@@ -137,7 +145,7 @@ def clean(text: str) -> str:
         text = text.replace("\\r\\n", "\n").replace("\\n", "\n").replace('\\"', '"').replace("\\u001b", "\x1b")
     text = _LINK.sub(r"\1", text)
     text = _ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ").replace("\x00", "")
-    return text
+    return _SCRIPTS_MEET.sub(" ", _QUOTED.sub("", text))
 
 
 def _notebook_outputs(text: str) -> str:

@@ -50,6 +50,7 @@ TITLES = {
     "completion": "shorter answers",
     "vllm_share": "a smaller share of the GPU for vLLM",
     "reference": "no second copy of the weights as reference",
+    "teacher": "the teacher in 16 or 4 bits, or a smaller one",
     "last_logits": "logits of the last token alone, as generation needs them",
     "fewer_prompts": "fewer or shorter prompts at once",
     "vision": "fewer tokens for each picture",
@@ -73,7 +74,7 @@ class Remedy:
 def advise(situation: Situation, findings: Sequence[Finding], suspects: Sequence[Suspect]) -> tuple[Remedy, ...]:
     """Return what to try, the likeliest first; nothing where what ran out is not the GPU's memory or needs no training change."""
     first = situation.reading.first
-    if first is not None and first.message.kind not in ON_GPU:
+    if first is not None and (first.message.kind not in ON_GPU or first.place.in_managed_memory):
         return ()
     if (
         first is not None
@@ -100,6 +101,8 @@ def _title(situation: Situation, name: str) -> str:
         return f"shorter sequences, such as {max(64, length // 2):,} tokens instead of {length:,}"
     if name == "batch" and situation.values.get("per_device_train_batch_size", 1) > 1:
         return f"1 sequence at once instead of {situation.values['per_device_train_batch_size']}, accumulated: the same training"
+    if name == "zero3" and not situation.trains_all:
+        return "share the frozen weights out among the GPUs"
     return TITLES[name]
 
 
@@ -159,6 +162,7 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
     if situation.method in ("grpo", "ppo"):
         yield from ("vllm_share", "batch", "generations", "completion", "logits", "checkpointing")
     elif situation.method is not None:
+        yield from ("teacher",) if situation.method == "distillation" else ()
         yield from ("batch", "reference", "checkpointing", "logits", "shorter")
     kind = suspects[0].tensor.kind if suspects else ""
     if situation.model is not None and _SEES.search(situation.model):
@@ -202,7 +206,7 @@ def _is_on(situation: Situation, name: str) -> bool:
     batch = values.get("per_device_train_batch_size")
     optimizer = values.get("optimizer")
     zero = sharing in ("zero1", "zero2", "zero3")
-    packed = others.get("packed_weights")
+    packed = others.get("packed_weights") or others.get("quantization_config")
     half = (
         packed
         or values.get("dtype") in ("bf16", "fp16")
@@ -227,14 +231,14 @@ def _is_on(situation: Situation, name: str) -> bool:
         "adamw_8bit": optimizer not in (None, "adamw") or zero,
         "paged": optimizer not in (None, "adamw", "adamw_8bit") or bool(others.get("paged")) or several.shares,
         "adafactor": optimizer == "adafactor" or several.shares,
-        "zero3": sharing in ("zero3", "fsdp"),
+        "zero3": sharing in ("zero3", "fsdp") or others.get("packed_weights"),
         "offload_optimizer": others.get("offload_optimizer") or others.get("cpu_offload") or not several.shares,
         "offload_param": others.get("offload_param") or others.get("cpu_offload") or sharing not in ("zero3", "fsdp"),
         "eval_batch": values.get("per_device_eval_batch_size") == 1,
         "eval_accumulation": others.get("eval_accumulation_steps"),
         "eval_loss_only": others.get("prediction_loss_only"),
         "vllm_share": not (others.get("vllm") or others.get("use_vllm")),
-        "reference": not situation.trains_all or situation.method == "orpo" or situation.method == "reward model",
+        "reference": not situation.trains_all or situation.method in ("orpo", "reward model", "distillation"),
         "shorter": (values.get("max_seq_length") or 1 << 20) <= 128 or situation.method in ("grpo", "ppo"),
         "expandable": others.get("expandable"),
     }

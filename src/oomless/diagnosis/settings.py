@@ -19,7 +19,7 @@ from oomless.diagnosis.several import Several, read_several
 _INTEGERS = {
     "per_device_train_batch_size": r"per_device_train_batch_size|train_micro_batch_size_per_gpu|micro_batch_size|"
     r"ppo_micro_batch_size_per_gpu|per_gpu_train_batch_size|Instantaneous batch size per device|Batch size per device|"
-    r"batch size \(per device\)|batch[_ ]?size|batch",
+    r"batch size \(per device\)|batch[_ ]?size|バッチサイズ|批(?:次|处理)?大小|배치 ?크기|batch",
     "gradient_accumulation_steps": r"gradient_accumulation_steps|Gradient Accumulation steps|grad_accum(?:ulation)?(?:_steps)?",
     "max_seq_length": r"max_seq_length|max_seq_len|sequence_len|cutoff_len|block_size|seq(?:uence)?_length|seq_len|max_length|"
     r"max_model_len|sequence length|seq(?:uence)?[ -]length|context length|max_tokens_per_sample|model_max_length",
@@ -53,6 +53,7 @@ _OPTIMIZER_IN_WORDS = re.compile(
     r"(?<![\w.])(paged_adamw(?:_8bit|_32bit)?|adamw_8bit|adamw_bnb_8bit)(?!\w)", re.IGNORECASE
 )
 _STATE_IN_8_BITS = re.compile(r"bitsandbytes[/\\]optim[^\n]*in init_state[^\0]{0,400}?dtype=torch\.uint8")
+_PAGED = re.compile(r"\bin get_paged\b|get_managed_ptr")
 _OPTIMIZERS = {
     "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adam": "adamw",
     "fused_adam": "adamw", "fusedadam": "adamw", "deepspeedcpuadam": "adamw", "paged_adamw_32bit": "adamw",
@@ -81,14 +82,17 @@ _EIGHT_BITS = re.compile(
     rf"\bload_in_8bit['\"]?\s*(?:[:=]|\s)\s*['\"]?{_TRUE}|\bquant(?:ization)?_bits?['\"]?\s*(?:[:=]|\s)\s*['\"]?8\b|--load_in_8bit\b",
     re.IGNORECASE,
 )
-_PACKED = re.compile(r"(?<![A-Za-z])(?:AWQ|GPTQ)(?![A-Za-z])")
-"""Weights that are published in 4 bits."""
+_PACKED = re.compile(r"(?<![A-Za-z])(?:AWQ|GPTQ)(?![A-Za-z])|[\w.]-(?:FP8|w[48]a(?:8|16))\b", re.IGNORECASE)
+"""Weights that are published in 4 or 8 bits."""
+
+_CONFIGURED = re.compile(r"\bquantization_config\s*=\s*(?!None\b)\w|\bBitsAndBytesConfig\(")
+"""Code that packs the weights while it loads them."""
 
 _NOT_QUANTIZED = re.compile(r"\bload_in_[48]bit['\"]?\s*[:=]\s*['\"]?false", re.IGNORECASE)
 _LORA = re.compile(
     rf"\bLoraConfig\b|\bget_peft_model\b|(?:finetuning|train|tuner|sft|peft|adapter)(?:_type|_method)?['\"]?\s*(?:[:=]|\s)\s*['\"]?q?lora\b"
     rf"|\buse_(?:peft|q?lora)['\"]?\s*(?:[:=]|\s)\s*['\"]?{_TRUE}|--use_(?:peft|q?lora)\b(?!\s+false)|\blora_(?:target|alpha|dropout)\w*\b|\bq?lora_finetune"
-    r"|\bPeftModel\w*\b|\bQLoRA\b|\bwith LoRA\b|\bLoRA fine|peft/tuners/lora|\bfinetune_lora\b",
+    r"|\bPeftModel\w*\b|\bQLoRA\b|\bwith LoRA\b|\bLoRA ?(?:微调|训练|学習|チューニング|학습)|\bLoRA fine|peft/tuners/lora|\bfinetune_lora\b",
     re.IGNORECASE,
 )
 _FULL = re.compile(
@@ -106,7 +110,7 @@ _CHECKPOINTING = (
 )  # fmt: skip
 _CHECKPOINTING_ON = re.compile(
     r"gradient_checkpointing_enable\(\)|use_gradient_checkpointing\s*=\s*['\"]unsloth|prepare_model_for_kbit_training\((?!.*use_gradient_checkpointing\s*=\s*False)"
-    r"|torch[/\\]utils[/\\]checkpoint\.py|unsloth_zoo[/\\]gradient_checkpointing|Gradient checkpointing enabled"
+    r"|torch[/\\]utils[/\\]checkpoint\.py|unsloth_zoo[/\\]gradient_checkpointing|Gradient checkpointing enabled|`?use_cache=True`? is incompatible with gradient checkpointing"
     r"|activations_checkpoint_granularity['\"]?\s*[:=]\s*['\"]?(?:full|selective)|recompute[-_]granularity[ =:]+(?:full|selective)",
 )
 _CHECKPOINTING_OFF = re.compile(rf"disable_gradient_checkpointing['\"]?\s*(?:[:=]|\s)\s*['\"]?{_TRUE}", re.IGNORECASE)
@@ -122,7 +126,7 @@ _ON = {
 }
 _EXPANDABLE = re.compile(
     r"(?:environ\[['\"]PYTORCH_(?:CUDA_|HIP_)?ALLOC_CONF['\"]\]\s*=\s*['\"][^'\"\n]*|(?:export|set|-e|env)\s+['\"]?PYTORCH_(?:CUDA_|HIP_)?ALLOC_CONF=\S*|"
-    r"^\s*PYTORCH_(?:CUDA_|HIP_)?ALLOC_CONF=\S*)expandable_segments:True",
+    r"^\s*PYTORCH_(?:CUDA_|HIP_)?ALLOC_CONF=\S*)expandable_segments:True(?!\s+to\s+avoid)",
     re.MULTILINE,
 )
 _OFFLOAD = re.compile(r"offload_(optimizer|param)['\"]?\s*[:=]\s*\{?\s*['\"]?device['\"]?\s*[:=]\s*['\"]?(cpu|nvme)")
@@ -247,8 +251,13 @@ def read_settings(text: str) -> LogSettings:
         values["optimizer"], others["paged"] = known[-1]
     elif _STATE_IN_8_BITS.search(whole):
         values["optimizer"] = "adamw_8bit"
+    if _PAGED.search(whole):
+        others["paged"] = True
     trainable, everything = _number(_TRAINABLE, text), _number(_ALL, text)
-    _read_part(text, values, tool, trainable, everything)
+    packed = bool(others.get("packed_weights") or others.get("quantization_config"))
+    _read_part(text, values, tool, trainable, everything, packed)
+    if "quantization" in values:
+        others["quantization_config"] = False
     mixed = _read_precision(text, values, tool)
     parts = [others.get(name) for name in ("max_prompt_length", "max_completion_length")]
     if "max_seq_length" not in values and parts[0] and parts[1]:
@@ -304,6 +313,7 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
     buckets = re.findall(r"(?<![a-z_])reduce_bucket_size['\"]?\s*[:=\s]\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\b", text)
     yield "reduce_bucket_size", int(float(buckets[-1])) if buckets and float(buckets[-1]) < 1e12 else None
     yield "packed_weights", bool(_PACKED.search(text))
+    yield "quantization_config", bool(_CONFIGURED.search(text))
     yield "expandable", bool(_EXPANDABLE.search(text))
     for match in [*_OFFLOAD.finditer(text), *_OFFLOAD_FLAG.finditer(text)]:
         part = (match[1] or "optimizer").lower()
@@ -319,7 +329,7 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_part(
-    text: str, values: dict[str, Any], tool: str | None, trainable: int | None, everything: int | None
+    text: str, values: dict[str, Any], tool: str | None, trainable: int | None, everything: int | None, packed: bool
 ) -> None:
     """Read what trains, and in what the rest is stored."""
     bits = "nf4" if _FOUR_BITS.search(text) else "int8" if _EIGHT_BITS.search(text) else None
@@ -330,7 +340,7 @@ def _read_part(
     full = _FULL.search(text)
     if full:
         values["trainable"] = "full"
-    if not full and ("lora_r" in values or _LORA.search(text) or values.get("quantization")):
+    if not full and ("lora_r" in values or _LORA.search(text) or values.get("quantization") or packed):
         values["trainable"] = "lora"
     if trainable and everything and trainable < everything // 2 and tool != "oomless":
         values["trainable"] = "lora"

@@ -36,7 +36,7 @@ _PROSE = [
         re.IGNORECASE,
     ),
     re.compile(r"(?:[AHBLVT]\d{2,4}\w*|RTX\s*\w+|\d{4})\s*(?:x|×|\*)\s*(\d{1,2})(?![\d.])", re.IGNORECASE),
-    re.compile(r"(\d{1,2})\s*(?:张|块|卡|个GPU)"),
+    re.compile(r"(\d{1,2})\s*(?:张|块|卡|个\s*GPU)"),
 ]
 _ZERO = [
     re.compile(r"zero[-_ ]?(?:stage[-_ ]?)?([123])\b|zero[-_]?([123])[_.-]|\bds_z([123])_|\bz([123])_(?:config|offload)", re.IGNORECASE),

@@ -242,7 +242,7 @@ def _why_not_shared(situation: Situation) -> str | None:
 def why_not_rehearsed(situation: Situation) -> str | None:
     """Return why the run cannot be rehearsed as it was; ``None`` where it can be."""
     first, several = situation.reading.first, situation.several
-    if first is not None and first.message.kind not in ON_GPU:
+    if first is not None and (first.message.kind not in ON_GPU or first.place.in_managed_memory):
         return "it was not the training's GPU memory that ran out"
     if first is not None and first.message.source not in (
         "CUDA",
@@ -267,6 +267,10 @@ def why_not_rehearsed(situation: Situation) -> str | None:
         return "the text does not say how long GRPO's answers may be (max_completion_length)"
     if several.shares and (why := _why_not_shared(situation)) is not None:
         return f"the model is shared out among GPUs, {why}"
+    if situation.others.get("packed_weights") and "quantization" not in situation.values:
+        return "weights that are published packed (AWQ, GPTQ, FP8) are not rehearsed"
+    if situation.others.get("quantization_config") and "quantization" not in situation.values:
+        return "the text does not say in how many bits the weights are packed: --quantization nf4 or int8"
     if situation.model is None and situation.reading.settings.named is None:
         return "the text names no model: --model NAME"
     if situation.model is None:

@@ -19,6 +19,7 @@ _EVERYWHERE = {
     "last_logits": "transformers 4.45 or newer, whose generate() asks for no others",
     "fewer_prompts": "one prompt in a call of generate(), with fewer tokens; a smaller max_new_tokens",
     "vision": "a processor with max_pixels=512*28*28 (Qwen), or smaller pictures",
+    "teacher": "the teacher's from_pretrained(..., dtype=torch.bfloat16), or with BitsAndBytesConfig(load_in_4bit=True)",
     "merge_on_cpu": 'load the base model with device_map="cpu", then PeftModel.from_pretrained(...).merge_and_unload()',
 }
 _SHARDED = {
@@ -51,6 +52,7 @@ _TRAINER = {
 _RL = {
     "generations": "num_generations={generations}",
     "completion": "max_completion_length={length}",
+    "teacher": 'teacher_model_init_kwargs={"dtype": "bfloat16"}, where the teacher is given by name; else its from_pretrained(..., dtype=torch.bfloat16)',
     "vllm_share": "vllm_gpu_memory_utilization={share} (colocate mode; vllm_enable_sleep_mode=True), or a vLLM server on a GPU of its own",
     "reference": "train LoRA: the reference is then the same weights without the adapter; or precompute_ref_log_probs=True, or beta=0 (GRPO)",
 }

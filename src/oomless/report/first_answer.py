@@ -72,7 +72,8 @@ def _print_error(screen: Teller, answer: FirstAnswer) -> None:
             )
         return
     message, place = first.message, first.place
-    screen.title(f"{message.source}: {TITLES[message.kind]}")
+    what = "managed memory was refused" if place.in_managed_memory else TITLES[message.kind]
+    screen.title(f"{message.source}: {what}")
     screen.say(" ".join(message.words.split())[:600], style="dim")
     if first.count > 1:
         ranks = f", on ranks {', '.join(map(str, first.ranks))}" if first.ranks else ""
