@@ -162,3 +162,11 @@ def make_checkpoint(tmp_path_factory, tokenizer_folder):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gpt_oss_checkpoint(make_checkpoint, tmp_path_factory):
+    """A tiny gpt-oss as it is published, its experts in MXFP4."""
+    from tests.gpt_oss import GPT_OSS, publish
+
+    return publish(make_checkpoint("llama", **GPT_OSS), tmp_path_factory.mktemp("gpt-oss") / "published")

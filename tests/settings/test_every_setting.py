@@ -29,10 +29,11 @@ def _own_cache(monkeypatch, tmp_path_factory, request):
 
 
 @pytest.fixture
-def places(make_checkpoint, corpus, tokenizer_folder, tmp_path):
+def places(make_checkpoint, gpt_oss_checkpoint, corpus, tokenizer_folder, tmp_path):
     return {
         "make": functools.partial(make_checkpoint, num_hidden_layers=LAYERS),
         "model": make_checkpoint("llama"),
+        "gpt-oss": gpt_oss_checkpoint,
         "corpus": with_more_fields(corpus, tmp_path / "library.jsonl"),
         "folder": corpus.parent,
         "tokenizer": tokenizer_folder,
@@ -51,7 +52,9 @@ def with_more_fields(corpus, target):
 
 def base(run, places, *, out=None):
     kind = "mixtral" if values.OF_EXPERTS & set(run) else "qwen2" if "bias" in run else "llama"
-    model = places["make"](kind, tied="tied_weights" in run)
+    model = (
+        places["gpt-oss"] if run.get("quantization") == "mxfp4" else places["make"](kind, tied="tied_weights" in run)
+    )
     given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
     given |= {} if out is None else {"output_dir": str(out)}
     evaluates = bool({"eval_data", "general_data"} & set(run)) or str(run.get("eval_fraction", 0)) not in ("0", "0.0")

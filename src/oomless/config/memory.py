@@ -21,9 +21,10 @@ class Memory:
     dtype: Precision = "auto"
     """Weights and arithmetic. auto: bf16 or fp16 by what the GPU can do, fp32 on a CPU."""
 
-    quantization: Literal["nf4", "int8"] | None = None
+    quantization: Literal["nf4", "int8", "mxfp4"] | None = None
     """Store the frozen linear layers and experts in 4 bits (nf4, double quantisation) or 8 (int8), quantised while
-    loading; needs the extra `quantize`. [default: 16 bits]"""
+    loading, which needs the extra `quantize`; or the experts of gpt-oss as its checkpoints hold them (mxfp4), all else in
+    16. [default: 16 bits]"""
 
     experts_on_host: bool = False
     """Keep the frozen experts of a mixture in pinned host memory, in the bits that `quantization` says; those to which

@@ -56,7 +56,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     config = read_config(folder / "config.json", trust_remote_code)
     config._name_or_path = str(folder.resolve()) if path.is_dir() else name
     _, kind = starting_point.stored_as(folder)
-    notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.READ_PLAIN}",)
+    notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.read_plain(kind)}",)
     return ModelSpec(
         name=name,
         config=config,

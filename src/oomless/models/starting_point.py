@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oomless.errors import ModelError
+from oomless.errors import ConfigError, ModelError
 from oomless.models.stored_forms import FORMS
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
 
 FULL = "give the 16-bit model that it was made from"
-READ_PLAIN = "they are read with their scales as plain numbers, trained so and saved so; --quantization holds what is frozen in few bits"
 _IN_FEW_BITS = ", with --quantization nf4 or int8 to hold it in few bits while LoRA trains"
 
 
@@ -41,6 +40,24 @@ def stored_as(folder: Path) -> tuple[Mapping[str, Any], str | None]:
     except (OSError, ValueError):
         return {}, None
     return _quantization(settings)
+
+
+def require_mxfp4(folder: Path | None) -> None:
+    """Check that the experts in ``folder``, if there is one, are in MXFP4.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if folder is not None and (kind := stored_as(folder)[1]) != "mxfp4":
+        raise ConfigError(
+            f"quantization mxfp4 keeps experts as their checkpoint holds them; {folder} holds {kind or 'plain weights'}: use nf4"
+        )
+
+
+def read_plain(kind: str) -> str:
+    """Return how weights in the form ``kind`` are trained from, in words."""
+    frozen = "mxfp4 keeps frozen experts as they are" if kind == "mxfp4" else "holds what is frozen in few bits"
+    return f"they are read with their scales as plain numbers, trained so and saved so; --quantization {frozen}"
 
 
 def quantization_kind(settings: Mapping[str, Any]) -> str | None:

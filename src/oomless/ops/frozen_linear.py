@@ -8,7 +8,7 @@ gradient would want it) nor the unpacked weight.
           a weight, 4 bytes for each matrix.
 ``int8``  255 even steps in blocks of 256: 8.125 bits a weight.
 
-Both through bitsandbytes' operators, which run on the CPU as well and have shapes for fake tensors.
+Both through bitsandbytes' operators, which run on the CPU as well and have shapes for fake tensors. ``mxfp4`` is in ``mxfp4.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-Quantization = Literal["nf4", "int8"]
+from oomless.ops import mxfp4
+
+Quantization = Literal["nf4", "int8", "mxfp4"]
 
 NF4_BLOCK, INT8_BLOCK, SCALE_BLOCK = 64, 256, 256
 _ALIGNED = 16
@@ -37,11 +39,11 @@ class StoredWeight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A matrix [out, in] in few bits.
+    """A matrix in few bits: [out, in], in MXFP4 [in, out].
 
     ``values`` are its numbers: uint8 [ceil(out x in / 2), 1] (nf4) or [out, in] (int8). ``scales`` are their blocks' largest
     magnitudes: for int8 fp32; for nf4 uint8, to be read with ``coarse_scales`` (fp32) and ``offset`` (fp32, 0-dim).
-    ``code`` is what a uint8 stands for: fp32 [256], increasing.
+    ``code`` is what a uint8 stands for: fp32 [256], increasing. Those of MXFP4 are said in ``mxfp4.py``.
     """
 
     kind: Quantization
@@ -54,6 +56,8 @@ class PackedWeight:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix in ``dtype``, a new tensor."""
+        if self.kind == "mxfp4":
+            return mxfp4.unpack(self.values, self.scales, self.code, dtype)
         operators = torch.ops.bitsandbytes
         if self.kind == "int8":
             matrix: Tensor = operators.dequantize_blockwise(self.values, self.scales, self.code, INT8_BLOCK, dtype)
@@ -70,6 +74,8 @@ class PackedWeight:
 
 def new_code(kind: Quantization) -> Tensor:
     """Return what a byte stands for: even steps for weights, and for nf4's scales, which crowd around 0, a finer middle."""
+    if kind == "mxfp4":
+        return mxfp4.new_code()
     steps = torch.arange(-127.0, 128.0) / 127
     if kind == "nf4":
         steps = steps.sign() * steps.square()
@@ -78,6 +84,8 @@ def new_code(kind: Quantization) -> Tensor:
 
 def packed_shapes(shape: tuple[int, int], kind: Quantization) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return name, shape and dtype of the tensors that ``pack`` makes of a matrix of ``shape``."""
+    if kind == "mxfp4":
+        return mxfp4.packed_shapes(shape)
     count = shape[0] * shape[1]
     if kind == "int8":
         return {"values": (shape, torch.uint8), "scales": ((-(-count // INT8_BLOCK),), torch.float32)}
@@ -91,9 +99,11 @@ def packed_shapes(shape: tuple[int, int], kind: Quantization) -> dict[str, tuple
 
 
 def pack(weight: Tensor, kind: Quantization, code: Tensor) -> PackedWeight:
-    """Return ``weight``, [out, in] in 16 or 32 bits, in few bits; ``code`` is ``new_code(kind)`` on its device."""
-    operators = torch.ops.bitsandbytes
+    """Return ``weight``, of 16 or 32 bits, in few bits; ``code`` is ``new_code(kind)`` on its device."""
     shape = (weight.shape[0], weight.shape[1])
+    if kind == "mxfp4":
+        return PackedWeight(kind, shape, code, *mxfp4.pack(weight))
+    operators = torch.ops.bitsandbytes
     if kind == "int8":
         return PackedWeight(kind, shape, code, *operators.quantize_blockwise(weight, code, INT8_BLOCK))
     values, scales = operators.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)

@@ -41,7 +41,10 @@ QLORA = ("lora", "nf4")
 COMMON = (("full", None), ("lora", None), QLORA)
 """What people run, which is compared whatever comes of it."""
 
-FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4}
+FROZEN_BITS: dict[str | None, int] = {None: 16, "int8": 8, "nf4": 4, "mxfp4": 4}
+ROUNDED = (None, "int8", "nf4")
+"""How what is frozen may be stored whatever the checkpoint holds, which is all that is chosen from."""
+
 OPTIMIZERS = ("adamw", "adamw_8bit", "apollo", "adafactor")
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw_8bit": "8-bit AdamW", "apollo": "APOLLO", "adafactor": "Adafactor"}
 WEIGHT_PRECISIONS = ("master", "correction", "stochastic")
@@ -118,7 +121,8 @@ class Quality:
         """Return it for a person: ``"full, AdamW, 8 bits of correction"``."""
         words = [self.trainable if self.tied_weights is None else f"{self.trainable} ({self.tied_weights})"]
         if self.quantization is not None:
-            words.append(f"{FROZEN_BITS[self.quantization]}-bit frozen weights")
+            of_what = "experts, as they are" if self.quantization == "mxfp4" else "frozen weights"
+            words.append(f"{FROZEN_BITS[self.quantization]}-bit {of_what}")
         words.append(OPTIMIZER_NAMES.get(self.optimizer, self.optimizer))
         if self.weight_precision is not None:
             words.append(WEIGHT_PRECISION_NAMES[self.weight_precision])
@@ -157,7 +161,7 @@ def _every_parts(pins: Mapping[str, Any], *, tied: bool) -> list[Settings]:
     return [
         {"trainable": trainable, "tied_weights": tied_weights, "quantization": quantization}
         for trainable, tied_weights in _trainable(pins, tied)
-        for quantization in _options(pins, "quantization", tuple(FROZEN_BITS))
+        for quantization in _options(pins, "quantization", ROUNDED)
     ]
 
 

@@ -40,7 +40,7 @@ def print_choice(screen: Screen, choice: Choice) -> None:
     screen.print(of_a_step(choice))
     if choice.stopped:
         screen.print("The search was stopped: this is the best that it had found.", style="bold")
-    if choice.picked.quality.quantization is not None and (command := missing()) is not None:
+    if (command := missing(choice.picked.quality.quantization)) is not None:
         screen.print(f"To train it here bitsandbytes is needed: {command}", style="bold")
 
 

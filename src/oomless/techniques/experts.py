@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.ops import mxfp4
 from oomless.ops.frozen_linear import Quantization, RowLayout
 from oomless.ops.grouped_linear import MatrixOf
 from oomless.techniques.peers import Peers
@@ -173,13 +174,21 @@ def move_to_host(model: Any, kind: Quantization | None, device: Device, trained:
 def replace(
     model: Any, kind: Quantization | None, host: Device | None, kept: set[nn.Module], peers: Peers | None = None
 ) -> None:
-    """Put frozen experts, still empty and on the meta device, in the place of the stacks of ``model`` outside of ``kept``."""
+    """Put frozen experts, still empty and on the meta device, in the place of the stacks of ``model`` outside of ``kept``.
+
+    Raises:
+        ConfigError: their matrices cannot be in the form ``kind``.
+    """
     for _, module in expert_modules(model):
         if module in kept:
             continue
         for name in STACKS:
             stack = getattr(module, name, None)
             if isinstance(stack, nn.Parameter):
+                if kind == "mxfp4" and (not module.is_transposed or stack.shape[1] % mxfp4.GROUP):
+                    raise ConfigError(
+                        "quantization mxfp4 keeps the experts of gpt-oss checkpoints as they are; this model's lie otherwise: use nf4"
+                    )
                 delattr(module, name)
                 setattr(module, name, FrozenExperts(stack, kind, host, peers))
         module._is_hf_initialized = True

@@ -6,6 +6,8 @@ holds more than the quantised model and one weight. Saved models hold the weight
 
 Quantised are the linear layers of the body that do not train, and experts (``experts.py``); embeddings, norms, routers and
 ``lm_head`` are not. Not for ``trainable: full``, which freezes nothing.
+
+``mxfp4`` rounds nothing: it is for checkpoints whose experts are in that form, which keep it; linear layers stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.ops import packing_shapes
 from oomless.ops.frozen_linear import Quantization, RowLayout, new_code
-from oomless.techniques import frozen_layers
+from oomless.techniques import experts, frozen_layers
 from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.frozen_layers import FrozenLinear
 from oomless.techniques.peers import Peers
@@ -71,8 +73,10 @@ class QuantizedLinear(FrozenLinear):
             self.peers.keep(row, own)
 
 
-def missing() -> str | None:
-    """Return the command that installs what training with few bits needs and is not here; a plan does without."""
+def missing(kind: str | None) -> str | None:
+    """Return the command that installs what training in the form ``kind`` needs and is not here; a plan does without."""
+    if kind is None or kind == "mxfp4":
+        return None
     try:
         import_unbooked("bitsandbytes")
     except ImportError:
@@ -100,7 +104,14 @@ def replace(
     Raises:
         ConfigError: bitsandbytes is missing, there is nothing to quantise, or most of the body would stay as it is.
     """
-    command = missing()
+    if kind == "mxfp4":
+        experts.replace(model, kind, None, {child for module in trained for child in module.modules()}, peers)
+        if not any(isinstance(module, FrozenExperts) for module in model.modules()):
+            raise ConfigError(
+                "quantization mxfp4 has no effect: this model has no frozen experts; remove it, or use nf4"
+            )
+        return
+    command = missing(kind)
     if command is not None and rehearsed:
         packing_shapes.define()
     elif command is not None:
