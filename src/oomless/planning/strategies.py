@@ -121,7 +121,7 @@ class Quality:
         """Return it for a person: ``"full, AdamW, 8 bits of correction"``."""
         words = [self.trainable if self.tied_weights is None else f"{self.trainable} ({self.tied_weights})"]
         if self.quantization is not None:
-            of_what = "experts, as they are" if self.quantization == "mxfp4" else "frozen weights"
+            of_what = "experts as stored" if self.quantization == "mxfp4" else "frozen weights"
             words.append(f"{FROZEN_BITS[self.quantization]}-bit {of_what}")
         words.append(OPTIMIZER_NAMES.get(self.optimizer, self.optimizer))
         if self.weight_precision is not None:
