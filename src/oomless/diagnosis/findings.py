@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from oomless.diagnosis.arithmetic import fixed
 from oomless.diagnosis.elsewhere import elsewhere
+from oomless.diagnosis.frames import Place
 from oomless.diagnosis.messages import ON_GPU, OutOfMemory
 from oomless.diagnosis.several import WORDS
 from oomless.diagnosis.situation import Situation
@@ -37,6 +38,7 @@ Topic = Literal[
     "method",
     "too large for this GPU",
     "several errors",
+    "evaluation",
 ]
 ADAMW_BY_DEFAULT = ("trainer", "trl", "llamafactory", "ms-swift", "axolotl")
 """Tools that take AdamW where they are not told."""
@@ -85,6 +87,7 @@ def find(situation: Situation, snapshot: SnapshotReading | None = None) -> list[
             *_pools(message),
             *_free(message),
             *_small(message),
+            *_kept(place),
         ]
     if reading.first is None or reading.first.message.kind in ON_GPU:
         found += [*_several(situation), *_method(situation), *_fixed(situation), *_leak(situation, snapshot)]
@@ -248,6 +251,7 @@ def _fragmented(message: OutOfMemory, situation: Situation) -> Iterator[Finding]
     ):
         return
     on = situation.others.get("expandable")
+    sleeps = situation.others.get("vllm_sleeps") and not situation.others.get("vllm_server")
     alone = (
         "; not with vLLM's sleep mode in the same process"
         if situation.others.get("vllm") or situation.tool == "verl"
@@ -259,6 +263,8 @@ def _fragmented(message: OutOfMemory, situation: Situation) -> Iterator[Finding]
         "but in pieces none of which is large enough.",
         remedy="expandable_segments is on already; batches of one padded length leave fewer holes"
         if on
+        else "batches of one padded length leave fewer holes; expandable_segments is not for a process in which vLLM sleeps, as here"
+        if sleeps
         else "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before Python starts; it changes no number of the training "
         f"(not on Windows{alone})",
         size_bytes=cached,
@@ -317,6 +323,15 @@ def _small(message: OutOfMemory) -> Iterator[Finding]:
         text=f"{message.requested.text} is the size in which PyTorch takes memory for small tensors. What asked was the last "
         "drop; what matters is what held the rest.",
     )
+
+
+def _kept(place: Place) -> Iterator[Finding]:
+    if place.keeps_outputs:
+        yield Finding(
+            topic="evaluation",
+            text="The evaluation keeps the outputs (logits) of all its batches on the GPU, and puts each batch's to those before: what it holds "
+            "grows with the number of examples, and a smaller batch changes nothing in it.",
+        )
 
 
 def _several(situation: Situation) -> Iterator[Finding]:
@@ -425,14 +440,16 @@ def _fixed(situation: Situation) -> Iterator[Finding]:
 
 def _assumed(situation: Situation, loading: bool) -> list[str]:
     """Return what the arithmetic takes for granted of the training, in words."""
+    whole = situation.mixed_precision is not None and "dtype" not in situation.values
+    fp32 = ["the weights are in fp32"] if whole and not (situation.several.sharing or "").startswith("zero") else []
     if loading or not situation.trains_all:
-        return []
+        return fp32
     optimizer = str(situation.values.get("optimizer", "adamw")).replace("adamw", "AdamW").replace("_8bit", " in 8 bits")
     said = [
         ("trainable" in situation.values, "all weights train"),
         ("optimizer" in situation.values or situation.tool in ADAMW_BY_DEFAULT, f"the optimizer is {optimizer}"),
     ]
-    return [words for known, words in said if not known]
+    return [words for known, words in said if not known] + fp32
 
 
 def _leak(situation: Situation, snapshot: SnapshotReading | None) -> Iterator[Finding]:

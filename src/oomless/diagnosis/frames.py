@@ -116,9 +116,11 @@ _FILES_OF_MODULES = (
     ("quantisation", re.compile(r"bitsandbytes/(?:functional|autograd|nn)")),
 )
 _VISION = re.compile(
-    r"\bself\.(?:visual|vision_tower|vision_model|image_encoder)\(|cu_seqlens|pixel_values|vision_transformer|siglip|clip_vision|vl\w*\.py \S+ .*attention\(q, k, v",
+    r"\bself\.(?:visual|vision_tower|vision_model|image_encoder)\(|cu_seqlens|pixel_values|vision_transformer|siglip|clip_vision|vl\w*\.py \S+ .*attention\(q(?:\.unsqueeze\(0\))?, k",
     re.IGNORECASE,
 )
+_KEPT = re.compile(r":(?:nested_concat|(?:torch_)?pad_and_concatenate)$|trainer_pt_utils\.py:add$")
+_GATHERS = re.compile(r"/zero/partition\w*\.py:_*all_?gather\w*$")
 _STRIDED = re.compile(r"empty_strided_\w+\(\(([\d, ]{1,80})\), \([\d, ]*\), torch\.(\w+)\)")
 _ITEM_BYTES = {"float32": 4, "int64": 8, "float64": 8, "int32": 4, "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1}
 LIBRARIES = (
@@ -209,6 +211,12 @@ class Place:
     in_engine: bool = False
     """Whether it was an inference engine (vLLM) that asked."""
 
+    gathers: bool = False
+    """Whether ZeRO-3 was gathering weights."""
+
+    keeps_outputs: bool = False
+    """Whether an evaluation was adding a batch's outputs to those of all batches before."""
+
     in_managed_memory: bool = False
     """Whether it was managed memory, of a paged optimizer, that was asked for."""
 
@@ -256,6 +264,8 @@ def place_of_frames(frames: tuple[Frame, ...]) -> Place:
         generating=any(f.name in ("generate", "_sample", "_generate", "_prefill") for f in frames),
         in_vision=any(_VISION.search(f"{f.path} {f.name} {f.code}") for f in frames[-6:]),
         in_engine=re.search(r"(?<![A-Za-z])vllm[/\\]", frames[-1].path) is not None,
+        gathers=any(_GATHERS.search(f"{f.path}:{f.name}".replace("\\", "/")) for f in frames[-4:]),
+        keeps_outputs=any(_KEPT.search(f"{f.path}:{f.name}") for f in frames),
         in_managed_memory=any(f.name == "get_paged" or "get_managed" in f.code for f in frames),
         asked_bytes=_strided_bytes(frames[-1].code),
     )

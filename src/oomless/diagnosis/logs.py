@@ -128,8 +128,11 @@ def read(text: str) -> Reading:
                 )
             merged[message.facts()] = occurrence
     first = min((o.message.position for o in merged.values()), default=len(text))
+    found = list(merged.values())
+    if len(parted) > 1:  # each rank's lines were read by themselves: back to the order of the text
+        found.sort(key=lambda o: text.find(o.message.words.split("\n")[0]))
     return Reading(
-        occurrences=tuple(merged.values()),
+        occurrences=tuple(found),
         settings=read_settings(text),
         steps_done=_steps_done(text[:first] if len(parted) == 1 else text),
         held=_held(text),

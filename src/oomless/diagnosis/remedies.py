@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from oomless.diagnosis.attribution import Suspect
 from oomless.diagnosis.findings import Finding
 from oomless.diagnosis.messages import ON_GPU
-from oomless.diagnosis.situation import Situation
+from oomless.diagnosis.situation import OWN_SHARING, Situation
 from oomless.diagnosis.tools import word
 
 MOST = 6
@@ -37,8 +37,9 @@ TITLES = {
     "adafactor": "Adafactor: almost no optimizer state, another optimizer",
     "zero3": "share weights, gradients and optimizer state out among the GPUs",
     "offload_optimizer": "the optimizer's state in the host's memory (slower; needs RAM: 12 bytes a parameter)",
+    "fsdp_offload": "weights, gradients and optimizer state in the host's memory (much slower)",
     "offload_param": "the weights in the host's memory too (much slower)",
-    "zero_buckets": "smaller buckets of DeepSpeed",
+    "live_parameters": "fewer weights gathered at once by ZeRO-3",
     "eval_batch": "a smaller batch in the evaluation",
     "eval_accumulation": "logits to the host after each batch of the evaluation",
     "eval_loss_only": "keep no logits in the evaluation where only the loss is needed",
@@ -144,12 +145,17 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
         elif "merge" not in frames:
             yield from ("merge_on_cpu",) if situation.values.get("trainable") == "lora" else ()
         return
+    if phase == "evaluation" and place is not None and place.keeps_outputs:
+        yield from ("eval_loss_only", "eval_accumulation", "shorter", "eval_batch")
+        return
     if phase == "evaluation":
         yield from ("eval_batch", "eval_accumulation", "eval_loss_only", "shorter")
         return
     if place is not None and place.in_vision:
         yield from ("vision", "attention", "batch", "checkpointing", "shorter")
         return
+    if place is not None and place.gathers:
+        yield "live_parameters"
     large = "too large for this GPU" in topics
     scores = bool(suspects) and "scores" in suspects[0].tensor.kind
     if scores or (place is not None and "attn_weights" in place.code) or situation.attention == "eager":
@@ -190,13 +196,15 @@ def _loading(situation: Situation, topics: set[str]) -> Iterator[str]:
 
 
 def _of_state(situation: Situation, several: bool) -> Iterator[str]:
+    fsdp = situation.several.sharing == "fsdp" and situation.tool not in OWN_SHARING
+    offload = ("fsdp_offload",) if fsdp else ("offload_optimizer", "offload_param")
     if situation.trains_all:
         if several:
-            yield from ("zero3", "offload_optimizer", "adamw_8bit", "lora", "offload_param")
+            yield from ("zero3", offload[0], "adamw_8bit", "lora", offload[-1])
         else:
             yield from ("adamw_8bit", "lora", "nf4", "paged", "adafactor")
     else:
-        yield from ("nf4", *(("zero3", "offload_param") if several else ()), "paged")
+        yield from ("nf4", *(("zero3", offload[-1]) if several else ()), "paged")
 
 
 def _is_on(situation: Situation, name: str) -> bool:
@@ -234,6 +242,7 @@ def _is_on(situation: Situation, name: str) -> bool:
         "zero3": sharing in ("zero3", "fsdp") or others.get("packed_weights"),
         "offload_optimizer": others.get("offload_optimizer") or others.get("cpu_offload") or not several.shares,
         "offload_param": others.get("offload_param") or others.get("cpu_offload") or sharing not in ("zero3", "fsdp"),
+        "fsdp_offload": others.get("cpu_offload"),
         "eval_batch": values.get("per_device_eval_batch_size") == 1,
         "eval_accumulation": others.get("eval_accumulation_steps"),
         "eval_loss_only": others.get("prediction_loss_only"),

@@ -235,9 +235,9 @@ def of_weights(
         if not packed or at_an_end:
             yield tensor
         elif tensor.kind.startswith("weights"):
-            yield replace(tensor, kind=f"{tensor.kind}, before they are packed")
+            yield replace(tensor, kind=f"{tensor.kind}, before they are packed", phases=phases("load"))
             if tensor.item_bytes == 2:
-                used = phases("forward", "backward", "evaluation")
+                used = phases("forward", "backward", "evaluation", "save")
                 hints = ("dequantize", ".to(A.dtype)")
                 yield replace(
                     tensor, kind="weight in 4 bits", item_bytes=1, count=tensor.count // 2, shape=f"{tensor.shape} / 2"
@@ -252,7 +252,9 @@ def _of_weights(weights: list[tuple[str, tuple[int, ...]]]) -> Iterator[Tensor]:
         modules = frozenset({module, *(["lm_head"] if "lm_head" in name else [])})
         common: dict[str, Any] = {"of": name, "shape": text, "count": count}
         for size in (2, 4):
-            yield Tensor(kind=f"weights in {DTYPES[size]}", item_bytes=size, phases=phases("load"), prior=0.4, **common)
+            yield Tensor(
+                kind=f"weights in {DTYPES[size]}", item_bytes=size, phases=phases("load", "save"), prior=0.4, **common
+            )
             yield Tensor(
                 kind=f"gradient of a weight in {DTYPES[size]}",
                 item_bytes=size,

@@ -26,7 +26,8 @@ _SHARDED = {
     "zero3": f"deepspeed with {_ZERO_JSON}; or FSDP with full_shard",
     "offload_optimizer": '"offload_optimizer": {"device": "cpu"} under "zero_optimization"',
     "offload_param": '"offload_param": {"device": "cpu"} under "zero_optimization" (stage 3)',
-    "zero_buckets": '"reduce_bucket_size": 5e7, "allgather_bucket_size": 5e7 (stage 3: "stage3_max_live_parameters": 1e8)',
+    "fsdp_offload": 'fsdp="full_shard auto_wrap offload", or fsdp_offload_params: true in the accelerate config',
+    "live_parameters": '"stage3_max_live_parameters": 1e8, "stage3_prefetch_bucket_size": 5e6 under "zero_optimization"',
     "save_sharded": 'FSDP: fsdp_state_dict_type: SHARDED_STATE_DICT; ZeRO-3: "stage3_gather_16bit_weights_on_model_save": false',
 }
 _TRAINER = {
