@@ -56,3 +56,15 @@ def test_a_damaged_generation_config_is_named_before_it_is_saved_again(said, mak
     (folder / "generation_config.json").write_text(said)
     with pytest.raises(ModelError, match=r"generation_config.json .*fetch it again, or remove it"):
         resolve(str(folder))
+
+
+@pytest.mark.parametrize("layers", [10**6, 10**9, 1e30])
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_more_layers_than_any_model_has_are_refused_before_transformers_lists_them(
+    layers, part, make_checkpoint, tmp_path
+):
+    changes = {"num_hidden_layers": layers}
+    folder = folder_with(tmp_path, make_checkpoint("llama"), **(changes if part is None else {part: changes}))
+    for ask in (resolve, resolve_for_plan):
+        with pytest.raises(ModelError, match="a model has at most 100,000 layers"):
+            ask(str(folder))

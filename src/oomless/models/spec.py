@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -147,6 +147,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     if not isinstance(mapping, dict) or "model_type" not in mapping:
         raise ModelError(f"a model config is a JSON object with a model_type; {path} is not")
     starting_point.check(mapping, path)
+    _check_layers(path, mapping)
     model_type = str(mapping["model_type"])
     if not is_known(model_type) and not trust_remote_code:
         import transformers
@@ -165,6 +166,19 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     starting_point.forget_quantization(config)
     _check_sizes(path, config.get_text_config())
     return config
+
+
+MOST_LAYERS = 100_000
+"""More than any model has; transformers makes lists of this length while it reads a config."""
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def _check_layers(path: Path, mapping: Mapping[str, Any]) -> None:
+    parts = [mapping, *(part for part in mapping.values() if isinstance(part, dict))]
+    for name, count in ((name, part[name]) for part in parts for name in LAYERS if name in part):
+        if isinstance(count, (int, float)) and count > MOST_LAYERS:
+            raise ModelError(f"the model config {path} has {name} {count}: a model has at most {MOST_LAYERS:,} layers")
 
 
 SIZES = (
