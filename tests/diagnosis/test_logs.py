@@ -195,3 +195,19 @@ def test_a_long_log_keeps_its_end_and_its_beginning():
     reading = read(text)
     assert reading.first is not None
     assert reading.settings.model == "meta-llama/Llama-3.2-1B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GKDTrainer --model_name_or_path Qwen/Qwen2.5-0.5B --teacher_model_name_or_path Qwen/Qwen2.5-1.5B",
+        "GKDConfig\nteacher_model: Qwen/Qwen2.5-1.5B\nmodel: Qwen/Qwen2.5-0.5B",
+        'teacher_model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-1.5B")\n'
+        'model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B")\nGKDTrainer(model, teacher_model)',
+    ],
+)
+def test_the_teacher_is_not_the_student(text):
+    settings = read_settings(text)
+    assert settings.method == "gkd"
+    assert settings.others["teacher_model"] == "Qwen/Qwen2.5-1.5B"
+    assert settings.named.text == "Qwen/Qwen2.5-0.5B"

@@ -27,6 +27,7 @@ OF_TRL = {
     "sft": f"SFTTrainer{_LOSS_OF_TRL}",
     "dpo": f"DPOTrainer{_LOSS_OF_TRL}",
     "kto": f"KTOTrainer{_LOSS_OF_TRL}",
+    "gkd": "GKDTrainer, lmbda=0.0",
     "reward": "RewardTrainer",
     "grpo": f"GRPOTrainer, vllm_mode=server, max_prompt_length=512, max_completion_length=1536{_LOSS_OF_TRL}",
 }
@@ -184,6 +185,7 @@ def truth(kind, request, text, config):
         ("sft half", 140_000),
         ("dpo lora half", 500_000),
         ("kto half", 2_000_000),
+        ("gkd half", 600_000),
         ("reward half", 70_000),
         ("grpo half", 140_000),
         ("transformers half ddp", 20_000),

@@ -118,6 +118,23 @@ elif tool == "kto":
         peft_config=adapters() if "lora" in options else None,
     )
     trainer.train()
+elif tool == "gkd":
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    def collate(batch):
+        held = {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
+        return held | {"attention_mask": torch.ones_like(held["input_ids"])}
+
+    trainer = GKDTrainer(
+        model(),
+        model(),
+        args=GKDConfig(output, max_length=LENGTH, lmbda=0.0, **common),
+        train_dataset=rows,
+        data_collator=collate,
+        processing_class=tokenizer(),
+        peft_config=adapters() if "lora" in options else None,
+    )
+    trainer.train()
 elif tool == "reward":
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer

@@ -12,7 +12,17 @@ from typing import Any
 
 from oomless.config import LORA_DEFAULTS, OPTIMIZER_DEFAULTS
 
-PLAIN = ("attention", "fused_loss", "mixed_precision", "sharing", "offloads", "answers", "scores", "evaluates")
+PLAIN = (
+    "attention",
+    "fused_loss",
+    "mixed_precision",
+    "sharing",
+    "offloads",
+    "answers",
+    "scores",
+    "teacher",
+    "evaluates",
+)
 """What a run of another tool has beside the settings of ``TrainConfig``; ``oomless`` has none of it."""
 
 
@@ -36,7 +46,9 @@ def _is_plain(values: Mapping[str, Any]) -> bool:
 
 
 def _logits(values: dict[str, Any]) -> dict[str, Any] | None:
-    whole = _is_plain(values) and not values["fused_loss"] and not values.get("scores")
+    whole = (
+        _is_plain(values) and not values["fused_loss"] and not values.get("scores") and values.get("teacher") is None
+    )
     return {"fused_loss": True} if whole else None
 
 

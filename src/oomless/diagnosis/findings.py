@@ -407,6 +407,8 @@ def _method(situation: Situation) -> Iterator[Finding]:
         f"batch x length x vocabulary. Beside the training lie {reference}, unless beta is 0 (as in today's TRL where it is not told), and vLLM's share of the GPU where it is used.",
         "ppo": f"PPO holds the policy, a value model, {reference} and often a reward model, and generates in between.",
         "reward model": "A reward model runs the chosen and the rejected answer together, so a batch of 1 is two sequences; there are no logits over the vocabulary.",
+        "gkd": "GKD holds a teacher beside the student, and logits over the whole vocabulary of both, several times over. "
+        "TRL's DistillationTrainer computes the same loss in chunks, on answers that the student generates.",
         "distillation": "Distillation holds a teacher beside the student, and logits over the whole vocabulary of both.",
     }
     if method in texts:

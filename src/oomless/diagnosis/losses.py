@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,6 +54,38 @@ def generate(model: Any, sequences: int, tokens: int, device: Device) -> None:
         device.label(cache, "saved activations")
         logits = torch.empty((sequences, d.vocabulary), dtype=torch.float32, device=weight.device)
         del cache, logits
+
+
+def distillation_loss(
+    model: Any, teacher: Callable[[], Any], tokens: Tensor, device: Device, *, single: bool, beta: float
+) -> Tensor:
+    """Return the generalised Jensen-Shannon divergence from what ``teacher`` returns (https://huggingface.co/papers/2306.13649).
+
+    As TRL's GKDTrainer computes it (1.16: trl/experimental/gkd/gkd_trainer.py): over whole logits of both, in fp32 where ``single``,
+    and forward or reverse KL alone where ``beta`` is 0 or 1. What the teacher returns, keys and values too, is held for so long.
+    """
+    with device.phase("forward"):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        logits = logits.float() if single else logits
+        taught = teacher()
+        wanted = taught.logits.float() if single else taught.logits
+    with device.phase("loss"):
+        return _divergence(logits[:, :-1] / 1.0, wanted[:, :-1] / 1.0, beta)
+
+
+def _divergence(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
+    """Return the sum over tokens, each of which counts; shapes (sequences, tokens, vocabulary)."""
+    kl = partial(nn.functional.kl_div, reduction="none", log_target=True)
+    student, teacher = logits.log_softmax(-1), wanted.log_softmax(-1)
+    if beta in (0, 1):
+        each = kl(student, teacher) if beta == 0 else kl(teacher, student)
+    else:
+        weighted = torch.stack([student + math.log1p(-beta), teacher + math.log(beta)])
+        mixture = weighted.logsumexp(0)
+        of_teacher, of_student = kl(mixture, teacher), kl(mixture, student)
+        each = beta * of_teacher + (1 - beta) * of_student
+    each = each.flatten(0, 1)
+    return each[torch.arange(len(each), device=each.device)].sum()
 
 
 def fused_loss(model: Any, tokens: Tensor, device: Device, whose: Literal["liger", "trl"]) -> Tensor:

@@ -19,6 +19,12 @@ _NAMED = re.compile(
     r"|from_pretrained\(\s*['\"]([^'\"\n]+)['\"]"
 )
 _COMMENT = re.compile(r"^[ \t]*#.*[=(\"'].*$|(?<=\S)[ \t]+#(?!\w*\d+\b\s*$).*$", re.MULTILINE)
+TEACHER = re.compile(
+    r"(?<!\w)teacher(?:_model)?(?:_name|_id)?(?:_or_path)?['\"]?\s*(?:[:=]|\s)\s*['\"]?([\w~][\w./~-]*/[\w./-]*\w)"
+    r"|teacher\w*\s*=\s*[\w.]*from_pretrained\(\s*['\"]([^'\"\n]+)['\"]"
+)
+"""The model from which another learns."""
+
 _NOT_A_MODEL = re.compile(r"\.(?:py|json|ya?ml|sh|log|txt|jsonl|csv|bin)$|^v?\d[\d.]*$|tokenizer", re.IGNORECASE)
 
 
@@ -33,7 +39,7 @@ class NamedModel:
 
 def named_model(text: str) -> NamedModel | None:
     """Return the model that ``text`` names; code that is commented out names none."""
-    plain = _COMMENT.sub("", text)
+    plain = TEACHER.sub("", _COMMENT.sub("", text))
     unknown = None
     for match in _NAMED.finditer(plain):
         name = (match[1] or match[2]).rstrip("./\\")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from oomless import optim
 from oomless.config import TrainConfig
-from oomless.diagnosis.losses import answers_loss, fused_loss, generate, reward_loss
+from oomless.diagnosis.losses import answers_loss, distillation_loss, fused_loss, generate, reward_loss
 from oomless.diagnosis.zero import Part, Zero
 from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
@@ -77,6 +77,12 @@ class PlainRun:
 
     mismatched: bool = False
     """Whether answers to other prompts run through both models beside, without gradients, as KTO does for its KL term."""
+
+    teacher: ModelSpec | None = None
+    """The frozen model from whose logits it learns, as in TRL's GKD."""
+
+    beta: float = 0.5
+    """What weighs teacher against student there."""
 
     scores: bool = False
     """Whether a head of one number for each token stands in place of the vocabulary's, as in a reward model."""
@@ -241,8 +247,9 @@ def build_plain(run: PlainRun, device: Device, ranks: Ranks) -> tuple[Any, torch
             attend(model, "eager")
         if config.gradient_checkpointing:
             checkpointing.apply(model)
-    if run.reference:
-        frozen = build.build(run.spec, device=device, dtype=dtype)
+    beside = run.teacher or (run.spec if run.reference else None)
+    if beside is not None:
+        frozen = build.build(beside, device=device, dtype=dtype)
         with device.phase("load"):
             frozen_layers.rehearse_filling(frozen, device)
             frozen.requires_grad_(False)
@@ -407,6 +414,8 @@ def evaluation_step(run: PlainRun, model: Any, device: Device) -> None:
         tokens = torch.zeros(batch, run.config.max_seq_length, dtype=torch.int64)
 
         def evaluate() -> Any:
+            if run.teacher is not None:
+                return _distillation_loss(run, model, tokens, device)
             if run.fused_loss == "trl":
                 return fused_loss(model, tokens, device, "trl")
             logits = model(input_ids=tokens, use_cache=False).logits
@@ -443,6 +452,8 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     def policy(tokens: Tensor) -> Any:
         if run.scores:
             return reward_loss(model, tokens, device)
+        if run.teacher is not None:
+            return _distillation_loss(run, model, tokens, device)
         if run.fused_loss:
             return fused_loss(model, tokens, device, run.fused_loss)
         if run.answers:
@@ -456,6 +467,15 @@ def _loss(run: PlainRun, model: Any, device: Device, batch: int) -> Tensor:
     with _casting(run):
         loss: Tensor = _whole(model, compute)
     return loss / run.config.gradient_accumulation_steps
+
+
+def _distillation_loss(run: PlainRun, model: Any, tokens: Tensor, device: Device) -> Tensor:
+    def teacher() -> Any:
+        with torch.no_grad(), all_run(model):
+            return model.get_submodule(REFERENCE)(input_ids=tokens, use_cache=True)
+
+    single = run.mixed_precision is not None
+    return distillation_loss(model, teacher, tokens, device, single=single, beta=run.beta)
 
 
 def _passes_of_reference(run: PlainRun, model: Any, tokens: Tensor, device: Device) -> None:

@@ -227,7 +227,7 @@ def _is_on(situation: Situation, name: str) -> bool:
     on: dict[str, object] = {
         "batch": batch == 1,
         "checkpointing": values.get("gradient_checkpointing"),
-        "logits": others.get("liger") or situation.method == "reward model",
+        "logits": others.get("liger") or situation.method in ("reward model", "gkd"),
         "attention": situation.attention in ("flash", "sdpa"),
         "half": half,
         "load_half": half,
@@ -247,7 +247,7 @@ def _is_on(situation: Situation, name: str) -> bool:
         "eval_accumulation": others.get("eval_accumulation_steps"),
         "eval_loss_only": others.get("prediction_loss_only"),
         "vllm_share": not (others.get("vllm") or others.get("use_vllm")),
-        "reference": not situation.trains_all or situation.method in ("orpo", "reward model", "distillation"),
+        "reference": not situation.trains_all or situation.method in ("orpo", "reward model", "gkd", "distillation"),
         "shorter": (values.get("max_seq_length") or 1 << 20) <= 128 or situation.method in ("grpo", "ppo"),
         "expandable": others.get("expandable"),
     }

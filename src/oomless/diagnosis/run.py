@@ -21,7 +21,7 @@ from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_pl
 from oomless.diagnosis.shared_tensors import ZERO_BUCKET
 from oomless.diagnosis.situation import PAIRS, SAME_GPU, Situation, Source
 from oomless.diagnosis.zero import Zero
-from oomless.errors import ConfigError
+from oomless.errors import ConfigError, UserError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.make import ties
@@ -47,6 +47,9 @@ TRL_SHARE = 0.3
 
 WITH_REFERENCE = ("dpo", "kto")
 """Methods that compare with the model as it was before: a frozen copy, or the base of the adapters."""
+
+BETA_OF_GKD = 0.5
+"""What weighs teacher against student in TRL's GKD where it is not told."""
 
 _SOLVED_LENGTHS = 8
 LONGEST_USUAL_TOKENS = 8192
@@ -76,6 +79,12 @@ class FailedRun:
 
     reference: bool = False
     """Whether a frozen copy of the weights is held beside."""
+
+    teacher: ModelSpec | None = None
+    """The model from which it learns."""
+
+    beta: float = BETA_OF_GKD
+    """What weighs teacher against student."""
 
     method: str | None = None
     """dpo, grpo, reward model ...; ``None`` for plain training."""
@@ -156,6 +165,8 @@ class FailedRun:
             reference=self.reference and trains_all,
             base_is_reference=self.method in WITH_REFERENCE and not (self.reference and trains_all),
             mismatched=self.method == "kto",
+            teacher=self.teacher,
+            beta=self.beta,
             scores=self.scores,
             answers=self.answers,
             generates=self.generates,
@@ -199,7 +210,10 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         foreach="_multi_tensor" in frames or "_foreach" in frames,
         fused_loss=_fused_loss(situation, frames, notes),
         sequences_each=2 if situation.method in PAIRS else 1,
-        reference=situation.trains_all and (situation.method in WITH_REFERENCE or bool(situation.others.get("beta"))),
+        reference=situation.trains_all
+        and (situation.method in WITH_REFERENCE or (situation.method == "grpo" and bool(situation.others.get("beta")))),
+        teacher=_teacher(situation, spec, notes) if situation.method == "gkd" else None,
+        beta=situation.others.get("beta", BETA_OF_GKD),
         method=situation.method,
         answers=answers,
         generates=at_once if own_generation else 0,
@@ -218,6 +232,31 @@ def _of_grpo(situation: Situation) -> str:
     how = "as vLLM makes them" if situation.others.get("vllm") else "keys and values of all of them at once"
     reference = "with a reference model" if situation.others.get("beta") else "without a reference model (beta 0)"
     return f"rehearsed: GRPO's answers, {how}, and its update {reference}, with {beside}; of older TRL, where the text shows no other"
+
+
+def _teacher(situation: Situation, student: ModelSpec, notes: list[str]) -> ModelSpec:
+    """Return the teacher that the text names, else the student's own model, and note which."""
+    name, rehearsed = (
+        situation.others.get("teacher_model"),
+        "rehearsed: TRL's GKD on given answers, whole logits of both models, with ",
+    )
+    why = "the text does not name it"
+    if name is not None:
+        try:
+            found = resolve_for_plan(name)
+        except UserError:
+            why = f"{name} is not known here"
+        else:
+            if _words(found) == _words(student):
+                notes.append(f"{rehearsed}{name} as the teacher, in the student's precision")
+                return found
+            why = f"{name} has another vocabulary"
+    notes.append(f"{rehearsed}a teacher like the student, an assumption: {why}")
+    return student
+
+
+def _words(spec: ModelSpec) -> int:
+    return int(spec.config.get_text_config().vocab_size)
 
 
 def _share_of_vllm(situation: Situation) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from oomless.diagnosis.frames import libraries
 from oomless.diagnosis.hardware_names import named_gpus
-from oomless.diagnosis.model_names import NamedModel, named_model
+from oomless.diagnosis.model_names import TEACHER, NamedModel, named_model
 from oomless.diagnosis.several import Several, read_several
 
 _INTEGERS = {
@@ -145,7 +145,8 @@ _METHODS = (
         "reward model",
         r"\bReward(?:Trainer|Config)\b|reward_trainer|PairwiseTrainer|\bstage['\"]?\s*(?:[:=]|\s)\s*['\"]?rm\b",
     ),
-    ("distillation", r"\bGKD(?:Trainer|Config)?\b|\bteacher_model|knowledge_distillation|distill\w*\.py"),
+    ("gkd", r"\bGKD(?:Trainer|Config)?\b|gkd_trainer"),
+    ("distillation", r"\bDistillation(?:Trainer|Config)\b|\bteacher_model|knowledge_distillation|distill\w*\.py"),
 )
 _STAGE = re.compile(
     r"\b(?:stage|rlhf_type|rl|rl_type)['\"]?\s*(?:[:=]|\s)\s*['\"]?(sft|pt|dpo|orpo|kto|grpo|ppo|gkd|simpo)\b"
@@ -325,6 +326,8 @@ def _others(text: str) -> Iterator[tuple[str, Any]]:
     yield "vllm_server", bool(re.search(r"vllm_mode['\"]?\s*[:=\s]\s*['\"]?server|vllm-serve\b", text))
     beta = re.findall(r"(?<![\w_])beta['\"]?\s*[:=\s]\s*(0?\.\d+|\d+(?:\.\d+)?)", text)
     yield "beta", float(beta[-1]) if beta else None
+    teachers = [a or b for a, b in TEACHER.findall(text)]
+    yield "teacher_model", teachers[-1] if teachers else None
     yield "vllm", bool(share) or bool(re.search(r"(?<![a-z])vllm(?![a-z])", text, re.IGNORECASE))
 
 
@@ -370,11 +373,7 @@ def _read_precision(text: str, values: dict[str, Any], tool: str | None) -> str 
 def _method(text: str) -> str | None:
     stages = _STAGE.findall(text)
     if stages:
-        return (
-            None
-            if stages[-1] in ("sft", "pt")
-            else {"gkd": "distillation", "simpo": "orpo"}.get(stages[-1], stages[-1])
-        )
+        return None if stages[-1] in ("sft", "pt") else {"simpo": "orpo"}.get(stages[-1], stages[-1])
     return next((name for name, pattern in _METHODS if re.search(pattern, text)), None)
 
 
