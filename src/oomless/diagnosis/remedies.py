@@ -168,7 +168,7 @@ def _names(situation: Situation, topics: set[str], suspects: Sequence[Suspect]) 
     if situation.method in ("grpo", "ppo"):
         yield from ("vllm_share", "batch", "generations", "completion", "logits", "checkpointing")
     elif situation.method is not None:
-        yield from ("teacher",) if situation.method == "distillation" else ()
+        yield from ("teacher",) if situation.method in ("gkd", "distillation") else ()
         yield from ("batch", "reference", "checkpointing", "logits", "shorter")
     kind = suspects[0].tensor.kind if suspects else ""
     if situation.model is not None and _SEES.search(situation.model):
