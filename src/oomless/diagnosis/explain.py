@@ -23,7 +23,8 @@ from oomless.diagnosis.run import FailedRun, assemble_run, choose_unknowns, rehe
 from oomless.diagnosis.settings import LogSettings
 from oomless.diagnosis.shared_tensors import of_sharing, of_zero
 from oomless.diagnosis.situation import Situation, Source, read_situation, why_not_rehearsed
-from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_answers, of_weights
+from oomless.diagnosis.tensors import Dimensions, Tensor, matrices, of_activations, of_weights
+from oomless.diagnosis.tool_tensors import of_answers
 from oomless.errors import UserError
 
 TRAINER_EVAL_BATCH = 8

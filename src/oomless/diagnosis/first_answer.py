@@ -15,7 +15,8 @@ from oomless.diagnosis.logs import Occurrence, read
 from oomless.diagnosis.remedies import Remedy, advise
 from oomless.diagnosis.shared_tensors import ZERO_BUCKET, of_zero
 from oomless.diagnosis.situation import PAIRS, Situation, read_situation
-from oomless.diagnosis.tensors import Tensor, of_activations, of_answers, of_torchtune, of_weights
+from oomless.diagnosis.tensors import Tensor, of_activations, of_weights
+from oomless.diagnosis.tool_tensors import of_answers, of_torchtune
 from oomless.errors import ConfigError, UserError
 
 if TYPE_CHECKING:

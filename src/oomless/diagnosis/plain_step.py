@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from oomless import optim
 from oomless.config import TrainConfig
 from oomless.diagnosis.losses import answers_loss, distillation_loss, fused_loss, generate, reward_loss
+from oomless.diagnosis.plain_optimizers import AdamW8bit
 from oomless.diagnosis.zero import Part, Zero
 from oomless.errors import ModelError
 from oomless.memory.allocator_settings import AllocatorSettings
@@ -344,7 +345,7 @@ def _optimizer(run: PlainRun, model: Any, of: Sequence[Tensor] | None = None) ->
         return made
     if config.optimizer == "adamw_8bit":
         embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and run.by_a_trainer]
-        return _AdamW8bit(parameters, embeddings)
+        return AdamW8bit(parameters, embeddings)
     groups = [
         {
             "params": [p for p in parameters if (p.dtype == torch.float32) is single and (p.ndim > 1) is matrix],
@@ -355,27 +356,6 @@ def _optimizer(run: PlainRun, model: Any, of: Sequence[Tensor] | None = None) ->
         for matrix in (True, False)
     ]
     return optim.build(config.optimizer, [group for group in groups if group["params"]], lr=RATE)
-
-
-class _AdamW8bit(torch.optim.Optimizer):
-    """Holds what bitsandbytes' AdamW8bit holds (0.50: bitsandbytes/optim/optimizer.py), and computes nothing."""
-
-    def __init__(self, parameters: list[Tensor], in_32_bits: list[Tensor]) -> None:
-        super().__init__(parameters, {})
-        self._whole = {id(parameter) for parameter in in_32_bits}
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for parameter in self.param_groups[0]["params"]:
-            state = self.state[parameter]
-            if parameter.grad is None or state:
-                continue
-            whole = parameter.numel() < 4096 or id(parameter) in self._whole
-            for moment in ("1", "2"):
-                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if whole else torch.uint8)
-                if not whole:
-                    blocks = -(-parameter.numel() // 256)
-                    state[f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
 
 
 def train_step(

@@ -20,8 +20,9 @@ from oomless.diagnosis.logs import Reading
 from oomless.diagnosis.plain_step import Outcome, PlainRun, outcome, rehearse_plain
 from oomless.diagnosis.shared_tensors import ZERO_BUCKET
 from oomless.diagnosis.situation import PAIRS, SAME_GPU, Situation, Source
+from oomless.diagnosis.teacher import teacher
 from oomless.diagnosis.zero import Zero
-from oomless.errors import ConfigError, UserError
+from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.make import ties
@@ -212,7 +213,7 @@ def assemble_run(situation: Situation, notes: list[str]) -> FailedRun:
         sequences_each=2 if situation.method in PAIRS else 1,
         reference=situation.trains_all
         and (situation.method in WITH_REFERENCE or (situation.method == "grpo" and bool(situation.others.get("beta")))),
-        teacher=_teacher(situation, spec, notes) if situation.method == "gkd" else None,
+        teacher=teacher(situation, spec, notes) if situation.method == "gkd" else None,
         beta=situation.others.get("beta", BETA_OF_GKD),
         method=situation.method,
         answers=answers,
@@ -232,31 +233,6 @@ def _of_grpo(situation: Situation) -> str:
     how = "as vLLM makes them" if situation.others.get("vllm") else "keys and values of all of them at once"
     reference = "with a reference model" if situation.others.get("beta") else "without a reference model (beta 0)"
     return f"rehearsed: GRPO's answers, {how}, and its update {reference}, with {beside}; of older TRL, where the text shows no other"
-
-
-def _teacher(situation: Situation, student: ModelSpec, notes: list[str]) -> ModelSpec:
-    """Return the teacher that the text names, else the student's own model, and note which."""
-    name, rehearsed = (
-        situation.others.get("teacher_model"),
-        "rehearsed: TRL's GKD on given answers, whole logits of both models, with ",
-    )
-    why = "the text does not name it"
-    if name is not None:
-        try:
-            found = resolve_for_plan(name)
-        except UserError:
-            why = f"{name} is not known here"
-        else:
-            if _words(found) == _words(student):
-                notes.append(f"{rehearsed}{name} as the teacher, in the student's precision")
-                return found
-            why = f"{name} has another vocabulary"
-    notes.append(f"{rehearsed}a teacher like the student, an assumption: {why}")
-    return student
-
-
-def _words(spec: ModelSpec) -> int:
-    return int(spec.config.get_text_config().vocab_size)
 
 
 def _share_of_vllm(situation: Situation) -> float:
