@@ -212,6 +212,7 @@ IN_THE_SCRIPT = {
     "trainable": {"lora": "lora"},
     "gradient_checkpointing": {True: "checkpointing"},
 }
+NO_MORE = {("mixed_precision", None): "bf16", ("attention", "sdpa"): "eager"}
 ARGUMENTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
@@ -225,13 +226,15 @@ def with_cure(kind, cure):
             changes["optim"] = value
         elif value in IN_THE_SCRIPT.get(name, ()):
             kind += f" {IN_THE_SCRIPT[name][value]}"
-        elif name not in ("mixed_precision", "lora_r"):
+        elif (name, value) in NO_MORE:
+            kind = kind.replace(f" {NO_MORE[name, value]}", "")
+        elif name != "lora_r":
             return None
     return kind, changes
 
 
 def examine(kind, model, folder, error):
-    """Return (named rightly, what was true, what was said, whether the first cure cures) of one error."""
+    """Return (named rightly, what was true, what was said, whether the first cure that the script can try cures) of one error."""
     given, answer = explained(kind, model, folder, error)
     expected = truth(kind, error["request"], NOT_ON_A_GPU.sub("", error["text"]), resolve(given["model"]).config)
     first = answer.suspects[0] if answer.suspects else None
@@ -244,7 +247,8 @@ def examine(kind, model, folder, error):
         assert cure.saved_bytes > 0, cure.title
         assert not cure.settings.items() & given.items(), cure.title
     fitting = [cure for cure in cures if cure.fits]
-    cured = with_cure(kind, fitting[0]) if fitting and fitting[0].config is None else None
+    changed = (with_cure(kind, cure) for cure in fitting if cure.config is None)
+    cured = next((one for one in changed if one is not None), None)
     still = None if cured is None else errors_of(cured[0], model, folder, 1, cured[1], error["capacity"])
     return right, (expected, error["request"]), said, None if still is None else not still
 
