@@ -11,12 +11,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from oomless.config import TrainConfig
+from oomless.data.loader import micro_batches
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.planning.choose import choose_training
-from oomless.planning.layout import SHORT_RUN_STEPS
+from oomless.planning.layout import SHORT_RUN_STEPS, Layout
 from oomless.planning.plan import plan_training
 from oomless.training import loop
+from oomless.training.distributed import Ranks
 
 SHAPES = {
     "llama": [dict(), dict(hidden_size=256, intermediate_size=700, vocab_size=4096)],
@@ -228,3 +230,13 @@ def test_a_pick_trains_in_the_size_that_it_was_picked_for(make_checkpoint, corpu
     monkeypatch.setattr(loop, "open_device", lambda name: device)
     loop.train(TrainConfig.from_mapping({k: v for k, v in settings.items() if k != "num_train_epochs"}), ear)
     assert not [said for said in ear.heard if "memory" in said]
+
+
+def test_the_first_of_several_gpus_evaluates_every_batch_once():
+    """In the size that it has: a last one that is not full is not filled up with itself."""
+    config = TrainConfig(model="-", data="-", output_dir="-", max_seq_length=8, per_device_eval_batch_size=2)
+    lengths = tuple((number, 8 - number) for number in range(1, 6))
+    blank = Layout(train=((8,),), ranked=(((0, (8,)),),), evaluation=(lengths,)).data(config, 3)
+    (blocks,) = blank.evaluation.values()
+    batches = Ranks(count=3).share_batches(micro_batches(blocks, 2))
+    assert [batch.document_lengths for batch in batches] == [lengths[:2], lengths[2:4], lengths[4:]]

@@ -88,8 +88,7 @@ class Layout:
         train: Any = _Stream(self)
         size = config.per_device_eval_batch_size or 1
         evaluation: Any = {
-            str(number): _Blocks([block for batch in _batches(blocks, size) for _ in range(gpus) for block in batch])
-            for number, blocks in enumerate(self.evaluation)
+            str(number): _Blocks(_of_the_first(blocks, size, gpus)) for number, blocks in enumerate(self.evaluation)
         }
         return PreparedData(train=train, evaluation=evaluation, summary=())
 
@@ -103,6 +102,15 @@ def _evaluated(blocks: Sequence[Documents], size: int) -> tuple[Documents, ...]:
     for measure in (most, longest):
         chosen.update(sorted(range(len(batches)), key=measure.__getitem__)[:HEAVY_BATCHES])
     return tuple(block for number in sorted(chosen) for block in batches[number])
+
+
+def _of_the_first(blocks: Sequence[Documents], size: int, gpus: int) -> list[Documents]:
+    """Return blocks of which the first of ``gpus`` gets every batch of ``size``; a smaller last one is its own, not filled up with itself."""
+    whole = len(blocks) // size * size
+    return [
+        *(block for batch in _batches(blocks[:whole], size) for _ in range(gpus) for block in batch),
+        *blocks[whole:],
+    ]
 
 
 def _batches(blocks: Sequence[Documents], size: int) -> list[Sequence[Documents]]:
