@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 import oomless.ops
+from oomless.ops import mxfp4
 from oomless.ops.attention import packed_attention
 from oomless.ops.embedding import embedding
 from oomless.ops.frozen_linear import frozen_linear, new_code, pack
@@ -116,6 +117,20 @@ def frozen_case(kind):
     )
 
 
+def mxfp4_case():
+    """The numbers that are kept are those of the grid; in 16 bits each is exact."""
+    values, scales = mxfp4.pack(numbers(64, 19, seed=1, scale=0.1))
+    powers = 2 ** (scales.double() - 127)
+    grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    codes = torch.stack([values & 15, values >> 4], 2).flatten(1).long()
+    kept = grid[codes & 7] * (1 - 2 * (codes >> 3)) * powers.repeat_interleave(mxfp4.GROUP, 1)
+    return (
+        lambda x: x @ mxfp4.unpack(values, scales, mxfp4.new_code(), x.dtype),
+        lambda x: x @ kept.t().to(x.dtype),
+        [numbers(5, 64)],
+    )
+
+
 def grouped_case():
     """Three experts, one of which has no rows; the last two rows are nobody's."""
     bounds = [0, 5, 5, 12]
@@ -164,6 +179,7 @@ CASES = {
     "linear_cross_entropy": loss_case(),
     "linear_cross_entropy, capped": loss_case(softcap=3.0, logit_scale=0.7),
     "linear_cross_entropy, smoothed": loss_case(label_smoothing=0.2, z_loss=1e-2),
+    "mxfp4": mxfp4_case(),
     "rms_norm": (
         lambda x, weight: rms_norm(x, weight, eps=1e-6),
         lambda x, weight: functional.rms_norm(x, weight.shape, weight, 1e-6),
