@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import build, save, twin
-from oomless.models.spec import load_tokenizer, resolve
+from oomless.models.spec import resolve
+from oomless.models.tokenizer import load_tokenizer
 
 IDS = torch.arange(1, 21)[None] * 17 % 512
 

@@ -15,7 +15,8 @@ from oomless.export.compare import Pair
 from oomless.export.plan import make_plan
 from oomless.export.run import export
 from oomless.memory.device import Device
-from oomless.models.spec import load_tokenizer, resolve, resolve_for_plan
+from oomless.models.spec import resolve, resolve_for_plan
+from oomless.models.tokenizer import load_tokenizer
 from oomless.planning.given import read_given
 from oomless.training.assemble import assemble
 from oomless.training.loop import train

@@ -12,7 +12,8 @@ from oomless.data.prepare import prepare
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import save
-from oomless.models.spec import load_tokenizer, resolve
+from oomless.models.spec import resolve
+from oomless.models.tokenizer import load_tokenizer
 from oomless.techniques import block_dropout, frozen_layers, lora
 from oomless.training import guard as guard_module
 from oomless.training import loop

@@ -13,7 +13,8 @@ from oomless.data.store import open_store
 from oomless.memory.device import Device
 from oomless.models import build
 from oomless.models.attention import use_packed_attention
-from oomless.models.spec import load_tokenizer, resolve
+from oomless.models.spec import resolve
+from oomless.models.tokenizer import load_tokenizer
 from oomless.training.loss import causal_lm_loss
 
 

@@ -12,7 +12,7 @@ from oomless.export.source import Source
 from oomless.export.stream import Piece, Stream
 from oomless.models import save
 from oomless.models.layout import LateTensor, Savable
-from oomless.models.spec import load_tokenizer
+from oomless.models.tokenizer import load_tokenizer
 from oomless.training import checkpoint
 
 

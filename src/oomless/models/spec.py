@@ -222,25 +222,3 @@ def _download(name: str) -> Path:
             f"({type(error).__name__ if near else 'out of reach'}).{names.suggestion(name)} Check the name and the network, log in if "
             "the model is gated, or give a folder."
         ) from error
-
-
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the fast tokenizer in a folder or under a Hugging Face name.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    adapted = adapter.folder_of(name)
-    if adapted is not None and not (adapted / "tokenizer_config.json").is_file():
-        name = adapter.base_of(adapted)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # every tokenizer class raises its own
-        raise ModelError(
-            f"no tokenizer could be read from {name!r}: give the folder or name of one with --tokenizer ({str(error).strip()})"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"oomless needs a fast tokenizer (tokenizer.json); {name!r} has only a Python one")
-    return tokenizer

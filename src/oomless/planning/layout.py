@@ -25,7 +25,8 @@ from oomless.data.mix import RANKED_BLOCKS, Weigh, heaviest
 from oomless.data.pack import Block
 from oomless.data.prepare import PreparedData, prepare
 from oomless.errors import UserError
-from oomless.models.spec import ModelSpec, load_tokenizer
+from oomless.models.spec import ModelSpec
+from oomless.models.tokenizer import load_tokenizer
 from oomless.planning.given import LONGEST
 from oomless.units import MiB
 from oomless.vocabulary import extend

@@ -15,7 +15,8 @@ from oomless.config.values import require_kind
 from oomless.data.encode import check_tokenizer
 from oomless.data.prepare import prepare
 from oomless.memory.device import Device
-from oomless.models.spec import load_tokenizer, resolve
+from oomless.models.spec import resolve
+from oomless.models.tokenizer import load_tokenizer
 from oomless.techniques import sharding, trainable
 from oomless.training import distributed, guard, rates, resuming, script, trackers
 from oomless.training.assemble import assemble, open_device

@@ -24,7 +24,8 @@ from oomless.data.encode import check_tokenizer
 from oomless.data.prepare import prepare
 from oomless.errors import CheckpointError, ConfigError
 from oomless.models import extension
-from oomless.models.spec import load_tokenizer, resolve
+from oomless.models.spec import resolve
+from oomless.models.tokenizer import load_tokenizer
 from oomless.training import checkpoint, distributed, final_model, resuming, trackers
 from oomless.training.assemble import check_length, open_device
 from oomless.training.listening import Listener, RunResult

@@ -23,7 +23,8 @@ from oomless.errors import ConfigError, ModelError
 from oomless.kept import Kept, key_of, user_folder
 from oomless.models import extension
 from oomless.models.extension import Extension
-from oomless.models.spec import ModelSpec, load_tokenizer, resolve
+from oomless.models.spec import ModelSpec, resolve
+from oomless.models.tokenizer import load_tokenizer
 from oomless.vocabulary import grown
 from oomless.vocabulary.cut import Cut
 from oomless.vocabulary.learn import Learnt, Word, learn
