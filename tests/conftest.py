@@ -112,6 +112,16 @@ def corpus(tmp_path_factory, texts) -> Path:
 ARCHITECTURES = {
     "llama": dict(model_type="llama"),
     "gemma": dict(model_type="gemma", head_dim=16, hidden_activation="gelu_pytorch_tanh"),
+    "gemma4": dict(
+        **dict(
+            model_type="gemma4_text",
+            head_dim=16,
+            global_head_dim=32,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+        ),
+        **dict(layer_types=["sliding_attention", "full_attention"], sliding_window=32, hidden_size_per_layer_input=0),
+    ),
     "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
     "qwen2": dict(model_type="qwen2"),
     "qwen3": dict(model_type="qwen3", head_dim=16),

@@ -272,6 +272,14 @@ def test_values_that_are_narrower_than_queries_stay_so_in_a_rehearsal(kernel):
         assert packed_attention(query, key, value, scale=0.25).shape == (1, 64, 2, 16)
 
 
+def test_flash_is_left_to_heads_that_it_takes():
+    """A model's layers may have heads of several widths, as Gemma 4's, whose rehearsal names one kernel for all."""
+    device = torch.device("cpu")
+    with attention_kernel("flash"):
+        assert attention.choose_kernel(device, torch.bfloat16, 256, 256) == ("flash", True)
+        assert attention.choose_kernel(device, torch.bfloat16, 512, 512) == ("efficient", False)
+
+
 def test_kernel_is_chosen_within_only():
     states = make_states()[:3]
     with attention_kernel("math"):

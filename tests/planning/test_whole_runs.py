@@ -114,6 +114,7 @@ CASES = {
         dict(max_seq_length=64, eval_steps=2, sample_prompts=["import " * 9], optimizer_in_backward=True, dtype="bf16"),
     ),
     "mla": ("deepseek_v2", dict(), dict(dtype="bf16", optimizer="adamw_8bit")),
+    "heads of two widths": ("gemma4", dict(), dict(dtype="bf16", trainable="lora", lora_r=4)),
     "a body that ends in fp32": (
         "mamba",
         dict(),

@@ -171,10 +171,8 @@ def _rehearsed(
     message = None
     with distributed.rehearsed(run.gpus) as ranks, device.active():
         try:
-            text = run.spec.config.get_text_config()
-            width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
             arithmetic = choose_dtype(run.mixed_precision or run.config.dtype, device)
-            kernel: Kernel = target.kernel or kernel_for(target.compute_capability, arithmetic, width)
+            kernel: Kernel = target.kernel or kernel_for(target.compute_capability, arithmetic)
             with attention_kernel(kernel):
                 model, optimizer = build_plain(run, device, ranks)
                 held = _buckets(run, model, device)

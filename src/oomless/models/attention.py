@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from oomless.memory.allocator import SMALLEST_BLOCK
 from oomless.memory.allocator_growth import round_up
+from oomless.models.spec import largest
 from oomless.ops.attention import choose_kernel, packed_attention
 from oomless.techniques import block_dropout
 
@@ -45,8 +46,8 @@ def weigh(config: Any, dtype: torch.dtype, device: torch.device, documents: Sequ
 
 
 def _number(config: Any, name: str, otherwise: int) -> int:
-    value = getattr(config.get_text_config(), name, None)
-    return value if isinstance(value, int) and value > 0 else otherwise
+    value = largest(config.get_text_config(), name)
+    return value if value is not None and value > 0 else otherwise
 
 
 def attention_forward(

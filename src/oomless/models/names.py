@@ -84,7 +84,7 @@ def by_shape(name: str) -> Model | None:
     for match in (_same, _same_but_for_version, _ends_alike):
         found = [
             (len(known), _version(model.name), -len(model.name), model)
-            for known, model in _known_words()
+            for _, known, model in _known_words()
             if match(plain, known)
         ]
         if found:
@@ -100,18 +100,17 @@ def suggestion(name: str) -> str:
     if _exact(name) is not None:
         return " Its shapes are known here, so that `oomless plan` works; to train it its weights must be here."
     words = _plain(_words(name.strip().rpartition("/")[2]))
-    sizes = {word for word in words if _SIZE.fullmatch(word)}
-    families = _families(word for word in words if word.isalpha())
-    alike = [model for known, model in _known_words() if sizes and sizes <= set(known) and families & set(known)]
-    alike.sort(key=lambda model: (_version(model.name), -len(model.name)), reverse=True)
-    names = list(dict.fromkeys(model.name for model in alike))[:3]
-    return f" Did you mean {' or '.join(names)}?" if names else ""
+    alike = {model: spelling for spelling, known, model in reversed(_known_words()) if _alike(words, known)}
+    if len({model.parameters for model in alike}) > 1 and not any(_SIZE.fullmatch(word) for word in words):
+        return ""
+    best = sorted(alike.values(), key=lambda spelling: (_version(spelling), -len(spelling)), reverse=True)[:3]
+    return f" Did you mean {' or '.join(best)}?" if best else ""
 
 
 # Words
 
 _WORD = re.compile(r"v?\d+(?:\.\d+)*(?:x\d+(?:\.\d+)*)?[a-z]*\d*|[a-z]+")
-_SIZE = re.compile(r"(?:\d+x)?\d+(?:\.\d+)?[bmt]")
+_SIZE = re.compile(r"[ae]?(?:\d+x)?\d+(?:\.\d+)?[bmt]")
 _VERSION = re.compile(r"v?\d+(?:\.\d+)*")
 _DATE = re.compile(r"\d{4}|\d{6}|\d{8}")
 
@@ -119,7 +118,7 @@ _DATE = re.compile(r"\d{4}|\d{6}|\d{8}")
 def _words(name: str) -> list[str]:
     """Return the words of ``name`` in lower case: qwen2.5_7B-Instruct is qwen, 2.5, 7b and instruct."""
     folded = re.sub(r"(?<=[a-z])(?<!\dx)(?=\d)", " ", name.lower())
-    folded = re.sub(r"\b([avqwkmf]) (?=\d)", r"\1", folded)  # a3b, v0.1, q4, w4a16 are one word
+    folded = re.sub(r"\b([aevqwkmf]) (?=\d)", r"\1", folded)  # a3b, e4b, v0.1, q4, w4a16 are one word
     folded = re.sub(r"\b(int|fp|bf|nvfp|mxfp|exl) (?=\d)", r"\1", folded)
     folded = re.sub(r"(?<=\d)[- ](?=bit\b)", "", folded)
     return [
@@ -173,13 +172,42 @@ def _ends_alike(name: Sequence[str], known: Sequence[str]) -> bool:
     )
 
 
-def _families(words: Iterable[str]) -> set[str]:
-    """Return which of ``words`` are families of known models; for one that is none, those that are spelt almost so."""
-    known = {word for name, _ in _known_words() for word in name if word.isalpha() and len(word) > 1}
-    found: set[str] = set()
+def _alike(name: Sequence[str], known: Sequence[str]) -> bool:
+    """Whether ``name`` may be a slip for ``known``: the same sizes and versions, as far as it says any, and the same words,
+    almost. A word more on either side (VL, coder, safeguard) is another family within the family.
+    """
+    sizes, versions, words = _sorted_out(name)
+    known_sizes, known_versions, known_words = _sorted_out(known)
+    if sizes not in (set(), known_sizes) or versions not in (set(), known_versions):
+        return False
     for word in words:
-        found |= {word} & known or set(difflib.get_close_matches(word, known, cutoff=0.75) if len(word) > 3 else ())
-    return found
+        meant = word if word in known_words else _slip_for(word, known_words)
+        if meant is None:
+            if _slip_for(word, catalogue.name_words("variants") | catalogue.name_words("packings")) is None:
+                return False
+        else:
+            known_words.remove(meant)
+    return bool(words) and not known_words
+
+
+def _sorted_out(words: Sequence[str]) -> tuple[set[str], set[str], list[str]]:
+    """Return the sizes, the versions (3, 3n, 0.3) and the words proper among ``words``."""
+    numbers = [word for word in words if any(letter.isdigit() for letter in word)]
+    sizes = {word for word in numbers if _SIZE.fullmatch(word)}
+    return sizes, {word.lstrip("v") for word in numbers} - sizes, [word for word in words if word not in numbers]
+
+
+def _slip_for(word: str, meant: Iterable[str]) -> str | None:
+    """Return the one of ``meant`` that ``word``, which no known name has, is a slip of the keys away from."""
+    if len(word) < 4 or word in _family_words():
+        return None
+    near = [other for other in meant if abs(len(other) - len(word)) <= 1]
+    return next(iter(difflib.get_close_matches(word, near, n=1, cutoff=0.75)), None)
+
+
+@cache
+def _family_words() -> frozenset[str]:
+    return frozenset(word for _, known, _ in _known_words() for word in known if word.isalpha())
 
 
 def _version(name: str) -> tuple[float, ...]:
@@ -193,17 +221,18 @@ def _version(name: str) -> tuple[float, ...]:
 @cache
 def _spellings() -> dict[str, Model]:
     models = [catalogue.model(name) for name in catalogue.models()]
-    return {spelling.lower(): model for model in models for spelling in (model.name, *model.also)}
+    return {spelling: model for model in models for spelling in (model.name, *model.also)}
 
 
 @cache
 def _last_parts() -> dict[str, Model]:
-    return {spelling.rpartition("/")[2]: model for spelling, model in reversed(list(_spellings().items()))}
+    return {spelling.lower().rpartition("/")[2]: model for spelling, model in reversed(list(_spellings().items()))}
 
 
 @cache
-def _known_words() -> tuple[tuple[tuple[str, ...], Model], ...]:
-    return tuple((_plain(_words(spelling.rpartition("/")[2])), model) for spelling, model in _spellings().items())
+def _known_words() -> tuple[tuple[str, tuple[str, ...], Model], ...]:
+    """Return each spelling of a known name with its words, and the model."""
+    return tuple((s, _plain(_words(s.rpartition("/")[2])), model) for s, model in _spellings().items())
 
 
 # The Hub

@@ -187,9 +187,16 @@ SIZES = (
 )
 
 
+def largest(config: Any, name: str) -> int | None:
+    """Return the number ``name`` of ``config``, the largest where it is one for each layer, or ``None`` without one."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    numbers = [value for layer in layers if isinstance(value := getattr(layer, name, None), int)]
+    return max(numbers, default=None)
+
+
 def _check_sizes(path: Path, config: Any) -> None:
     """Check what no model can be without; what an architecture has as a list, one for each layer, is left to transformers."""
-    sizes = {name: size for name in SIZES if isinstance(size := getattr(config, name, None), int)}
+    sizes = {name: size for name in SIZES if (size := largest(config, name)) is not None}
     for name, size in sizes.items():
         if size < 1:
             raise ModelError(f"the model config {path} has {name} {size}: a model has at least 1")

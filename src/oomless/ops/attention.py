@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 Kernel = Literal["auto", "flash", "efficient", "math"]
 SCORE_BYTES = 192 << 20
 SCORE_COPIES = 6
+WIDEST_FLASH_HEAD = 256
 
 _kernel: ContextVar[Kernel] = ContextVar("attention_kernel", default="auto")
 
@@ -44,23 +45,24 @@ def attention_kernel(kernel: Kernel) -> Iterator[None]:
         _kernel.reset(token)
 
 
-def kernel_for(capability: tuple[int, int], dtype: torch.dtype, head_width: int) -> Kernel:
+def kernel_for(capability: tuple[int, int], dtype: torch.dtype, head_width: int = 0) -> Kernel:
     """Return the kernel that PyTorch takes on a CUDA GPU for causal attention without a mask.
 
     Flash needs compute capability 8.0, 16-bit inputs and heads of at most 256; the memory-efficient kernel takes the
-    rest. (cuDNN's kernel on compute capability 9.0 keeps the same tensors as flash.)
+    rest. (cuDNN's kernel on compute capability 9.0 keeps the same tensors as flash.) Without ``head_width``, which may differ
+    between a model's layers, ``choose_kernel`` has the last word at each.
     """
-    if capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16) and head_width <= 256:
+    if capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16) and head_width <= WIDEST_FLASH_HEAD:
         return "flash"
     return "efficient"
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> tuple[Kernel, bool]:
     """Return the kernel, where it is not left to the CPU, and whether it takes fewer key-value heads than heads."""
-    kernel, one_width = _kernel.get(), width == value_width
+    kernel = _kernel.get()
     if kernel == "auto" and device.type == "cuda":
         kernel = kernel_for(torch.cuda.get_device_capability(device), dtype, width)
-    if kernel == "flash" and not one_width:
+    if kernel == "flash" and (width != value_width or width > WIDEST_FLASH_HEAD):
         kernel = "efficient"  # flash wants queries, keys and values of one width, which latent attention has not
     return kernel, kernel == "flash"
 

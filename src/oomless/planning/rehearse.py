@@ -129,9 +129,7 @@ def rehearse(
     parts: Assembly | None = None
     with rehearsed(gpus) as ranks, device.active(), _seldom_collecting():
         try:
-            chosen = kernel or kernel_for(
-                device.compute_capability or (8, 0), choose_dtype(config.dtype, device), _head_width(spec.config)
-            )
+            chosen = kernel or kernel_for(device.compute_capability or (8, 0), choose_dtype(config.dtype, device))
             with attention_kernel(chosen):
                 parts = assemble(spec, config, device, fill=False, ranks=ranks)
                 repeat_updates(parts.optimizer, device)
@@ -357,8 +355,3 @@ def shortened(config: TrainConfig, layout: Layout, steps: int, gpus: int = 1) ->
         eval_steps=1 if config.eval_steps else None,
         save_steps=1 if config.save_steps or config.save_minutes else None,
     )
-
-
-def _head_width(config: Any) -> int:
-    text = config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
