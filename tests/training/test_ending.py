@@ -47,6 +47,36 @@ class Shrinks(loop.Listener):
         self.heard.append(message)
 
 
+class Fills(loop.Listener):
+    """Takes all of the GPU that a run does not hold, after its last step."""
+
+    def __init__(self, device, last):
+        self.device, self.last, self.heard = device, last, []
+
+    def stepped(self, metrics):
+        if metrics["step"] == self.last:
+            self.device.empty_cache()
+            self.device.set_capacity(self.device.usage().reserved_bytes)
+
+    def said(self, message):
+        self.heard.append(message)
+
+
+def test_the_final_model_needs_no_more_than_the_steps(make_checkpoint, corpus, tmp_path, monkeypatch):
+    """Adapters, of experts too, are merged on the host; where there is no room to compare logits, that is said."""
+    folder = make_checkpoint("mixtral", hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
+    given = dict(trainable="lora", eval_fraction=0.0, max_steps=2, max_seq_length=16)
+    device = VirtualGPU(64 << 20)
+    ear = Fills(device, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "open_device", lambda name: device)
+        result = loop.train(settings(folder, corpus, tmp_path / "run", **given), ear)
+    assert any("no room to compare logits" in message for message in ear.heard), ear.heard
+    alone = loop.train(settings(folder, corpus, tmp_path / "alone", **given))
+    found, expected = (load_file(run.model_dir / "model.safetensors") for run in (result, alone))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("where", ["in a step", "in an evaluation"])
 def test_what_was_trained_is_saved(make_checkpoint, corpus, tmp_path, monkeypatch, where):
     changes = dict(attention_dropout=0.2) if where == "in a step" else {}

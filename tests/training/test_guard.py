@@ -418,13 +418,14 @@ SAVED = {
     "nf4": dict(trainable="lora", quantization="nf4", dtype="bf16"),
     "stream_frozen": dict(trainable="lora", stream_frozen=True),
     "trainable_rows": dict(trainable="lm_head", trainable_rows="5,7-9"),
+    "experts": dict(trainable="lora"),
 }
 
 
 @pytest.mark.parametrize("mode", SAVED)
 def test_saving_takes_no_copy_of_the_model(make_checkpoint, corpus, tmp_path, mode):
-    """No byte of the device for a checkpoint; for the final model a few times its largest matrix, where that is put together."""
-    folder = make_checkpoint("llama", tied=mode == "tied", intermediate_size=1024)
+    """No byte of the device: not for a checkpoint, nor for merging adapters or undoing quantisation."""
+    folder = make_checkpoint("mixtral" if mode == "experts" else "llama", tied=mode == "tied", intermediate_size=1024)
     bench = Bench(folder, corpus, tmp_path, **SAVED[mode])
     bench.step()
     parts, device = bench.parts, bench.device
@@ -454,8 +455,7 @@ def test_saving_takes_no_copy_of_the_model(make_checkpoint, corpus, tmp_path, mo
             )
         elif parts.model.__dict__.get("peft_config"):
             lora.merge(parts.model, bench.device)
-        largest_bytes = 1024 * 64 * parts.model.dtype.itemsize
-        assert device.usage().peak_allocated_bytes <= before + 5 * largest_bytes
+        assert device.usage().peak_allocated_bytes == before
 
 
 class Neighbour(loop.Listener):

@@ -223,7 +223,7 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
         with device.host():
             if delta is None:
                 return tensor.to(model.dtype).contiguous()
-            return (tensor.float() + device.fetch(delta).float()).to(model.dtype).contiguous()
+            return (tensor.float() + delta.float()).to(model.dtype).contiguous()
 
     def late(name: str, layer: frozen_layers.FrozenLinear | FrozenExperts) -> LateTensor:
         if not isinstance(layer, FrozenExperts):
@@ -233,7 +233,7 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
         adapter = expert_adapters.of(modules[holder], stack)
 
         def expert(number: int) -> Tensor:
-            return add(weights.read_expert(name, number), None if adapter is None else adapter.delta(number))
+            return add(weights.read_expert(name, number), None if adapter is None else adapter.delta(number, device))
 
         def whole() -> Tensor:
             with device.host():

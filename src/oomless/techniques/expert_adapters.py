@@ -44,7 +44,7 @@ class ExpertAdapter(nn.Module):
         self.rank, self.transposed = rank, transposed
         self.dropout = config.lora_dropout or 0.0
         self.scaling = alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
-        self.merged = False
+        self.merged_experts = 0
         self.A = nn.Parameter(
             torch.empty(self.experts * self.rank, self.inputs, dtype=dtype, device=device.torch_device)
         )
@@ -55,7 +55,7 @@ class ExpertAdapter(nn.Module):
 
     def add(self, rows: Tensor, base: Tensor, groups: Groups) -> Tensor:
         """Return ``base`` with what the adapters make of ``rows``, added in place: [S, out]."""
-        if self.merged:
+        if self.merged_experts:
             return base
         rows = functional.dropout(rows, self.dropout, self.training)
         low = grouped_linear(rows, self.A.view(self.experts, self.rank, self.inputs), groups)
@@ -66,19 +66,22 @@ class ExpertAdapter(nn.Module):
         return self.B.view(self.outputs, self.rank, self.experts).permute(2, 0, 1).contiguous()
 
     @torch.no_grad()
-    def delta(self, expert: int) -> Tensor:
-        """Return what is added to the matrix of ``expert``, as that one lies, in fp32."""
-        a = self.A.view(self.experts, self.rank, self.inputs)[expert]
-        b = self.B.view(self.outputs, self.rank, self.experts)[:, :, expert]
-        added = b.float() @ a.float() * self.scaling
-        return added.t() if self.transposed else added
+    def delta(self, expert: int, device: Device) -> Tensor:
+        """Return what is added to the matrix of ``expert``, as that one lies, in fp32 on the host."""
+        a = device.fetch(self.A.view(self.experts, self.rank, self.inputs)[expert])
+        b = device.fetch(self.B.view(self.outputs, self.rank, self.experts)[:, :, expert])
+        with device.host():
+            added = b.float() @ a.float() * self.scaling
+            return added.t() if self.transposed else added
 
     @torch.no_grad()
-    def merge(self, stack: nn.Parameter) -> None:
-        """Add what the adapters add into ``stack``, in place and one expert at a time."""
-        for expert in range(self.experts):
-            stack[expert] += self.delta(expert).to(stack.dtype)
-        self.merged = True
+    def merge(self, stack: nn.Parameter, device: Device) -> None:
+        """Add what the adapters add into ``stack``, in place and one expert at a time; cut short, it goes on with the next."""
+        for expert in range(self.merged_experts, self.experts):
+            with device.host():
+                merged = device.fetch(stack[expert]) + self.delta(expert, device).to(stack.dtype)
+            stack[expert].copy_(merged)
+            self.merged_experts += 1
 
 
 def targets(model: Any) -> dict[str, tuple[Any, str]]:
@@ -150,9 +153,9 @@ def parameters(model: Any) -> dict[str, nn.Parameter]:
     return found
 
 
-def merge(model: Any) -> None:
+def merge(model: Any, device: Device) -> None:
     """Add adapters of experts into their stacks, in place, where those hold plain numbers; what was cut short may be begun again."""
     modules = dict(model.named_modules())
     for name, stack, adapter in adapters(model):
-        if not adapter.merged and isinstance(getattr(modules[name], stack), nn.Parameter):
-            adapter.merge(getattr(modules[name], stack))
+        if isinstance(getattr(modules[name], stack), nn.Parameter):
+            adapter.merge(getattr(modules[name], stack), device)

@@ -359,7 +359,7 @@ def merge(model: Any, device: Device) -> None:
         elif not module.merged:
             with _on_the_host(module, device):
                 module.merge(safe_merge=not device.fake)
-    expert_adapters.merge(model)
+    expert_adapters.merge(model, device)
     trained_rows.merge(model)
 
 

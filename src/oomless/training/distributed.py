@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.data.loader import MicroBatch
 from oomless.data.pack import IGNORED
-from oomless.errors import CheckpointError, ConfigError, OomlessError, TrainingError
+from oomless.errors import CheckpointError, ConfigError, DataError, OomlessError, TrainingError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer is given up: some process hangs."""
@@ -116,6 +116,21 @@ class Ranks:
             raise outcome[1]
         result: Result = outcome[0]
         return result
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Go on after the body, which reads text, only where it could in every process.
+
+        Raises:
+            DataError: the text changed, for this process or for another.
+        """
+        failure: DataError | None = None
+        try:
+            yield
+        except DataError as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or DataError("the text changed for another process")
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

@@ -29,7 +29,8 @@ def evaluate(life: Life) -> dict[str, float]:
     losses = {}
     try:
         for name, blocks in life.data.evaluation.items():
-            blocks.check_unchanged()
+            with life.ranks.reading():
+                blocks.check_unchanged()
             found = life.guard.evaluate(blocks, life.config.per_device_eval_batch_size or 1, own_batches)
             losses[name] = life.guard.retried(mean_loss, *found)
         samples = write_samples(life)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from oomless.memory.device import Device
 from oomless.models import save
@@ -24,6 +27,7 @@ def write(
     merge: bool,
     device: Device,
     ranks: Ranks,
+    live: Callable[[], Tensor | None],
 ) -> None:
     """Write ``model`` to the folder ``target``.
 
@@ -36,6 +40,7 @@ def write(
         merge: add adapters to it; or else they are written alone, as they are in ``last``.
         device: where it lies.
         ranks: the processes, of which each may hold a part of it.
+        live: gives its logits to compare, as in ``check_saved``.
 
     Raises:
         CheckpointError: the disk is full, read-only or failing.
@@ -58,7 +63,7 @@ def write(
             checkpoint.save_tokenizer(tokenizer, folder)
         else:
             take_over(last.folder, folder)
-        check_saved(folder, model, device, late, alone=not in_parts)
+        check_saved(folder, model, device, late, alone=not in_parts, live=live)
 
     with device.phase("save"), checkpoint.clear_disk_errors("the final model"):
         if adapted and merge and in_parts:

@@ -346,6 +346,18 @@ class Guard:
         said = "out of memory between two steps: what was begun is done again after freeing what was cached"
         return _once_more(call, self._drop, lambda: self.say(said))
 
+    def if_it_fits(self, action: Callable[..., Result], *arguments: Any, otherwise: str) -> Result | None:
+        """Return what ``action``, which may be begun again, returns; ``None`` where it does not fit, and then say ``otherwise``."""
+        try:
+            return self.retried(action, *arguments)
+        except RuntimeError as error:
+            if not (self._recovers and is_out_of_memory(error)):
+                raise
+            release(error)
+        self._drop()
+        self.say(otherwise)
+        return None
+
     def _climb(self, batches: Sequence[MicroBatch]) -> None:
         """Try the rung above after enough good steps; twice as many are enough the next time.
 

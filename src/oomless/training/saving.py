@@ -10,6 +10,7 @@ from typing import Any
 
 from oomless.config import TrainConfig
 from oomless.errors import CheckpointError
+from oomless.models import verify
 from oomless.models.spec import ModelSpec
 from oomless.training import checkpoint, final_model, resuming, samples
 from oomless.training.distributed import Ranks
@@ -167,7 +168,10 @@ class RunFolder(Keeper):
     def save_model(self, life: Life) -> Path:  # noqa: D102
         target, source = self.folder / MODEL, self.spec.folder or Path(self.config.model)
         last, merge = self.best or self._checkpoint(life), self.config.merge_lora is not False
-        write = partial(final_model.write, target, last, life.assembly.model, self.tokenizer, source, merge)
-        life.guard.retried(write, life.device, self.ranks)
+        model, device = life.assembly.model, life.device
+        not_compared = "the GPU has no room to compare logits of the model that was saved; its weights are those that were trained, bit for bit"
+        live = partial(life.guard.if_it_fits, verify.live_logits, model, device, otherwise=not_compared)
+        write = partial(final_model.write, target, last, model, self.tokenizer, source, merge)
+        life.guard.retried(write, device, self.ranks, live)
         self.listener.saved(target)
         return target

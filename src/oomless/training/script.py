@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from oomless.data.loader import micro_batches
+from oomless.errors import DataError
 from oomless.models import attention
 from oomless.techniques import sharding
 from oomless.training import steps
@@ -33,16 +34,18 @@ def play(life: Life) -> None:
 
     Raises:
         torch.OutOfMemoryError: no way to go on fits; what was trained until then is saved.
+        DataError: the text changed; what was trained until then is saved.
     """
     first = life.step
     try:
         _play(life)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, DataError) as error:
+        short = is_out_of_memory(error)
+        if not short and not isinstance(error, DataError):
             raise
         if life.guard.whole and life.step > first:
             life.keeper.save(life)
-        if life.device.fake:
+        if not short or life.device.fake:
             raise
         raise OutOfMemory(str(error), life.guard.as_tried(life.config)) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from oomless.config import BadLossPolicy
 from oomless.data.loader import MicroBatch, micro_batches
-from oomless.errors import DataError, HostMemoryError, TrainingError
+from oomless.errors import HostMemoryError, TrainingError
 from oomless.memory.device import random_state, set_random_state
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.bad_loss import MOST_IN_A_ROW, what_to_do
@@ -94,16 +94,9 @@ def _lasts_too_long(life: Life) -> bool:
 
 def _next_batches(life: Life) -> tuple[Sequence[MicroBatch], int]:
     """Return this process's micro-batches of the next step, and how many tokens the step predicts in all processes."""
-    failure: DataError | None = None
-    try:
-        with life.device.host():
-            blocks = life.loader.take(life.blocks_per_step)
-            batches = list(micro_batches(blocks, life.config.per_device_train_batch_size))
-    except DataError as error:
-        failure = error
-    if life.ranks.any(failure is not None):
-        life.keeper.save(life)
-        raise failure or DataError("the text changed for another process")
+    with life.ranks.reading(), life.device.host():
+        blocks = life.loader.take(life.blocks_per_step)
+        batches = list(micro_batches(blocks, life.config.per_device_train_batch_size))
     return life.ranks.share(batches), sum(batch.target_count for batch in batches)
 
 
