@@ -1,5 +1,6 @@
 """gpt-oss' own checkpoints: experts stay in the bytes of their files, exactly what the format says, and a run is rehearsed to the byte."""
 
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from tests.gpt_oss import GPT_OSS
 from oomless.config import DataSource, TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.models.spec import resolve
+from oomless.models.spec import resolve, resolve_for_plan
 from oomless.ops import mxfp4
 from oomless.planning.layout import Layout
 from oomless.planning.rehearse import play, rehearse, virtual_device
@@ -115,7 +116,8 @@ def load_file_names(folder):
 )
 def test_refused_for_other_models(make_checkpoint, tmp_path, family, message):
     path = tmp_path / "config.json"
-    shutil.copy(make_checkpoint("llama", **family) / "config.json", path)
+    settings = json.loads((make_checkpoint("llama", **family) / "config.json").read_text())
+    path.write_text(json.dumps(settings | {"quantization_config": {"quant_method": "mxfp4"}}))
     with pytest.raises(ConfigError, match=message):
         rehearse(resolve(str(path)), make_config(path, **LORA), virtual_device())
 
@@ -124,3 +126,31 @@ def test_refused_for_a_checkpoint_that_holds_another_form(make_checkpoint):
     folder = make_checkpoint("llama", **GPT_OSS)
     with pytest.raises(ConfigError, match="holds plain weights: use nf4"):
         rehearse(resolve(str(folder)), make_config(folder, **LORA), virtual_device())
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "unsloth/gpt-oss-safeguard-120b", "gpt-oss 20b mxfp4"])
+def test_a_plan_by_name_says_that_it_rests_on_the_published_form(name):
+    spec = resolve_for_plan(name)
+    spec.require_mxfp4()
+    assert spec.notes_with("nf4") == spec.notes
+    *before, said = spec.notes_with("mxfp4")
+    assert tuple(before) == spec.notes
+    assert f"{spec.name} as published stores its experts in MXFP4" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("unsloth/gpt-oss-20b-BF16", "bf16"),
+        ("unsloth/gpt-oss-20b-unsloth-bnb-4bit", "bnb 4bit"),
+        ("lmstudio-community/gpt-oss-120b-GGUF", "gguf"),
+        ("Qwen/Qwen3-30B-A3B", "plain weights"),
+    ],
+)
+def test_refused_for_a_name_that_says_another_form(name, form):
+    with pytest.raises(ConfigError, match=f"by its name or its config.json, holds {form}: use nf4"):
+        rehearse(resolve_for_plan(name), make_config(name, **LORA), virtual_device())
+
+
+def test_a_config_alone_says_the_form_of_its_weights(gpt_oss_checkpoint):
+    assert resolve_for_plan(str(gpt_oss_checkpoint / "config.json")).stored_as == "mxfp4"

@@ -38,6 +38,9 @@ class Model:
     source: str
     """Where config and count come from."""
 
+    stored_as: str | None = None
+    """How transformers calls the form of the published weights that ``quantization`` can keep, ``"mxfp4"``."""
+
     note: str | None = None
     """Where the stored config departs from the published one, and why."""
 
@@ -110,6 +113,7 @@ def _models_by_name() -> dict[str, Model]:
             parameters=entry["parameters"],
             config=_whole(entry, entries),
             source=entry["source"],
+            stored_as=entry.get("stored_as"),
             note=entry.get("note"),
         )
         for name, entry in entries.items()

@@ -29,7 +29,7 @@ def aside() -> Screen:
     return Screen(stderr=True)
 
 
-def say_notes(spec: ModelSpec) -> None:
-    """Say, beside the answers, what the name of ``spec`` was taken for, and how its weights are stored."""
-    for note in spec.notes:
+def say_notes(spec: ModelSpec, quantization: str | None = None) -> None:
+    """Say, beside the answers, what the name of ``spec`` was taken for, how its weights are stored, and what that is to a plan."""
+    for note in spec.notes_with(quantization):
         aside().print(note, style="dim")

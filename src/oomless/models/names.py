@@ -92,6 +92,12 @@ def by_shape(name: str) -> Model | None:
     return None
 
 
+def packing(name: str) -> str | None:
+    """Return the form of its weights that the words of ``name`` say, as BF16, or ``None`` where they say none."""
+    words = [word for word in _words(name.strip().rpartition("/")[2]) if word in catalogue.name_words("packings")]
+    return " ".join(word for word in words if word != "unsloth") or None
+
+
 def suggestion(name: str) -> str:
     """Return ``" Did you mean ...?"`` with other known models of the same family and size, or an empty string.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oomless.config import adapter
-from oomless.errors import ModelError, nearest
+from oomless.errors import ConfigError, ModelError, nearest
 from oomless.models import extension, names, starting_point
 
 STANDS_FOR = "stands_for"
@@ -34,8 +34,34 @@ class ModelSpec:
     """The folder of an adapter of the model, which goes on training."""
 
     trust_remote_code: bool = False
+    stored_as: str | None = None
+    """The form of fewer bits that its weights have by its config.json, or by its name; ``None`` where they are plain."""
+
     notes: tuple[str, ...] = ()
     """What was taken for what, to be said once."""
+
+    def notes_with(self, quantization: str | None) -> tuple[str, ...]:
+        """Return what is to be said of a plan that holds frozen weights in the form ``quantization``."""
+        if quantization != "mxfp4" or self.stored_as != "mxfp4" or self.folder is not None:
+            return self.notes
+        return (
+            *self.notes,
+            f"quantization mxfp4: {self.name} as published stores its experts in MXFP4, on which this plan rests; a copy of it in another "
+            "form is refused when it is trained",
+        )
+
+    def require_mxfp4(self) -> None:
+        """Check that the checkpoint's experts are in MXFP4.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        kind = self.stored_as if self.base is None else starting_point.stored_as(self.base)[1]
+        if kind != "mxfp4":
+            where = self.base or self.folder or "this one, by its name or its config.json,"
+            raise ConfigError(
+                f"quantization mxfp4 keeps experts as their checkpoint holds them; {where} holds {kind or 'plain weights'}: use nf4"
+            )
 
 
 def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
@@ -50,7 +76,8 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     if path.is_file():
         config = read_config(path, trust_remote_code)
         called = getattr(config, STANDS_FOR, name)
-        return ModelSpec(name=called, config=config, folder=None, trust_remote_code=trust_remote_code)
+        _, kind = starting_point.stored_as(path)
+        return ModelSpec(name=called, config=config, folder=None, trust_remote_code=trust_remote_code, stored_as=kind)
     folder = path if path.is_dir() else _download(name)
     starting_point.check_folder(folder)
     config = read_config(folder / "config.json", trust_remote_code)
@@ -62,6 +89,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
         config=config,
         folder=folder,
         trust_remote_code=trust_remote_code,
+        stored_as=kind,
         notes=(*notes, *_of_a_trainer(folder), *_parts(config), *_of_new_tokens(folder)),
     )
 
@@ -111,11 +139,17 @@ def resolve_for_plan(name: str, *, trust_remote_code: bool = False) -> ModelSpec
         assert found.config is not None
         config = read_config(found.config, trust_remote_code)
         return ModelSpec(
-            name=name, config=config, folder=None, trust_remote_code=trust_remote_code, notes=notes + _parts(config)
+            name=name,
+            config=config,
+            folder=None,
+            trust_remote_code=trust_remote_code,
+            stored_as=starting_point.stored_as(found.config)[1],
+            notes=notes + _parts(config),
         )
     settings = copy.deepcopy(dict(found.model.config))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return ModelSpec(name=found.model.name, config=config, folder=None, notes=notes)
+    stored = names.packing(name) or found.model.stored_as
+    return ModelSpec(name=found.model.name, config=config, folder=None, stored_as=stored, notes=notes)
 
 
 def _parts(config: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oomless.errors import ConfigError, ModelError
+from oomless.errors import ModelError
 from oomless.models.stored_forms import FORMS
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
@@ -33,25 +33,16 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def stored_as(folder: Path) -> tuple[Mapping[str, Any], str | None]:
-    """Return the ``quantization_config`` of the checkpoint in ``folder`` and its kind; ``None`` where its weights are plain."""
+def stored_as(place: Path) -> tuple[Mapping[str, Any], str | None]:
+    """Return the ``quantization_config`` of the checkpoint in the folder ``place``, or of the config.json ``place``, and its kind;
+    ``None`` where its weights are plain.
+    """
+    path = place / "config.json" if place.is_dir() else place
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}, None
     return _quantization(settings)
-
-
-def require_mxfp4(folder: Path | None) -> None:
-    """Check that the experts in ``folder``, if there is one, are in MXFP4.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if folder is not None and (kind := stored_as(folder)[1]) != "mxfp4":
-        raise ConfigError(
-            f"quantization mxfp4 keeps experts as their checkpoint holds them; {folder} holds {kind or 'plain weights'}: use nf4"
-        )
 
 
 def read_plain(kind: str) -> str:

@@ -126,7 +126,10 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
         heard=lambda rows: say(partial=found_so_far(weights_bytes, rows, fills)),
     )
     with with_new_tokens(spec, {**UNPLANNED, **given}) as (grown, _):
-        parts = [*(f"<p>{text(note)}</p>" for note in grown.notes), *choice_parts(choice)]
+        parts = [
+            *(f"<p>{text(note)}</p>" for note in grown.notes_with(given.get("quantization"))),
+            *choice_parts(choice),
+        ]
     if choice.picked is not None:
         train = {"settings": picked_settings(choice), "gpus": target.gpus}
         return {"html": "".join(parts), "pick": in_short(choice), "train": train}

@@ -16,7 +16,7 @@ from oomless import optim
 from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.errors import ConfigError, HardwareError
 from oomless.memory.device import CudaDevice, Device, nowhere
-from oomless.models import build, form, save, starting_point
+from oomless.models import build, form, save
 from oomless.models.spec import ModelSpec
 from oomless.models.weights import adapter_file, open_file
 from oomless.optim.base import MemoryLeanOptimizer
@@ -112,7 +112,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     check_length(spec, config)
     config = rates.resolved(config, spec.config)
     if config.quantization == "mxfp4":
-        starting_point.require_mxfp4(spec.base or spec.folder)
+        spec.require_mxfp4()
     sharding.check(config, ranks.count)
     whole = sharding.why_whole(config)
     if ranks.count > 1 and whole is None:
