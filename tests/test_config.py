@@ -136,6 +136,19 @@ def test_what_is_no_config_at_all_is_said_in_one_line(wrong):
                 call(wrong)
 
 
+STEP = {
+    "max_seq_length": 64,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 8,
+    "tokens_per_step": 2048,
+}
+"""As a plan writes it."""
+
+
+def step(**changes):
+    return {name: value for name, value in {**STEP, **changes}.items() if value is not None}
+
+
 @pytest.mark.parametrize(
     ("file", "options", "left"),
     [
@@ -145,6 +158,21 @@ def test_what_is_no_config_at_all_is_said_in_one_line(wrong):
         ({"trainable": "lora", "lora_r": 8}, {"trainable": "full"}, {"trainable": "full"}),
         ({"optimizer_in_backward": True}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5}),
         ({"gradient_accumulation_steps": 3}, {"tokens_per_step": 2048}, {"tokens_per_step": 2048}),
+        # Of what makes a step what follows from the others gives way, and then what does not go into them.
+        (
+            STEP,
+            {"per_device_train_batch_size": 1},
+            step(per_device_train_batch_size=1, gradient_accumulation_steps=None),
+        ),
+        (STEP, {"max_seq_length": 32}, step(max_seq_length=32, gradient_accumulation_steps=None)),
+        (STEP, {"max_seq_length": 48}, step(max_seq_length=48, tokens_per_step=None)),
+        (
+            STEP,
+            {"tokens_per_step": 64},
+            step(tokens_per_step=64, per_device_train_batch_size=None, gradient_accumulation_steps=None),
+        ),
+        (STEP, {"gradient_accumulation_steps": 3}, step(gradient_accumulation_steps=3, tokens_per_step=None)),
+        (STEP, {"sample_prompts": ["a"], "sample_tokens": 64}, step(sample_prompts=["a"], sample_tokens=64)),
         # One contradiction hides no other, and one within the file or the options stays.
         ({"num_train_epochs": 1}, {"lora_r": 8, "max_steps": 3}, {"lora_r": 8, "max_steps": 3}),
         ({"max_steps": 1, "max_tokens": 5}, {"seed": 2}, {"max_steps": 1, "max_tokens": 5, "seed": 2}),

@@ -93,7 +93,7 @@ class TrainConfig(Recovery, Running, Memory, Optimizer, Batch, Trained, Data, Mo
                 raise ConfigError(
                     f"gradient_accumulation_steps 1 makes steps of {size} x {length} tokens, and tokens_per_step is "
                     f"{values['tokens_per_step']}: remove one of the two",
-                    *("gradient_accumulation_steps", "tokens_per_step"),
+                    *batch.OF_A_STEP,
                 )
         require(values, *REQUIRED)
         return cls(**values)
@@ -127,8 +127,8 @@ def _from_root(path: str) -> str:
 def outrank(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings of both, and which of the ``weaker`` give way to which of the ``stronger``.
 
-    Of two that contradict each other, such as max_steps and num_train_epochs, the weaker gives way. A contradiction within
-    either is left to whoever reads what is returned.
+    Of those that contradict each other, such as max_steps and num_train_epochs, the weaker give way, what follows from the
+    others first. A contradiction within either is left to whoever reads what is returned.
     """
     both: dict[str, Any] = {**weaker, **stronger}
     gives_way: dict[str, str] = {}
@@ -137,12 +137,15 @@ def outrank(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> tuple[dic
         try:
             TrainConfig.from_mapping(left)
         except ConfigError as error:
-            about, named = set(error.settings) & set(left), len(error.settings)
+            about = [name for name in error.settings if name in left]
         else:
             return both, gives_way
-        weak = about - set(stronger)
-        if named == len(about) == 2 and len(weak) == 1:
-            gives_way[weak.pop()] = next(iter(about & set(stronger)))
+        strong = [name for name in about if name in stronger]
+        weak = [
+            name for name in about if name not in stronger and name != "max_seq_length"
+        ]  # whose default is no answer
+        if strong and weak:
+            gives_way[weak[0]] = strong[0]
             both, left = _without(both, gives_way), _without(left, gives_way)
         elif about:
             left = _without(left, about)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from oomless.config import TrainConfig
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
+OF_A_STEP = ("gradient_accumulation_steps", "tokens_per_step", "per_device_train_batch_size", "max_seq_length")
+"""What makes a step; the first follows from the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +66,12 @@ def _passes(run: TrainConfig, tokens: int) -> int:
             "tokens_per_step must be a multiple of per_device_train_batch_size x max_seq_length, "
             f"{run.per_device_train_batch_size} x {run.max_seq_length}; got {tokens}: use "
             f"{max(1, round(tokens / pass_tokens)) * pass_tokens}",
-            *("tokens_per_step", "per_device_train_batch_size", "max_seq_length"),
+            *OF_A_STEP[1:],
         )
     if run.gradient_accumulation_steps not in (1, tokens // pass_tokens):
         raise ConfigError(
             f"gradient_accumulation_steps follows from tokens_per_step: {tokens} are {tokens // pass_tokens} passes of "
             f"{pass_tokens}; got {run.gradient_accumulation_steps}: remove one of the two",
-            *("tokens_per_step", "gradient_accumulation_steps"),
+            *OF_A_STEP,
         )
     return tokens // pass_tokens
