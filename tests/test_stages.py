@@ -3,7 +3,7 @@
 import pytest
 
 from oomless.config import TrainConfig
-from oomless.config.stages import after, goes_on, stages_of, together
+from oomless.config.stages import after, check_form, goes_on, stages_of, together
 from oomless.errors import ConfigError
 
 AROUND = {"model": "m", "output_dir": "out", "max_steps": 5, "lora_r": 8, "trainable": "lora"}
@@ -104,6 +104,16 @@ def test_which_adapters_go_on():
         assert not goes_on(lora, config(**other)), other
     pattern = config(trainable="lora+model.layers.1.*")
     assert not goes_on(pattern, pattern)  # an adapter says of whole modules only how their names end
+
+
+def test_experts_stay_as_stored_while_one_adapter_trains():
+    kept = dict(trainable="lora", quantization="mxfp4")
+    check_form([config(**kept), config(trainable="lora"), config(**kept)])
+    check_form([config(**kept), config(trainable="lm_head")])
+    check_form([config(trainable="lm_head"), config(**kept | {"quantization": "nf4"})])
+    for before in (dict(trainable="lm_head", quantization="mxfp4"), kept | {"lora_r": 8}):
+        with pytest.raises(ConfigError, match="a stage before this one leaves a whole model in plain weights"):
+            check_form([config(**before), config(**kept), config(**kept)])
 
 
 def test_what_is_untied_stays_so():

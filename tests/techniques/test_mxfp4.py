@@ -15,6 +15,7 @@ from oomless.models.spec import resolve, resolve_for_plan
 from oomless.ops import mxfp4
 from oomless.planning.layout import Layout
 from oomless.planning.rehearse import play, rehearse, virtual_device
+from oomless.planning.stages import settings_to_plan
 from oomless.techniques.experts import FrozenExperts
 from oomless.training import loop
 from oomless.training.assemble import assemble
@@ -71,7 +72,15 @@ def test_experts_have_their_files_bytes_and_values(gpt_oss_checkpoint, host):
         assert torch.equal(made.double(), by_the_format(blocks, scales))
 
 
-@pytest.mark.parametrize("beside", [{"gradient_checkpointing": True}, {"experts_on_host": True}], ids=str)
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"gradient_checkpointing": True},
+        {"experts_on_host": True},
+        {"use_dora": True, "lora_target_modules": "q_proj"},  # of linear layers, which mxfp4 leaves as they are
+    ],
+    ids=str,
+)
 def test_a_rehearsal_is_exact(gpt_oss_checkpoint, beside):
     spec, config = resolve(str(gpt_oss_checkpoint)), make_config(gpt_oss_checkpoint, dtype="bf16", **LORA, **beside)
     real = VirtualGPU(1 << 40, name="virtual GPU", record_history=True)
@@ -126,6 +135,14 @@ def test_refused_for_a_checkpoint_that_holds_another_form(make_checkpoint):
     folder = make_checkpoint("llama", **GPT_OSS)
     with pytest.raises(ConfigError, match="holds plain weights: use nf4"):
         rehearse(resolve(str(folder)), make_config(folder, **LORA), virtual_device())
+
+
+def test_new_tokens_of_an_earlier_stage_leave_experts_as_they_were(gpt_oss_checkpoint, corpus, tmp_path):
+    kept = {"model": str(gpt_oss_checkpoint), "data": [{"path": str(corpus)}], "max_seq_length": 64, **LORA}
+    first = TrainConfig.from_mapping({**kept, "output_dir": "none", "extend_tokenizer": {"tokens": 20}})
+    planned = settings_to_plan(kept, [first], tmp_path)
+    assert planned["model"] == str(tmp_path / "as-left.json")
+    resolve_for_plan(planned["model"]).require_mxfp4()
 
 
 @pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "unsloth/gpt-oss-safeguard-120b", "gpt-oss 20b mxfp4"])

@@ -252,6 +252,15 @@ def test_three_keep_parts_of_packed_weights(make_checkpoint, corpus, tmp_path, p
     assert_same_losses(tmp_path / "one", tmp_path / "three")
 
 
+@pytest.mark.full_length
+def test_three_keep_parts_of_experts_as_stored(gpt_oss_checkpoint, corpus, tmp_path, processes):
+    three = make_config(gpt_oss_checkpoint, corpus, tmp_path / "three", dtype="fp32", quantization="mxfp4", **LORA)
+    assert together(processes, tmp_path / "out", train, three, count=3) == [6] * 3
+    alone = {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 3 * three.gradient_accumulation_steps}
+    loop.train(TrainConfig.from_mapping({**three.to_dict(), **alone}))
+    assert_same_losses(tmp_path / "one", tmp_path / "three")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "settings"),
     [

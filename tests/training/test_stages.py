@@ -244,6 +244,11 @@ def test_what_is_wrong_with_a_later_stage_shows_before_the_first(make_checkpoint
     for wrong, error, message in (
         (dict(data=str(tmp_path / "nothing.txt")), DataError, r"^stage 2 \(second\): .*nothing\.txt"),
         (dict(max_seq_length=1024), ConfigError, r"^stage 2 \(second\): max_seq_length must be at most .* 512"),
+        (
+            dict(trainable="lora", quantization="mxfp4"),
+            ConfigError,
+            r"^stage 2 \(second\): .* leaves a whole model in plain",
+        ),
         (dict(loss_on="all"), ConfigError, r"^stage 2 \(second\): loss_on is for chats"),
     ):
         with pytest.raises(error, match=message):

@@ -17,7 +17,7 @@ from oomless.cli.searching import searching
 from oomless.cli.train import Settler, heard, print_end, print_learnt
 from oomless.cli.voice import aside, out
 from oomless.config import TrainConfig
-from oomless.config.stages import Stage, together
+from oomless.config.stages import Stage, check_form, together
 from oomless.planning.choose import choose_training, picked_settings
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import as_config, read_given
@@ -61,6 +61,7 @@ def settle(stages: Sequence[Stage], decide: Decide) -> list[Settled]:
                 planned = settings_to_plan(stage.settings, [one.config for one in found], Path(scratch))
                 config, plan = decide(stage, planned)
                 found.append(Settled(stage=stage, config=as_said(config, stage.settings), plan=plan))
+                check_form([one.config for one in found])
     return found
 
 

@@ -94,7 +94,7 @@ def check(run: TrainConfig) -> None:
             "experts_on_host has no effect beside stream_frozen, which has experts on the host already: remove one of them",
             *("experts_on_host", "stream_frozen"),
         )
-    if run.quantization is not None and run.use_dora:
+    if run.quantization in ("nf4", "int8") and run.use_dora:
         raise ConfigError(
             "use_dora needs the norms of the weights that it adapts, which quantization rounds: remove one",
             *("use_dora", "quantization"),

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,20 @@ def goes_on(before: TrainConfig, then: TrainConfig) -> bool:
         and then.tied_weights is None
         and all(getattr(before, name) == getattr(then, name) for name in (*_ADAPTER, "trainable_rows"))
     )
+
+
+def check_form(stages: Sequence[TrainConfig]) -> None:
+    """Check that the last of ``stages`` asks for no form of weights that those before it do not leave.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if stages[-1].quantization == "mxfp4" and not all(goes_on(*pair) for pair in pairwise(stages)):
+        raise ConfigError(
+            "quantization mxfp4 keeps experts as their checkpoint holds them, and a stage before this one leaves a whole model in plain "
+            "weights: have all stages train the same adapter, or use nf4",
+            "quantization",
+        )
 
 
 def as_runs(run: Path, stages: Sequence[tuple[Stage, TrainConfig]], place: int, *, model: str) -> TrainConfig:

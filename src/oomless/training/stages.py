@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from oomless.config import TrainConfig
-from oomless.config.stages import Stage, after, as_runs, stages_of, together
+from oomless.config.stages import Stage, after, as_runs, check_form, stages_of, together
 from oomless.config.values import load_yaml
 from oomless.data.chat import load_template
 from oomless.data.encode import check_tokenizer
@@ -166,6 +166,7 @@ def _check_text(planned: Sequence[Planned], over: int, listener: Listener) -> No
     for place, one in enumerate(planned):
         with one.stage.named():
             after(one.config.to_dict(), [earlier.config for earlier in planned[:place]])
+            check_form([earlier.config for earlier in planned[: place + 1]])
             check_length(spec, one.config)
             trackers.require(one.config)
             if one.config.chat_template is not None:
