@@ -14,7 +14,7 @@ import torch
 from oomless.config import TrainConfig
 from oomless.diagnosis.attribution import SHOWN, Suspect, suspects
 from oomless.diagnosis.clock import Clock
-from oomless.diagnosis.cures import Cure, Cures, find_cures
+from oomless.diagnosis.cures import Cure, Cures, find_cures, own_settings
 from oomless.diagnosis.findings import others_bytes
 from oomless.diagnosis.first_answer import FirstAnswer, answer_of, first_answer, missing_of
 from oomless.diagnosis.logs import read
@@ -239,13 +239,13 @@ def explain_error(
     for name in own.keys() - {"gpu"}:
         kept.pop(name, None)
     situation = read_situation(reading, kept, tool="oomless")
+    asked = own_settings(config)
+    defaults: dict[str, Source] = {name: "default" for name in situation.values if name not in asked}
+    situation = replace(situation, sources={**situation.sources, **defaults})
     answer = answer_of(situation)
     if why_not_rehearsed(situation) is not None:
         return rehearse_answer(answer)
-    run = assemble_run(situation, [])
-    usual = TrainConfig.from_mapping({name: own[name] for name in ("data", "output_dir")} | {"model": config.model})
-    defaults: dict[str, Source] = {n: "default" for n, value in run.values.items() if getattr(usual, n) == value}
-    run = replace(run, own=own, sources={**run.sources, **defaults})
+    run = replace(assemble_run(situation, []), own=own)
     return rehearse_answer(answer, None, Listener(progress), run)
 
 

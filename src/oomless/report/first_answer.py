@@ -150,6 +150,8 @@ def _print_known(screen: Teller, answer: FirstAnswer) -> None:
         parts.append(f"method {situation.method}")
     for name, value in situation.values.items():
         source = situation.sources.get(name, "log")
+        if source == "default":
+            continue
         parts.append(f"{name} {value}" + (f" ({FROM[source]})" if source == "tool" else ""))
     if situation.mixed_precision is not None:
         parts.append(f"cast to {situation.mixed_precision}")

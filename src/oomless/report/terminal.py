@@ -117,7 +117,7 @@ class TerminalListener(Listener):
 
 def perplexity(loss: float) -> str:
     """Return the perplexity of a mean cross-entropy."""
-    return f"{math.exp(loss):,.1f}" if loss < 20 else "above 1e8"
+    return "above 1e8" if loss >= 20 else f"{math.exp(loss):,.1f}"  # or nan
 
 
 def print_parameters(screen: Screen, rows: list[TrainableRow]) -> None:
