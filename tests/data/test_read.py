@@ -463,6 +463,8 @@ def test_what_is_excluded(folder):
     assert found("a.*", folder / "*.*")[0] == ["b.md"]
     with pytest.raises(DataError, match=r"exclude has no effect in .*: nothing there matches \*\.tex"):
         found("*.md,*.tex")
+    with pytest.raises(DataError, match=r"exclude \(\*\) leaves no file of a known kind in .*: correct or remove it"):
+        found("*")
 
 
 # Encodings

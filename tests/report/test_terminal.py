@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from oomless.report import screen, terminal
-from oomless.report.terminal import TerminalListener
+from oomless.report.terminal import TerminalListener, perplexity
 from oomless.units import GiB, counted
 
 METRICS = {
@@ -65,6 +65,11 @@ def test_a_log_says_that_text_is_being_tokenised(monkeypatch):
     monkeypatch.setattr(screen, "SECONDS_BETWEEN_LOG_LINES", -1e9)
     found.tokenising(2 << 20, 4 << 20)
     assert said(found) == "tokenising: 2.00 MiB of 4.00 MiB\n"
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(0.0, "1.0"), (2.0, "7.4"), (30.0, "above 1e8"), (float("nan"), "nan")])
+def test_perplexity(loss, shown):
+    assert perplexity(loss) == shown
 
 
 def test_one_is_no_plural():

@@ -11,6 +11,7 @@ import yaml
 
 from oomless.config import read
 from oomless.models import extension
+from oomless.planning.given import LONGEST, read_given
 from oomless.vocabulary.extend import FOLDER
 from tests.settings import values
 from tests.settings.commands import devices, flags, oomless
@@ -166,6 +167,18 @@ def test_a_setting_alone(places, tmp_path, name, number, record_property):
     record(codes, record_property)
     assert codes["plan"] == 0
     assert codes["resume"] == 0
+
+
+CHOSEN_BY_NO_PLAN = {"momentum", "replay", "sample_tokens", "load_best_model_at_end", "early_stopping_patience"}
+"""What has no effect without a setting that a plan never chooses."""
+
+
+@pytest.mark.parametrize("name", [name for name in values.names() if name not in CHOSEN_BY_NO_PLAN])
+def test_a_plan_takes_a_setting_without_what_it_needs(name):
+    """It narrows the search to what it has an effect on."""
+    for value in values.valid(name):
+        for length in {values.LENGTH, LONGEST} if name != "max_seq_length" else {value}:
+            assert name in read_given({"model": "m", name: value, "max_seq_length": length})
 
 
 @pytest.mark.parametrize("number", sampled([(number,) for number in range(COMBINATIONS)], 1, 1))

@@ -98,6 +98,10 @@ def find_files(source: DataSource) -> Found:
                 search.file(match, match)
     if not search.found.files and not search.passed_over:
         raise DataError(f"data names a file, a folder with files or a glob that matches some; {source.path!r} is none")
+    if not search.found.files and "excluded" in search.passed_over:
+        raise DataError(
+            f"exclude ({source.exclude}) leaves no file of a known kind in {source.path}: correct or remove it"
+        )
     if not search.found.files:
         raise DataError(
             f"{source.path} holds no file of a known kind (it has {', '.join(sorted(search.passed_over))}): oomless reads "
