@@ -38,6 +38,16 @@ def test_a_later_stage_that_does_not_fit_is_found_before_the_first_begins(make_c
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_form_rests_on_is_said_of_stages_too(gpt_oss_checkpoint, tmp_path):
+    around = dict(
+        model=str(gpt_oss_checkpoint / "config.json"), trainable="lora", gpu="virtual:64MiB", max_seq_length=32
+    )
+    listed = [dict(max_steps=1), dict(max_steps=1, quantization="mxfp4")]
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump({**around, "stages": listed}))
+    said = oomless("plan", "--config", tmp_path / "stages.yaml", "--as-given")
+    assert "as published stores its experts in MXFP4" in " ".join(said.stderr.split())
+
+
 def test_a_stage_is_planned_for_the_model_that_those_before_it_leave(make_checkpoint, corpus, tmp_path):
     tied = make_checkpoint("llama", tied=True)
     settings = dict(

@@ -15,9 +15,10 @@ import typer
 from oomless.cli.plan import print_as_given, print_next, print_picked, write_page, write_pick
 from oomless.cli.searching import searching
 from oomless.cli.train import Settler, heard, print_end, print_learnt
-from oomless.cli.voice import aside, out
+from oomless.cli.voice import aside, out, say_notes
 from oomless.config import TrainConfig
 from oomless.config.stages import Stage, check_form, together
+from oomless.models.spec import resolve_for_plan
 from oomless.planning.choose import choose_training, picked_settings
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import as_config, read_given
@@ -146,6 +147,12 @@ def plan_stages(
     parts: list[str] = []
     picks: list[tuple[Stage, dict[str, Any]]] = []
     hours: list[tuple[float, float] | None] = []
+    if model := stages[0].settings.get("model"):
+        forms = [stage.settings.get("quantization") for stage in stages]
+        say_notes(
+            resolve_for_plan(model, trust_remote_code=bool(stages[0].settings.get("trust_remote_code"))),
+            "mxfp4" if "mxfp4" in forms else None,
+        )
 
     def decide(stage: Stage, settings: dict[str, Any]) -> tuple[TrainConfig, Plan | None]:
         if not json:
