@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from oomless.data.encode import Encoder
 from oomless.errors import ModelError
 from oomless.models.tokenizer import load_tokenizer
 
@@ -44,3 +45,14 @@ def test_merges_that_have_the_prefix_are_loaded(tokenizer_folder, tmp_path):
     said["model"]["merges"] = [["a", "##b"]]
     (folder / "tokenizer.json").write_text(json.dumps(said))
     assert load_tokenizer(str(folder)).convert_tokens_to_ids("ab") == 60001
+
+
+@pytest.mark.parametrize(("number", "message"), [(2**31, "numbers end at"), (None, "two tokens have one number")])
+def test_wrong_numbers_of_tokens_are_one_clear_error(tokenizer_folder, tmp_path, number, message):
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "numbered")
+    said = json.loads((folder / "tokenizer.json").read_text())
+    first, second = ("".join(merge) for merge in said["model"]["merges"][:2])
+    said["model"]["vocab"][first] = number or said["model"]["vocab"][second]
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match=message):
+        Encoder(load_tokenizer(str(folder)))

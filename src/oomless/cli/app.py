@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from errno import EPIPE
@@ -17,6 +18,7 @@ from oomless.cli import compare, explain, export, generate, plan, rehearse, repo
 from oomless.cli.command import Interrupted, add, interruptible
 from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
+from oomless.units import format_bytes
 
 _DEBUG = "--debug"
 _HEARD_SECONDS = 60
@@ -99,7 +101,7 @@ def run() -> int:
         aside().print("interrupted")
         return 130
     except Exception as error:
-        message = None if debug else _blamed(error)
+        message = None if debug else _told(error)
         if message is None:
             raise
         return _failed(message, 2)
@@ -109,9 +111,15 @@ def run() -> int:
     return code
 
 
-def _blamed(error: Exception) -> str | None:
+def _told(error: Exception) -> str | None:
     from oomless.models.blame import blamed
 
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        size = f" {format_bytes(int(asked[1]))} were asked for at once:" if asked else ""
+        return (
+            f"this machine's memory is full:{size} close other programs, or take a smaller model or shorter sequences"
+        )
     told = blamed(error)
     return None if told is None else str(told)
 

@@ -21,6 +21,9 @@ from oomless.errors import DataError, ModelError
 
 BATCH_CHARACTERS = 1 << 20
 WHOLE_DOCUMENT_CHARACTERS = 1 << 26
+MOST_TOKENS = 1 << 24
+"""No vocabulary is larger; the tokenizers library counts up to the last number, however large."""
+
 _ANCHORS = ("", "\0", "\n")
 _LINE_START = re.compile(r"\n(?=\S)")
 _WORD_START = re.compile(r"(?<=\S)(?= \S)")
@@ -35,18 +38,27 @@ class Encoder:
         """Copy ``tokenizer``.
 
         Raises:
-            ModelError: it has no token that ends a document.
+            ModelError: it has no token that ends a document, or its tokens' numbers are wrong.
         """
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no eos_token, which oomless puts between documents: set one")
+        vocabulary: dict[str, int] = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+        last = max(vocabulary.values())
+        if last > MOST_TOKENS:
+            raise ModelError(f"the tokenizer has a token of number {last}: numbers end at {MOST_TOKENS}")
         self.serialised: str = tokenizer.backend_tokenizer.to_str()
-        self.tokenizer = Tokenizer.from_str(self.serialised)
+        try:
+            self.tokenizer = Tokenizer.from_str(self.serialised)
+        except Exception as error:
+            raise ModelError(
+                f"the tokenizer does not agree with itself, as where two tokens have one number: {error}"
+            ) from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.eos: int = tokenizer.eos_token_id
         special = self.tokenizer.encode("", add_special_tokens=True).ids
         self.start: list[int] = [tokenizer.bos_token_id] if tokenizer.bos_token_id in special else []
-        self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocabulary = 1 + last
         self.anchor = next((anchor for anchor in _ANCHORS if self._fits(anchor)), None)
         """What later pieces are encoded behind; None where documents must stay whole."""
 
