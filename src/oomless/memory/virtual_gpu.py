@@ -329,7 +329,7 @@ class VirtualGPU(Device):
 
         All that ``function`` asks for must follow from ``key``, and only real tensors may notice what it changes.
         """
-        if self._fake_mode is None:
+        if self._fake_mode is None or not self._is_active():  # what is computed beside a rehearsal has values
             function()
             return
         work = self._fake_mode.work

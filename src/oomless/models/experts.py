@@ -47,7 +47,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     places = places.view(-1, choices)
     bounds = torch.searchsorted(sorted_experts, torch.arange(module.num_experts + 1, device=order.device))
-    groups = Groups(device.numbers(bounds, even_bounds(order.numel(), module.num_experts)), device.repeating)
+    groups = Groups(device.numbers(bounds, even_bounds(order.numel(), module.num_experts)))
 
     rows = dispatch(hidden_states, places, order // choices)
     if module.has_gate:

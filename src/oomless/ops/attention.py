@@ -5,7 +5,7 @@ of size T x T exists, and no time goes into pairs that may not see each other. W
 is one batched call.
 
 What no fused kernel does (soft-capped scores, attention sinks, a sliding window shorter than the document) is computed
-from plain products over chunks of queries, each of which keeps only its inputs and is computed again in backward: three
+from plain products over chunks of queries. Only queries, keys and values are kept, and a chunk is computed again in backward: three
 more products than the two forward and five backward of a fused kernel. A chunk's scores, in all their copies, take at
 most ``SCORE_BYTES`` (more only where one query's alone do).
 
@@ -17,12 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+
+from oomless.ops.random_state import random_states, random_states_set
+from oomless.ops.repeating import repeating
 
 Kernel = Literal["auto", "flash", "efficient", "math"]
 SCORE_BYTES = 192 << 20
@@ -130,19 +134,84 @@ def _document(
     reach = window if window is not None and windowed else query.shape[2]
     per_query = query.shape[0] * query.shape[1] * min(query.shape[2], 2 * reach) * 4 * SCORE_COPIES
     queries = max(1, min(reach, SCORE_BYTES // per_query))
-    parts = []
-    for number, chunk in enumerate(torch.split(query, queries, dim=2)):
-        start = number * queries
-        stop, first = start + chunk.shape[2], max(0, start - reach + 1)
-        part = checkpoint(
-            _scores_attention,
-            *(chunk, key[:, :, first:stop], value[:, :, first:stop], sinks),
-            *(start - first, reach, scale, softcap, dropout),
-            use_reentrant=False,
-            preserve_rng_state=dropout > 0,
-        )
-        parts.append(part)
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    result: Tensor = _Scored.apply(query, key, value, sinks, queries, reach, scale, softcap, dropout)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Scored(torch.autograd.Function):
+    """Attention from plain products, some queries at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        queries: int,
+        reach: int,
+        scale: float,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, sinks)
+        ctx.chunks, ctx.settings = _chunks(query.shape[2], queries, reach), (reach, scale, softcap, dropout)
+        ctx.random_states = random_states(query) if dropout else []
+        result = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+        def attend(rows: slice, seen: slice) -> None:
+            states = (query[:, :, rows], key[:, :, seen], value[:, :, seen], sinks)
+            result[:, rows] = _scores_attention(*states, rows.start - seen.start, *ctx.settings).transpose(1, 2)
+
+        for chunk in ctx.chunks:
+            repeating(_key("forward", chunk, query, key, value, sinks, softcap, dropout), partial(attend, *chunk))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        states = query, key, value, sinks = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:4]
+        gradients = [torch.zeros_like(state) if wants else None for state, wants in zip(states, wanted, strict=True)]
+
+        def add(rows: slice, seen: slice) -> None:
+            places: list[Any] = [(..., rows, slice(None)), (..., seen, slice(None)), (..., seen, slice(None)), ...]
+            parts = [
+                None if state is None else state[place].detach().requires_grad_(wants)
+                for state, place, wants in zip(states, places, wanted, strict=True)
+            ]
+            with torch.enable_grad():
+                output = _scores_attention(*parts, rows.start - seen.start, *ctx.settings)  # type: ignore[arg-type, call-arg]
+            leaves = [part for part in parts if part is not None and part.requires_grad]
+            found = iter(torch.autograd.grad(output, leaves, gradient[:, rows].transpose(1, 2)))
+            for whole, place in zip(gradients, places, strict=True):
+                if whole is not None:
+                    whole[place].add_(next(found))
+
+        _, _, softcap, dropout = ctx.settings
+        with random_states_set(ctx.random_states, query):
+            for chunk in ctx.chunks:
+                facts = _key("backward", chunk, query, key, value, sinks, softcap, dropout)
+                repeating((facts, wanted, gradient.stride()), partial(add, *chunk))
+        return (*gradients, None, None, None, None, None)
+
+
+def _chunks(tokens: int, queries: int, reach: int) -> list[tuple[slice, slice]]:
+    """Return the queries of each chunk, and the keys that any of them sees."""
+    starts = range(0, tokens, queries)
+    stops = [min(start + queries, tokens) for start in starts]
+    return [
+        (slice(start, stop), slice(max(0, start - reach + 1), stop)) for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _key(what: str, chunk: tuple[slice, slice], query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+    """Return what decides which memory ``_scores_attention`` of ``chunk`` asks for."""
+    rows, seen = chunk
+    sizes = (rows.stop - rows.start, seen.stop - seen.start)
+    laid_out = [(state.shape[:2], state.shape[3], state.stride(), state.dtype) for state in (query, key, value)]
+    sinks, softcap, dropout = others
+    return ("scores attention", what, *sizes, *laid_out, sinks is None or sinks.dtype, softcap is None, dropout > 0)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
@@ -210,4 +279,4 @@ def _scores_attention(
         weights = weights[..., :-1]
     if dropout:
         weights = F.dropout(weights, dropout)
-    return (weights @ value).view(B, H, queries, D)
+    return (weights @ value).view(B, H, queries, -1)

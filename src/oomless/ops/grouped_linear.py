@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Repeating = Callable[[Hashable, Callable[[], None]], None]
+from oomless.ops.repeating import repeating
+
 MatrixOf = Callable[[int, torch.dtype], Tensor]
 
 
@@ -47,11 +48,10 @@ class Groups:
     """Which rows belong to which expert.
 
     ``bounds`` are E + 1 numbers, increasing: the rows of expert e are ``bounds[e]:bounds[e + 1]``. Rows after the last are
-    nobody's; their results are 0. ``repeating`` calls what it is given: it is ``Device.repeating``.
+    nobody's; their results are 0.
     """
 
     bounds: list[int]
-    repeating: Repeating = lambda key, function: function()
 
     @property
     def busy(self) -> list[int]:
@@ -63,7 +63,7 @@ class Groups:
         busy = self.busy
         for expert in busy:
             rows = slice(self.bounds[expert], self.bounds[expert + 1])
-            self.repeating((key, rows.stop - rows.start, expert == busy[-1]), partial(function, expert, rows))
+            repeating((key, rows.stop - rows.start, expert == busy[-1]), partial(function, expert, rows))
 
 
 def even_bounds(rows: int, experts: int) -> list[int]:

@@ -39,15 +39,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
+from oomless.ops.repeating import repeating
 
 IGNORED = -100
-
-Repeating = Callable[[Any, Callable[[], None]], None]
-"""Calls a function; what that asks for follows from the key (``Device.repeating``)."""
-
-
-def _each(key: Any, function: Callable[[], None]) -> None:
-    function()
 
 
 class HeadParts(Protocol):
@@ -91,7 +85,6 @@ def linear_cross_entropy(
     chunk_bytes: int = 64 << 20,
     destination: GradientDestination = "new",
     parts: HeadParts | None = None,
-    repeating: Repeating = _each,
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of a linear head: 0-dim, fp32 (fp64 for a head in fp64).
 
@@ -113,7 +106,6 @@ def linear_cross_entropy(
             as the loss is computed, and the loss must be what ``backward()`` is called on.
         parts: where ``weight`` and ``bias`` are only this process's rows of a frozen head; there are no ``rows`` then, and N and
             ``scale`` are the same in all processes, which call this together.
-        repeating: calls what is done to a chunk, of which a rehearsal does one of each size.
 
     Raises:
         ValueError: ``destination`` is not "new" and ``weight`` is not a leaf, or there are ``rows`` and ``weight`` wants a
@@ -137,7 +129,6 @@ def linear_cross_entropy(
         gradients=torch.is_grad_enabled(),
         destination=destination,
         parts=parts,
-        repeating=repeating,
     )
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, rows, scale_tensor, work)  # type: ignore[no-untyped-call]
@@ -205,7 +196,6 @@ class _Work:
         gradients: bool,
         destination: GradientDestination,
         parts: HeadParts | None = None,
-        repeating: Repeating = _each,
     ) -> None:
         if parts is not None:
             hidden_ND, targets_N = parts.of_all(hidden_ND), parts.of_all(targets_N)
@@ -226,13 +216,13 @@ class _Work:
         self.logits_at_once = max(1, chunk_bytes // per_logit)
         shapes = [None if tensor is None else tensor.shape for tensor in (hidden_ND, weight_VD, bias_V, rows_RD)]
         facts = (*shapes, weight_VD.dtype, softcap, logit_scale, label_smoothing, z_loss, chunk_bytes)
-        self._repeating, self._facts = repeating, facts
+        self._facts = facts
 
     def _for_each(self, chunks: list[slice], function: Callable[[slice], None], of: Any = ()) -> None:
         """Call ``function`` on each of ``chunks``; what it asks for follows from ``of``, from the inputs, and from a chunk's size."""
         for chunk in chunks:
             key = (function.__qualname__, chunk.stop - chunk.start, of, self._facts)
-            self._repeating(key, partial(function, chunk))
+            repeating(key, partial(function, chunk))
 
     def _buffers(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return flat room for a chunk's logits in the head's dtype, in fp32, and for the soft cap's slope."""

@@ -17,7 +17,8 @@ Shapes in names: N tokens (all leading dimensions), D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.recompute import offer
+from oomless.ops.repeating import repeating
 
 SLICE_BYTES = 32 << 20
 COPIES = 5
@@ -80,15 +82,18 @@ class _RMSNorm(torch.autograd.Function):
         x_ND, gradient_ND = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
         x_gradient = torch.empty_like(x_ND) if for_x else None
         weight_gradient = torch.zeros_like(factor_D) if for_weight else None
-        for part in _slices(x_ND, exact):
+
+        def add(part: slice) -> None:
             normal = x_ND[part].to(exact) * scale_N[part]
             wide = gradient_ND[part].to(exact)
             if weight_gradient is not None:
-                weight_gradient += (wide * normal).sum(0)
+                weight_gradient.add_((wide * normal).sum(0))
             if x_gradient is not None:
                 wide = wide * factor_D
                 normal.mul_((wide * normal).mean(-1, keepdim=True))
                 x_gradient[part] = wide.sub_(normal).mul_(scale_N[part])
+
+        _for_slices(x_ND, exact, add, ("backward", weight_D.dtype, gradient.dtype, for_x, for_weight))
         return (
             None if x_gradient is None else x_gradient.view_as(x),
             None if weight_gradient is None else weight_gradient.to(weight_D.dtype),
@@ -107,17 +112,22 @@ def _forward(
     factor_D = weight_D if round_first else weight_D.to(exact)
     if unit_offset:
         factor_D = factor_D + 1
-    for part in _slices(x_ND, exact):
+
+    def norm(part: slice) -> None:
         wide = x_ND[part].to(exact)
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         scale_N[part] = scale
         normal = wide * scale
         result_ND[part] = (normal.to(x.dtype) if round_first else normal) * factor_D
+
+    _for_slices(x_ND, exact, norm, ("forward", weight_D.dtype, round_first, dtype))
     return result_ND.view(x.shape), scale_N
 
 
-def _slices(x_ND: Tensor, exact: torch.dtype) -> Iterator[slice]:
-    """Yield parts of the tokens whose temporaries take at most ``SLICE_BYTES``."""
+def _for_slices(x_ND: Tensor, exact: torch.dtype, function: Callable[[slice], None], facts: tuple[Any, ...]) -> None:
+    """Call ``function`` with parts of the tokens whose temporaries take at most ``SLICE_BYTES``; what it asks for follows from ``facts``."""
     tokens, width = x_ND.shape
     rows = max(1, SLICE_BYTES // (COPIES * width * exact.itemsize))
-    return (slice(start, start + rows) for start in range(0, tokens, rows))
+    for start in range(0, tokens, rows):
+        key = ("rms_norm", min(rows, tokens - start), width, x_ND.dtype, x_ND.stride(), *facts)
+        repeating(key, partial(function, slice(start, start + rows)))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
+from oomless.ops.random_state import random_states, random_states_set
 
 Function = Callable[[Tensor], Tensor]
 
@@ -90,7 +91,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, work: _Work, *_parameters: Tensor) -> Tensor:
         ctx.work = work
         if work.preserve_rng_state:
-            work.rng_states = _rng_states(x)
+            work.rng_states = random_states(x)
         return _forward(work.function, x, work.tiles)
 
     @staticmethod
@@ -107,7 +108,11 @@ class _Tiled(torch.autograd.Function):
         stand_ins = [parameter.detach().requires_grad_() for parameter in work.parameters]
         for stand_in, parameter in zip(stand_ins, work.parameters, strict=True):
             stand_in.grad = take_buffer(work.destination, parameter)
-        with torch.enable_grad(), _stand_in(work.module, work.parameters, stand_ins), _rng_set(work.rng_states, x):
+        with (
+            torch.enable_grad(),
+            _stand_in(work.module, work.parameters, stand_ins),
+            random_states_set(work.rng_states, x),
+        ):
             for part in _parts(x_rows, work.tiles):
                 tile = x_rows[:, part].detach().requires_grad_(x_gradient is not None)
                 torch.autograd.backward(work.function(tile), gradient_rows[:, part])
@@ -156,28 +161,3 @@ def _stand_in(module: nn.Module, parameters: Sequence[Tensor], stand_ins: Sequen
     finally:
         for (where, name), parameter in zip(places, before, strict=True):
             where[name] = parameter
-
-
-def _rng_states(x: Tensor) -> list[Tensor]:
-    """Return the random state of the CPU and of the GPU that ``x`` lies on."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]
-
-
-def _set_rng_states(states: list[Tensor], x: Tensor) -> None:
-    torch.set_rng_state(states[0])
-    if x.is_cuda:
-        torch.cuda.set_rng_state(states[1], x.device)
-
-
-@contextmanager
-def _rng_set(states: list[Tensor], x: Tensor) -> Iterator[None]:
-    """Inside, random numbers are those that followed ``states``; without states, any."""
-    if not states:
-        yield
-        return
-    before = _rng_states(x)
-    _set_rng_states(states, x)
-    try:
-        yield
-    finally:
-        _set_rng_states(before, x)

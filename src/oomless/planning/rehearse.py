@@ -40,6 +40,7 @@ from oomless.models.blame import blamed
 from oomless.models.layout import Savable
 from oomless.models.spec import ModelSpec
 from oomless.ops.attention import Kernel, attention_kernel, kernel_for
+from oomless.ops.repeating import repeating_by
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.planning.layout import SHORT_RUN_STEPS, Layout, usual_documents
 from oomless.techniques import frozen_layers, lora, offload_activations, sharding, trainable
@@ -130,7 +131,7 @@ def rehearse(
     with rehearsed(gpus) as ranks, device.active(), _seldom_collecting():
         try:
             chosen = kernel or kernel_for(device.compute_capability or (8, 0), choose_dtype(config.dtype, device))
-            with attention_kernel(chosen):
+            with attention_kernel(chosen), repeating_by(device.repeating):
                 parts = assemble(spec, config, device, fill=False, ranks=ranks)
                 repeat_updates(parts.optimizer, device)
                 device.book_workspaces(workspace_bytes)

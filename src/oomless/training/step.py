@@ -240,8 +240,7 @@ class TrainingStep:
         def loss_of_head(hidden: Tensor) -> Tensor:
             with self.device.phase("loss"):
                 labels = put(batch.labels)
-                how = {"repeating": self.device.repeating, **added}
-                return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **how)
+                return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)
 
         def hidden() -> Tensor:
             return hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
