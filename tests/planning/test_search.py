@@ -335,6 +335,18 @@ def test_what_no_strategy_agrees_with_is_named(pins, message):
         require_any(pins)
 
 
+def test_what_does_not_fit_needs_something(make_checkpoint):
+    """An optimizer of so little state has none to offload, which is not why the run does not fit."""
+    pins = {"trainable": "lora", "optimizer": "adamw", "max_grad_norm": 1.0, "dtype": "fp32", "max_seq_length": 512}
+    folder = make_checkpoint("llama")
+    found = search(resolve(str(folder)), given_for(folder, **pins), target_of(2 << 20), processes=1)
+    assert found.picked is None
+    assert found.rows
+    for row in found.rows:
+        assert row.needed_bytes > 2 << 20
+        assert "offload_optimizer" not in row.reason
+
+
 def test_refusals_are_not_kept(make_checkpoint, tmp_path, monkeypatch):
     """What was refused for the want of a package is tried again when it is there."""
     from oomless.techniques import quantization

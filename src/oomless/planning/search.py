@@ -310,8 +310,8 @@ class _Search:
                 seconds=1 / found.speed.tokens_per_second if found.speed is not None else found.seconds,
                 needed_bytes=found.trial.needed_bytes,
             )
-        # What is nearest to it: the host's memory where that is all that lacks, else the least that is needed here.
-        nearest = min(failures, key=lambda failure: (not failure.host_bytes, failure.host_bytes, failure.needed_bytes))
+        # The host's memory where that is all that lacks, else the least that is needed; last, what cannot be applied and so needs 0.
+        nearest = min(failures, key=lambda one: (not one.host_bytes, one.host_bytes, one.needed_bytes or math.inf))
         return Row(
             quality=quality,
             settings={},
