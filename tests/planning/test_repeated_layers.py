@@ -1,10 +1,14 @@
 """A rehearsal that runs some layers of each kind is, at every event, the rehearsal that runs them all."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 
 from oomless.config import DataSource, TrainConfig
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.models.spec import resolve
+from oomless.models.spec import resolve, resolve_for_plan
+from oomless.ops import attention, gated_product, rms_norm
 from oomless.planning.rehearse import rehearse, virtual_device
 from oomless.training.step import TrainingStep
 
@@ -93,6 +97,45 @@ def test_what_asks_for_the_same_is_run_once(make_checkpoint, monkeypatch, settin
     monkeypatch.setattr(VirtualGPU, "repeating", lambda self, key, function: function())
     every = rehearsal(folder, settings, run_all_layers=True)
     assert in_the_books(some) == in_the_books(every)
+
+
+def test_a_table_of_rotations_goes_with_the_last_of_its_kind():
+    """Every sixth layer of Gemma 4 has its own; the model here is narrow."""
+    spec = resolve_for_plan("google/gemma-4-31B")
+    config = copy.deepcopy(spec.config)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.layer_types = 30, text.layer_types[:30]
+    text.hidden_size, text.intermediate_size, text.vocab_size = 64, 96, 512
+    run = TrainConfig(
+        model="gemma-4", data=(DataSource(path="none"),), output_dir="none", max_seq_length=64, trainable="lora"
+    )
+    every, some = (
+        rehearse(replace(spec, config=config), run, virtual_device(1 << 40), run_all_layers=way, steps=1, whole=False)
+        for way in (True, False)
+    )
+    assert in_the_books(some) == in_the_books(every)
+
+
+@pytest.mark.parametrize(
+    "settings", [{**LORA, "cheap_recompute": True}, {"optimizer": "sgd", "dtype": "fp16"}], ids=["lora", "full"]
+)
+@pytest.mark.parametrize("shape", ["gemma2", "gpt-oss"])
+def test_parts_of_one_size_are_run_once(make_checkpoint, gpt_oss_checkpoint, monkeypatch, shape, settings):
+    """Slices of norms and of gated products, chunks of queries."""
+    folder = gpt_oss_checkpoint if shape == "gpt-oss" else make_checkpoint("gemma2", tied=True)
+    if shape == "gpt-oss":
+        settings = {name: value for name, value in settings.items() if name != "cheap_recompute"}
+    monkeypatch.setattr(rms_norm, "SLICE_BYTES", 20_000)
+    monkeypatch.setattr(gated_product, "SLICE_BYTES", 20_000)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 20_000)
+    calls, scores = [], attention._scores_attention
+    monkeypatch.setattr(attention, "_scores_attention", lambda *given: (calls.append(1), scores(*given))[1])
+    some = rehearsal(folder, settings, run_all_layers=True)
+    once = len(calls)
+    monkeypatch.setattr(VirtualGPU, "repeating", lambda self, key, function: function())
+    every = rehearsal(folder, settings, run_all_layers=True)
+    assert in_the_books(some) == in_the_books(every)
+    assert len(calls) > 3 * once > 0
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ class _Layer(nn.Module):
             alive.pop(name, None)
         carried = [name for name in alive if name[0] == "carried"] + [name for name in alive if name[0] == "backward"]
         stack.carried = [stack.holder(alive.pop(name)) for name in carried]
-        if not self.keeps_tape:
+        if not self.keeps_tape or self.leads:  # the leading one is the last to go, with what its kind shares
             return
         if alive or not tape.repeatable or input_gradient is None:
             raise CannotRepeat(f"a layer's backward leaves {list(alive)} or frees what is not known")

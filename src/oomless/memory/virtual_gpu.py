@@ -333,11 +333,12 @@ class VirtualGPU(Device):
             function()
             return
         work = self._fake_mode.work
-        if not self._tracker.repeated(key):
+        uncounted = work.on and self._work_of.get(key) is None
+        if uncounted or not self._tracker.repeated(key):
             before = work.snapshot()
             self._tracker.record(key, function)
-            self._work_of[key] = work.since(before)
-        else:
+            self._work_of[key] = work.since(before) if work.on else None
+        elif work.on:
             work.repeat(self._work_of[key])
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
