@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from oomless.config import DataSource, TrainConfig
+from oomless.memory import virtual_gpu
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve, resolve_for_plan
 from oomless.ops import attention, gated_product, rms_norm
@@ -136,6 +137,35 @@ def test_parts_of_one_size_are_run_once(make_checkpoint, gpt_oss_checkpoint, mon
     every = rehearsal(folder, settings, run_all_layers=True)
     assert in_the_books(some) == in_the_books(every)
     assert len(calls) > 3 * once > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({"architecture": "gemma2"}, {**LORA, "quantization": "nf4"}),
+        ({"architecture": "gemma2"}, {"dtype": "bf16", **CHECKPOINTED}),
+        ({"architecture": "mixtral", "num_local_experts": 16}, {**LORA, "quantization": "nf4"}),
+    ],
+    ids=str,
+)
+def test_a_trial_leaves_out_what_changes_no_peak(make_checkpoint, monkeypatch, shape, settings):
+    spec = resolve(str(make_checkpoint(**shape, tied=True, **LAYERS)))
+    run = TrainConfig(model="x", data=(DataSource(path="none"),), output_dir="none", max_seq_length=256, **settings)
+    for module in (rms_norm, gated_product):
+        monkeypatch.setattr(module, "SLICE_BYTES", 20_000)
+
+    def trial():
+        found = rehearse(spec, run, virtual_device(1 << 40), whole=False, run_all_layers=False)
+        profile, work = found.profile, found.work
+        levels = {name: max(levels) for name, levels in profile.timeline.bytes_by_category.items()}
+        peaks = profile.peak_allocated_bytes, profile.peak_reserved_bytes, profile.phases, levels
+        return (peaks, sorted(work.of_passes), sorted(work.of_update)), profile.event_count
+
+    some, events = trial()
+    monkeypatch.setattr(virtual_gpu._Row, "leaves_out", lambda *given: False)
+    every, all_events = trial()
+    assert some == every
+    assert events < 0.9 * all_events
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,11 @@ class Recorder:
         request = self._request(len(self._events), self._asking(), operation, requested_bytes, segment_bytes)
         self._failures.append(request)
 
+    @property
+    def event_count(self) -> int:
+        """How many blocks were taken and given back so far."""
+        return len(self._events)
+
     def _note(self, event: int) -> None:
         self._events.append(event)
         self._reserved.append(self._statistics.reserved_bytes)

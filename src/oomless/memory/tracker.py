@@ -338,12 +338,16 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.stop(tape)
 
+    def can_repeat(self, key: Any) -> bool:
+        """Whether something was recorded under ``key`` that frees all that it asks for, and nothing else."""
+        tape = self._tapes.get(key)
+        return tape is not None and tape.repeatable and not tape.alive
+
     def repeated(self, key: Any) -> bool:
         """Ask again for all that was recorded under ``key``; return False where nothing was, or it cannot be repeated."""
-        tape = self._tapes.get(key)
-        if tape is None or not tape.repeatable or tape.alive:
+        if not self.can_repeat(key):
             return False
-        self.repeat(tape, {})
+        self.repeat(self._tapes[key], {})
         return True
 
     def repeat(self, tape: Tape, held: dict[Any, Held]) -> None:

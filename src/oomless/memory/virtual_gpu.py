@@ -13,6 +13,7 @@ return), and what lies outside the allocator, which is one number, ``outside_byt
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
@@ -87,6 +88,34 @@ class _DeviceLedger:
             self.allocator.free(allocation)
 
 
+Moment = tuple[int, int, int]
+
+
+class _Row:
+    """Stretches that were asked for one right after the other, with nothing between."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[Any] = Counter()
+        self._settled: set[Any] = set()
+        self._end: Moment | None = None
+
+    def leaves_out(self, key: Any, moment: Moment) -> bool:
+        """Whether the stretch of ``key`` was asked for twice in this row, and has found all in the cache since it last grew."""
+        return moment == self._end and self._calls[key] > 1 and key in self._settled
+
+    def asked(self, key: Any, began: Moment, ended: Moment) -> None:
+        """Note that the stretch of ``key``, which leaves nothing, was asked for."""
+        if began != self._end:
+            self._calls.clear()
+            self._settled.clear()
+        if began[1:] != ended[1:]:
+            self._settled.clear()
+        else:
+            self._settled.add(key)
+        self._calls[key] += 1
+        self._end = ended
+
+
 class VirtualGPU(Device):
     """A simulated GPU.
 
@@ -128,6 +157,10 @@ class VirtualGPU(Device):
         self._fake_mode = QuickFakeMode() if fake else None
         self._watcher: Watcher | None = None
         self._work_of: dict[Any, Any] = {}
+        self._row = _Row()
+        self.skim = False
+        """Whether ``repeating`` may leave out what changes no peak."""
+
         self._workspaces: list[Tensor] = []
 
     def track_with(self, tracker: StorageTracker) -> None:
@@ -328,18 +361,33 @@ class VirtualGPU(Device):
         """Call ``function``; on fake tensors, only once for each ``key``, and then ask again for what it asked for.
 
         All that ``function`` asks for must follow from ``key``, and only real tensors may notice what it changes.
+
+        With ``skim`` what would be asked a third time in a row is left out, where the second found all that it asked for in the
+        cache: it left the allocator as it was, and so would the third. Every peak is the same; the history is shorter.
         """
         if self._fake_mode is None or not self._is_active():  # what is computed beside a rehearsal has values
             function()
             return
-        work = self._fake_mode.work
+        work, began = self._fake_mode.work, self._moment()
         uncounted = work.on and self._work_of.get(key) is None
-        if uncounted or not self._tracker.repeated(key):
+        if uncounted or not (self.skim and self._row.leaves_out(key, began)):
             before = work.snapshot()
-            self._tracker.record(key, function)
-            self._work_of[key] = work.since(before) if work.on else None
-        elif work.on:
+            made = uncounted or not self._tracker.repeated(key)
+            if made:
+                self._tracker.record(key, function)
+                self._work_of[key] = work.since(before) if work.on else None
+            if self._tracker.can_repeat(key):
+                self._row.asked(key, began, self._moment())
+            if made:
+                return
+        if work.on:
             work.repeat(self._work_of[key])
+
+    def _moment(self) -> Moment:
+        """Return what changes with every event, and what changes with every segment."""
+        assert self._recorder is not None
+        reserved = self.allocator.statistics.reserved
+        return self._recorder.event_count, reserved.allocated, reserved.current
 
     def watch(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know ``model``'s modules, gradients and ``optimizers``' state from now on, instead of any before.

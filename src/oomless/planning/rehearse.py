@@ -133,6 +133,7 @@ def rehearse(
             chosen = kernel or kernel_for(device.compute_capability or (8, 0), choose_dtype(config.dtype, device))
             with attention_kernel(chosen), repeating_by(device.repeating):
                 parts = assemble(spec, config, device, fill=False, ranks=ranks)
+                device.skim = not whole
                 repeat_updates(parts.optimizer, device)
                 device.book_workspaces(workspace_bytes)
                 with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
