@@ -30,6 +30,8 @@ CASES = {
     "gemma-7b@T4": 25,
     "Llama-3.1-8B@T4": 25,
     "Llama-3.1-8B@RTX4090": 25,
+    "gpt-oss-20b@T4": 60,
+    "gemma-4-31B@RTX4090": 60,
     "Qwen3-30B-A3B@A100-80G": 60,
     "Mixtral-8x7B-v0.1@H200": 60,
     "Llama-3.3-70B-Instruct@H200": 60,
