@@ -152,7 +152,7 @@ PLAIN = {}
 def plain(folder, config, start, rounded):
     """Return losses and ways of the plain path, made once for all pairs that it is the same for."""
     what = (config.trainable, config.trainable_rows, config.quantization, config.optimizer, config.max_grad_norm)
-    begins = config.dtype if config.lora_r else None  # adapters begin rounded
+    begins = config.dtype if config.lora_r or rounded else None  # adapters begin rounded, and so are frozen weights
     key = (folder, *what, bool(rounded), begins)
     if key not in PLAIN:
         PLAIN[key] = plain_path(folder, config, start, rounded)
