@@ -141,9 +141,8 @@ def outrank(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> tuple[dic
         else:
             return both, gives_way
         strong = [name for name in about if name in stronger]
-        weak = [
-            name for name in about if name not in stronger and name != "max_seq_length"
-        ]  # whose default is no answer
+        # A length has no default that would be an answer.
+        weak = [name for name in about if name not in stronger and name != "max_seq_length"]
         if strong and weak:
             gives_way[weak[0]] = strong[0]
             both, left = _without(both, gives_way), _without(left, gives_way)

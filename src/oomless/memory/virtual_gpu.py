@@ -370,18 +370,15 @@ class VirtualGPU(Device):
             return
         work, began = self._fake_mode.work, self._moment()
         uncounted = work.on and self._work_of.get(key) is None
-        if uncounted or not (self.skim and self._row.leaves_out(key, began)):
+        left_out = self.skim and self._row.leaves_out(key, began)
+        if uncounted or not (left_out or self._tracker.repeated(key)):
             before = work.snapshot()
-            made = uncounted or not self._tracker.repeated(key)
-            if made:
-                self._tracker.record(key, function)
-                self._work_of[key] = work.since(before) if work.on else None
-            if self._tracker.can_repeat(key):
-                self._row.asked(key, began, self._moment())
-            if made:
-                return
-        if work.on:
+            self._tracker.record(key, function)
+            self._work_of[key] = work.since(before) if work.on else None
+        elif work.on:
             work.repeat(self._work_of[key])
+        if self._tracker.can_repeat(key):
+            self._row.asked(key, began, self._moment())
 
     def _moment(self) -> Moment:
         """Return what changes with every event, and what changes with every segment."""

@@ -31,9 +31,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             tokenizer.decode(tokenizer(_TRIED)["input_ids"])
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except (
-        BaseException
-    ) as error:  # every class raises its own, and the tokenizers library panics, which is no Exception
+    except BaseException as error:  # every class raises its own, and a panic of the library is no Exception
         raise ModelError(
             f"no tokenizer could be read from {name!r}: give the folder or name of one with --tokenizer ({str(error).strip()})"
         ) from error

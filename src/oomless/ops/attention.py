@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.random_state import random_states, random_states_set
-from oomless.ops.repeating import repeating
+from oomless.ops.repeating import repeating, slices
 
 Kernel = Literal["auto", "flash", "efficient", "math"]
 SCORE_BYTES = 192 << 20
@@ -198,11 +198,7 @@ class _Scored(torch.autograd.Function):
 
 def _chunks(tokens: int, queries: int, reach: int) -> list[tuple[slice, slice]]:
     """Return the queries of each chunk, and the keys that any of them sees."""
-    starts = range(0, tokens, queries)
-    stops = [min(start + queries, tokens) for start in starts]
-    return [
-        (slice(start, stop), slice(max(0, start - reach + 1), stop)) for start, stop in zip(starts, stops, strict=True)
-    ]
+    return [(rows, slice(max(0, rows.start - reach + 1), rows.stop)) for rows in slices(tokens, queries)]
 
 
 def _key(what: str, chunk: tuple[slice, slice], query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:

@@ -10,7 +10,6 @@ Shapes in names: N tokens (all leading dimensions), I width of the MLP.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.recompute import offer
-from oomless.ops.repeating import repeating
+from oomless.ops.repeating import for_each, slices
 
 SLICE_BYTES = 32 << 20
 COPIES = 5
@@ -58,9 +57,8 @@ class _GatedProduct(torch.autograd.Function):
         gate_gradient = torch.empty_like(gate_NI) if for_gate else None
         up_gradient = torch.empty_like(up_NI) if for_up else None
         tokens, width = gate_NI.shape
-        rows = max(1, SLICE_BYTES // (COPIES * width * gate.element_size()))
 
-        def part_of(part: slice) -> None:
+        def differentiate(part: slice) -> None:
             with torch.enable_grad():
                 leaf = gate_NI[part].detach().requires_grad_()
                 active = ctx.activation(leaf)
@@ -69,10 +67,8 @@ class _GatedProduct(torch.autograd.Function):
             if gate_gradient is not None:
                 (gate_gradient[part],) = torch.autograd.grad(active, leaf, gradient_NI[part] * up_NI[part])
 
-        for start in range(0, tokens, rows):
-            facts = (gate.dtype, up.dtype, gradient.dtype, for_gate, for_up, ctx.activation)
-            key = ("gated_product", min(rows, tokens - start), width, *facts)
-            repeating(key, partial(part_of, slice(start, start + rows)))
+        facts = (width, gate.dtype, up.dtype, gradient.dtype, for_gate, for_up, ctx.activation)
+        for_each(slices(tokens, SLICE_BYTES // (COPIES * width * gate.element_size())), differentiate, facts)
         return (
             None if gate_gradient is None else gate_gradient.view_as(gate),
             None if up_gradient is None else up_gradient.view_as(up),

@@ -31,7 +31,6 @@ Shapes in names: N tokens, V vocabulary, D width of the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
-from oomless.ops.repeating import repeating
+from oomless.ops.repeating import for_each, slices
 
 IGNORED = -100
 
@@ -220,9 +219,7 @@ class _Work:
 
     def _for_each(self, chunks: list[slice], function: Callable[[slice], None], of: Any = ()) -> None:
         """Call ``function`` on each of ``chunks``; what it asks for follows from ``of``, from the inputs, and from a chunk's size."""
-        for chunk in chunks:
-            key = (function.__qualname__, chunk.stop - chunk.start, of, self._facts)
-            repeating(key, partial(function, chunk))
+        for_each(chunks, function, (of, self._facts))
 
     def _buffers(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return flat room for a chunk's logits in the head's dtype, in fp32, and for the soft cap's slope."""
@@ -325,7 +322,7 @@ class _Work:
                 if self.single:
                     hidden_grad[part].mul_(factor)
 
-        self._for_each(_cut(self.tokens, rows), take, (for_hidden, for_weight, for_bias, for_rows))
+        self._for_each(slices(self.tokens, rows), take, (for_hidden, for_weight, for_bias, for_rows))
         dtype = self.weight_VD.dtype
         return loss, [
             hidden_grad,
@@ -381,7 +378,7 @@ class _Work:
         return loss, [hidden_grad, None, None, None]
 
     def _columns(self) -> list[slice]:
-        return _cut(self.weight_VD.shape[0], max(1, self.logits_at_once // max(1, self.tokens)))
+        return slices(self.weight_VD.shape[0], self.logits_at_once // max(1, self.tokens))
 
     def _column_buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
         most = max((part.stop - part.start for part in self._columns()), default=0)
@@ -463,8 +460,3 @@ class _Work:
         columns = self.targets_N - (self.first + part.start)
         inside = (columns >= 0) & (columns < part.stop - part.start)
         return columns.clamp(0, part.stop - part.start - 1)[:, None], inside.to(self.exact)
-
-
-def _cut(count: int, size: int) -> list[slice]:
-    """Return ``count`` places in chunks of ``size``, of which the last may be smaller."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -17,8 +17,6 @@ Shapes in names: N tokens (all leading dimensions), D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.recompute import offer
-from oomless.ops.repeating import repeating
+from oomless.ops.repeating import for_each, slices
 
 SLICE_BYTES = 32 << 20
 COPIES = 5
@@ -93,7 +91,8 @@ class _RMSNorm(torch.autograd.Function):
                 normal.mul_((wide * normal).mean(-1, keepdim=True))
                 x_gradient[part] = wide.sub_(normal).mul_(scale_N[part])
 
-        _for_slices(x_ND, exact, add, ("backward", weight_D.dtype, gradient.dtype, for_x, for_weight))
+        facts = (x_ND.shape[1], x_ND.stride(), x.dtype, weight_D.dtype, gradient.dtype, for_x, for_weight)
+        for_each(_slices(x_ND, exact), add, facts)
         return (
             None if x_gradient is None else x_gradient.view_as(x),
             None if weight_gradient is None else weight_gradient.to(weight_D.dtype),
@@ -120,14 +119,12 @@ def _forward(
         normal = wide * scale
         result_ND[part] = (normal.to(x.dtype) if round_first else normal) * factor_D
 
-    _for_slices(x_ND, exact, norm, ("forward", weight_D.dtype, round_first, dtype))
+    facts = (x_ND.shape[1], x_ND.stride(), x.dtype, weight_D.dtype, round_first, dtype)
+    for_each(_slices(x_ND, exact), norm, facts)
     return result_ND.view(x.shape), scale_N
 
 
-def _for_slices(x_ND: Tensor, exact: torch.dtype, function: Callable[[slice], None], facts: tuple[Any, ...]) -> None:
-    """Call ``function`` with parts of the tokens whose temporaries take at most ``SLICE_BYTES``; what it asks for follows from ``facts``."""
+def _slices(x_ND: Tensor, exact: torch.dtype) -> list[slice]:
+    """Return parts of the tokens whose temporaries take at most ``SLICE_BYTES``."""
     tokens, width = x_ND.shape
-    rows = max(1, SLICE_BYTES // (COPIES * width * exact.itemsize))
-    for start in range(0, tokens, rows):
-        key = ("rms_norm", min(rows, tokens - start), width, x_ND.dtype, x_ND.stride(), *facts)
-        repeating(key, partial(function, slice(start, start + rows)))
+    return slices(tokens, SLICE_BYTES // (COPIES * width * exact.itemsize))

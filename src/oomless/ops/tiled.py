@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
 from oomless.ops.random_state import random_states, random_states_set
+from oomless.ops.repeating import slices
 
 Function = Callable[[Tensor], Tensor]
 
@@ -137,10 +138,9 @@ def _forward(function: Function, x: Tensor, tiles: int) -> Tensor:
     return result.view(*x.shape[:-1], -1)
 
 
-def _parts(x_rows: Tensor, tiles: int) -> Iterator[slice]:
+def _parts(x_rows: Tensor, tiles: int) -> list[slice]:
     tokens = x_rows.shape[1]
-    size = -(-tokens // tiles)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+    return slices(tokens, -(-tokens // tiles))
 
 
 @contextmanager

@@ -47,10 +47,8 @@ def settings_to_plan(settings: Settings, before: Sequence[TrainConfig], scratch:
         changes = [] if noted is None else [f"with {counted(noted.added, 'new token')}"]
         changes += ["embed_tokens and lm_head untied"] if untied else []
         setattr(config, STANDS_FOR, f"{spec.name} ({', '.join(changes)})")
-        if spec.stored_as == "mxfp4":
-            config.quantization_config = {
-                "quant_method": spec.stored_as
-            }  # adapters and new tokens leave experts as they were
+        if spec.stored_as == "mxfp4":  # adapters and new tokens leave experts as they were
+            config.quantization_config = {"quant_method": spec.stored_as}
         left["model"] = str(scratch / "as-left.json")
         config.to_json_file(left["model"], use_diff=False)
         left["tokenizer"] = tokenizer
