@@ -40,6 +40,43 @@ def test_a_repetition_is_the_same_in_the_books():
     assert timeline.bytes_by_category["optimizer state"][5::6] == (0,) * 3
 
 
+def test_a_third_in_a_row_is_left_out_where_it_is_asked_to_skim():
+    calls, device = [], device_of(64 * MiB)
+    device.skim = True
+    with device.active():
+        for _ in range(5):
+            device.repeating("key", stretch(device, [], calls))
+        assert device.usage().peak_allocated_bytes == 8 * MiB
+    assert len(calls) == 1
+    assert device.profile().event_count == 2 * 6
+
+
+def test_what_is_held_between_ends_the_row():
+    calls, device = [], device_of(64 * MiB)
+    device.skim = True
+    with device.active():
+        for _ in range(3):
+            device.repeating("key", stretch(device, [], calls))
+        held = torch.empty(30 * MiB, dtype=torch.uint8)
+        device.repeating("key", stretch(device, [], calls))
+        assert device.usage().peak_allocated_bytes == 38 * MiB
+        del held
+
+
+def test_in_a_larger_cache_it_is_asked_for_again():
+    calls, device = [], device_of(64 * MiB)
+    device.skim = True
+    with device.active():
+        for _ in range(3):
+            device.repeating("small", stretch(device, [], calls))
+        reserved = device.usage().reserved_bytes
+        for _ in range(2):
+            device.repeating("large", lambda: torch.empty(40 * MiB, dtype=torch.uint8))
+        device.repeating("small", stretch(device, [], calls))
+    assert device.usage().reserved_bytes > reserved
+    assert device.profile().event_count == 2 * 6 + 2 * 2 + 6
+
+
 def test_what_leaves_something_behind_is_run_again():
     calls, kept, device = [], [None], device_of(64 * MiB)
     with device.active():
