@@ -42,6 +42,8 @@ CHOSEN = {
     "num_train_epochs": [0.001, 0.01, 0.02],
     "max_tokens": [1, LENGTH, 70],
     "optimizer": list(OPTIMIZER_DEFAULTS),
+    "learning_rate": [1e-5, 1e-3, 0.1],
+    "embedding_learning_rate": [1e-5, 1e-3, 0.1],
     "loss_chunk_bytes": [1 << 16, 1 << 20, 64 << 20],
     "mlp_tiles": [2, 3, 100],
     "checkpointed_layers": [1, 2, 3],

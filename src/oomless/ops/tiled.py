@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
 from oomless.ops.random_state import random_states, random_states_set
-from oomless.ops.repeating import slices
+from oomless.ops.repeating import for_each, slices
 
 Function = Callable[[Tensor], Tensor]
 
@@ -114,11 +114,16 @@ class _Tiled(torch.autograd.Function):
             _stand_in(work.module, work.parameters, stand_ins),
             random_states_set(work.rng_states, x),
         ):
-            for part in _parts(x_rows, work.tiles):
+
+            def go_back(part: slice) -> None:
                 tile = x_rows[:, part].detach().requires_grad_(x_gradient is not None)
                 torch.autograd.backward(work.function(tile), gradient_rows[:, part])
                 if x_gradient is not None:
                     x_gradient[:, part] = tile.grad
+
+            first, *others = _parts(x_rows, work.tiles)
+            go_back(first)  # makes the gradients that the others add to
+            for_each(others, go_back, object())
         gradients = []
         for stand_in, parameter in zip(stand_ins, work.parameters, strict=True):
             whole, stand_in.grad = stand_in.grad, None
@@ -128,13 +133,16 @@ class _Tiled(torch.autograd.Function):
 
 def _forward(function: Function, x: Tensor, tiles: int) -> Tensor:
     x_rows = x.reshape(1, -1, x.shape[-1])
-    result = None
-    for part in _parts(x_rows, tiles):
-        tile = function(x_rows[:, part])
-        if result is None:
-            result = tile.new_empty(1, x_rows.shape[1], tile.shape[-1])
-        result[:, part] = tile
-    assert result is not None
+    first, *others = _parts(x_rows, tiles)
+    tile = function(x_rows[:, first])
+    result = tile.new_empty(1, x_rows.shape[1], tile.shape[-1])
+    result[:, first] = tile
+    del tile
+
+    def go_on(part: slice) -> None:
+        result[:, part] = function(x_rows[:, part])
+
+    for_each(others, go_on, object())
     return result.view(*x.shape[:-1], -1)
 
 
