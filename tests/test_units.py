@@ -14,7 +14,14 @@ def test_format_bytes(size_bytes, text):
 
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
-    [("1024", 1024), ("256MiB", 256 << 20), (" 1.5 GiB ", 3 << 29), ("2GB", 2 * 10**9)],
+    [
+        ("1024", 1024),
+        ("256MiB", 256 << 20),
+        (" 1.5 GiB ", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("1.5tib", 3 << 39),
+        ("1 TB", 10**12),
+    ],
 )
 def test_parse_bytes(text, size_bytes):
     assert parse_bytes(text) == size_bytes

@@ -7,8 +7,10 @@ import re
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
+TiB = 1 << 40
 
-_UNITS = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+_BINARY = {"kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
+_UNITS = {"": 1, "b": 1, **_BINARY, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
@@ -50,9 +52,9 @@ def parse_bytes(text: str) -> int:
     """Return the whole bytes that ``"14.7GiB"``, ``"256 MiB"`` or ``"1024"`` stands for.
 
     Raises:
-        ValueError: ``text`` is no number followed by one of B, KiB, MiB, GiB, kB, MB, GB.
+        ValueError: ``text`` is no number followed by one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB.
     """
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"a size is a number and one of B, KiB, MiB, GiB, kB, MB, GB; got {text!r}")
+        raise ValueError(f"a size is a number and one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB; got {text!r}")
     return round(float(match[1]) * _UNITS[match[2].lower()])

@@ -52,6 +52,7 @@ def test_train_and_resume_through_the_command_line(make_checkpoint, corpus, tmp_
     again = oomless("train", "--config", tmp_path / "run" / "config.yaml", "--resume")
     assert again.returncode == 0, again.stderr
     assert "resumed from checkpoint-3" in again.stdout
+    assert "in 3 steps, no step was left, peak memory" in again.stdout
 
 
 def test_accumulation_through_the_command_line(make_checkpoint, corpus, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 
 import pytest
 import torch
@@ -421,3 +422,22 @@ def test_a_trial_that_never_comes_to_its_limit_goes_as_without_one(make_checkpoi
     laboratory = Laboratory(setting, 1, None)
     assert laboratory.trials([chosen], limited=False) == laboratory.trials([chosen])
     assert laboratory.made == 1
+
+
+def never_ends(setting, settings):
+    settings["begun"].touch()
+    time.sleep(100_000)
+
+
+def test_dropped_trials_end_at_once(make_checkpoint, tmp_path):
+    """And what is asked for afterwards gets other processes, as after Ctrl-C the proof of what was found so far."""
+    folder = make_checkpoint("llama")
+    setting = Setting(spec=resolve(str(folder)), target=target_of(1 << 30), base=given_for(folder))
+    laboratory, begun = Laboratory(setting, 2, None), tmp_path / "begun"
+    endless = laboratory._submit(never_ends, {"begun": begun})
+    while not begun.exists():
+        time.sleep(0.1)
+    laboratory.drop()
+    assert endless.done()
+    assert laboratory.proof({"trainable": "full", "optimizer": "adamw", "weight_precision": "stochastic"})().fits
+    laboratory.close()

@@ -162,6 +162,7 @@ class _Search:
             if not any(row.fits for row in found.values()):
                 raise
             stopped = True
+            self.laboratory.drop()
         rows = [row for _, row in sorted(found.items())]
         if not rows:
             raise ConfigError(self.refused or "no strategy agrees with what was given")
@@ -469,8 +470,7 @@ class _Search:
         if trial.fits:
             reason = self._of_the_host(trial.host_bytes)
             return _Failure(needed_bytes=trial.needed_bytes, reason=reason, host_bytes=trial.host_bytes)
-        stopped = trial.stopped_at
-        if stopped is None:
+        if (stopped := trial.stopped_at) is None:
             return _Failure(needed_bytes=trial.needed_bytes, reason=trial.refused or "")
         where = f"{stopped['phase']}" + (f" of {stopped['module']}" if stopped["module"] else "")
         more = trial.needed_bytes + stopped["segment_bytes"]

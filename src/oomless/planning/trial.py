@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -316,6 +315,7 @@ class Laboratory:
         self._kept = None if folder is None or setting.base.get("trust_remote_code") else Kept(folder)
         self._pool: ProcessPoolExecutor | None = None
         self._retired: list[ProcessPoolExecutor] = []
+        self._ended: Any = None
         self._processes = processes
 
     @property
@@ -327,9 +327,16 @@ class Laboratory:
         """End the processes, and keep what is kept within its bound."""
         if self._kept is not None:
             self._kept.clear_oldest()
-        for pool in (*self._retired, self._pool):
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        self.drop()
+
+    def drop(self) -> None:
+        """End the processes, whatever they are at; what is asked for later gets new ones."""
+        pools = [pool for pool in (*self._retired, self._pool) if pool is not None]
+        if pools:
+            self._ended.set()
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+        self._retired, self._pool, self._ended = [], None, None
 
     def parts(self, settings: Settings) -> Parts:
         """Return what a choice of parts puts on the GPU; always in this process, whose forks then have what it imported."""
@@ -394,8 +401,9 @@ class Laboratory:
         if self._pool is None:
             # A fork has everything imported already. It computes on one thread, as a fork of OpenMP's threads cannot.
             way = get_context("fork" if sys.platform == "linux" else "spawn")
+            self._ended = self._ended or way.Event()
             self._pool = ProcessPoolExecutor(
-                self._processes, mp_context=way, initializer=_begin_process, initargs=(os.getpid(),)
+                self._processes, mp_context=way, initializer=_begin_process, initargs=(os.getpid(), self._ended)
             )
         return self._pool.submit(function, self.setting, settings)
 
@@ -422,18 +430,18 @@ class Laboratory:
             self._kept.put(key, asdict(result))
 
 
-def _begin_process(parent: int) -> None:
-    """Compute on one thread, leave Ctrl-C to the parent, and end with it, however it ends."""
+def _begin_process(parent: int, ended: Any) -> None:
+    """Compute on one thread, leave Ctrl-C to the parent, and end when ``ended`` is set, or with the parent, however it ends."""
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays: the collector need not look through it again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+    def end() -> None:
+        while os.getppid() == parent and not ended.wait(1):
+            pass
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()
 
 
 _WITHOUT_EFFECT = {"data", "output_dir", "model", "tokenizer", "cache_dir", "gpu", "seed", "max_steps", "max_tokens"}

@@ -145,8 +145,9 @@ def print_result(screen: Screen, result: RunResult, resume_command: str) -> None
     if result.interrupted:
         screen.print(f"interrupted and saved after step {result.steps}; go on with: {resume_command}", soft_wrap=True)
         return
+    speed = f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else "no step was left"
     screen.print(
-        f"{counted(result.tokens, 'token')} in {counted(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s, "
+        f"{counted(result.tokens, 'token')} in {counted(result.steps, 'step')}, {speed}, "
         f"peak memory {format_bytes(result.peak_memory_bytes)}",
         highlight=False,
     )
