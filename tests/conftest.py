@@ -148,7 +148,7 @@ def make_checkpoint(tmp_path_factory, tokenizer_folder):
     made: dict[tuple, Path] = {}
 
     def make(architecture: str = "llama", *, tied: bool = False, dtype: torch.dtype = torch.float32, **changes) -> Path:
-        key = (architecture, tied, dtype, tuple(sorted(changes.items())))
+        key = (architecture, tied, dtype, str(sorted(changes.items())))
         if key not in made:
             settings = dict(
                 vocab_size=512,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oomless.errors import ModelError
 from oomless.export.adapter import LowRankExperts, changes, file_of
-from oomless.export.changes import Change, Replaced, Rows, require_range
+from oomless.export.changes import Change, LowRank, Replaced, Rows, require_range
 from oomless.export.source import Source
 from oomless.memory.device import Device
 from oomless.models import layout, sample
@@ -64,6 +64,7 @@ class Merged:
             trainable.untie(self.model, HOST)
             own = {name: name for name in state}
         changed = {own[name]: change for name, change in self._changes.items()}
+        _require_alike(source, self._changes, own)
         self.tensors = {
             name: self._late(name, stored[name], changed.get(own[name]), tensor)
             for name, tensor in lora.plain_tensors(self.model).items()
@@ -124,6 +125,28 @@ def _require_base(source: Source, model: Any, weights: Weights) -> None:
         raise ModelError(
             f"{source.folder} was trained on another model than {source.base.name}: its embedding is another one; name the right one with --base"
         )
+
+
+def _require_alike(source: Source, found: Mapping[str, Change], own: Mapping[str, str]) -> None:
+    """Check that adapters of what is one matrix, which ``own`` tells, are one adapter."""
+    adapted = {own[name]: name for name, change in found.items() if isinstance(change, LowRank)}
+    for name, one in own.items():
+        first = adapted.get(one)
+        if first is not None and not _alike(found[first], found.get(name)):
+            raise ModelError(
+                f"{source.folder} changes {name} otherwise than {first}, which are one matrix in {source.base.name}: it cannot be merged; "
+                "--to adapter leaves it as it is"
+            )
+
+
+def _alike(one: Change, other: Change | None) -> bool:
+    assert isinstance(one, LowRank)
+    if not isinstance(other, LowRank) or one.scale != other.scale:
+        return False
+    pairs = ((one.a, other.a), (one.b, other.b), (one.magnitude, other.magnitude))
+    return one is other or all(
+        left is right or (left and right and torch.equal(left(), right())) for left, right in pairs
+    )
 
 
 def trained_dtype(source: Source) -> torch.dtype:

@@ -144,7 +144,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     """
     if spec.folder is None:
         raise ModelError(f"{spec.name} is a config without weights: training needs a folder with safetensors weights")
-    stored = frozen_layers.frozen_weights(model)
+    stored = frozen_layers.frozen_weights(model, everywhere=True)
     inside = {id(buffer) for layer in stored.values() for buffer in layer.buffers()}
     wanted = {
         name.replace(".base_layer.", "."): tensor
@@ -153,7 +153,7 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
     }
     with device.phase("load"), torch.no_grad():
         weights = Weights(spec.folder, model, [*wanted, *stored], device)
-        weights.check_whole({name: id(tensor) for name, tensor in wanted.items()})
+        weights.check_whole({name: id(holder) for name, holder in (wanted | stored).items()})
         setattr(model, layout.NAMES, weights.names_in_files)
         setattr(model, layout.SOURCE, spec.base or spec.folder)
         filled: dict[int, str] = {}
@@ -172,7 +172,14 @@ def load_weights(model: Any, spec: ModelSpec, *, device: Device) -> None:
                 tensor = tensor.to(parameter.dtype)
             sharding.fill(parameter, tensor)
             filled[id(parameter)] = name
+        there = set(weights.names)
         for name, layer in stored.items():
+            if name not in there:  # tied to one that is
+                continue
+            if id(layer) in filled:
+                _check_tied(name, weights.read(name), filled[id(layer)], weights)
+                continue
+            filled[id(layer)] = name
             for piece in layer.pieces:
                 tensor = weights.read(name) if piece is None else weights.read_expert(name, piece)
                 _check_shape(name, tensor, layer.shape[-2:], spec.folder)

@@ -213,11 +213,11 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
 
     So are those frozen matrices of which this process holds some rows, where other layers are stored in another form. They are in the model's dtype, adapters added in fp32, and each is made when it is written.
     """
-    modules = dict(model.named_modules())
-    layers = frozen_layers.frozen_weights(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = frozen_layers.frozen_weights(model, everywhere=True)
     cut = {name: p for name, p in model.named_parameters(remove_duplicate=False) if is_cut(p)}
     weights = Weights(folder, model, [*layers, *cut], device)
-    found = {id(parameter): name for name, parameter in cut.items() if name in weights.names}
+    found = {id(holder): name for name, holder in (cut | layers).items() if name in weights.names}
 
     def add(tensor: Tensor, delta: Tensor | None) -> Tensor:
         with device.host():
@@ -228,7 +228,8 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
     def late(name: str, layer: frozen_layers.FrozenLinear | FrozenExperts) -> LateTensor:
         if not isinstance(layer, FrozenExperts):
             module = modules[name.removesuffix(".weight")]
-            return LateTensor(layer.shape, model.dtype, lambda: add(weights.read(name), lora.delta(module, device)))
+            read = partial(weights.read, found[id(layer)])
+            return LateTensor(layer.shape, model.dtype, lambda: add(read(), lora.delta(module, device)))
         holder, _, stack = name.rpartition(".")
         adapter = expert_adapters.of(modules[holder], stack)
 
@@ -246,7 +247,11 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
         return LateTensor(tuple(parameter.shape), model.dtype, lambda: add(weights.read(name), None))
 
     ends = {name: late_matrix(parameter) for name, parameter in model.named_parameters() if is_cut(parameter)}
-    return {name: late(name, layer) for name, layer in layers.items()} | ends
+    # What was tied is in the files once, and is written as often as it will be loaded.
+    written = {
+        name: layer for name, layer in layers.items() if name in weights.names or not model.all_tied_weights_keys
+    }
+    return {name: late(name, layer) for name, layer in written.items()} | ends
 
 
 def save_model(

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.ops.frozen_linear import Quantization, frozen_linear
-from oomless.techniques import experts
+from oomless.techniques import experts, tied_layers
 from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.kinds import is_linear, owner_using_weight
 from oomless.techniques.peers import Peers
@@ -92,10 +92,12 @@ def replace(
         ConfigError: there is nothing to replace, or most of the body would stay as it is.
     """
     kept = {child for module in trained for child in module.modules()} | {model.get_output_embeddings()}
-    for name, layer in list(model.named_modules()):
-        if is_linear(layer) and layer not in kept and owner_using_weight(model, name) is None:
-            owner, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(owner), own_name, make(layer))
+    made = {
+        layer: make(layer)
+        for name, layer in model.named_modules()
+        if is_linear(layer) and layer not in kept and owner_using_weight(model, name) is None
+    }
+    tied_layers.replace(model, made)
     experts.replace(model, kind, host, kept, peers)
     frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
     left = sum(p.numel() for p in frozen if p is not model.get_input_embeddings().weight)
@@ -109,17 +111,18 @@ def replace(
         )
 
 
-def frozen_layers(model: Any) -> Iterator[tuple[str, FrozenLinear | FrozenExperts]]:
-    """Yield what was replaced in ``model``, with its names in the plain model."""
-    for name, module in model.named_modules():
+def frozen_layers(model: Any, *, everywhere: bool = False) -> Iterator[tuple[str, FrozenLinear | FrozenExperts]]:
+    """Yield what was replaced in ``model``, with its names in the plain model; what is tied once, or ``everywhere``."""
+    for name, module in model.named_modules(remove_duplicate=not everywhere):
         if isinstance(module, FrozenLinear | FrozenExperts):
             yield name.removesuffix(".base_layer"), module
 
 
-def frozen_weights(model: Any) -> dict[str, FrozenLinear | FrozenExperts]:
-    """Return what was replaced in ``model`` by the name of its parameter in the plain model."""
+def frozen_weights(model: Any, *, everywhere: bool = False) -> dict[str, FrozenLinear | FrozenExperts]:
+    """Return what ``frozen_layers`` yields by the name of its parameter in the plain model."""
     return {
-        name if isinstance(layer, FrozenExperts) else f"{name}.weight": layer for name, layer in frozen_layers(model)
+        name if isinstance(layer, FrozenExperts) else f"{name}.weight": layer
+        for name, layer in frozen_layers(model, everywhere=everywhere)
     }
 
 

@@ -25,7 +25,7 @@ from oomless.config import adapter as settings
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
-from oomless.techniques import expert_adapters, frozen_layers, sharding, trained_rows
+from oomless.techniques import expert_adapters, frozen_layers, sharding, tied_layers, trained_rows
 from oomless.techniques.experts import expert_modules
 from oomless.techniques.kinds import is_linear, kind_in, owner_using_weight
 
@@ -69,6 +69,7 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
                 "ignore", "`lora_bias=True` was passed but the targeted layer"
             )  # _require_biases says it
             peft.inject_adapter_in_model(adapter, _Unknown(model), adapter_name=ADAPTER)
+        tied_layers.replace(model, {module.get_base_layer(): module for module in _adapted_layers(model)})
     model.peft_config = {ADAPTER: adapter}
     expert_adapters.inject(model, stacks, config, device, adapter)
     adapter.bias = config.bias  # by which peft itself would train those that the loss does not reach too
@@ -192,10 +193,10 @@ def _is_adapted(layer: nn.Module) -> bool:
 
 def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the names of the linear layers, and of the stacks of experts, that ``wanted`` names; routers only by name."""
-    head = model.get_output_embeddings()
+    head, modules = model.get_output_embeddings(), dict(model.named_modules(remove_duplicate=False))
     obstacles = {
         name: _obstacle(model, name, module, unreached)
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not trains(module)
     }
     linear = {name for name, obstacle in obstacles.items() if obstacle is None}
@@ -217,7 +218,8 @@ def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[
         if obstacle := next((obstacles[name] for name in named if obstacles.get(name)), None):
             raise ConfigError(f"lora_target_modules: {ending!r} cannot have an adapter: {obstacle}; leave it out")
     named = [name for name in sorted(linear | stacks) if any(_is_named(name, ending) for ending in endings)]
-    return [name for name in named if name in linear], [name for name in named if name in stacks]
+    layers = {modules[name] for name in named if name in linear}
+    return [name for name in sorted(linear) if modules[name] in layers], [name for name in named if name in stacks]
 
 
 _PATTERN = re.compile(r"[^\w.,\s-]")
@@ -295,7 +297,7 @@ def go_on(model: Any, folder: Path, tensors: Any, device: Device) -> tuple[str, 
             f"the adapter in {folder} is of other matrices than the ones that would train ({', '.join(other[:3])}): merge it first "
             f"(oomless export {folder} --output MERGED) and give --model MERGED"
         )
-    rounded = set()
+    rounded, filled = set(), dict[int, str]()
     rows = settings.row_ids(settings.facts(folder))
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -306,6 +308,12 @@ def go_on(model: Any, folder: Path, tensors: Any, device: Device) -> tuple[str, 
                 ):  # rows lie in the order of their ids here, and in peft's as they were named
                     ids = rows[name.removesuffix(".token_adapter.trainable_tokens_delta").rpartition(".")[2]]
                     stored = stored[torch.tensor(ids).argsort()]
+                first = filled.setdefault(id(parameter), name)
+                if name != first and not torch.equal(stored, tensors.get_tensor(first)):
+                    raise ConfigError(
+                        f"the adapter in {folder} has two different parts, {first} and {name}, for what is one matrix in this model: "
+                        "they cannot be merged, nor trained as one; begin a new adapter"
+                    )
                 tensor = stored.to(parameter.dtype)
                 if not torch.equal(tensor.to(stored.dtype), stored):
                     rounded.add(f"{stored.dtype} to {parameter.dtype}".replace("torch.", ""))

@@ -22,6 +22,7 @@ weights beside it are cut as bytes (``peers.py``), and ends that do not train by
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -162,7 +163,7 @@ class Sharded:
         materialise: allocates the parameters of a module on the device; they are cut one module at a time.
 
     Raises:
-        ModelError: some of its parameters belong neither to its body nor to its head.
+        ModelError: some of its parameters belong to two of its layers, or neither to its body nor to its head.
     """
 
     def __init__(self, model: Any, mesh: DeviceMesh, materialise: Callable[[nn.Module], None]) -> None:
@@ -170,6 +171,7 @@ class Sharded:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head.weight is embedding.weight
         layers = decoder_layers(model)
+        _require_apart(model, layers)
         for layer in layers:
             self._cut(layer)
         self._head = Whole(head)
@@ -227,6 +229,15 @@ class Sharded:
             return function(*given)
         result: Result = self._head(function, *given)
         return result
+
+
+def _require_apart(model: Any, layers: list[Any]) -> None:
+    owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    if shared := [name for name, parameter in model.named_parameters() if owners[id(parameter)] > 1]:
+        raise ModelError(
+            f"{shared[0]} belongs to two layers of {type(model).__name__} (tied, or one inside the other), which cannot be cut one by "
+            "one: use sharding: replicate"
+        )
 
 
 def is_cut(tensor: Tensor) -> bool:

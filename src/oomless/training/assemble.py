@@ -35,6 +35,7 @@ from oomless.techniques import (
     quantization,
     sharding,
     stream_frozen,
+    tied_layers,
     trainable,
     vocabulary_parts,
 )
@@ -121,6 +122,7 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     mesh = ranks.mesh if sharding.cuts_packed(config) else None
 
     def prepare(model: Any) -> None:
+        tied_layers.join(model)
         trained = trainable.trained_modules(model, config)
         if config.experts_on_host:
             experts.move_to_host(model, config.quantization, device, trained)
