@@ -192,10 +192,12 @@ def test_the_same_where_each_of_two_gpus_holds_the_whole(make_checkpoint, settin
         ("qwen2", {**LORA, "quantization": "int8", "mlp_tiles": 2, "cheap_recompute": True}),
         ("mixtral", {**LORA, "gradient_checkpointing": True, "quantization": "nf4", "optimizer_in_backward": True}),
         ("llama", {"trainable": "lm_head", "quantization": "nf4", "dtype": "bf16"}),
+        ("llama", {**LORA, "stream_frozen": True, "gradient_checkpointing": True}),
+        ("mixtral", {**LORA, "experts_on_host": True, "dtype": "bf16"}),
     ],
     ids=str,
 )
-def test_the_same_where_packed_weights_are_gathered(make_checkpoint, architecture, settings):
+def test_the_same_where_frozen_weights_are_gathered(make_checkpoint, architecture, settings):
     folder = make_checkpoint(architecture, tied=settings["trainable"] != "lm_head", **LAYERS)
     every, some = (rehearsal(folder, settings, run_all_layers=way, gpus=2) for way in (True, False))
     assert in_the_books(some) == in_the_books(every)

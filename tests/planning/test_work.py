@@ -119,7 +119,12 @@ def test_optimizer_state_goes_out_and_back(make_checkpoint):
 def test_frozen_weights_are_fetched_for_every_product(make_checkpoint):
     found = work(make_checkpoint("llama"), trainable="lora+lm_head", stream_frozen=True, lora_r=4)
     into_the_first = D * D + 2 * D * 32  # its input is an embedding, which wants no gradient
-    assert found.link_bytes_of_passes == BATCH + 4 * (2 * LAYERS * LAYER - into_the_first)
+    fetched = 4 * (2 * LAYERS * LAYER - into_the_first)
+    assert found.link_bytes_of_passes == BATCH + fetched
+    two = work(make_checkpoint("llama"), gpus=2, trainable="lora+lm_head", stream_frozen=True, lora_r=4)
+    of_the_embedding, of_the_loss = T * (8 + 4 * D), 2 * 4
+    assert two.link_bytes_of_passes == BATCH + fetched // 2
+    assert two.exchanged_bytes_of_passes == fetched // 2 + of_the_embedding + of_the_loss
 
 
 def test_what_several_gpus_send_each_other(make_checkpoint):

@@ -46,7 +46,7 @@ class Memory:
 
     sharding: Literal["auto", "replicate", "shard"] = "auto"
     """What each of several GPUs holds: a part of the model (shard, the least memory), or all of it (replicate, the least to
-    exchange). auto: a part where it can be cut, as packed weights can; `oomless plan` chooses the faster one that fits."""
+    exchange). auto: a part where it can be cut, as packed weights and those on the host can; `oomless plan` chooses the faster one that fits."""
 
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward."""

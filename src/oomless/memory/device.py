@@ -117,6 +117,10 @@ class Device:
         target.copy_(source)
         return _nothing_to_wait_for
 
+    def after_copies(self) -> AbstractContextManager[None]:
+        """Collectives begun inside come after the copies that were begun, and run beside the computation as they do."""
+        return nullcontext()
+
     def wait(self) -> None:
         """Let the host wait until all is done that the device was given: before it reads what ``start_copy`` brought to it."""
 
@@ -195,6 +199,9 @@ class CudaDevice(Device):
             target.copy_(source, non_blocking=True)
             done = self._copies.record_event()
         return lambda: torch.cuda.current_stream(self.torch_device).wait_event(done)
+
+    def after_copies(self) -> AbstractContextManager[None]:  # noqa: D102
+        return torch.cuda.stream(self._copies)
 
     def wait(self) -> None:  # noqa: D102
         torch.cuda.synchronize(self.torch_device)

@@ -95,9 +95,15 @@ class Strict:
                 if not self._on_device(storage):
                     self._host_has_not_waited.add(storage, region, copy)
 
+        with self.asleep():
+            yield waited
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Ask nothing of what is begun inside, which comes after the copies as CUDA orders it."""
         self._asleep = True
         try:
-            yield waited
+            yield
         finally:
             self._asleep = False
 

@@ -222,6 +222,9 @@ class VirtualGPU(Device):
             super().start_copy(source, target)
         return waited
 
+    def after_copies(self) -> AbstractContextManager[None]:  # noqa: D102
+        return self._tracker.strict.asleep()
+
     def wait(self) -> None:  # noqa: D102
         self._tracker.strict.host_waits()
 

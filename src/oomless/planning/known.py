@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from oomless.memory.work import Work
+from oomless.planning.strategies import REPLICATED
 from oomless.planning.trial import Trial
 
 Settings = Mapping[str, Any]
@@ -28,8 +29,8 @@ _SURE = 1 / 64
 class Known:
     """What was learned; ``fixed_bytes`` is what a strategy has on the GPU beside its activations."""
 
-    def __init__(self, usable_bytes: int) -> None:
-        self._usable_bytes = usable_bytes
+    def __init__(self, usable_bytes: int, gpus: int = 1) -> None:
+        self._usable_bytes, self._gpus = usable_bytes, gpus
         self._passes: dict[_Key, Work] = {}
         self._updates: dict[_Key, Work] = {}
         self._held: dict[_Key, int] = {}
@@ -60,8 +61,10 @@ class Known:
         )
 
     def least_work(self, settings: Settings) -> Work | None:
-        """Return the work of ``settings``, or what it is at least, where that is known: the same with nothing on the host."""
+        """Return the work of ``settings``, or what it is at least, where that is known: the same with nothing on the host or gathered."""
         on_device = {name: value for name, value in settings.items() if name not in _ON_HOST}
+        if self._gpus > 1:
+            on_device |= REPLICATED
         return self.work(settings) or self.work(on_device)
 
     def first_possible(self, ladder: Sequence[Settings], fixed_bytes: int) -> int:

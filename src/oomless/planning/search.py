@@ -146,7 +146,7 @@ class _Search:
         self.slower: set[tuple[str, str | None]] = set()
         """Parts that no memory would make better than what fits."""
 
-        self.known = Known(self.usable_bytes)
+        self.known = Known(self.usable_bytes, self.target.gpus)
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 

@@ -43,7 +43,7 @@ from oomless.techniques import cheap_recompute, mlp_tiles
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.experts import stacks_on_device
 from oomless.techniques.kinds import is_linear
-from oomless.techniques.sharding import local, shared
+from oomless.techniques.sharding import is_cut, local, shared
 from oomless.training.assemble import assemble
 from oomless.training.distributed import rehearsed
 
@@ -255,11 +255,16 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             if setting.target.gpus == 1 or p.ndim > 1
         ),
         trainable_bytes=sum(p.nbytes for p, _ in trained),
-        streamed_bytes=sum(weight.nbytes for weight in (*linear, *stacks) if not weight.requires_grad),
-        expert_bytes=sum(stack.nbytes for stack in stacks if not stack.requires_grad),
+        streamed_bytes=sum(_bytes_of_each(weight) for weight in (*linear, *stacks) if not weight.requires_grad),
+        expert_bytes=sum(_bytes_of_each(stack) for stack in stacks if not stack.requires_grad),
         cheap_recompute=cheap_recompute.applies(model),
         mlp_tiles=mlp_tiles.applies(model),
     )
+
+
+def _bytes_of_each(weight: Any) -> int:
+    """Return what each process has of ``weight`` at least, where it is cut by rows or, to lie on the host, by bytes."""
+    return int(weight.nbytes // (weight.device_mesh.size() if is_cut(weight) else 1))
 
 
 @cache

@@ -7,6 +7,8 @@ Saves: the bits as for linear layers, but of nine tenths of the model; on the ho
 rounding, which no training undoes; unpacking one expert at a time, in forward and in backward; on the host, as much pinned
 memory, and the bus, which carries the experts to which tokens go. Rows are made while loading, one expert at a time. On the
 host, the next expert comes while one is used: which is next is known, for the router has chosen.
+
+Of several GPUs each keeps a part (``peers.py``): on the device of the stack, on the host of every row. Then all experts come to all.
 """
 
 from __future__ import annotations
@@ -85,8 +87,9 @@ class FrozenExperts(nn.Module):
     def allocate(self) -> None:
         """Set aside what lies on the host."""
         if self.on_host is not None:
+            kept = self.row_bytes if self.peers is None else self.peers.part(self.row_bytes)
             with self.on_host.host():
-                like = torch.empty(self.shape[0], self.row_bytes, dtype=torch.uint8, device="meta")
+                like = torch.empty(self.shape[0], kept, dtype=torch.uint8, device="meta")
             self.host_rows = self.on_host.pinned_like(like)
 
     def fill(self, host: Tensor | None, dtype: torch.dtype, device: Device, expert: int) -> None:
@@ -94,7 +97,10 @@ class FrozenExperts(nn.Module):
         if self.kind is None:
             with device.host():
                 matrix = torch.empty(self.shape[1:], dtype=dtype) if host is None else host
-                self.layout.write(matrix, [self.host_rows[expert]], self.code)
+                if self.peers is None:
+                    self.layout.write(matrix, [self.host_rows[expert]], self.code)
+                else:
+                    self.peers.keep(matrix.to(dtype).flatten().view(torch.uint8), self.host_rows[expert])
             return
         if host is None:
             weight = torch.empty(self.shape[1:], dtype=dtype, device=device.torch_device)
@@ -105,10 +111,12 @@ class FrozenExperts(nn.Module):
             return
         row = torch.empty(self.row_bytes, dtype=torch.uint8, device=device.torch_device)
         self.layout.write(weight, [row], self.code)
-        if self.peers is not None:
+        if self.peers is None:
+            self.host_rows[expert].copy_(device.fetch(row))
+        elif self.on_host is None:
             self.peers.keep(row, self.rows, expert * self.row_bytes)
         else:
-            self.host_rows[expert].copy_(device.fetch(row))
+            self.peers.keep(device.fetch(row), self.host_rows[expert])
 
     @property
     def own_rows(self) -> list[Tensor]:
@@ -133,26 +141,48 @@ class _Fetching:
     """Brings the rows of ``experts`` to the device in their order, the next one while one is used."""
 
     def __init__(self, stack: FrozenExperts, device: Device, experts: Sequence[int]) -> None:
-        self.stack, self.device, self.experts = stack, device, experts
-        self.places = {expert: place for place, expert in enumerate(experts)}
-        self.slots = torch.empty(2, stack.row_bytes, dtype=torch.uint8, device=device.torch_device)
+        self.stack, self.device = stack, device
+        # Which experts have tokens differs from process to process, so all of them are gathered.
+        self.order = experts if stack.peers is None else range(stack.shape[0])
+        self.places = {expert: place for place, expert in enumerate(self.order)}
+        own = [self.places[expert] for expert in experts]
+        self.before = dict(zip(own, [-1, *own], strict=False))
+        self.last = own[-1] if own else -1
+        size = stack.row_bytes if stack.peers is None else stack.peers.whole_size(stack.row_bytes)
+        self.slots = torch.empty(2, size, dtype=torch.uint8, device=device.torch_device)
         device.label([self.slots], "weights")
         self.arrived: Callable[[], None] = lambda: None
-        self._fetch(0)
+        self._fetch(0, 0)
+        if not own:
+            self._pass_by(0, len(self.order), 0)
 
-    def _fetch(self, place: int) -> None:
-        if place < len(self.experts):
-            source = self.stack.host_rows[self.experts[place]]
-            self.arrived = self.device.start_copy(source, self.slots[place % 2])
+    def _fetch(self, place: int, slot: int) -> None:
+        if place >= len(self.order):
+            self.arrived = lambda: None
+            return
+        bring = self.device.start_copy if self.stack.peers is None else self.stack.peers.bring_from_host
+        self.arrived = bring(self.stack.host_rows[self.order[place]], self.slots[slot])
+
+    def _pass_by(self, place: int, end: int, slot: int) -> None:
+        """Gather those from ``place``, which is coming, to ``end`` for the processes that use them, in one ``slot``."""
+        for following in range(place + 1, end + 1):
+            self.arrived()
+            self._fetch(following, slot)
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         place = self.places[expert]
+        slot = place % 2
+        self._pass_by(self.before[place] + 1, place, slot)
         self.arrived()
-        self._fetch(place + 1)
-        return self.stack.layout.unpack([self.slots[place % 2]], dtype, self.stack.code)
+        self._fetch(place + 1, 1 - slot)
+        if place == self.last:
+            self._pass_by(place + 1, len(self.order), 1 - slot)
+        return self.stack.layout.unpack([self.slots[slot]], dtype, self.stack.code)
 
 
-def move_to_host(model: Any, kind: Quantization | None, device: Device, trained: list[nn.Module]) -> None:
+def move_to_host(
+    model: Any, kind: Quantization | None, device: Device, trained: list[nn.Module], peers: Peers | None = None
+) -> None:
     """Have the frozen experts of ``model`` on the host beside ``device``.
 
     Args:
@@ -160,13 +190,14 @@ def move_to_host(model: Any, kind: Quantization | None, device: Device, trained:
         kind: how they are stored; ``None``: in the model's dtype.
         device: where the rest of the model is.
         trained: the modules that train, each with everything inside it.
+        peers: of whom each keeps a part of them; by default all are here.
 
     Raises:
         ConfigError: the device is the plain CPU, or no experts are frozen.
     """
     if device.capacity_bytes is None:
         raise ConfigError("experts_on_host has no effect on a CPU, whose memory is the host's; remove it")
-    replace(model, kind, device, {child for module in trained for child in module.modules()})
+    replace(model, kind, device, {child for module in trained for child in module.modules()}, peers)
     if not any(isinstance(module, FrozenExperts) for module in model.modules()):
         raise ConfigError("experts_on_host has no effect: this model has no frozen experts; remove it")
 

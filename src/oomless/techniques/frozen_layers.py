@@ -28,6 +28,9 @@ class FrozenLinear(nn.Linear):
     """A frozen linear layer without a ``weight``: made of ``layer``, which is on the meta device and may be GPT-2's ``Conv1D``."""
 
     form: str
+    on_host: Device | None = None
+    """Beside which device the weight lies on the host, if it does."""
+
     pieces = (None,)
     """A weight comes from the files in one piece; experts come one by one."""
 

@@ -1,15 +1,17 @@
-"""Frozen bytes of which each GPU keeps a part: what is packed in 4 or 8 bits is cut, and gathered as bytes for each product.
+"""Frozen bytes of which each GPU keeps a part: what is packed in 4 or 8 bits, or lies on the host, is cut, and gathered for each product.
 
-Saves: with n GPUs all but 1/n of the packed weights; while one is used, it and the next one are whole. Costs: the bytes of every
-weight come over the links for each product with it: in forward, in backward, and in the recomputation between where there is
-checkpointing. Nothing of it trains, so nothing goes back.
+Saves: with n GPUs all but 1/n of the frozen weights, on the device or in the host's memory, which then has them once for all
+GPUs; while one is used, it and the next one are whole. Costs: the bytes of every weight come over the links for each product with it:
+in forward, in backward, and in the recomputation between where there is checkpointing. Nothing of it trains, so nothing goes back. From
+the host each GPU brings its part over its own bus, into the place where the parts of the others then come.
 
 A weight is a row or two of bytes, and process r keeps the r-th of as many even parts of each; the last is padded. All processes must ask for the
-same weights in the same order. Layers do not fetch ahead for each other: each begins as the others do, which a rehearsal relies on.
+same weights in the same order. Layers on the device do not fetch ahead for each other: each begins as the others do, which a rehearsal relies on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,12 +28,19 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class Peers:
-    """The processes that keep parts of the frozen weights of ``model``, which lies on ``device``."""
+    """The processes that keep parts of the frozen weights of ``model``, which lies on ``device``.
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, device: Device) -> None:
+    ``across_layers`` says whether the weight that comes next may be of another layer.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, device: Device, *, across_layers: bool = False) -> None:
         self._group, self._count, self._rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
         self._device = device
-        self._fetched = Fetched(model, self._gather, across_layers=False)
+        self._fetched = Fetched(model, self._gather, across_layers=across_layers)
+
+    def whole_size(self, size: int) -> int:
+        """Return how many bytes the parts of ``size`` bytes are together."""
+        return self._count * self.part(size)
 
     def part(self, size: int) -> int:
         """Return how many of ``size`` bytes each process keeps, padding included."""
@@ -56,13 +65,29 @@ class Peers:
         size = self._count * sum(own.numel() for own in layer.own_rows)
         gathered = torch.empty(size, dtype=torch.uint8, device=self._device.torch_device)
         self._device.label([gathered], "weights")
-        works = [
-            all_gather(row, own, group=self._group, async_op=True)
-            for row, own in zip(self._rows(gathered, layer), layer.own_rows, strict=True)
-        ]
+        bring = self.bring if layer.on_host is None else self.bring_from_host
+        coming = [bring(own, row) for row, own in zip(self._rows(gathered, layer), layer.own_rows, strict=True)]
 
         def wait() -> None:
-            for work in works:
-                work.wait()
+            for arrived in coming:
+                arrived()
 
         return gathered, wait
+
+    def bring(self, own: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Begin to gather in ``whole`` what all processes keep, of which ``own`` is this one's; call what is returned before it is read."""
+        arrived: Callable[[], None] = all_gather(whole, own, group=self._group, async_op=True).wait
+        return arrived
+
+    def bring_from_host(self, own: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Do the same where what each keeps lies on the host."""
+        here = whole[self._rank * own.numel() :][: own.numel()]
+        copied = self._device.start_copy(own, here)
+        with self._device.after_copies():
+            gathered = self.bring(here, whole)
+
+        def wait() -> None:
+            copied()
+            gathered()
+
+        return wait

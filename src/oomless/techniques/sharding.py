@@ -16,7 +16,7 @@ what they would do in one; 8-bit AdamW does where no part cuts a block of 256.
 
 What cannot be cut (``why_whole``), or is not to be (``sharding: replicate``), is whole on every GPU instead, as in DDP: gradients are
 summed before the update, which is then the same everywhere. That saves no memory, but the gathering before every layer. Packed
-weights beside it are cut as bytes (``peers.py``), and ends that do not train by rows (``vocabulary_parts.py``).
+weights beside it, and those on the host, are cut as bytes (``peers.py``), and ends that do not train by rows (``vocabulary_parts.py``).
 """
 
 from __future__ import annotations
@@ -45,16 +45,21 @@ ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 Result = TypeVar("Result")
 
 
-def cuts_packed(config: TrainConfig) -> bool:
-    """Return whether each GPU keeps a part of every packed weight."""
-    return config.quantization is not None and config.sharding != "replicate"
+def _has_frozen_bytes(config: TrainConfig) -> bool:
+    """Return whether frozen weights are packed, or lie on the host."""
+    return config.quantization is not None or config.experts_on_host or config.stream_frozen
+
+
+def cuts_bytes(config: TrainConfig) -> bool:
+    """Return whether each GPU keeps a part of every frozen weight that is packed or lies on the host."""
+    return _has_frozen_bytes(config) and config.sharding != "replicate"
 
 
 def why_whole(config: TrainConfig) -> str | None:
-    """Return why every GPU holds the whole model, packed weights left aside; ``None`` where each holds a part of it."""
+    """Return why every GPU holds the whole model, what ``cuts_bytes`` left aside; ``None`` where each holds a part of it."""
     if config.sharding == "replicate":
         return "sharding is replicate"
-    if config.quantization:
+    if _has_frozen_bytes(config):
         return "it is small beside the rest"
     if config.optimizer not in ELEMENTWISE_OPTIMIZERS:
         return f"{config.optimizer} needs whole matrices"
@@ -65,7 +70,7 @@ def why_whole(config: TrainConfig) -> str | None:
 
 def has_choice(config: TrainConfig) -> bool:
     """Return whether several GPUs may keep parts of what they could as well hold whole."""
-    return cuts_packed(config) or why_whole(config) is None
+    return cuts_bytes(config) or why_whole(config) is None
 
 
 def check(config: TrainConfig, gpus: int) -> None:
@@ -87,8 +92,6 @@ def check(config: TrainConfig, gpus: int) -> None:
         "optimizer_in_backward": config.optimizer_in_backward
         and whole is None
         and "of a model in parts a gradient is complete only after backward has gone on; sharding: replicate can",
-        "experts_on_host": config.experts_on_host and "they lie in the host's memory already",
-        "stream_frozen": config.stream_frozen and "streamed weights lie in the host's memory already",
         "mlp_tiles": config.mlp_tiles
         and config.lora_dropout
         and "beside lora_dropout, masks inside of tiles do not belong to blocks, and GPUs would draw the same for other text",

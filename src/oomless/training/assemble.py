@@ -119,18 +119,18 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
     if ranks.count > 1 and whole is None:
         return _assemble_shards(spec, config, device, fill, ranks)
 
-    mesh = ranks.mesh if sharding.cuts_packed(config) else None
+    mesh = ranks.mesh if sharding.cuts_bytes(config) else None
 
     def prepare(model: Any) -> None:
         tied_layers.join(model)
         trained = trainable.trained_modules(model, config)
+        peers = None if mesh is None else Peers(model, mesh, device, across_layers=config.stream_frozen)
         if config.experts_on_host:
-            experts.move_to_host(model, config.quantization, device, trained)
+            experts.move_to_host(model, config.quantization, device, trained, peers)
         if config.quantization is not None:
-            peers = None if mesh is None else Peers(model, mesh, device)
             quantization.replace(model, config.quantization, trained, rehearsed=device.fake, peers=peers)
         if config.stream_frozen:
-            stream_frozen.replace(model, device, trained)
+            stream_frozen.replace(model, device, trained, peers)
 
     def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:
         if mesh is not None:
