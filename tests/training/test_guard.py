@@ -235,6 +235,18 @@ def test_masks_of_dropout_belong_to_blocks(make_checkpoint, corpus, tmp_path):
     assert len(set(losses)) == 4
 
 
+@pytest.mark.parametrize("modules", ["all-linear", "gate_up_proj,down_proj"])
+def test_masks_of_the_adapters_of_experts_belong_to_blocks(make_checkpoint, corpus, tmp_path, modules):
+    """Though their rows are sorted by expert: one block at a time, the step is the same."""
+    adapted = dict(trainable="lora", lora_dropout=0.5, lora_target_modules=modules, gradient_checkpointing=True)
+    bench = Bench(make_checkpoint("mixtral"), corpus, tmp_path, optimizer="sgd", max_grad_norm=0, **adapted)
+    expected, loss, _ = bench.step()
+    assert bench.guard.rungs[1].micro_batch == 1
+    found, found_loss, _ = bench.step(level=1)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert_close(found, expected)
+
+
 def test_masks_that_do_not_belong_to_blocks_are_seen(make_checkpoint, corpus, tmp_path):
     """A model that calls F.dropout by itself, and one whose MLPs are cut into tiles, are never cut into smaller micro-batches."""
     bench = Bench(make_checkpoint("llama", attention_dropout=0.5), corpus, tmp_path)

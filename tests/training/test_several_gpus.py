@@ -108,7 +108,7 @@ ROUTES = {
     "streamed, whole": ("gemma", True, dict(STREAMED, sharding="replicate", gradient_accumulation_steps=2)),
     "streamed experts": ("mixtral", False, dict(STREAMED, gradient_checkpointing=True)),
     "experts on the host": ("mixtral", False, dict(ON_HOST, optimizer_in_backward=True, max_grad_norm=None)),
-    "packed experts on the host": ("mixtral", False, dict(ON_HOST, quantization="nf4")),
+    "packed experts on the host": ("mixtral", False, dict(ON_HOST, quantization="nf4", lora_dropout=0.2)),
     "experts on the host, whole": ("mixtral", False, dict(ON_HOST, quantization="int8", sharding="replicate")),
     "apollo": ("llama", True, dict(dtype="fp32", optimizer="apollo")),
 }

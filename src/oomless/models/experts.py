@@ -51,17 +51,17 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     rows = dispatch(hidden_states, places, order // choices)
     if module.has_gate:
-        rows = module._apply_gate(_project(module, "gate_up_proj", rows, groups))
+        rows = module._apply_gate(_project(module, "gate_up_proj", rows, groups, places))
     else:
-        rows = module.act_fn(_project(module, "up_proj", rows, groups))
-    rows = _project(module, "down_proj", rows, groups)
+        rows = module.act_fn(_project(module, "up_proj", rows, groups, places))
+    rows = _project(module, "down_proj", rows, groups, places)
     if module.has_post_expert_norm:
         rows = module.post_expert_norm(rows)
     return combine(rows, top_k_weights, places).to(hidden_states.dtype)
 
 
-def _project(module: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
+def _project(module: Any, name: str, rows: Tensor, groups: Groups, places: Tensor) -> Tensor:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     projected = grouped_linear(rows, getattr(module, name), groups, bias=bias, transposed=module.is_transposed)
     adapter = expert_adapters.of(module, name)
-    return projected if adapter is None else adapter.add(rows, projected, groups)
+    return projected if adapter is None else adapter.add(rows, projected, groups, places)

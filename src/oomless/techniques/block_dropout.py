@@ -53,9 +53,13 @@ class BlockDropout:
         """Let masks be ordinary ones."""
         self._count = 0
 
-    def dropout(self, x: Tensor, p: float) -> Tensor:
-        """Return ``F.dropout(x, p)`` with the masks of the blocks."""
-        if self._count == 0 or x.shape[0] not in (self._count, self._count * self._length):
+    def dropout(self, x: Tensor, p: float, places: Tensor | None = None) -> Tensor:
+        """Return ``F.dropout(x, p)`` with the masks of the blocks.
+
+        Where the rows of ``x`` are sorted by expert, ``places``, int64 [N, K], says which of them are each token's.
+        """
+        rows = x.shape[0] if places is None else places.shape[0]
+        if self._count == 0 or rows not in (self._count, self._count * self._length):
             self.strayed = True
             return F.dropout(x, p)
         generator = self._generators.get(x.device)
@@ -65,6 +69,8 @@ class BlockDropout:
         for part, seed in zip(kept.view(self._count, -1), self._seeds(), strict=True):
             generator.manual_seed(seed)
             part.bernoulli_(1 - p, generator=generator)
+        if places is not None:
+            kept = torch.empty_like(kept).index_copy_(0, places.view(-1), kept)
         return (x * kept).mul_(1 / (1 - p) if p < 1 else 0.0)
 
     def each_block(self, device: torch.device, count: int) -> Iterator[AbstractContextManager[None]]:
@@ -123,8 +129,8 @@ class _Forward:
         self.module = weakref.proxy(module)  # the module holds this: a strong reference would keep both from dying
         self.blocks = blocks
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.blocks.dropout(x, self.module.p) if self.module.training else x
+    def __call__(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        return self.blocks.dropout(x, self.module.p, places) if self.module.training else x
 
 
 def apply(model: Any) -> BlockDropout | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
@@ -42,7 +41,7 @@ class ExpertAdapter(nn.Module):
         self.experts, rows, columns = shape
         self.inputs, self.outputs = (rows, columns) if transposed else (columns, rows)
         self.rank, self.transposed = rank, transposed
-        self.dropout = config.lora_dropout or 0.0
+        self.dropout = nn.Dropout(config.lora_dropout or 0.0)
         self.scaling = alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
         self.merged_experts = 0
         self.A = nn.Parameter(
@@ -53,11 +52,15 @@ class ExpertAdapter(nn.Module):
         )
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as the weight of an nn.Linear
 
-    def add(self, rows: Tensor, base: Tensor, groups: Groups) -> Tensor:
-        """Return ``base`` with what the adapters make of ``rows``, added in place: [S, out]."""
+    def add(self, rows: Tensor, base: Tensor, groups: Groups, places: Tensor) -> Tensor:
+        """Return ``base`` with what the adapters make of ``rows``, added in place: [S, out].
+
+        ``places``, int64 [N, K], says which rows are each token's, to whose block masks of dropout belong.
+        """
         if self.merged_experts:
             return base
-        rows = functional.dropout(rows, self.dropout, self.training)
+        if self.dropout.p > 0:
+            rows = self.dropout(rows, places)
         low = grouped_linear(rows, self.A.view(self.experts, self.rank, self.inputs), groups)
         return grouped_linear(low, self._expert_major(), groups, base=base, scale=self.scaling)
 
