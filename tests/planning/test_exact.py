@@ -48,6 +48,7 @@ QUANTIZED = [
     {"trainable": "lora+lm_head+embed_tokens", "quantization": "nf4", "dtype": "bf16", "gradient_checkpointing": True},
     {"trainable": "model.layers.1.*", "quantization": "int8", "dtype": "bf16"},
     {"trainable": "lora+lm_head", "tied_weights": "shared", "stream_frozen": True, "gradient_checkpointing": True},
+    {"trainable": "lora", "stream_frozen": True, "gradient_checkpointing": True, "mlp_tiles": 8},
     {"trainable": "lora+lm_head+embed_tokens", "trainable_rows": "3,7-40", "quantization": "nf4", "dtype": "bf16"},
     {"trainable": "lm_head", "tied_weights": "untied", "trainable_rows": "3,7-40", "stream_frozen": True},
 ]

@@ -35,6 +35,7 @@ def tiled(
     tiles: int,
     destination: GradientDestination = "new",
     preserve_rng_state: bool = False,
+    alike: bool = True,
 ) -> Tensor:
     """Return ``function(x)``: [..., E].
 
@@ -45,11 +46,12 @@ def tiled(
         tiles: into how many parts the tokens are cut.
         destination: where the gradients of the parameters go; "in_place" is not for this operator.
         preserve_rng_state: compute a tile again with the random numbers of its forward, for a module with dropout.
+        alike: all tiles but the first ask for the same, so that a rehearsal need not run each.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
-        return _forward(function, x, tiles)
-    work = _Work(function, module, parameters, tiles, destination, preserve_rng_state)
+        return _forward(function, x, tiles, alike)
+    work = _Work(function, module, parameters, tiles, destination, preserve_rng_state, alike)
     anchor = torch.empty(0, device=x.device, requires_grad=True)
     work.saved = _Saved.apply(x, anchor)  # type: ignore[no-untyped-call]
     result: Tensor = _Tiled.apply(x, work, *parameters)  # type: ignore[no-untyped-call]
@@ -67,9 +69,10 @@ class _Work:
         tiles: int,
         destination: GradientDestination,
         preserve_rng_state: bool,
+        alike: bool,
     ) -> None:
         self.function, self.module, self.parameters, self.tiles = function, module, parameters, tiles
-        self.destination, self.preserve_rng_state = destination, preserve_rng_state
+        self.destination, self.preserve_rng_state, self.alike = destination, preserve_rng_state, alike
         self.saved: Any = None
         self.rng_states: list[Tensor] = []
 
@@ -93,7 +96,7 @@ class _Tiled(torch.autograd.Function):
         ctx.work = work
         if work.preserve_rng_state:
             work.rng_states = random_states(x)
-        return _forward(work.function, x, work.tiles)
+        return _forward(work.function, x, work.tiles, work.alike)
 
     @staticmethod
     @once_differentiable
@@ -123,7 +126,7 @@ class _Tiled(torch.autograd.Function):
 
             first, *others = _parts(x_rows, work.tiles)
             go_back(first)  # makes the gradients that the others add to
-            for_each(others, go_back, object())
+            _do(others, go_back, alike=work.alike)
         gradients = []
         for stand_in, parameter in zip(stand_ins, work.parameters, strict=True):
             whole, stand_in.grad = stand_in.grad, None
@@ -131,7 +134,7 @@ class _Tiled(torch.autograd.Function):
         return (None if x_gradient is None else x_gradient.view_as(x), None, *gradients)
 
 
-def _forward(function: Function, x: Tensor, tiles: int) -> Tensor:
+def _forward(function: Function, x: Tensor, tiles: int, alike: bool) -> Tensor:
     x_rows = x.reshape(1, -1, x.shape[-1])
     first, *others = _parts(x_rows, tiles)
     tile = function(x_rows[:, first])
@@ -142,8 +145,16 @@ def _forward(function: Function, x: Tensor, tiles: int) -> Tensor:
     def go_on(part: slice) -> None:
         result[:, part] = function(x_rows[:, part])
 
-    for_each(others, go_on, object())
+    _do(others, go_on, alike=alike)
     return result.view(*x.shape[:-1], -1)
+
+
+def _do(parts: list[slice], function: Callable[[slice], None], *, alike: bool) -> None:
+    if alike:
+        for_each(parts, function, object())
+    else:
+        for part in parts:
+            function(part)
 
 
 def _parts(x_rows: Tensor, tiles: int) -> list[slice]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from oomless.errors import ConfigError
 from oomless.ops.tiled import Function, tiled
+from oomless.techniques import in_flight
 from oomless.techniques.cheap_recompute import gated_mlp
 from oomless.techniques.checkpointing import decoder_layers
 
@@ -38,7 +39,7 @@ def apply(model: Any, tiles: int) -> None:
     for layer in layers:
         found = [module for module in layer.modules() if gated_mlp(module) is not None]
         for module in found:
-            module.forward = _Tiles(module, tiles)
+            module.forward = _Tiles(module, tiles, model)
         if not found:
             raise ConfigError(
                 f"mlp_tiles is for MLPs that treat every token alone; {type(layer).__name__} has none that is known to: "
@@ -49,10 +50,11 @@ def apply(model: Any, tiles: int) -> None:
 
 
 class _Tiles:
-    """The forward of one MLP."""
+    """The forward of one MLP of ``model``."""
 
-    def __init__(self, module: nn.Module, tiles: int) -> None:
-        self.module = weakref.ref(module)  # the module holds this: a strong reference would keep both from dying
+    def __init__(self, module: nn.Module, tiles: int, model: Any) -> None:
+        # They hold this: strong references would keep all from dying.
+        self.module, self.model = weakref.ref(module), weakref.ref(model)
         self.parts = gated_mlp(module)
         self.own: Function | None = vars(module).get("forward")
         self.tiles = tiles
@@ -72,4 +74,5 @@ class _Tiles:
             tiles=self.tiles,
             destination="final",
             preserve_rng_state=self.dropout and module.training,
+            alike=not in_flight.has_any(self.model()),
         )
