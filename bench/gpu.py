@@ -33,6 +33,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from memory_table import BARS, LLAMA, TECHNIQUES
+from oomless.calibration.points import shrunk
 from oomless.config import TrainConfig
 from oomless.memory.device import CudaDevice, Device
 from oomless.models.spec import ModelSpec, resolve_for_plan
@@ -40,7 +41,6 @@ from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import rehearse, virtual_device
 from oomless.planning.throughput import throughput
 from oomless.training.assemble import assemble
-from predicted_vs_measured import shrunk
 from provenance import provenance, write
 
 WARM_UP, STEPS = 2, 8

@@ -11,19 +11,17 @@ measures nothing.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 from typing import Any
 
 import torch
 
+from oomless.calibration.points import measure, shrunk
 from oomless.config import DataSource, TrainConfig
-from oomless.memory.device import CudaDevice, Device
+from oomless.memory.device import CudaDevice
 from oomless.memory.virtual_gpu import VirtualGPU
-from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.models.spec import resolve_for_plan
 from oomless.planning.plan import Target, plan, target_for
-from oomless.planning.rehearse import play
-from oomless.training.assemble import assemble
 from provenance import write
 
 MODELS = ["SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "gemma-2-2b", "Llama-3.2-3B", "Llama-3.1-8B"]
@@ -32,7 +30,6 @@ STRATEGIES: list[dict[str, Any]] = [
     {"trainable": "lora", "gradient_checkpointing": False},
     {"trainable": "lora+lm_head+embed_tokens", "optimizer": "adamw_8bit", "gradient_checkpointing": True},
 ]
-TINY = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024}
 
 
 def points(tiny: bool) -> list[dict[str, Any]]:
@@ -46,31 +43,6 @@ def points(tiny: bool) -> list[dict[str, Any]]:
         # Full training of the largest needs more than any single card.
         if not (model == "Llama-3.1-8B" and strategy["trainable"] == "full" and not tiny)
     ]
-
-
-def shrunk(spec: ModelSpec) -> ModelSpec:
-    for name, value in TINY.items():
-        setattr(spec.config, name, value)
-    spec.config.num_attention_heads, spec.config.num_key_value_heads, spec.config.head_dim = 4, 2, 32
-    if getattr(spec.config, "layer_types", None):
-        spec.config.layer_types = spec.config.layer_types[: TINY["num_hidden_layers"]]
-    return spec
-
-
-def measure(spec: ModelSpec, config: TrainConfig, device: Device) -> tuple[int, int]:
-    """Return the measured peaks, allocated and reserved, of one point."""
-    gc.collect()
-    device.empty_cache()
-    device.reset_peak()
-    with device.active():
-        parts = assemble(spec, config, device, fill=False)
-        with torch.no_grad():
-            for parameter in parts.model.parameters():
-                if parameter.is_floating_point():
-                    parameter.normal_(std=0.02)  # in place, for a step is judged by its loss
-        play(parts, config)
-    usage = device.usage()
-    return usage.peak_allocated_bytes, usage.peak_reserved_bytes
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from oomless.catalogue._data import read_yaml
+from oomless.catalogue.calibration import calibration
 from oomless.catalogue.gpus import Gpu
 
 Bound = Literal["low", "expected", "high"]
@@ -54,7 +55,10 @@ def efficiency_source(gpu: Gpu, count: int = 1) -> str:
 
 
 def measured(gpu: Gpu) -> tuple[Measured, ...]:
-    """Return the points that were measured on ``gpu``."""
+    """Return the points that were measured on ``gpu``: the user's own where there are any, else the catalogue's."""
+    own = calibration(gpu.name)
+    if own is not None and own.speeds:
+        return tuple(Measured(predicted=predicted, measured=got, source=own.source) for predicted, got in own.speeds)
     points = read_yaml("efficiency.yaml")["measured"]
     return tuple(
         Measured(**{name: point[name] for name in Measured.__dataclass_fields__})

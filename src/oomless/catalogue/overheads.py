@@ -8,11 +8,12 @@ interval.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
 from oomless.catalogue._data import read_yaml
+from oomless.catalogue.calibration import calibration
 from oomless.catalogue.gpus import Gpu
 from oomless.units import parse_bytes
 
@@ -41,8 +42,16 @@ class Overhead:
 
 
 def overhead(name: OverheadName, gpu: Gpu) -> Overhead | None:
-    """Return the item ``name`` for ``gpu``; ``None`` where there is none (CUDA's items on an Apple GPU)."""
-    return next((item for item in overheads(gpu) if item.name == name), None)
+    """Return the item ``name`` for ``gpu``; ``None`` where there is none (CUDA's items on an Apple GPU).
+
+    The context is the user's own GPU's where ``oomless check-gpu`` has measured it.
+    """
+    found = next((item for item in overheads(gpu) if item.name == name), None)
+    own = calibration(gpu.name) if name == "context" else None
+    if found is None or own is None or own.outside_bytes is None:
+        return found
+    size = own.outside_bytes
+    return replace(found, bytes_expected=size, bytes_low=size, bytes_high=size, source=own.source)
 
 
 @cache

@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from oomless import __version__
-from oomless.cli import compare, explain, export, generate, plan, rehearse, report, studio, train
+from oomless.cli import check_gpu, compare, explain, export, generate, plan, rehearse, report, studio, train
 from oomless.cli.command import Interrupted, add, interruptible
 from oomless.cli.voice import aside, out, speaks
 from oomless.errors import TrainingError, UserError
@@ -45,6 +45,7 @@ app.command()(interruptible(report.report))
 app.command()(interruptible(generate.generate))
 app.command()(interruptible(compare.compare))
 app.command()(interruptible(studio.studio))
+app.command()(interruptible(check_gpu.check_gpu))
 
 
 @app.command()
