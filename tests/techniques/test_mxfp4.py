@@ -171,3 +171,12 @@ def test_refused_for_a_name_that_says_another_form(name, form):
 
 def test_a_config_alone_says_the_form_of_its_weights(gpt_oss_checkpoint):
     assert resolve_for_plan(str(gpt_oss_checkpoint / "config.json")).stored_as == "mxfp4"
+
+
+def test_a_checkpoint_is_said_to_be_held_as_it_is_held(gpt_oss_checkpoint):
+    spec = resolve(str(gpt_oss_checkpoint))
+    said = {form: spec.notes_with(form)[0] for form in ("mxfp4", "nf4", None)}
+    assert "held so, without rounding" in said["mxfp4"]
+    assert "held as nf4" in said["nf4"]
+    assert said[None].endswith("--quantization mxfp4 keeps frozen experts as they are")
+    assert not any("--quantization" in note for note in (said["mxfp4"], said["nf4"], *spec.notes_read()))

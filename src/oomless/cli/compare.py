@@ -56,7 +56,7 @@ def compare(
             device=open_device(gpu),
             say=say,
         )
-    say_notes(pair.begun.base)
+    say_notes(pair.begun.base.notes_read())
     room = pair.room()
     room.require()
     print_room(aside(), room)

@@ -62,7 +62,7 @@ def export(
         say("planning", 0.0)
         choices: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "verify": verify}
         plan = make_plan(run, to, which=checkpoint, base=base, output=output, **choices)  # type: ignore[arg-type]
-    say_notes(plan.source.base)
+    say_notes(plan.source.base.notes_read())
     print_export_plan(aside() if json else out(), plan)
     if dry_run:
         if json:

@@ -43,7 +43,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     device, source = open_device(gpu), find(run, checkpoint, base)
-    say_notes(source.base)
+    say_notes(source.base.notes_read())
     tokenizer, merged = tokenizer_of(source), Merged(source)
     ids = [ids_of(tokenizer, text, chat=chat) for text in prompts]
     room = Room(merged, tokenizer, device, prompts=ids, sampling=sampling)

@@ -118,7 +118,7 @@ def plan(
     for model in filter(None, models):
         spec = resolve_for_plan(model, trust_remote_code=bool(given.get("trust_remote_code")))
         with with_new_tokens(spec, {**UNPLANNED, **given, "model": model}) as (grown, _):
-            say_notes(grown, given.get("quantization"))
+            say_notes(grown.notes_with(given.get("quantization")))
     if compares:
         _compare(given, models, gpus or [given.get("gpu", "auto")], wish, host_bytes, json)
         return

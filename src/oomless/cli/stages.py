@@ -149,10 +149,8 @@ def plan_stages(
     hours: list[tuple[float, float] | None] = []
     if model := stages[0].settings.get("model"):
         forms = [stage.settings.get("quantization") for stage in stages]
-        say_notes(
-            resolve_for_plan(model, trust_remote_code=bool(stages[0].settings.get("trust_remote_code"))),
-            "mxfp4" if "mxfp4" in forms else None,
-        )
+        spec = resolve_for_plan(model, trust_remote_code=bool(stages[0].settings.get("trust_remote_code")))
+        say_notes(spec.notes_with("mxfp4" if "mxfp4" in forms else forms[0]))
 
     def decide(stage: Stage, settings: dict[str, Any]) -> tuple[TrainConfig, Plan | None]:
         if not json:

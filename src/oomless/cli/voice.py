@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING
 
 from oomless.report.screen import Screen
-
-if TYPE_CHECKING:
-    from oomless.models.spec import ModelSpec
 
 
 def speaks() -> bool:
@@ -29,7 +26,7 @@ def aside() -> Screen:
     return Screen(stderr=True)
 
 
-def say_notes(spec: ModelSpec, quantization: str | None = None) -> None:
-    """Say, beside the answers, what the name of ``spec`` was taken for, how its weights are stored, and what that is to a plan."""
-    for note in spec.notes_with(quantization):
+def say_notes(notes: Iterable[str]) -> None:
+    """Say, beside the answers, what a model's name was taken for and how its weights are stored: ``ModelSpec.notes_with``, ``notes_read``."""
+    for note in notes:
         aside().print(note, style="dim")

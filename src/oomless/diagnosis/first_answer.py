@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +181,13 @@ def missing_of(
     if situation.gpu is None and situation.capacity_bytes is None:
         missing.append("--gpu: which GPU it is")
     values, sources = rehearsed or (situation.values, situation.sources)
+    defaults = {field.name: field.default for field in fields(config.TrainConfig)}
     of_a_step = first is None or not (first.place.phase in ("load", "save") or first.place.generating)
     for name in ("max_seq_length", "dtype", "per_device_train_batch_size") if of_a_step else ("dtype",):
         if sources.get(name, "assumed") == "assumed":
-            assumed = f": it was assumed to be {values.get(name, 1)}" if rehearsed is not None else ""
+            assumed = (
+                f": it was assumed to be {values.get(name) or defaults[name] or 1}" if rehearsed is not None else ""
+            )
             missing.append(f"--{name.replace('_', '-')}{assumed}")
     if situation.tool is None:
         missing.append("--tool: what ran (trainer, trl, unsloth, llamafactory ...), for changes in its words")

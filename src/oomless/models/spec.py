@@ -40,9 +40,18 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
     """What was taken for what, to be said once."""
 
+    def notes_read(self) -> tuple[str, ...]:
+        """Return what is to be said where the model is read and not trained."""
+        if self.stored_as is None or self.folder is None:
+            return self.notes
+        return (f"the weights of {self.name} are stored as {self.stored_as}: {starting_point.READ_PLAIN}", *self.notes)
+
     def notes_with(self, quantization: str | None) -> tuple[str, ...]:
-        """Return what is to be said of a plan that holds frozen weights in the form ``quantization``."""
-        if quantization != "mxfp4" or self.stored_as != "mxfp4" or self.folder is not None:
+        """Return what is to be said of a plan or a run that holds frozen weights in the form ``quantization``."""
+        if self.stored_as is not None and self.folder is not None:
+            how = starting_point.trained_from(self.stored_as, quantization)
+            return (f"the weights of {self.name} are stored as {self.stored_as}: {how}", *self.notes)
+        if quantization != "mxfp4" or self.stored_as != "mxfp4":
             return self.notes
         return (
             *self.notes,
@@ -83,14 +92,13 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     config = read_config(folder / "config.json", trust_remote_code)
     config._name_or_path = str(folder.resolve()) if path.is_dir() else name
     _, kind = starting_point.stored_as(folder)
-    notes = () if kind is None else (f"the weights of {name} are stored as {kind}: {starting_point.read_plain(kind)}",)
     return ModelSpec(
         name=name,
         config=config,
         folder=folder,
         trust_remote_code=trust_remote_code,
         stored_as=kind,
-        notes=(*notes, *_of_a_trainer(folder), *_parts(config), *_of_new_tokens(folder)),
+        notes=(*_of_a_trainer(folder), *_parts(config), *_of_new_tokens(folder)),
     )
 
 

@@ -45,10 +45,17 @@ def stored_as(place: Path) -> tuple[Mapping[str, Any], str | None]:
     return _quantization(settings)
 
 
-def read_plain(kind: str) -> str:
-    """Return how weights in the form ``kind`` are trained from, in words."""
-    frozen = "mxfp4 keeps frozen experts as they are" if kind == "mxfp4" else "holds what is frozen in few bits"
-    return f"they are read with their scales as plain numbers, trained so and saved so; --quantization {frozen}"
+READ_PLAIN = "they are read with their scales as plain numbers"
+
+
+def trained_from(kind: str, quantization: str | None) -> str:
+    """Return how weights in the form ``kind`` are trained from where frozen ones are held in the form ``quantization``, in words."""
+    if quantization == "mxfp4" == kind:
+        return "frozen experts are held so, without rounding; what is saved is plain numbers"
+    if quantization is not None:
+        return f"{READ_PLAIN}, what is frozen is held as {quantization}, and what is saved is plain"
+    frozen = "mxfp4 keeps frozen experts as they are" if kind == "mxfp4" else "nf4 holds what is frozen in few bits"
+    return f"{READ_PLAIN}, trained so and saved so; --quantization {frozen}"
 
 
 def quantization_kind(settings: Mapping[str, Any]) -> str | None:

@@ -92,7 +92,7 @@ class Run(Life):
         start = ranks.from_first(lambda: resuming.checkpoint_to_resume(config, folder, ranks.count, listener.said))
         torch.manual_seed(config.seed)
         spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
-        for note in spec.notes:
+        for note in spec.notes_with(config.quantization):
             listener.said(note)
         tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
         check_tokenizer(tokenizer, spec.config.get_text_config().vocab_size)
