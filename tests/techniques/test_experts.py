@@ -1,6 +1,7 @@
 """Mixtures of experts: equal to transformers' own, in every form that the experts may lie in, and rehearsed to the byte."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ from oomless.models import experts
 from oomless.models.spec import resolve
 from oomless.planning.layout import Layout
 from oomless.planning.rehearse import play, rehearse, virtual_device
+from oomless.techniques import routes
 from oomless.techniques.experts import expert_modules
 from oomless.training import loop
 from oomless.training.assemble import assemble
@@ -296,3 +298,49 @@ def test_refused(make_checkpoint, make_mixture, family, settings, message):
     folder = make_checkpoint("llama") if family is None else make_mixture(family)
     with pytest.raises(ConfigError, match=message):
         rehearse(resolve(str(folder)), make_config(folder, **settings), virtual_device())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantization": "nf4", "gradient_checkpointing": True}], ids=["plain", "nf4"]
+)
+def test_where_tokens_go_is_what_the_routers_chose(make_mixture, settings):
+    folder = make_mixture("qwen3_moe")
+    device, config = VirtualGPU(1 << 30), make_config(folder, trainable="lora", lora_r=4, dtype="fp32", **settings)
+    ids, positions = torch.arange(1, 65)[None] * 7 % 500, torch.arange(64)[None]
+    batch = MicroBatch(input_ids=ids, labels=ids, position_ids=positions, document_lengths=((64,),), target_count=64)
+    with device.active():
+        parts = assemble(resolve(str(folder)), config, device, fill=True)
+        parts.step.evaluate([batch])
+        assert routes.take(parts.model) is None
+        parts.step.accumulate([batch], 64)
+        found = routes.take(parts.model)
+        assert routes.take(parts.model) is None
+    own = AutoModelForCausalLM.from_pretrained(folder)(ids, output_router_logits=True).router_logits
+    counts = [torch.bincount(logits.topk(3).indices.flatten(), minlength=8) for logits in own]
+    if not settings:  # frozen weights in 4 bits choose a little otherwise
+        assert found.busiest == pytest.approx(sum(int(c.max()) for c in counts) / (len(counts) * 64 * 3))
+        assert found.unused == sum(int((c == 0).sum()) for c in counts)
+    assert found.busiest == pytest.approx(sum(int(c.max()) for c in counts) / (len(counts) * 64 * 3), abs=0.05)
+    assert (found.even, found.experts) == (1 / 8, 8 * len(counts))
+
+
+def test_a_run_says_and_records_where_tokens_go(make_mixture, corpus, tmp_path):
+    said = []
+    listener = loop.Listener()
+    listener.said = said.append
+    config = make_config(
+        make_mixture("olmoe"),
+        corpus,
+        tmp_path,
+        trainable="lora",
+        lora_r=4,
+        max_steps=2,
+        logging_steps=1,
+        gpu="virtual:64MiB",
+    )
+    loop.train(config, listener)
+    assert len([text for text in said if "the busiest expert of a layer gets" in text]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["busiest_expert_share"] for line in lines if "gradient_norm" in line]
+    assert len(shares) == 2
+    assert all(1 / 4 <= share <= 1 for share in shares)

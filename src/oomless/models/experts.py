@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from oomless.memory.device import Device
 from oomless.ops.grouped_linear import Groups, combine, dispatch, even_bounds, grouped_linear
-from oomless.techniques import expert_adapters
+from oomless.techniques import expert_adapters, routes
 from oomless.techniques.experts import expert_modules
 
 NAME = "oomless"
@@ -30,6 +30,7 @@ def place(model: Any, device: Device) -> None:
     """Tell the experts of ``model`` which device they are on."""
     for _, module in expert_modules(model):
         module.device = device
+        routes.begin(module)
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     places = places.view(-1, choices)
     bounds = torch.searchsorted(sorted_experts, torch.arange(module.num_experts + 1, device=order.device))
     groups = Groups(device.numbers(bounds, even_bounds(order.numel(), module.num_experts)))
+    routes.count(module, groups.bounds)
 
     rows = dispatch(hidden_states, places, order // choices)
     if module.has_gate:

@@ -370,6 +370,9 @@ def _charts(runs: Sequence[Logged]) -> Iterator[Chart]:
         marks=marks(lambda run: run.recovered),
     )
     yield Chart(title="Gradient norm", show=_plain, lines=lines(("gradient_norm", "gradient norm")), from_zero=True)
+    if any("busiest_expert_share" in run.values for run in runs):
+        shares = lines(("busiest_expert_share", "busiest expert of a layer"))
+        yield Chart(title="Share of choices", show=lambda value: f"{value:.1%}", lines=shares, from_zero=True)
 
 
 def _name(run: Logged, of: str, alone: bool) -> str:

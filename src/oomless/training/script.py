@@ -10,7 +10,7 @@ import torch
 from oomless.data.loader import micro_batches
 from oomless.errors import DataError
 from oomless.models import attention
-from oomless.techniques import sharding
+from oomless.techniques import routes, sharding
 from oomless.training import steps
 from oomless.training.evaluation import evaluate
 from oomless.training.guard import OutOfMemory, is_out_of_memory
@@ -76,6 +76,9 @@ def begin(life: Life) -> None:
         with suppress(Abandoned):  # the run was asked to end, and does so before its first step
             life.guard.rehearse(batches)
         life.device.count_work(0)
+    routed = routes.take(life.assembly.model)
+    if routed is not None:
+        life.listener.said(f"in the blocks tried first {routed}; memory does not depend on it")
 
 
 def finish(life: Life) -> None:

@@ -10,6 +10,7 @@ from oomless.config import BadLossPolicy
 from oomless.data.loader import MicroBatch, micro_batches
 from oomless.errors import HostMemoryError, TrainingError
 from oomless.memory.device import random_state, set_random_state
+from oomless.techniques import routes
 from oomless.training.audit import TrainabilityAudit
 from oomless.training.bad_loss import MOST_IN_A_ROW, what_to_do
 from oomless.training.evaluation import evaluate
@@ -208,6 +209,8 @@ def _log_step(life: Life, loss: float, outcome: StepResult, tokens_per_second: f
     if life.assembly.loss_scale.dynamic:
         metrics["loss_scale"] = life.device.number(life.assembly.loss_scale.scale)
     metrics |= life.guard.metrics()
+    routed = routes.take(life.assembly.model)
+    metrics |= routed.metrics if routed is not None else {}
     life.keeper.record(metrics)
     life.listener.stepped(metrics)
     life.watch.device_after(life.step, usage)
