@@ -95,6 +95,7 @@ def test_what_was_measured_outranks_the_catalogue_and_is_named(cache):
     [
         (("--gpu", "cpu"), "check-gpu is for a GPU, and the CPU is none"),
         (("--gpu", "virtual:4GiB", "--minutes", "0"), "minutes must be above 0; got 0"),
+        (("--gpu", "virtual:64MiB"), "a check asks for up to 1.00 GiB, and 64.00 MiB of"),
     ],
 )
 def test_what_cannot_be_checked_is_one_error(arguments, said):

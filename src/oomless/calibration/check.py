@@ -12,12 +12,15 @@ import torch
 from oomless.calibration import parts
 from oomless.calibration.points import POINTS, Point, try_point
 from oomless.catalogue.calibration import Calibration
+from oomless.errors import HardwareError
 from oomless.memory.device import Device
 from oomless.planning.plan import Target
-from oomless.units import format_bytes
+from oomless.units import GiB, counted, format_bytes
 
 ALLOCATED_ERROR, RESERVED_ERROR = 0.01, 0.05
 """By more than these a peak is not predicted."""
+
+LEAST_FREE_BYTES = GiB
 
 MOST_OUTSIDE = 2
 """More than so many times what the catalogue expects outside the allocator is held by other programs too."""
@@ -61,9 +64,18 @@ def check(device: Device, target: Target, *, seconds: float, heard: Callable[[st
     """Check ``device``, which ``target`` describes, in about ``seconds``; each part is told to ``heard`` when it begins.
 
     On a virtual GPU models are tiny, and what is measured is the CPU's: it tries the check itself.
+
+    Raises:
+        HardwareError: too little of its memory is free.
     """
     ends = time.monotonic() + seconds
     virtual = device.torch_device.type != "cuda"
+    free = device.capacity_bytes or 0 if virtual else torch.cuda.mem_get_info(device.torch_device)[0]
+    if free < LEAST_FREE_BYTES:
+        raise HardwareError(
+            f"a check asks for up to {format_bytes(LEAST_FREE_BYTES)}, and {format_bytes(free)} of {device.name} are free: "
+            f"{'name a larger one' if virtual else 'end what else uses it'}"
+        )
     findings = []
     with device.active():
         for name, part in (
@@ -129,7 +141,7 @@ def _judged(points: list[Point]) -> Finding:
     return Finding(
         part="peaks",
         right=right,
-        text=f"of {len(ran)} trainings the worst is {allocated:+.2%} allocated and {reserved:+.2%} reserved",
+        text=f"of {counted(len(ran), 'training')} the worst is {allocated:+.2%} allocated and {reserved:+.2%} reserved",
     )
 
 
