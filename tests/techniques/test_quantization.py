@@ -1,6 +1,7 @@
 """Quantised frozen layers: what is quantised, how much memory loading takes, training, saving."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -206,6 +207,31 @@ def test_experts_of_an_architecture_of_its_own():
     )
     with pytest.raises(ConfigError, match="neither linear layers nor experts behind"):
         rehearse(ModelSpec(name="moe", config=own, folder=None), make_config("x", trainable="lora"), virtual_device())
+
+
+def test_tables_that_are_looked_up_stay_as_they_are(make_checkpoint):
+    """No product reads them, so they may be larger than all that is stored in few bits, as in Gemma 4 E2B."""
+    folder = make_checkpoint("gemma4", hidden_size_per_layer_input=64, vocab_size_per_layer_input=4096)
+    config = make_config(folder, trainable="lora", quantization="nf4")
+    gpu = VirtualGPU(1 << 30)
+    with gpu.active():
+        model = assemble(resolve(str(folder)), config, gpu, fill=True).model
+    few_bits = sum(math.prod(layer.shape) for _, layer in frozen_layers(model))
+    (table,) = (m.weight for name, m in model.named_modules() if name.endswith("embed_tokens_per_layer"))
+    assert 0 < few_bits < table.numel()
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(table, stored["model.embed_tokens_per_layer.weight"].to(table.dtype))
+
+
+def test_such_a_model_trains_and_is_saved_whole(make_checkpoint, corpus, tmp_path):
+    folder = make_checkpoint("gemma4", hidden_size_per_layer_input=64, vocab_size_per_layer_input=4096)
+    result = loop.train(
+        make_config(folder, corpus, tmp_path / "run", trainable="lora", max_steps=2, gpu="virtual:64MiB")
+    )
+    saved, before = load_file(result.model_dir / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert saved.keys() == before.keys()
+    name = "model.embed_tokens_per_layer.weight"
+    assert torch.equal(saved[name], before[name].to(saved[name].dtype))
 
 
 def test_missing_weight(make_checkpoint, tmp_path):
