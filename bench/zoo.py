@@ -63,6 +63,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in ("roformer", "xlm-roberta", "xlm-roberta-xl", "big_bird")},
     **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "nemotron": {"num_key_value_heads": 8},
+    # Kinds of layers that the published models have, and a default hides.
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid"] * 3, "num_mem_blocks": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import build, form
-from oomless.models.spec import resolve
+from oomless.models.make import without_memory
+from oomless.models.spec import most_positions, resolve
 from oomless.models.twin import small_config
 from oomless.ops.attention import attention_kernel
 from oomless.planning.rehearse import virtual_device
@@ -128,3 +129,28 @@ def test_a_rehearsal_asks_as_a_run_does(folder_of):
 def test_a_cap_that_only_large_logits_reach_is_seen_in_16_bits():
     config = small_config(AutoConfig.for_model("recurrent_gemma"))
     assert form.body.logit_transform(config)[0] == config.logits_soft_cap == 30.0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "kinds"),
+    [
+        (
+            "zamba2",
+            {},
+            {"Zamba2MambaMixer", "Zamba2Attention"},
+        ),  # the first hybrid layer is the 7th, the second the 13th
+        ("bamba", {"attn_layer_indices": [9, 18, 27]}, {"BambaMixer", "BambaAttention"}),
+        ("recurrent_gemma", {}, {"RecurrentGemmaRecurrentBlock", "RecurrentGemmaAttention"}),
+        ("jamba", {}, {"JambaMambaMixer", "JambaAttention", "JambaExperts"}),
+    ],
+)
+def test_a_twin_has_layers_of_each_kind(model_type, settings, kinds):
+    small = small_config(AutoConfig.for_model(model_type, **settings))
+    assert kinds <= {type(module).__name__ for module in without_memory(small).modules()}
+
+
+def test_positions_without_limit_are_none_to_exceed(folder_of):
+    spec = resolve(str(folder_of("xlnet", d_model=64, n_layer=2, n_head=4, d_inner=96)))
+    assert most_positions(spec.config) is None
+    with pytest.raises(ModelError, match="a token sees those behind it"):
+        form.choose(spec, "concatenate")

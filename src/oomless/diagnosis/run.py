@@ -26,7 +26,7 @@ from oomless.errors import ConfigError
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.make import ties
-from oomless.models.spec import ModelSpec, resolve_for_plan
+from oomless.models.spec import ModelSpec, most_positions, resolve_for_plan
 from oomless.planning.layout import with_new_tokens
 from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehearse_briefly
@@ -279,7 +279,7 @@ def _usable(run: FailedRun, notes: list[str]) -> FailedRun:
     """Return ``run`` without the settings that do not go together, those of the text first, each of which is noted."""
     values, sources = dict(run.values), dict(run.sources)
     if run.spec is not None:
-        positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None)
+        positions = most_positions(run.spec.config)
         if positions and values.get("max_seq_length", 0) > positions:
             notes.append(
                 f"rehearsed with {positions:,} tokens, the most that the model takes, instead of {values['max_seq_length']:,}"
@@ -377,7 +377,7 @@ def choose_unknowns(
     lengths: list[int | None] = [None]
     found: list[int] = []
     if "max_seq_length" not in run.values:
-        positions = getattr(run.spec.config.get_text_config(), "max_position_embeddings", None) or USUAL_TOKENS
+        positions = most_positions(run.spec.config) or USUAL_TOKENS
         found = list(dict.fromkeys(s.tokens for s in solved[:_SOLVED_LENGTHS] if s.tokens and roundness(s.tokens) >= 1))
         lengths = [n for n in found if n <= LONGEST_USUAL_TOKENS] or [min(USUAL_TOKENS, positions)]
     # Recent TRL checkpoints where it is not told, older TRL does not.

@@ -22,6 +22,7 @@ from oomless.memory.device import Device
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.blame import blamed
 from oomless.models.form import Form
+from oomless.models.spec import most_positions
 from oomless.units import format_bytes
 
 _NO_END = 1 << 50
@@ -90,7 +91,7 @@ class Room:
             HardwareError: the memory that is free does not hold it.
         """
         longest, new = self.longest, self.sampling.max_new_tokens
-        positions = getattr(self.merged.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = most_positions(self.merged.model.config)
         if longest and positions and longest + new > positions:
             raise ConfigError(
                 f"{longest} tokens of the prompt and {new} new ones are more than the {positions} that the model was made for: "

@@ -27,6 +27,7 @@ from oomless.export.merged import HOST
 from oomless.export.source import Source
 from oomless.models import build, form
 from oomless.models.make import sees
+from oomless.models.spec import most_positions
 from oomless.models.verify import quiet
 from oomless.techniques import trainable
 
@@ -117,7 +118,7 @@ def _compare_logits(plan: Plan, folder: Path) -> Checked:
 def _ids(plan: Plan) -> Tensor:
     """Return the first tokens of the model card, [1, T]."""
     ids = tokenizer_of(plan.source)(card.text(plan), add_special_tokens=False)["input_ids"]
-    longest = getattr(plan.source.base.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
+    longest = most_positions(plan.source.base.config) or _TOKENS
     return torch.tensor([ids[: min(_TOKENS, longest)]])
 
 

@@ -24,7 +24,7 @@ from oomless.config import Packing
 from oomless.errors import ModelError
 from oomless.memory.device import Device
 from oomless.models import attention, body, twin
-from oomless.models.spec import ModelSpec
+from oomless.models.spec import ModelSpec, most_positions
 from oomless.techniques.kinds import kind_in
 
 OWN_ATTENTION = "eager"
@@ -194,7 +194,7 @@ def find_problem(
 
 def length_for(model: Any) -> int:
     """Return how many tokens ``model`` is asked about: no more than it has positions for."""
-    return min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+    return min(LENGTH, most_positions(model.config) or LENGTH)
 
 
 def tolerance(model: Any) -> float:

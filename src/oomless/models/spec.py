@@ -229,6 +229,12 @@ SIZES = (
 )
 
 
+def most_positions(config: Any) -> int | None:
+    """Return how many positions the text model of ``config`` has; ``None`` where they are unlimited, for which XLNet says -1."""
+    said = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return said if said is not None and said > 0 else None
+
+
 def largest(config: Any, name: str) -> int | None:
     """Return the number ``name`` of ``config``, the largest where it is one for each layer, or ``None`` without one."""
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
@@ -240,7 +246,7 @@ def _check_sizes(path: Path, config: Any) -> None:
     """Check what no model can be without; what an architecture has as a list, one for each layer, is left to transformers."""
     sizes = {name: size for name in SIZES if (size := largest(config, name)) is not None}
     for name, size in sizes.items():
-        if size < 1:
+        if size < 1 and not isinstance(getattr(type(config), name, None), property):  # which a class says of itself
             raise ModelError(f"the model config {path} has {name} {size}: a model has at least 1")
     heads, shared = sizes.get("num_attention_heads", 0), sizes.get("num_key_value_heads", 1)
     if heads % shared:

@@ -32,6 +32,12 @@ _PERIOD = re.compile(
     r".*(period|offset|interval|pattern|every_n_layers|first_k_dense_replace|num_dense_layers|_step|group_size)"
 )
 _TOKEN = re.compile(r".*(token_id|_idx|_index)")
+_PLACES = re.compile(r".*(layer|attn)s?_(ids|indices|idxs)|.*_layers")
+"""Lists of the places of layers of one kind."""
+
+_TYPES = re.compile(r".*(layer|block)s?_types?|.*layers?_pattern")
+"""Lists of the kinds of layers, of all or of a pattern that repeats."""
+
 _MOST_LAYERS = 12
 _WIDTH, _HEAD = 64, 16
 
@@ -191,19 +197,28 @@ class _Shrinking:
             return [first] + [2] * (len(value) - 1)
         if len(value) == self.count:
             return [self._value(name, item) for item in value[: self.layers]]
-        if value and all(type(item) is int for item in value) and max(value) < self.count:
+        if _are_below(value, self.count):
             return [item for item in value if item < self.layers]
         return value
 
 
 def _layers(settings: dict[str, Any], count: int) -> int:
-    """Return how many of the first of ``count`` layers show each kind twice, by lists of all layers and by periods."""
+    """Return how many of the first of ``count`` layers show each kind, twice where that is not too many, by lists and by periods."""
     lists = [value for value in settings.values() if isinstance(value, list) and len(value) == count]
     kinds = list(zip(*([str(item) for item in value] for value in lists), strict=True))
-    places = [[place for place, kind in enumerate(kinds) if kind == one][:2][-1] + 1 for one in set(kinds)]
+    of_each = [[place for place, kind in enumerate(kinds) if kind == one] for one in set(kinds)]
+    of_each += [sorted(v) for name, v in settings.items() if _PLACES.fullmatch(name) and _are_below(v, count)]
+    shown = [[place + 1 for place in places[:2] if place < _MOST_LAYERS] for places in of_each]
+    patterns = [
+        len(v) for name, v in settings.items() if _TYPES.fullmatch(name) and isinstance(v, list) and 0 < len(v) < count
+    ]
     periods = [
         value + 1
         for name, value in settings.items()
         if _PERIOD.fullmatch(name) and type(value) is int and 0 < value < count
     ]
-    return min(count, _MOST_LAYERS, max([2, *(place for place in places if place <= _MOST_LAYERS), *periods]))
+    return min(count, _MOST_LAYERS, max([2, *(places[-1] for places in shown if places), *patterns, *periods]))
+
+
+def _are_below(value: Any, count: int) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < count for item in value)

@@ -17,7 +17,7 @@ from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.errors import ConfigError, HardwareError
 from oomless.memory.device import CudaDevice, Device, nowhere
 from oomless.models import build, form, save
-from oomless.models.spec import ModelSpec
+from oomless.models.spec import ModelSpec, most_positions
 from oomless.models.weights import adapter_file, open_file
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import (
@@ -251,7 +251,7 @@ def check_length(spec: ModelSpec, config: TrainConfig) -> None:
     Raises:
         ConfigError: they do not.
     """
-    longest = getattr(spec.config.get_text_config(), "max_position_embeddings", None)
+    longest = most_positions(spec.config)
     if longest and config.max_seq_length > longest:
         raise ConfigError(
             f"max_seq_length must be at most the model's max_position_embeddings, {longest}; got {config.max_seq_length}: use {longest}"
