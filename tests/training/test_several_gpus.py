@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.gpt_oss import GPT_OSS
 from tests.training.test_samples import written
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
@@ -364,6 +365,20 @@ def test_a_checkpoint_serves_any_number_of_processes(
         assert {key: tensor.shape for key, tensor in ours.items()} == {
             key: tensor.shape for key, tensor in theirs.items()
         }
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_in_parts_are_begun_and_merged_as_whole_ones(make_checkpoint, corpus, tmp_path, processes):
+    model, models = make_checkpoint("llama", **GPT_OSS), []
+    for how in ("shard", "replicate"):
+        settings = dict(trainable="lora", lora_r=4, sharding=how, learning_rate=0.05, max_steps=2, save_steps=2)
+        config = make_config(model, corpus, tmp_path / how, dtype="fp32", **settings)
+        assert together(processes, tmp_path / "out", train, config) == [2, 2]
+        models.append(load_file(tmp_path / how / "model" / "model.safetensors"))
+    assert_same_losses(tmp_path / "replicate", tmp_path / "shard")
+    for name, tensor in load_file(model / "model.safetensors").items():
+        assert torch.allclose(models[0][name], models[1][name], atol=2e-3), name
+        assert not (name.endswith("experts.down_proj") and torch.equal(models[0][name], tensor)), name
 
 
 def test_a_checkpoint_is_bit_for_bit_what_one_process_would_write(make_checkpoint, corpus, tmp_path, processes):

@@ -19,6 +19,7 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.ops.grouped_linear import Groups, grouped_linear
+from oomless.techniques import sharding
 from oomless.techniques.experts import STACKS, expert_modules
 
 PREFIX = "lora_"
@@ -50,7 +51,7 @@ class ExpertAdapter(nn.Module):
         self.B = nn.Parameter(
             torch.zeros(self.outputs, self.rank * self.experts, dtype=dtype, device=device.torch_device)
         )
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as the weight of an nn.Linear
+        _initialise(self.A)
 
     def add(self, rows: Tensor, base: Tensor, groups: Groups, places: Tensor) -> Tensor:
         """Return ``base`` with what the adapters make of ``rows``, added in place: [S, out].
@@ -85,6 +86,36 @@ class ExpertAdapter(nn.Module):
                 merged = device.fetch(stack[expert]) + self.delta(expert, device).to(stack.dtype)
             stack[expert].copy_(merged)
             self.merged_experts += 1
+
+
+def _initialise(a: Tensor) -> None:
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as the weight of an nn.Linear
+
+
+@torch.no_grad()
+def initialise_parts(model: Any, device: Device) -> None:
+    """Initialise adapters of which each process holds a part, as ``lora.initialise_parts``."""
+    for _, _, adapter in sorted(
+        adapters(model), key=lambda found: f"{found[0]}.{found[1]}"
+    ):  # as ``inject`` makes them
+        whole = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=device.torch_device)
+        _initialise(whole)
+        sharding.fill(adapter.A, whole)
+        sharding.local(adapter.B).zero_()
+
+
+@torch.no_grad()
+def merge_parts(model: Any) -> None:
+    """Add adapters of experts into their stacks, in place, where each process holds some experts of these and a part of the adapters."""
+    modules = dict(model.named_modules())
+    for name, stack, adapter in adapters(model):
+        held: Any = getattr(modules[name], stack)
+        a, b = (parameter.full_tensor().float() for parameter in (adapter.A, adapter.B))  # type: ignore[attr-defined]
+        a, b = a.view(adapter.experts, adapter.rank, -1), b.view(-1, adapter.rank, adapter.experts)
+        own, first = sharding.local(held), sharding.first_element(held) // (held.numel() // held.shape[0])
+        for place, matrix in enumerate(own):
+            added = b[:, :, first + place] @ a[first + place] * adapter.scaling
+            matrix.copy_(matrix.float() + (added.t() if adapter.transposed else added))
 
 
 def targets(model: Any) -> dict[str, tuple[Any, str]]:

@@ -148,6 +148,7 @@ def _materialise(layer: Any, dtype: torch.dtype, device: Device) -> None:
 
 def initialise_parts(model: Any, device: Device) -> None:
     """Initialise adapters of which each process holds a part: the whole is made as for one process, and cut."""
+    expert_adapters.initialise_parts(model, device)
     for module in _adapted_layers(model):
         halves = (module.lora_A[ADAPTER], module.lora_B[ADAPTER])
         parts = [half.weight for half in halves]
@@ -164,6 +165,7 @@ def initialise_parts(model: Any, device: Device) -> None:
 @torch.no_grad()
 def merge_parts(model: Any) -> None:
     """Add every adapter into its matrix, in place, where each process holds a part of both: rows, of a matrix that may lie [in, out]."""
+    expert_adapters.merge_parts(model)
     for module in _adapted_layers(model):
         a, b = (half.weight.full_tensor().float() for half in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]))
         weight = module.get_base_layer().weight
