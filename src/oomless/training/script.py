@@ -78,7 +78,7 @@ def begin(life: Life) -> None:
         life.device.count_work(0)
     routed = routes.take(life.assembly.model)
     if routed is not None:
-        life.listener.said(f"in the blocks tried first {routed}; memory does not depend on it")
+        life.listener.said(f"in the blocks tried first {routed}; no byte depends on it")
 
 
 def finish(life: Life) -> None:
