@@ -33,14 +33,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from memory_table import BARS, LLAMA, TECHNIQUES
-from oomless.calibration.points import shrunk
+from oomless.calibration.points import assembled, shrunk
 from oomless.config import TrainConfig
 from oomless.memory.device import CudaDevice, Device
 from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.plan import Target, target_for
 from oomless.planning.rehearse import rehearse, virtual_device
 from oomless.planning.throughput import throughput
-from oomless.training.assemble import assemble
 from provenance import provenance, write
 
 WARM_UP, STEPS = 2, 8
@@ -153,10 +152,7 @@ def random_tokens(spec: ModelSpec, length: int) -> torch.Tensor:
 def ours(config: TrainConfig, spec: ModelSpec, device: Device) -> dict[str, float]:
     tokens = random_tokens(spec, config.max_seq_length)
     with device.active():
-        parts = assemble(spec, config, device, fill=False)
-        with torch.no_grad():
-            for parameter in parts.model.parameters():
-                parameter.normal_(std=0.02)
+        parts = assembled(spec, config, device)
         batch = dataclasses.replace(
             blank_batch(1, (config.max_seq_length,), device),
             input_ids=tokens[:, :-1],

@@ -9,8 +9,8 @@ MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
 
-_BINARY = {"kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
-_UNITS = {"": 1, "b": 1, **_BINARY, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
+_UNITS = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
+_UNITS |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from oomless.calibration import parts
-from oomless.calibration.check import check
+from oomless.calibration.check import _judged, check
+from oomless.calibration.points import Point
 from oomless.catalogue import calibration, gpu, overhead
 from oomless.catalogue.calibration import Calibration
 from oomless.catalogue.efficiency import measured
@@ -65,6 +66,32 @@ def test_a_loss_that_is_off_by_a_thousandth_is_noticed(monkeypatch):
     device = VirtualGPU(1 << 32)
     with device.active(), pytest.raises(RuntimeError, match="the loss in float32"):
         parts.operators(device)
+
+
+def point(measured, **more):
+    figures = {"predicted_allocated_bytes": 1000, "predicted_reserved_bytes": 1000, "predicted_tokens_per_second": None}
+    return Point(
+        name="one", fits=True, **figures, measured_allocated_bytes=measured, measured_reserved_bytes=1000, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "right"),
+    [
+        ([point(1000)], True),
+        ([point(1000), point(1009)], True),
+        ([point(1000), point(1011)], False),
+        ([point(1000), point(0, error="CUDA out of memory")], False),
+    ],
+)
+def test_a_peak_that_is_missed_by_more_than_a_hundredth_is_wrong(points, right):
+    assert _judged(points).right == right
+
+
+def test_what_cannot_be_kept_is_not_said_to_be(tmp_path, monkeypatch):
+    (tmp_path / "oomless").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert calibration.keep(FOUND) is None
 
 
 def test_what_was_measured_outranks_the_catalogue_and_is_named(cache):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from oomless import optim
-from oomless.errors import UserError
 from oomless.memory.allocator import CachingAllocator
 from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.allocator_state import Block
@@ -19,10 +18,10 @@ from oomless.memory.device import Device
 from oomless.ops.attention import packed_attention
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.ops.rms_norm import rms_norm
-from oomless.optim.fused import SMALLEST_CAPABILITY
-from oomless.units import counted, format_bytes
+from oomless.training import kernels
+from oomless.training.precision import DTYPES
+from oomless.units import MiB, counted, format_bytes
 
-MiB = 1 << 20
 REQUESTS = 2000
 LARGEST_REQUEST, MOST_HELD = 48 * MiB, 512 * MiB
 DOCUMENTS = (((96,),), ((40, 56),), ((1, 31, 64),))
@@ -42,8 +41,7 @@ def allocator(device: Device) -> str:
     device.empty_cache()
     before = device.usage()
     for number in range(REQUESTS):
-        in_use = sum(block.size_bytes for _, block in held)
-        if held and (in_use > MOST_HELD or rng.random() < 0.45):
+        if held and (simulated.statistics.allocated.current > MOST_HELD or rng.random() < 0.45):
             tensor, block = held.pop(rng.randrange(len(held)))
             simulated.free(block)
             del tensor
@@ -70,7 +68,7 @@ def attention(device: Device) -> str:
         RuntimeError: they differ by more than rounding.
     """
     worst = 0.0
-    for dtype in _dtypes(device):
+    for dtype in _dtypes(device).values():
         for documents in DOCUMENTS:
             generator = torch.Generator().manual_seed(0)
             given = [torch.randn(1, heads, 96, 64, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
@@ -79,9 +77,7 @@ def attention(device: Device) -> str:
             ours = packed_attention(lean[0], lean[1], lean[2], document_lengths=documents, scale=0.125)
             plain = _plain_attention(exact[0], exact[1], exact[2], documents[0])
             worst = max(worst, _compare("attention", (ours, lean), (plain, exact), device))
-    return (
-        f"as plain products in fp64, forward and gradients, {_named(device)}; worst {worst:.0%} of what rounding allows"
-    )
+    return f"as plain products in fp64, forward and gradients, {', '.join(_dtypes(device))}; worst {worst:.0%} of what rounding allows"
 
 
 def operators(device: Device) -> str:
@@ -91,7 +87,7 @@ def operators(device: Device) -> str:
         RuntimeError: they differ by more than rounding.
     """
     worst = 0.0
-    for dtype in _dtypes(device):
+    for dtype in _dtypes(device).values():
         generator = torch.Generator().manual_seed(0)
         x, w = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((64, 128), (500, 128)))
         targets = torch.randint(500, (64,), generator=generator)
@@ -103,7 +99,7 @@ def operators(device: Device) -> str:
         norm = rms_norm(lean[0], lean[1][0], eps=1e-6)
         plain = torch.nn.functional.rms_norm(exact[0], (128,), exact[1][0], eps=1e-6)
         worst = max(worst, _compare("RMS norm", (norm, lean), (plain, exact), device))
-    return f"loss and RMS norm as PyTorch's in fp64, {_named(device)}; worst {worst:.0%} of what rounding allows"
+    return f"loss and RMS norm as PyTorch's in fp64, {', '.join(_dtypes(device))}; worst {worst:.0%} of what rounding allows"
 
 
 def updates(device: Device) -> str:
@@ -112,18 +108,16 @@ def updates(device: Device) -> str:
     Raises:
         RuntimeError: they differ by more than rounding.
     """
-    if device.torch_device.type == "cuda" and (device.compute_capability or (0, 0)) < SMALLEST_CAPABILITY:
-        return "plain ones: fused kernels need a newer GPU"
+    if (reason := kernels.none_here(device)) is not None:
+        return f"plain ones: {reason}"
     tried = 0
     for name in UPDATES:
-        for dtype in _dtypes(device):
+        for dtype in _dtypes(device).values():
             for precision in PRECISIONS if dtype != torch.float32 else (None,):
                 weight = torch.zeros(256, 256, dtype=dtype, device=device.torch_device, requires_grad=True)
                 optimizer = optim.build(name, [weight], lr=1e-3, weight_precision=precision)
                 try:
                     optimizer.try_fused()
-                except UserError:
-                    raise
                 except Exception as error:  # of a compiler, a driver, a package that is not there
                     first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                     raise RuntimeError(f"{name} in {str(dtype).removeprefix('torch.')}: {first}") from error
@@ -135,9 +129,8 @@ def rates(device: Device, *, tiny: bool) -> dict[str, float]:
     """Return what products of matrices reach in operations a second, and memory and the host's link in bytes a second."""
     found = {}
     width, size = (128, MiB) if tiny else (4096, 256 * MiB)
-    for dtype in _dtypes(device):
+    for name, dtype in _dtypes(device).items():
         a, b = (torch.full((width, width), 0.01, dtype=dtype, device=device.torch_device) for _ in range(2))
-        name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         found[f"{name} products"] = 2 * width**3 / _seconds(partial(torch.mm, a, b), device)
     there = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
     other = torch.empty_like(there)
@@ -164,16 +157,10 @@ def _seconds(action: Callable[[], object], device: Device, times: int = 5) -> fl
     return best
 
 
-def _dtypes(device: Device) -> Iterator[torch.dtype]:
-    """Yield fp32 and the 16-bit dtypes that ``device`` computes in itself."""
-    yield torch.float32
-    yield torch.float16
-    if (device.compute_capability or (8, 0)) >= (8, 0):
-        yield torch.bfloat16
-
-
-def _named(device: Device) -> str:
-    return "fp32, fp16" + (", bf16" if torch.bfloat16 in _dtypes(device) else "")
+def _dtypes(device: Device) -> dict[str, torch.dtype]:
+    """Return fp32 and the 16-bit dtypes that ``device`` computes in itself, by name."""
+    bf16 = (device.compute_capability or (8, 0)) >= (8, 0)
+    return {name: dtype for name, dtype in DTYPES.items() if name != "bf16" or bf16}
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, documents: tuple[int, ...]) -> Tensor:

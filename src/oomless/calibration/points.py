@@ -1,4 +1,4 @@
-"""Trainings that are predicted and then run, with weights as they are allocated: memory does not depend on their values."""
+"""Trainings that are predicted and then run, with random weights: memory does not depend on their values."""
 
 from __future__ import annotations
 
@@ -91,12 +91,13 @@ def measure(spec: ModelSpec, config: TrainConfig, device: Device) -> tuple[int, 
     device.empty_cache()
     device.reset_peak()
     with device.active():
-        play(_assembled(spec, config, device), config)
+        play(assembled(spec, config, device), config)
     usage = device.usage()
     return usage.peak_allocated_bytes, usage.peak_reserved_bytes
 
 
-def _assembled(spec: ModelSpec, config: TrainConfig, device: Device) -> Assembly:
+def assembled(spec: ModelSpec, config: TrainConfig, device: Device) -> Assembly:
+    """Return what ``assemble`` makes, its weights random numbers."""
     parts = assemble(spec, config, device, fill=False)
     with torch.no_grad():
         for parameter in parts.model.parameters():
@@ -116,7 +117,7 @@ def tokens_per_second(spec: ModelSpec, config: TrainConfig, device: Device) -> f
     block = replace(block, input_ids=tokens, labels=tokens)
     seconds = []
     with device.active():
-        parts = _assembled(spec, config, device)
+        parts = assembled(spec, config, device)
         for _ in range(WARM_UP + STEPS):
             with device.host():
                 batches = list(micro_batches([block] * config.blocks_per_step, config.per_device_train_batch_size))

@@ -43,10 +43,10 @@ def calibration(gpu: str) -> Calibration | None:
         return None
 
 
-def keep(found: Calibration) -> str:
-    """Keep ``found`` for plans and runs from now on, in place of what was there; return where."""
+def keep(found: Calibration) -> str | None:
+    """Keep ``found`` for plans and runs from now on, in place of what was there; return where, or ``None`` where it cannot be."""
     _room().put(_key(found.gpu), asdict(found))
-    return str(_room().folder / f"{_key(found.gpu)}.json")
+    return str(_room().folder / f"{_key(found.gpu)}.json") if calibration(found.gpu) == found else None
 
 
 def _room() -> Kept:

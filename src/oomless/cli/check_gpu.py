@@ -43,7 +43,8 @@ def check_gpu(
         out().out(dumps({**found.to_dict(), "kept": kept}, indent=2))
     else:
         print_checked(out(), found)
-        if kept is not None:
-            out().print(f"kept for plans and runs on {found.gpu}: {kept}", soft_wrap=True)
+        if found.calibration is not None:
+            where = kept or "nowhere, for the user's cache folder cannot be written"
+            out().print(f"kept for plans and runs on {found.gpu}: {where}", soft_wrap=True)
     if not found.right:
         raise typer.Exit(1)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from oomless.errors import ConfigError
 from oomless.export import hugging_face
-from oomless.export.merged import DTYPES, Merged
+from oomless.export.merged import Merged
 from oomless.export.source import Source
 from oomless.export.stream import Stream
 from oomless.models import build
 from oomless.models.layout import LateTensor
 from oomless.models.weights import adapter_file, open_file
+from oomless.training.precision import DTYPES
 
 To = Literal["safetensors", "adapter", "gguf"]
 

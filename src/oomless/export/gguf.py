@@ -20,11 +20,12 @@ from oomless.export import gguf_models, gguf_tokens, hugging_face, k_quants
 from oomless.export.changes import blocks, require_range
 from oomless.export.formats import Files
 from oomless.export.gguf_mixtures import QUANTIZATIONS, Mixture
-from oomless.export.merged import DTYPES, Merged, trained_dtype
+from oomless.export.merged import Merged, trained_dtype
 from oomless.export.source import Source
 from oomless.export.stream import Piece, Stream
 from oomless.models import build
 from oomless.techniques import trainable
+from oomless.training.precision import DTYPES
 
 _ALIGNED = 32
 _PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

@@ -22,13 +22,12 @@ from oomless.models.layout import LateTensor, Savable
 from oomless.models.make import left_out, without_memory
 from oomless.models.weights import Weights, open_file
 from oomless.techniques import lora, trainable
+from oomless.training.precision import DTYPES
 from oomless.units import MiB
 
 HOST = Device()
 _READ_AT_ONCE = 32 * MiB
 """How much of a file is read before it is opened anew."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Merged:

@@ -75,8 +75,12 @@ class ExpertAdapter(nn.Module):
         a = device.fetch(self.A.view(self.experts, self.rank, self.inputs)[expert])
         b = device.fetch(self.B.view(self.outputs, self.rank, self.experts)[:, :, expert])
         with device.host():
-            added = b.float() @ a.float() * self.scaling
-            return added.t() if self.transposed else added
+            return self.product(a.float(), b.float())
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return what [rank, in] and [out, rank] of an expert add to its matrix, as that one lies."""
+        added = b @ a * self.scaling
+        return added.t() if self.transposed else added
 
     @torch.no_grad()
     def merge(self, stack: nn.Parameter, device: Device) -> None:
@@ -95,9 +99,8 @@ def _initialise(a: Tensor) -> None:
 @torch.no_grad()
 def initialise_parts(model: Any, device: Device) -> None:
     """Initialise adapters of which each process holds a part, as ``lora.initialise_parts``."""
-    for _, _, adapter in sorted(
-        adapters(model), key=lambda found: f"{found[0]}.{found[1]}"
-    ):  # as ``inject`` makes them
+    # In the order in which ``inject`` makes them.
+    for _, _, adapter in sorted(adapters(model), key=lambda found: f"{found[0]}.{found[1]}"):
         whole = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=device.torch_device)
         _initialise(whole)
         sharding.fill(adapter.A, whole)
@@ -114,8 +117,7 @@ def merge_parts(model: Any) -> None:
         a, b = a.view(adapter.experts, adapter.rank, -1), b.view(-1, adapter.rank, adapter.experts)
         own, first = sharding.local(held), sharding.first_element(held) // (held.numel() // held.shape[0])
         for place, matrix in enumerate(own):
-            added = b[:, :, first + place] @ a[first + place] * adapter.scaling
-            matrix.copy_(matrix.float() + (added.t() if adapter.transposed else added))
+            matrix.copy_(matrix.float() + adapter.product(a[first + place], b[:, :, first + place]))
 
 
 def targets(model: Any) -> dict[str, tuple[Any, str]]:

@@ -103,9 +103,8 @@ def replace(
     tied_layers.replace(model, made)
     experts.replace(model, kind, host, kept, peers)
     frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
-    tables = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }  # no product reads them
+    # No product reads them.
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     left = sum(p.numel() for p in frozen if id(p) not in tables)
     done = sum(math.prod(layer.shape) for _, layer in frozen_layers(model))
     if not done:

@@ -26,7 +26,7 @@ def choose(optimizer: MemoryLeanOptimizer, config: TrainConfig, device: Device) 
     optimizer.fused = False
     if config.kernels == "plain":
         return ()
-    reason = _none_here(device)
+    reason = none_here(device)
     if reason is None and device.torch_device.type == "cuda":
         before = time.perf_counter()
         try:
@@ -47,7 +47,8 @@ def choose(optimizer: MemoryLeanOptimizer, config: TrainConfig, device: Device) 
     return (f"updates are not fused: {reason}. They are slower and take up to 64 MiB",)
 
 
-def _none_here(device: Device) -> str | None:
+def none_here(device: Device) -> str | None:
+    """Return why there are no fused kernels for ``device``, in words; ``None`` where there are."""
     if device.compute_capability is None:
         return "they are for GPUs"
     if device.compute_capability < SMALLEST_CAPABILITY:

@@ -20,7 +20,7 @@ from oomless.memory.device import Device
 GROWTH_STEPS = 200
 START_SCALE = 2.0**16
 SMALLEST_SCALE = 2.0**-2
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(precision: Precision, device: Device) -> torch.dtype:
@@ -38,7 +38,7 @@ def choose_dtype(precision: Precision, device: Device) -> torch.dtype:
         raise HardwareError(
             f"bf16 needs compute capability 8.0; {device.name} has {capability[0]}.{capability[1]}: use dtype fp16 or fp32"
         )
-    return _DTYPES[precision]
+    return DTYPES[precision]
 
 
 class LossScale:
