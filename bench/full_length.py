@@ -25,6 +25,7 @@ CLAIMS = {
     "faults_in_a_larger_model": "training/test_guard.py::test_a_fault_in_a_larger_model",
     "faults_in_runs": "training/test_faults_in_runs.py::test_no_mode_ends_the_run",
     "faults_in_pairs": "training/test_faults_in_runs.py::test_no_two_techniques_end_the_run",
+    "faults_in_processes": "training/test_recovering_together.py::test_no_fault_in_one_of_three_changes_a_bit",
     "nothing_lives_on": "training/test_nothing_lives_on.py",
     "settings_alone": "settings/test_every_setting.py::test_a_setting_alone",
     "settings_together": "settings/test_every_setting.py::test_settings_together",

@@ -62,9 +62,14 @@ def test_stages_are_one_run_of_both(make_checkpoint, corpus, tmp_path):
 @pytest.mark.slow
 def test_one_message_where_it_cannot_be(make_checkpoint, corpus, tmp_path):
     common = ["train", "--model", make_checkpoint("llama"), "--data", corpus, "--output-dir", tmp_path, "--gpu", "cpu"]
-    refused = torchrun(*common, "--undo-updates", "--max-steps", 1)
+    refused = torchrun(*common, "--optimizer-in-backward", "--max-steps", 1)
     assert refused.returncode != 0
-    assert plain(refused.stderr).count("error: undo_updates cannot be used with several GPUs: a step that ran") == 1
+    assert (
+        plain(refused.stderr).count(
+            "error: optimizer_in_backward cannot be used with several GPUs: of a model in parts"
+        )
+        == 1
+    )
     (tmp_path / "checkpoint-1").mkdir()
     refused = torchrun(*common, "--max-steps", 1)
     assert plain(refused.stderr).count("holds the checkpoints of an earlier run") == 1

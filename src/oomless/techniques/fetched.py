@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import _C, Tensor, nn
@@ -56,7 +57,9 @@ class Fetched:
 
     def clear(self) -> None:
         """Let go of what is on the device, as after a step that was cut short; the next one comes by as the first did."""
-        self._drop()
+        with suppress(RuntimeError):  # what comes from other processes may not: one of them let go of it first
+            self._drop()
+        self._coming = None
         self._after.clear()
         self._place = (False, "", 0)
 

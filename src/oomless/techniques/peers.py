@@ -34,7 +34,7 @@ class Peers:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, device: Device, *, across_layers: bool = False) -> None:
-        self._group, self._count, self._rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+        self._mesh, self._count, self._rank = mesh, mesh.size(), mesh.get_local_rank()
         self._device = device
         self._fetched = Fetched(model, self._gather, across_layers=across_layers)
 
@@ -76,7 +76,7 @@ class Peers:
 
     def bring(self, own: Tensor, whole: Tensor) -> Callable[[], None]:
         """Begin to gather in ``whole`` what all processes keep, of which ``own`` is this one's; call what is returned before it is read."""
-        arrived: Callable[[], None] = all_gather(whole, own, group=self._group, async_op=True).wait
+        arrived: Callable[[], None] = all_gather(whole, own, group=self._mesh.get_group(), async_op=True).wait
         return arrived
 
     def bring_from_host(self, own: Tensor, whole: Tensor) -> Callable[[], None]:

@@ -95,9 +95,6 @@ def check(config: TrainConfig, gpus: int) -> None:
         "mlp_tiles": config.mlp_tiles
         and config.lora_dropout
         and "beside lora_dropout, masks inside of tiles do not belong to blocks, and GPUs would draw the same for other text",
-        "undo_updates": config.undo_updates and "a step that ran out of memory in one process is not run again",
-        "allow_leaner_optimizer": config.allow_leaner_optimizer
-        and "a step that ran out of memory in one process is not run again",
     }
     for name, reason in reasons.items():
         if reason:
@@ -233,6 +230,46 @@ class Sharded:
         result: Result = self._head(function, *given)
         return result
 
+    def leave(self) -> None:
+        """Leave nothing of a step that failed: nothing gathered, scattered or on its way, and no hold on the processes' group.
+
+        What torch 2.13 has for it (``reset_iter_state``) leaves gradients of gathered weights, and what a failed gathering had allocated.
+        """
+        states = self._states()
+        if states[0]._is_root:  # it has run
+            states[0]._comm_ctx = type(states[0]._comm_ctx)()
+            states[0]._init_shared_state()
+        states[0]._state_ctx.iter_forward_root = None
+        states[0]._state_ctx.post_backward_final_callback_queued = False
+        for state in states:
+            state._training_state = type(state._training_state).IDLE
+            group = state._fsdp_param_group
+            if group is not None:
+                group._training_state = state._training_state
+                group._all_gather_result = group._post_reduce_event = group._reshard_after_forward_event = None
+                group._post_forward_indices.clear()
+                for parameter in group.fsdp_params:
+                    parameter.to_sharded()
+                    parameter.sharded_param.grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter._unsharded_param.grad = None
+                group._to_sharded()
+        self._hold(None)
+
+    def join(self) -> None:
+        """Use the processes' group of a new attempt."""
+        self._hold(self._mesh.get_group())
+
+    def _hold(self, group: Any) -> None:
+        for state in self._states():
+            if state._fsdp_param_group is not None:
+                state._fsdp_param_group.mesh_info.shard_process_group = group
+
+    def _states(self) -> list[Any]:
+        """Return FSDP's state of each module that was cut, the root's first."""
+        modules = (m for m in self._root.modules() if isinstance(m, import_unbooked(FSDP).FSDPModule))
+        return [module._get_fsdp_state() for module in modules]
+
 
 def _require_apart(model: Any, layers: list[Any]) -> None:
     owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
@@ -344,8 +381,8 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     local(parameter).copy_(part(parameter).of(whole) if is_cut(parameter) else whole)
 
 
-def check_blocks(model: Any) -> None:
-    """Check that no part of a weight ends inside a block of 8-bit state.
+def check_blocks(model: Any, why: str = "adamw_8bit", cure: str = "use adamw") -> None:
+    """Check that no part of a weight ends inside a block of 8-bit state, as ``why`` asks for it.
 
     Raises:
         ConfigError: one does.
@@ -356,6 +393,6 @@ def check_blocks(model: Any) -> None:
             each = -(-parameter.shape[0] // count) * (parameter.numel() // parameter.shape[0])
             if each % BLOCK:
                 raise ConfigError(
-                    f"adamw_8bit keeps state in blocks of {BLOCK}, and {name} {tuple(parameter.shape)} is cut after {each} elements "
-                    f"for {count} GPUs: use adamw, or a number of GPUs that divides its rows"
+                    f"{why} keeps state in blocks of {BLOCK}, and {name} {tuple(parameter.shape)} is cut after {each} elements "
+                    f"for {count} GPUs: {cure}, or use a number of GPUs that divides its rows"
                 )

@@ -72,8 +72,8 @@ class Parts:
     """How ``weight``, of which each process keeps some rows, is shared."""
 
     def __init__(self, weight: Any) -> None:
-        mesh = weight.device_mesh
-        self._group, self._processes, self._rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+        self._mesh: DeviceMesh = weight.device_mesh
+        self._processes, self._rank = self._mesh.size(), self._mesh.get_local_rank()
         self.weight = local(weight)
         self.count: int = weight.shape[0]
         width = weight.shape[1]
@@ -93,14 +93,14 @@ class Parts:
     def from_process(self, rank: int, rows: int) -> Tensor:
         """Return the ``rows`` rows of the process ``rank``."""
         found = self.weight if rank == self._rank else self.weight.new_empty(rows, self.weight.shape[1])
-        dist.broadcast(found, group=self._group, group_src=rank)
+        dist.broadcast(found, group=self._mesh.get_group(), group_src=rank)
         return found
 
     @torch.no_grad()
     def of_all(self, tensor: Tensor) -> Tensor:
         """Return ``tensor`` [N, ...] of every process, one after the other."""
         found = tensor.new_empty(self._processes * tensor.shape[0], *tensor.shape[1:])
-        all_gather(found, tensor.detach().contiguous(), group=self._group)
+        all_gather(found, tensor.detach().contiguous(), group=self._mesh.get_group())
         return found
 
     def own(self, tensor: Tensor) -> Tensor:
@@ -111,20 +111,20 @@ class Parts:
     @torch.no_grad()
     def largest(self, tensor: Tensor) -> Tensor:
         """Turn each number into the largest that any process has in its place."""
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._mesh.get_group())
         return tensor
 
     @torch.no_grad()
     def sum(self, tensor: Tensor) -> Tensor:
         """Turn each number into the sum of those that all processes have in its place."""
-        dist.all_reduce(tensor, group=self._group)
+        dist.all_reduce(tensor, group=self._mesh.get_group())
         return tensor
 
     @torch.no_grad()
     def own_sum(self, tensor: Tensor) -> Tensor:
         """Return ``own`` of the sum over all processes of ``tensor``."""
         found = tensor.new_empty(tensor.shape[0] // self._processes, *tensor.shape[1:])
-        _reduce_scatter(found, tensor, group=self._group)
+        _reduce_scatter(found, tensor, group=self._mesh.get_group())
         return found
 
 

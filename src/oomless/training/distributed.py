@@ -1,14 +1,12 @@
 """Several processes that train one model: who this one is, and what all of them have to agree on.
 
 ``torchrun`` starts one process for each GPU and says in the environment which is which. What each holds and computes of the model is
-``techniques/sharding.py``; here is what goes around it. Two groups of processes are made: the first moves weights and gradients
-(NCCL on GPUs, gloo on CPUs); the second, gloo on every machine, is for decisions of the host, and waits for days where the first
-would take a process for hung: the first process may be tokenising, or writing a checkpoint.
+``techniques/sharding.py``; here is what goes around it. The groups in which they talk are those of ``groups.py``.
 
 Whatever a process decides alone (a signal, a disk that is full) it tells the others before anyone acts on it, because a process
-that goes its own way leaves the others waiting in a collective. A process that dies, or runs out of memory inside a step, cannot
-tell them: it closes its connections, and the others end where they use them next (gloo), or torchrun ends them (NCCL). Whichever
-fails first says why, and the others are silent.
+that goes its own way leaves the others waiting in a collective. One that runs out of memory inside a step leaves them there, and
+all meet again (``guard.py``). A process that dies closes its connections, and the others end where they use them next (gloo), or
+torchrun ends them (NCCL). Whichever fails first says why, and the others are silent.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -30,12 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from oomless.data.loader import MicroBatch
 from oomless.data.pack import IGNORED
 from oomless.errors import CheckpointError, ConfigError, DataError, OomlessError, TrainingError
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A collective that takes longer is given up: some process hangs."""
-
-PATIENCE = timedelta(days=7)
-"""So long may one process prepare or write while the others wait."""
+from oomless.training.groups import Groups
 
 _LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "TCPStore")
 Result = TypeVar("Result")
@@ -51,8 +43,13 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """The processes as FSDP takes them; ``None`` for one alone."""
 
-    control: dist.ProcessGroup | None = None
-    """Their group for decisions of the host."""
+    groups: Groups | None = None
+    """Those in which they talk; ``None`` where there are no others, or where they only pretend."""
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """Their group for decisions of the host."""
+        return None if self.groups is None else self.groups.control
 
     @property
     def first(self) -> bool:
@@ -89,7 +86,7 @@ class Ranks:
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether any process has it set."""
-        if self.control is None:
+        if self.groups is None:
             return list(flags)
         with _disable_current_modes():
             agreed = torch.tensor(flags, dtype=torch.uint8)
@@ -102,7 +99,7 @@ class Ranks:
 
     def from_first(self, function: Callable[[], Result]) -> Result:
         """Return what ``function`` gives the first process, in all of them; what it raises there, all raise."""
-        if self.control is None:
+        if self.groups is None:
             return function()
         outcome: list[Any] = [None, None]
         if self.first:
@@ -144,10 +141,8 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        if self.control is not None:
-            told: list[Any] = [None] * self.count
-            with _disable_current_modes():
-                dist.all_gather_object(told, None if failure is None else str(failure), group=self.control)
+        if self.groups is not None:
+            told = self.groups.tell(None if failure is None else str(failure))
             others = [f"process {rank}: {text}" for rank, text in enumerate(told) if text and rank != self.rank]
             if failure is None and others:
                 raise CheckpointError(f"{what} failed in another process ({'; '.join(others)})")
@@ -174,6 +169,17 @@ def _filled_up(batch: MicroBatch, other: MicroBatch) -> MicroBatch:
 
 
 ALONE = Ranks()
+
+
+class RanOut(torch.OutOfMemoryError):
+    """One process ran out of memory with the least that can be tried; all of them raise this, together."""
+
+    def __init__(self, rank: int, count: int, text: str) -> None:
+        super().__init__(_ran_out(rank, count, text) + ", with the least that can be tried")
+
+
+def _ran_out(rank: int, count: int, text: str) -> str:
+    return f"process {rank} of {count} ran out of memory ({(text.splitlines() or [''])[0][:200]})"
 
 
 def environment(name: str, default: int) -> int:
@@ -221,11 +227,10 @@ def joined(device_type: str) -> Iterator[Ranks]:
             f"all processes must run on one machine, because each writes its part into the same files; of {count} processes "
             f"{environment('LOCAL_WORLD_SIZE', count)} are here"
         )
+    groups: Groups | None = None
     try:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        mesh = init_device_mesh(device_type, (count,))
-        _MET.append(Ranks(rank=dist.get_rank(), count=count, mesh=mesh, control=control))
+        groups = Groups(device_type, count)
+        _MET.append(Ranks(rank=groups.rank, count=count, mesh=groups.mesh, groups=groups))
         try:
             yield _MET[-1]
         finally:
@@ -233,7 +238,7 @@ def joined(device_type: str) -> Iterator[Ranks]:
     except Exception as error:
         explained = _explained(error, count)
         if isinstance(explained, OomlessError):
-            explained.told = not _is_first_failure()
+            explained.told = groups is not None and not _is_first_failure(groups)
         if explained is error:
             raise
         raise explained from error
@@ -243,9 +248,9 @@ def joined(device_type: str) -> Iterator[Ranks]:
 def _explained(error: Exception, count: int) -> Exception:
     first_line = (str(error).splitlines() or [""])[0][:200]
     if isinstance(error, torch.OutOfMemoryError):
+        said = str(error) if isinstance(error, RanOut) else _ran_out(environment("RANK", 0), count, first_line)
         return TrainingError(
-            f"process {environment('RANK', 0)} of {count} ran out of memory ({first_line}), and all end: the others cannot leave a step "
-            "that it does not finish. The last checkpoint is whole. `oomless plan` with the GPUs' number, as in --gpu 2xT4, names "
+            f"{said}, and all end. The last checkpoint is whole. `oomless plan` with the GPUs' number, as in --gpu 2xT4, names "
             "settings that fit; what leaves a step as it is may be changed with --resume"
         )
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER):
@@ -256,11 +261,11 @@ def _explained(error: Exception, count: int) -> Exception:
     return error
 
 
-def _is_first_failure() -> bool:
+def _is_first_failure(groups: Groups) -> bool:
     """Return whether no other process has failed before this one, which torchrun's own store remembers."""
     try:
-        return bool(dist.distributed_c10d._get_default_store().add("oomless/failures", 1) == 1)
-    except (RuntimeError, ValueError):  # not joined, or torchrun is gone: better said twice than never
+        return groups.fail()
+    except RuntimeError:  # torchrun is gone: better said twice than never
         return True
 
 

@@ -10,6 +10,10 @@ Before an ordinary update changes the first weight, what an update asks for, as 
 given back, so that a lack shows while nothing is lost. With ``undo_updates`` what an update is about to change is first copied to
 host memory and put back. Else the caller is told to go back to the last checkpoint (``GoBack``), from where the next rung
 trains the same blocks.
+
+Several processes do all this together. One that runs out ends its connections, so that the others leave their collectives
+(``groups``); then all drop the step, meet, and are told what each of them came to. Nobody changes a weight before all have got that
+far, and nobody leaves a step before all are through.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device, random_state, set_random_state
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import block_dropout
+from oomless.training.distributed import RanOut
 from oomless.training.ladder import Ladder, Rung, ladder
 from oomless.training.step import StepResult, TrainingStep
 
@@ -149,6 +154,7 @@ class Guard:
         ``may_split`` and ``leaner`` are the ``Ladder``'s.
         """
         self.active, self._recovers = active, active and not device.fake
+        self._alone = step.ranks.count == 1
         self.step, self.device, self.say = step, device, say
         self._ladder = Ladder(step, device, micro_batch=micro_batch, may_split=may_split, leaner=leaner)
         self.rungs = self._ladder.rungs
@@ -162,9 +168,7 @@ class Guard:
 
     @classmethod
     def of(cls, config: TrainConfig, step: TrainingStep, device: Device, say: Callable[[str], None]) -> Guard:
-        """Return the guard of a run, which is active on one GPU, real or virtual, unless the config turns it off.
-
-        Of several GPUs one that runs out leaves the others in the middle of a collective, from which there is no way back.
+        """Return the guard of a run, which is active on GPUs, real or virtual, unless the config turns it off.
 
         Raises:
             ConfigError: ``undo_updates`` or ``allow_leaner_optimizer`` has no effect.
@@ -173,9 +177,8 @@ class Guard:
         for name in ("undo_updates", "allow_leaner_optimizer"):
             if getattr(config, name) and not on_gpu:
                 raise ConfigError(f"{name} has no effect on a CPU, whose memory is the host's; remove it")
-        active = on_gpu and config.recover_from_oom and step.ranks.count == 1
-        if on_gpu and config.recover_from_oom and not active:
-            say("recover_from_oom does nothing with several GPUs: a step that runs out of memory ends the run")
+        active = on_gpu and config.recover_from_oom
+        asked = active and step.ranks.count == 1  # of several processes all models that do not are refused
         return cls(
             step,
             device,
@@ -183,7 +186,7 @@ class Guard:
             micro_batch=config.per_device_train_batch_size,
             undo=config.undo_updates,
             active=active,
-            may_split=not active or block_dropout.belongs_to_blocks(step.model, device),
+            may_split=not asked or block_dropout.belongs_to_blocks(step.model, device),
             leaner=config.allow_leaner_optimizer,
         )
 
@@ -220,6 +223,8 @@ class Guard:
             self._undo.remember(parameter)
         if not self._changed:
             self._reserve()
+            if not self._rehearsing:
+                self.step.ranks.any(False)  # from here on no process runs out before its first weight changes
         self._changed = not self._rehearsing
 
     def _reserve(self) -> None:
@@ -287,20 +292,20 @@ class Guard:
                 with self.device.host():
                     parts = list(split(batches, rung.micro_batch))
                 with self._ladder.at(rung):
-                    result = attempt(parts, tokens)
+                    result = self._by_all(attempt, parts, tokens)
             except RuntimeError as error:
                 last = tried and at.level == len(self.rungs) - 1
-                if not (self._recovers and is_out_of_memory(error)) or last:
+                if not self._survives(error, last):
                     set_random_state(random_before, self.device)
                     raise
+                said = _said(error)
                 release(error)
             else:
                 self._changed = False
                 if self._undo is not None:
                     self._undo.clear()
                 return result
-            spoiled = self._changed and self._undo is None
-            self._drop(random_before)
+            spoiled = self._dropped_by_all(said, last, random_before)
             at.recoveries += 1
             at.level += tried
             tried, at.good_steps = True, 0
@@ -308,6 +313,41 @@ class Guard:
                 self.say(f"out of memory after weights had changed: on with {self.rungs[at.level]}")
                 raise GoBack
             self.say(f"out of memory: the step is run again with {self.rungs[at.level]}")
+
+    def _by_all(self, attempt: Callable[..., Result], *given: Any) -> Result:
+        """Return what ``attempt`` returns, once it is through in all processes."""
+        result = attempt(*given)
+        self.step.ranks.any(False)
+        return result
+
+    def _survives(self, error: RuntimeError, last: bool) -> bool:
+        """Return whether the attempt that ``error`` ended may be made again: memory ran out in it, here or in another process.
+
+        ``last`` says that nothing is left to try; several processes find that together, after the attempt.
+        """
+        if not self._recovers or (last and self._alone):
+            return False
+        groups = self.step.ranks.groups
+        return is_out_of_memory(error) or (groups is not None and groups.is_over())
+
+    def _dropped_by_all(
+        self, said: str, last: bool, random_before: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> bool:
+        """Leave nothing of the failed attempt in any process; return whether it changed weights, and nothing undid that.
+
+        Raises:
+            RanOut: it was the ``last``, whose error says in the process that ran out what was ``said``.
+        """
+        changed = self._changed
+        self.step.leave()
+        self._drop(random_before)
+        told = self.step.meet((said, changed))
+        spoiled = self._undo is None and any(changed for _, changed in told)
+        if last:
+            self._changed = spoiled
+            rank, text = next((rank, text) for rank, (text, _) in enumerate(told) if text)
+            raise RanOut(rank, len(told), text)
+        return spoiled
 
     def went_back(self, steps: int) -> None:
         """Know that so many steps, the one that ran out of memory among them, are run again."""
@@ -328,12 +368,14 @@ class Guard:
             rung = rungs[at.evaluation_level]
             try:
                 with self._ladder.chunks_of(rung.chunk_bytes):
-                    return self.step.evaluate(passed(micro_batches(blocks, rung.micro_batch)))
+                    return self._by_all(self.step.evaluate, passed(micro_batches(blocks, rung.micro_batch)))
             except RuntimeError as error:
-                if not (self._recovers and is_out_of_memory(error)) or (tried and rung == rungs[-1]):
+                last = tried and rung == rungs[-1]
+                if not self._survives(error, last):
                     raise
+                said = _said(error)
                 release(error)
-            self._drop()
+            self._dropped_by_all(said, last)
             at.evaluation_level += tried
             tried = True
             self.say(f"out of memory: the evaluation is run again with {rungs[at.evaluation_level]}")
@@ -341,7 +383,7 @@ class Guard:
     def retried(self, action: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
         """Return what ``action``, which may be begun again, returns; once more after memory was freed."""
         call = partial(action, *arguments, **keywords)
-        if not self._recovers:
+        if not (self._recovers and self._alone):
             return call()
         said = "out of memory between two steps: what was begun is done again after freeing what was cached"
         return _once_more(call, self._drop, lambda: self.say(said))
@@ -351,7 +393,7 @@ class Guard:
         try:
             return self.retried(action, *arguments)
         except RuntimeError as error:
-            if not (self._recovers and is_out_of_memory(error)):
+            if not (self._recovers and self._alone and is_out_of_memory(error)):
                 raise
             release(error)
         self._drop()
@@ -401,6 +443,11 @@ def split(batches: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
                 document_lengths=batch.document_lengths[part],
                 target_count=int((labels != IGNORED).sum()),
             )
+
+
+def _said(error: BaseException) -> str:
+    """Return what ``error`` says, if it is that memory ran out here."""
+    return str(error) if is_out_of_memory(error) else ""
 
 
 def release(error: BaseException) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.optim.adamw import AdamW
-from oomless.techniques import checkpointing, offload_activations
+from oomless.techniques import checkpointing, offload_activations, sharding
 from oomless.training.step import TrainingStep
 from oomless.units import format_bytes
 
@@ -52,7 +52,7 @@ class Ladder:
         """Begin with micro-batches of ``micro_batch``, which without ``may_split`` are never cut.
 
         Raises:
-            ConfigError: a ``leaner`` optimizer is allowed, but nothing of this one can be.
+            ConfigError: a ``leaner`` optimizer is allowed, but nothing of this one can be, or a part would end inside a block.
         """
         self.step, self.device = step, device
         layers: list[Any] = checkpointing.layers_of_backward(step.model)
@@ -63,17 +63,19 @@ class Ladder:
             else None
         )
         optimizer = step.optimizer
-        if leaner and not (isinstance(optimizer, AdamW) and optimizer.can_be_leaner()):
+        if leaner and not step.ranks.any(isinstance(optimizer, AdamW) and optimizer.can_be_leaner()):
             raise ConfigError(
                 "allow_leaner_optimizer has no effect: only AdamW's moments of 32 bits can become leaner, and this run has none; "
                 "remove it"
             )
+        if leaner:
+            sharding.check_blocks(step.model, "allow_leaner_optimizer", "remove it")
         self.rungs = ladder(
             Rung(micro_batch, step.loss_chunk_bytes),
             may_split=may_split,
             checkpoint_all=bool(self._free_layers),
             offload_activations=self._offloading is not None,
-            offload_optimizer=optimizer.movable_bytes() > 0,
+            offload_optimizer=step.ranks.any(optimizer.movable_bytes() > 0),
             leaner_optimizer=leaner,
         )
 

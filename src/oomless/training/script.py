@@ -12,6 +12,7 @@ from oomless.errors import DataError
 from oomless.models import attention
 from oomless.techniques import routes, sharding
 from oomless.training import steps
+from oomless.training.distributed import RanOut
 from oomless.training.evaluation import evaluate
 from oomless.training.guard import OutOfMemory, is_out_of_memory
 from oomless.training.interruption import Abandoned
@@ -43,9 +44,12 @@ def play(life: Life) -> None:
         short = is_out_of_memory(error)
         if not short and not isinstance(error, DataError):
             raise
-        if life.guard.whole and life.step > first:
+        together = (
+            not short or life.ranks.count == 1 or isinstance(error, RanOut)
+        )  # else the others would not save with it
+        if together and life.guard.whole and life.step > first:
             life.keeper.save(life)
-        if not short or life.device.fake:
+        if not short or life.device.fake or life.ranks.count > 1:
             raise
         raise OutOfMemory(str(error), life.guard.as_tried(life.config)) from error
 

@@ -134,6 +134,22 @@ class TrainingStep:
         with self.device.host():  # what a failed backward left in autograd's queue goes when the next one begins
             torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
+    def leave(self) -> None:
+        """Give the step up in all processes, whose collectives fail from now on; until ``meet`` there are none."""
+        if self.ranks.groups is not None:
+            if self.sharded is not None:
+                self.sharded.leave()
+            self.ranks.groups.leave()
+
+    def meet(self, what: Any) -> list[Any]:
+        """Meet all processes, which left the same step, and return what each says, where this one says ``what``."""
+        if self.ranks.groups is None:
+            return [what]
+        self.ranks.groups.meet()
+        if self.sharded is not None:
+            self.sharded.join()
+        return self.ranks.groups.tell(what)
+
     def _update(self, loss: Tensor, *, changes_nothing: bool = False) -> tuple[Tensor, Tensor]:
         norm = self._gradient_norm().div_(self.loss_scale.scale)
         found_inf = (~((loss < self.limits[0]) & (norm < self.limits[1]))).float()

@@ -1,0 +1,207 @@
+"""Running out of memory in one of two real processes: both drop the step, meet again, and end with the weights of the undisturbed one."""
+
+import gc
+import json
+import os
+import random
+from functools import partial
+
+import pytest
+import torch
+from tests.training.test_several_gpus import assert_same_losses, make_config, together
+
+from oomless.config import TrainConfig
+from oomless.data.loader import Loader, micro_batches
+from oomless.data.prepare import prepare
+from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.models.spec import resolve
+from oomless.models.tokenizer import load_tokenizer
+from oomless.techniques import sharding
+from oomless.training import distributed, loop
+from oomless.training.assemble import assemble
+from oomless.training.checkpoint import damage, list_checkpoints
+from oomless.training.guard import GoBack, Guard
+from oomless.training.step import TrainingStep
+
+IN_BACKWARD = dict(optimizer_in_backward=True, max_grad_norm=None)
+MODES = {
+    "parts": dict(gradient_accumulation_steps=2),
+    "parts, undone": dict(undo_updates=True),
+    "nf4": dict(quantization="nf4", trainable="lora", lora_r=4, lora_dropout=0.3),
+    "streamed": dict(stream_frozen=True, trainable="lora", lora_r=4, gradient_checkpointing=True),
+    "whole": dict(sharding="replicate", optimizer="adafactor"),
+    "whole, in backward": dict(sharding="replicate", **IN_BACKWARD),
+    "whole, in backward, undone": dict(sharding="replicate", undo_updates=True, **IN_BACKWARD),
+}
+QUICK = ("parts", "nf4", "whole, in backward, undone")
+
+
+def tensors(parts):
+    """All that a step changes in this process."""
+    step, states = parts.step, parts.optimizer.state
+    held = [sharding.local(parameter) for parameter in step.parameters]
+    return [
+        *held,
+        *(states[part][name] for part in held for name in states[part]),
+        *parts.loss_scale.tensors().values(),
+    ]
+
+
+def in_modes(configs, failing, faults):
+    """Return what ``steps_with_faults`` does of each config."""
+    gc.freeze()
+    with distributed.joined("cpu") as ranks:
+        return [steps_with_faults(config, ranks, failing, faults) for config in configs]
+
+
+def steps_with_faults(config, ranks, failing, faults):
+    """Run a step from the same start while an allocation of the process ``failing`` fails, ``faults`` times elsewhere; tell what differs."""
+    device, left = VirtualGPU(1 << 30), []
+    with device.active():
+        with device.host():
+            prepared = partial(prepare, config, load_tokenizer(config.model))
+            ranks.from_first(lambda: prepared() is None)  # the others find the cache
+            blocks = Loader(prepared().train).take(config.blocks_per_step * ranks.count)
+            every = list(micro_batches(blocks, config.per_device_train_batch_size))
+        batches, tokens = ranks.share(every), sum(batch.target_count for batch in every)
+        parts = assemble(resolve(config.model), config, device, fill=True, ranks=ranks)
+        guard = Guard.of(config, parts.step, device, lambda _: left.append(device.usage().allocated_bytes))
+        with device.host():
+            start = [tensor.clone() for tensor in tensors(parts)]
+
+        def step(fault=None):
+            with torch.no_grad(), device.host():
+                for tensor, value in zip(tensors(parts), start, strict=True):
+                    tensor.copy_(value)
+            torch.manual_seed(5)
+            first = device.allocation_count
+            if fault is not None and ranks.rank == failing:
+                device.fail_at(first + fault)
+            try:
+                loss = float(guard.run(batches, tokens).loss)
+            except GoBack:  # to the start, which stands for a checkpoint
+                return step()
+            with device.host():
+                after = [tensor.clone() for tensor in tensors(parts)]
+            return after, loss, device.allocation_count - first
+
+        step()
+        expected, loss, count = step()
+        parts.step.abandon()  # what is fetched ahead of the next step as well
+        held, wrong = device.usage().allocated_bytes, []
+        chance = random.Random(config.sharding)
+        count = ranks.from_first(lambda: count)
+        places = sorted(chance.sample(range(count), min(faults, count)))
+        for place in places:
+            found, its_loss, _ = step(place)
+            parts.step.abandon()
+            same = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            now = device.usage().allocated_bytes
+            if not same or its_loss != loss or now != held or left != [held]:
+                wrong.append([place, same, its_loss - loss, now - held, [one - held for one in left]])
+            left.clear()
+    return [len(places), wrong]
+
+
+def configs_of(modes, folder, corpus, out):
+    common = dict(gpu="virtual:1GiB", dtype="fp32", eval_fraction=0, max_seq_length=32)
+    return [make_config(folder, corpus, out, **{**common, **MODES[mode]}) for mode in modes]
+
+
+def test_a_fault_in_one_changes_no_bit_in_either(make_checkpoint, corpus, tmp_path, processes):
+    configs = configs_of(QUICK, make_checkpoint("llama", num_hidden_layers=2), corpus, tmp_path / "run")
+    found = together(processes, tmp_path / "out", in_modes, configs, 1, 5)
+    assert found == [[[5, []]] * len(QUICK)] * 2
+
+
+@pytest.mark.full_length
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_fault_in_one_of_three_changes_a_bit(
+    make_checkpoint, corpus, tmp_path, processes, mode, failing, record_property
+):
+    configs = configs_of([mode], make_checkpoint("llama", num_hidden_layers=2), corpus, tmp_path / "run")
+    found = together(processes, tmp_path / "out", in_modes, configs, failing, 67, count=3)
+    assert found == [[[67, []]]] * 3
+    record_property("faults", 67)
+
+
+class Failing(VirtualGPU):
+    """Refuses the allocations that come so long after each call of ``soon``."""
+
+    def soon(self, after=20):
+        self.fail_at(self.allocation_count + after)
+
+
+def train_with_faults(config, failing, last=False):
+    """Train; the process ``failing`` runs out in the heaviest step, in step 2 and in the evaluation after it; in ``last``, again and again in step 3."""
+    gc.freeze()
+    device, said = Failing(1 << 30), []
+    fails = os.environ["RANK"] == str(failing)
+    evaluate, drop, evaluated = TrainingStep.evaluate, Guard._drop, []
+
+    class Watching(loop.Listener):
+        def said(self, message):
+            said.append(message)
+
+        def prepared(self, facts):
+            if fails and not last:
+                device.soon()
+
+        def stepped(self, metrics):
+            if fails and metrics["step"] == (2 if last else 1):
+                device.soon(100)
+
+    def evaluated_with_a_fault(self, batches):
+        if fails and len(evaluated) == 1 and not last:
+            device.soon()
+        evaluated.append(None)
+        return evaluate(self, batches)
+
+    def dropped_and_failing(self, *given):
+        drop(self, *given)
+        if fails:
+            device.soon()
+
+    loop.open_device = lambda name: device
+    TrainingStep.evaluate = evaluated_with_a_fault
+    if last:
+        Guard._drop = dropped_and_failing
+    try:
+        result = loop.train(config, Watching())
+    finally:
+        TrainingStep.evaluate, Guard._drop = evaluate, drop
+    return [result.steps, [message for message in said if "out of memory" in message]]
+
+
+def test_a_run_goes_on(make_checkpoint, corpus, tmp_path, processes):
+    settings = dict(
+        gpu="virtual:1GiB", dtype="fp32", max_steps=4, save_steps=2, eval_steps=2, trainable="lora", lora_r=4
+    )
+    two = make_config(make_checkpoint("llama"), corpus, tmp_path / "two", **settings)
+    steps, said = together(processes, tmp_path / "out", train_with_faults, two, 1)[0]
+    assert steps == 4
+    assert [message.partition(" run again")[0] for message in said] == [
+        "out of memory: the step is",
+        "out of memory: the step is",
+        "out of memory: the evaluation is",
+    ]
+    loop.train(
+        TrainConfig.from_mapping(
+            {**two.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
+        )
+    )
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("oom_recoveries") for line in lines if "loss" in line] == [1, 2, 2, 2]
+
+
+def test_where_nothing_fits_all_save_and_end(make_checkpoint, corpus, tmp_path, processes):
+    """With one message, which names the process that ran out, and a checkpoint of the last good step."""
+    settings = dict(gpu="virtual:1GiB", dtype="fp32", save_steps=None, eval_fraction=0, per_device_train_batch_size=1)
+    settings |= dict(gradient_checkpointing=True, loss_chunk_bytes=1 << 20)
+    config = make_config(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path / "run", **settings)
+    ends = together(processes, tmp_path / "out", train_with_faults, config, 1, True)
+    assert [end.partition(" (CUDA")[0] for end in ends] == ["TrainingError: process 1 of 2 ran out of memory"] * 2
+    assert sorted((tmp_path / "out" / f"{rank}.told").read_text() for rank in (0, 1)) == ["False", "True"]
+    assert [(one.step, damage(one)) for one in list_checkpoints(tmp_path / "run")] == [(2, None)]
