@@ -1,16 +1,25 @@
 """What is preferred among strategies that fit: by what a token teaches, by time, and within the hours that there are."""
 
+import importlib
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oomless.catalogue import learning
 from oomless.catalogue._data import read_yaml
+from oomless.cli.app import app
+from oomless.cli.options import given_settings
 from oomless.config import TrainConfig
+from oomless.models.spec import resolve_for_plan
+from oomless.planning.choice import Choice
 from oomless.planning.choose import with_batch
+from oomless.planning.given import host_size, read_given, wish_of
+from oomless.planning.plan import target_for
 from oomless.planning.row import Row
 from oomless.planning.strategies import (
     FROZEN_BITS,
@@ -21,7 +30,9 @@ from oomless.planning.strategies import (
     Quality,
     in_words,
 )
+from oomless.planning.throughput import Throughput
 from oomless.planning.wish import Wish
+from oomless.report.choice import answer
 
 MILLION = 10**6
 
@@ -184,3 +195,38 @@ def test_the_text_is_counted_from_what_the_run_says(tmp_path):
     assert (
         with_batch({**base, "max_tokens": 4 * 2048, "lora_r": 8, "checkpointed_layers": 2}, Wish(), 1)[0]["lora_r"] == 8
     )
+
+
+def test_the_twenty_wishes_are_commands_that_plan_takes(monkeypatch):
+    """Those of bench/wishes.py, whose answers are judged."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    cases = importlib.import_module("wishes").CASES
+    command = typer.main.get_command(app).commands["plan"]
+    assert len({tuple(case.arguments()) for case in cases}) == 20
+    for case in cases:
+        said = command.make_context("plan", case.arguments()[1:]).params
+        of_settings = {name: said[name] for name in TrainConfig.__dataclass_fields__ if said[name]}
+        pins = read_given(given_settings(None, of_settings))
+        assert wish_of(said["prefer"], said["tokens"], said["hours"], pins)["tokens"] >= 5 * MILLION
+        target = target_for(pins["gpu"], host_size(said["host_memory"]))
+        assert target.gpu.bandwidth_bytes_per_s  # else hours are refused
+        assert resolve_for_plan(pins["model"]).config.model_type
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [
+        (100, ""),
+        (20, " That may be more than the 20 h that there are."),
+        (4.5, " In the 4.5 h that there are it reads 1.62M to 3.24M of them."),
+    ],
+)
+def test_too_few_hours_are_said(hours, said):
+    """At 100 to 200 tokens a second 10 million take 14 to 28 hours."""
+    speed = Throughput(
+        tokens_per_second_low=100, tokens_per_second=150, tokens_per_second_high=200, basis="", calibrated=False
+    )
+    picked = replace(FULL, picked=True, speed=speed)
+    wish, target = Wish(tokens=10 * MILLION, hours=hours), target_for("T4")
+    choice = Choice(model="m", target=target, given={}, rows=(picked,), config=None, plan=None, trials=0, wish=wish)
+    assert answer(choice) == ("m on T4: full, AdamW, fp32 masters", f". 10M tokens take 14-28 h, predicted.{said}")

@@ -67,6 +67,13 @@ class Known:
             on_device |= REPLICATED
         return self.work(settings) or self.work(on_device)
 
+    def least_passes(self, settings: Settings) -> Work | None:
+        """Return the work of ``settings`` without an update, or what it is at least, where that is known."""
+        found = self.least_work(settings)
+        passes = found or self._passes.get(_of_passes(settings))
+        nothing: dict[str, Any] = dict.fromkeys(("link_bytes_of_update", "exchanged_bytes_of_update"), 0)
+        return None if passes is None else replace(passes, of_update=(), **nothing)
+
     def first_possible(self, ladder: Sequence[Settings], fixed_bytes: int) -> int:
         """Return the first of ``ladder`` whose passes alone do not ask for too much; never more than the last."""
         for index in range(len(ladder) - 2, -1, -1):

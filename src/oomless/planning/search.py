@@ -10,8 +10,7 @@ For each quality (``strategies.py``), best first:
 3. The fastest by predicted speed is rehearsed whole, at the capacity less the margin: the pick.
 
 Every better quality has then been proved not to fit, by its bound or by a rehearsal that ran out. For a wish (``wish.py``) what people
-commonly run is looked at first, so that there soon is an answer, and what gives up more than the first that fits is compared with it
-where it could be better by some preference. Ctrl-C takes the best so far.
+run is looked at first, and what gives up more than the first that fits is compared with it where it could be preferred.
 """
 
 from __future__ import annotations
@@ -237,7 +236,7 @@ class _Search:
         first_alone: bool,
         share: float | None = None,
     ) -> Iterator[tuple[tuple[int, int], Row]]:
-        """Yield the rows of the parts at ``place``: up to the first that fits or, for a wish, on to leaner optimizers while they may be faster."""
+        """Yield the rows of the parts at ``place``: up to the first that fits or, for a wish, on to what has less state while it may be faster."""
         parts = order[place]
         if self.held is not None and not self.held.has(parts):
             return
@@ -250,11 +249,14 @@ class _Search:
         kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit, gpus=self.target.gpus)
         first: Quality | None = None
         for number, quality in enumerate(kinds):
-            leaner = first is not None and quality == replace(first, optimizer=quality.optimizer)
+            # Updates inside the backward pass share no passes, so that another precision would have to be tried whole.
+            like = first if first is None or not first.clips else replace(first, weight_precision=quality.weight_precision)
+            leaner = like is not None and quality == replace(like, optimizer=quality.optimizer)
             if self.held not in (None, quality) or not (first is None or leaner):
                 continue
             self._say(str(quality), begun + (number / len(kinds) / len(order) if share is None else 0.0), found)
-            if (leaner or number == 0) and not self._may_be_preferred(quality, built, found, leaner=leaner):
+            fitting = [row for row in found.values() if row.fits]
+            if (leaner or number == 0) and not self._may_be_preferred(quality, built, fitting, leaner=leaner):
                 if leaner:
                     continue
                 self.slower.add((quality.trainable, quality.tied_weights))
@@ -265,21 +267,21 @@ class _Search:
                 return
             first = quality if row.fits and first is None else first
 
-    def _may_be_preferred(
-        self, quality: Quality, built: Parts, found: Mapping[tuple[int, int], Row], *, leaner: bool
-    ) -> bool:
-        """Whether ``quality`` would be the best of what is ``found`` by some preference if all fitted that is not known not to."""
-        fitting = [row for row in found.values() if row.fits]
+    def _may_be_preferred(self, quality: Quality, built: Parts, fitting: list[Row], *, leaner: bool) -> bool:
+        """Whether ``quality`` would be the best beside ``fitting`` by some preference if all fitted that is not known not to."""
         always = self.held is not None or (not leaner and (quality.trainable, quality.quantization) in COMMON)
         if self.wish is None or not fitting or always:
             return True
         possible = [way for way in self._ways(quality, built) if way.bound is None]
         for way in possible:
-            seconds = self._soonest(way, built.rungs(self.pins), self.known.least_work)
-            row = Row(quality=quality, settings=way.settings, fits=True, needed_bytes=0, seconds=seconds)
-            if any(best is row for best in self.wish.choices([*fitting, row]).values()):
+            for known in (self.known.least_passes, self.known.least_work):  # the first rules most out without a trial
+                seconds = self._soonest(way, built.rungs(self.pins), known)
+                row = Row(quality=quality, settings=way.settings, fits=True, needed_bytes=0, seconds=seconds)
+                if row not in self.wish.choices([*fitting, row]).values():
+                    break
+            else:
                 return True
-        return not possible  # and why is worth a line
+        return not possible and not leaner  # and why is worth a line
 
     def _say(self, text: str, share: float, found: Mapping[tuple[int, int], Row]) -> None:
         fitting = [row for row in found.values() if row.fits]

@@ -15,6 +15,7 @@ from oomless.planning.plan import Plan
 from oomless.planning.row import Row
 from oomless.planning.strategies import Prefer, in_words
 from oomless.planning.throughput import Throughput
+from oomless.planning.wish import Wish
 from oomless.report.screen import Screen
 from oomless.report.tables import Grid
 from oomless.techniques.quantization import missing
@@ -51,7 +52,17 @@ def answer(choice: Choice) -> tuple[str, str]:
     took = choice.wish.hours_of(choice.picked)
     known = "" if choice.wish.tokens else "(assumed) "
     said = "." if took is None else f". {read_text(choice)} {known}take {hours_in_words(took)}, predicted."
-    return f"{choice.model} on {choice.target.name}: {choice.picked.quality}", said
+    return f"{choice.model} on {choice.target.name}: {choice.picked.quality}", said + _too_long(choice.wish, took)
+
+
+def _too_long(wish: Wish, took: tuple[float, float] | None) -> str:
+    """Return, where that is so, that there is no time, or may be none, for the whole text in the hours that there are."""
+    if took is None or wish.hours is None or took[1] <= wish.hours:
+        return ""
+    if took[0] <= wish.hours:
+        return f" That may be more than the {wish.hours:g} h that there are."
+    read = (short(round(wish.text_tokens * wish.hours / hours)) for hours in reversed(took))
+    return f" In the {wish.hours:g} h that there are it reads {' to '.join(read)} of them."
 
 
 def read_text(choice: Choice) -> str:

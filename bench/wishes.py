@@ -1,0 +1,337 @@
+"""Twenty wishes as people have them (this model, this GPU, this text, this weekend): what `oomless plan` answers, and a judgement.
+
+    python bench/wishes.py [NUMBER ...]
+
+Runs the command itself, one case after the other; the cases that are named take their place among those that ran before. Needs no GPU.
+Writes ``results/wishes.json`` and from it ``results/wishes.md``. The judgements are written by hand, of the answers that stand there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oomless.planning.strategies import in_words
+from oomless.report.choice import NAMES, hours_in_words
+from oomless.units import format_bytes
+from provenance import RESULTS, provenance, write
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One wish."""
+
+    wish: str
+    model: str
+    gpu: str
+    tokens: str
+    hours: str
+    prefer: str = "balanced"
+    host: str | None = None
+    """Memory of the machine; by default what the plan assumes."""
+
+    judgement: str = ""
+    """What an experienced person would run instead, and whether this is better, as good, or absurd."""
+
+    def arguments(self) -> list[str]:
+        """Return the command."""
+        said = ["--model", self.model, "--gpu", self.gpu, "--max-seq-length", "2048"]
+        said += ["--tokens", self.tokens, "--hours", self.hours]
+        said += [] if self.prefer == "balanced" else ["--prefer", self.prefer]
+        return ["plan", *said, *([] if self.host is None else ["--host-memory", self.host])]
+
+
+CASES = (
+    Case(
+        wish="Continue a small base model on a small corpus, on a free notebook, over a weekend",
+        model="meta-llama/Llama-3.2-1B",
+        gpu="T4",
+        tokens="50M",
+        hours="48",
+    ),
+    Case(
+        wish="Tune a 7 B model with a vocabulary of 256,000 on a free notebook, in one session",
+        model="google/gemma-7b",
+        gpu="T4",
+        tokens="5M",
+        hours="12",
+    ),
+    Case(
+        wish="Instructions for a 3 B model, done before lunch",
+        model="meta-llama/Llama-3.2-3B-Instruct",
+        gpu="T4",
+        tokens="5M",
+        hours="4",
+        prefer="fast",
+    ),
+    Case(
+        wish="QLoRA of an 8 B model on a free notebook",
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        gpu="T4",
+        tokens="5M",
+        hours="12",
+    ),
+    Case(
+        wish="A 4 B model on the two T4 of a free notebook, in one session",
+        model="Qwen/Qwen3-4B",
+        gpu="2xT4",
+        tokens="20M",
+        hours="12",
+        host="29GiB",
+    ),
+    Case(
+        wish="An 8 B model on two T4, in a week's quota",
+        model="meta-llama/Llama-3.1-8B",
+        gpu="2xT4",
+        tokens="10M",
+        hours="30",
+        host="29GiB",
+    ),
+    Case(
+        wish="Continue a 1.5 B model on a corpus of its own, on a 12 GB card",
+        model="Qwen/Qwen2.5-1.5B",
+        gpu="RTX 3060 12GB",
+        tokens="200M",
+        hours="96",
+        host="32GiB",
+    ),
+    Case(
+        wish="The best that a 12 GB card can do for a 4 B model in a weekend",
+        model="microsoft/Phi-4-mini-instruct",
+        gpu="RTX 3060 12GB",
+        tokens="20M",
+        hours="48",
+        prefer="quality",
+        host="32GiB",
+    ),
+    Case(
+        wish="Too much text for a 7 B model on a 12 GB card in a weekend",
+        model="mistralai/Mistral-7B-v0.3",
+        gpu="RTX 3060 12GB",
+        tokens="300M",
+        hours="48",
+        host="32GiB",
+    ),
+    Case(
+        wish="QLoRA of an 8 B model on a 12 GB card, overnight",
+        model="Qwen/Qwen3-8B",
+        gpu="RTX 4070",
+        tokens="10M",
+        hours="10",
+        host="32GiB",
+    ),
+    Case(
+        wish="A 4 B model with a large vocabulary, a new language, on a 12 GB card",
+        model="google/gemma-3-4b-pt",
+        gpu="RTX 4070",
+        tokens="100M",
+        hours="120",
+        host="64GiB",
+    ),
+    Case(
+        wish="Continue an 8 B model on the papers of a field, on a 24 GB card",
+        model="meta-llama/Llama-3.1-8B",
+        gpu="RTX 4090",
+        tokens="100M",
+        hours="72",
+        host="64GiB",
+    ),
+    Case(
+        wish="Teach a 3 B model a language, a week on a 24 GB card",
+        model="meta-llama/Llama-3.2-3B",
+        gpu="RTX 4090",
+        tokens="500M",
+        hours="168",
+        prefer="quality",
+        host="64GiB",
+    ),
+    Case(
+        wish="The largest model that people tune on a 24 GB card",
+        model="Qwen/Qwen2.5-32B",
+        gpu="RTX 4090",
+        tokens="5M",
+        hours="24",
+        host="64GiB",
+    ),
+    Case(
+        wish="A 14 B model on a 32 GB card",
+        model="Qwen/Qwen3-14B",
+        gpu="RTX 5090",
+        tokens="50M",
+        hours="48",
+        host="96GiB",
+    ),
+    Case(
+        wish="A mixture of experts on a 32 GB card, soon done",
+        model="openai/gpt-oss-20b",
+        gpu="RTX 5090",
+        tokens="10M",
+        hours="12",
+        prefer="fast",
+        host="96GiB",
+    ),
+    Case(
+        wish="Continue an 8 B model on a billion tokens, two weeks on a rented GPU",
+        model="meta-llama/Llama-3.1-8B",
+        gpu="A100-80G",
+        tokens="1B",
+        hours="336",
+        prefer="quality",
+        host="200GiB",
+    ),
+    Case(
+        wish="A mixture of experts of 30 B on a rented GPU",
+        model="Qwen/Qwen3-30B-A3B",
+        gpu="A100-80G",
+        tokens="50M",
+        hours="48",
+        host="200GiB",
+    ),
+    Case(
+        wish="Continue a 32 B model on a rented GPU, two days",
+        model="Qwen/Qwen2.5-32B",
+        gpu="H100",
+        tokens="50M",
+        hours="48",
+        host="200GiB",
+    ),
+    Case(
+        wish="QLoRA of a 70 B model on one rented GPU, a day",
+        model="meta-llama/Llama-3.3-70B-Instruct",
+        gpu="H100",
+        tokens="10M",
+        hours="24",
+        host="200GiB",
+    ),
+)
+
+
+def answer(case: Case) -> dict[str, Any]:
+    """Return what the plan says of ``case``, with where and when it said so."""
+    arguments = case.arguments()
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "oomless", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{shlex.join(arguments)} ended with {done.returncode}")
+    said = json.loads(done.stdout)
+    facts = provenance()
+    return {
+        "command": shlex.join(["oomless", *arguments]),
+        "usable_bytes": said["usable_bytes"] - said["margin_bytes"],
+        "wish": said["wish"],
+        "strategies": [_kept(row) for row in said["strategies"]],
+        "trials": said["trials"],
+        "wall_seconds": round(time.perf_counter() - began),
+        "commit": facts["commit"],
+        "date": facts["date"],
+    }
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: row[name] for name in ("strategy", "fits", "picked", "named", "needed_bytes", "reason")}
+    if not row["fits"]:
+        return kept
+    speed = {name: round(row["speed"][f"tokens_per_second{name}"], 1) for name in ("_low", "", "_high")}
+    return kept | {
+        "how": in_words(row["settings"]),
+        "tokens_per_second": list(speed.values()),
+        "hours": row["hours"],
+        "share": round(row["share"], 3),
+        "given_up": [f"{one['name']} {one['share']:.2f}" for one in row["given_up"]],
+    }
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return the answers as Markdown."""
+    facts = provenance()
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers"))
+    head = (
+        f"Of each wish the answer of `oomless plan`, and a judgement by hand. Speeds are predicted, not measured; rehearsed with {versions}.\n"
+        "► is the pick; learns: what a token teaches beside full training.\n"
+    )
+    parts = [
+        _part(number, case, results[str(number)]) for number, case in enumerate(CASES, 1) if str(number) in results
+    ]
+    return "\n".join(["# Twenty wishes, judged", "", head, *parts])
+
+
+def _part(number: int, case: Case, found: dict[str, Any]) -> str:
+    model = case.model.split("/")[1]
+    rows = found["strategies"]
+    picked = next((row for row in rows if row["picked"]), None)
+    lines = [
+        f"## {number}. {model} on {case.gpu}: {case.tokens} tokens, {case.hours} hours, {case.prefer}",
+        "",
+        f"{case.wish}.",
+        "",
+        f"    {found['command']}",
+        "",
+    ]
+    if picked is None:
+        lines += ["Nothing fits.", ""]
+    else:
+        lines += [
+            "| | choice | how | memory | tokens/s | all of the text | learns | given up |",
+            "|---|---|---|---:|---:|---:|---:|---|",
+        ]
+        shown = [picked, *(row for row in rows if row["fits"] and not row["picked"])]
+        lines += [_row(row) for row in sorted(shown, key=lambda row: (not row["picked"], not row["named"]))] + [""]
+    lines += [f"What would change it: {'; '.join(_would_change(found, picked)) or 'nothing that it looked at'}.", ""]
+    lines += [f"**Judged:** {case.judgement}", ""] if case.judgement else []
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any]) -> str:
+    name = ", ".join(NAMES[name] for name in row["named"]) or "also fits"
+    low, _, high = row["tokens_per_second"]
+    return (
+        f"| {'►' if row['picked'] else ''} {name} | {row['strategy']} | {row['how']} | {format_bytes(row['needed_bytes'])} "
+        f"| {low:,.0f}-{high:,.0f} | {hours_in_words(row['hours'])} | {row['share']:.0%} | {', '.join(row['given_up']) or 'nothing'} |"
+    )
+
+
+def _would_change(found: dict[str, Any], picked: dict[str, Any] | None) -> list[str]:
+    """Return what the answer says of memory, hours and preference that would give another."""
+    rows, said = found["strategies"], []
+    better = rows[: rows.index(picked)] if picked else rows
+    missed = sorted(
+        (row for row in better if not row["fits"] and row["needed_bytes"]), key=lambda row: row["needed_bytes"]
+    )
+    if missed:
+        row = missed[0]
+        short = row["needed_bytes"] - found["usable_bytes"]
+        what = f"more than {format_bytes(short)} more memory" if short > 0 else row["reason"]
+        said.append(f"{what}, for {row['strategy']}")
+    if picked:
+        hours, wished = picked["hours"], found["wish"]["hours"]
+        if hours[1] > wished:
+            least = "may not" if hours[0] <= wished else "do not"
+            said.append(f"{wished:g} hours {least} suffice for the whole text: it takes {hours_in_words(hours)}")
+        for row in rows:
+            if row["fits"] and row["named"] and not row["picked"]:
+                said.append(f"--prefer {row['named'][0]}: {row['strategy']}")
+    return said
+
+
+def main() -> None:
+    """Ask for each case and write the results after each."""
+    path = Path(RESULTS) / "wishes.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+    for number in map(int, sys.argv[1:] or range(1, len(CASES) + 1)):
+        results[str(number)] = answer(CASES[number - 1])
+        results = dict(sorted(results.items(), key=lambda item: int(item[0])))
+        write("wishes", {"cases": results})
+        (RESULTS / "wishes.md").write_text(page(results), encoding="utf-8")
+        print(f"{number}: {results[str(number)]['wall_seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
