@@ -177,6 +177,19 @@ def test_what_is_preferred_is_the_best_of_what_is_compared(make_checkpoint):
     assert len({row.quality for row in found.rows}) == len(found.rows)
 
 
+def test_how_small_updates_are_kept_is_compared_where_the_first_that_fits_spends_time(make_checkpoint):
+    """8 bits of correction teach as fp32 masters do: where these fit by computing again, and those without, those are picked."""
+    folder = make_checkpoint("llama", tied=True, dtype=torch.float16, **SHAPE)
+    pins = {"trainable": "full", "optimizer": "adamw", "max_grad_norm": 1.0, "offload_optimizer": False}
+    given = given_for(folder, **pins, per_device_train_batch_size=1, tokens_per_step=128)
+    masters, correction = search(
+        resolve(str(folder)), given, target_of(9 * MiB), processes=1, wish=Wish(prefer="quality")
+    ).rows
+    assert (masters.fits, masters.saves_by_time, masters.named) == (True, True, ())
+    assert (correction.quality.weight_precision, correction.named) == ("correction", PREFERENCES)
+    assert correction.seconds < masters.seconds
+
+
 def test_ctrl_c_takes_the_best_so_far(make_checkpoint):
     folder = make_checkpoint("llama", tied=True, **SHAPE)
     told = []

@@ -249,9 +249,7 @@ class _Search:
         kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit, gpus=self.target.gpus)
         first: Quality | None = None
         for number, quality in enumerate(kinds):
-            # Updates inside the backward pass share no passes, so that another precision would have to be tried whole.
-            like = first if first is None or not first.clips else replace(first, weight_precision=quality.weight_precision)
-            leaner = like is not None and quality == replace(like, optimizer=quality.optimizer)
+            leaner = first is not None and quality.differs_in_state(first)
             if self.held not in (None, quality) or not (first is None or leaner):
                 continue
             self._say(str(quality), begun + (number / len(kinds) / len(order) if share is None else 0.0), found)

@@ -15,7 +15,7 @@ A setting that the user gave is pinned: only strategies that agree with it are l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -109,6 +109,14 @@ class Quality:
     def has(self, parts: Settings) -> bool:
         """Return whether this trains ``parts``, one of ``parts_in_order``."""
         return all(getattr(self, name) == value for name, value in parts.items())
+
+    def differs_in_state(self, other: Quality) -> bool:
+        """Return whether this is ``other`` but for the optimizer and how small updates are kept.
+
+        Where updates run inside the backward pass, which share no trials, only the optimizer may differ.
+        """
+        precision = self.weight_precision if other.clips else other.weight_precision
+        return self == replace(other, optimizer=self.optimizer, weight_precision=precision)
 
     def given_up(self) -> str:
         """Return what this gives up against the best there is, in words."""
