@@ -59,6 +59,22 @@ def test_a_table_keeps_whole_words(width):
         assert word in shown(on)
 
 
+@pytest.mark.parametrize("width", range(30, 81, 2))
+def test_what_stands_under_a_row_has_the_whole_width_and_no_word_is_cut(width):
+    on = screen(width)
+    grid = Grid(columns=("choice", "memory", "tokens/s"), numbers=frozenset(("memory", "tokens/s")))
+    below = "given up: the body learns through LoRA alone, embed_tokens and lm_head nothing"
+    grid.add("  fastest, of all", "12.03 GiB", "1,451-2,635", below=below)
+    grid.print(on)
+    lines = shown(on).splitlines()
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert "…" not in shown(on)
+    for word in f"fastest, of all 12.03 GiB 1,451-2,635 {below}".split():
+        assert word in shown(on)
+    if width == 80:
+        assert lines[-1].strip() == below
+
+
 def test_what_matters_least_goes_first():
     fields = [(0, "step 1/2"), (2, "loss 1"), (1, "left")]
     assert joined(fields, 22) == "step 1/2  loss 1  left"
