@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.test_several_gpus import assert_same_losses, make_config, together
 
 from oomless.config import TrainConfig
@@ -205,3 +206,63 @@ def test_where_nothing_fits_all_save_and_end(make_checkpoint, corpus, tmp_path, 
     assert [end.partition(" (CUDA")[0] for end in ends] == ["TrainingError: process 1 of 2 ran out of memory"] * 2
     assert sorted((tmp_path / "out" / f"{rank}.told").read_text() for rank in (0, 1)) == ["False", "True"]
     assert [(one.step, damage(one)) for one in list_checkpoints(tmp_path / "run")] == [(2, None)]
+
+
+def broken_while_it_drops(config, failing):
+    """Train, but whatever the process ``failing`` drops breaks it, in the middle of a recovery."""
+    drop = Guard._drop
+
+    def broken(self, *given):
+        drop(self, *given)
+        if os.environ["RANK"] == str(failing):
+            raise RuntimeError("broken")
+
+    Guard._drop = broken
+    try:
+        return train_with_faults(config, failing)
+    finally:
+        Guard._drop = drop
+
+
+def test_another_failure_while_they_meet_ends_all(make_checkpoint, corpus, tmp_path, processes):
+    config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", gpu="virtual:1GiB", eval_fraction=0)
+    ends = together(processes, tmp_path / "out", broken_while_it_drops, config, 1)
+    assert ends[0].startswith("TrainingError: another of the 2 processes ended or cannot be reached")
+    assert ends[1] == "RuntimeError: broken"
+
+
+def train_at_the_last_rung(config):
+    made = Guard.of
+
+    def at_the_last_rung(*given):
+        guard = made(*given)
+        guard.standing.level = len(guard.rungs) - 1
+        return guard
+
+    Guard.of = at_the_last_rung
+    try:
+        return loop.train(config).steps
+    finally:
+        Guard.of = made
+
+
+def test_moments_become_leaner_in_parts_as_in_the_whole(make_checkpoint, corpus, tmp_path, processes):
+    settings = dict(gpu="virtual:1GiB", dtype="fp32", eval_fraction=0, max_steps=3, allow_leaner_optimizer=True)
+    two = make_config(make_checkpoint("llama"), corpus, tmp_path / "two", **settings)
+    assert together(processes, tmp_path / "out", train_at_the_last_rung, two) == [3, 3]
+    one = {**two.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
+    assert train_at_the_last_rung(TrainConfig.from_mapping(one)) == 3
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    ours, theirs = (
+        load_file(tmp_path / name / "checkpoint-3/trainer/optimizer.safetensors") for name in ("one", "two")
+    )
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    assert any(name.endswith("first_moment_scale") for name in ours)
+
+
+def test_moments_that_would_be_cut_inside_a_block_stay_wide(make_checkpoint, corpus, tmp_path, processes):
+    settings = dict(gpu="virtual:1GiB", eval_fraction=0, allow_leaner_optimizer=True)
+    three = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", **settings)
+    for end in together(processes, tmp_path / "out", train_at_the_last_rung, three, count=3):
+        assert end.startswith("ConfigError: allow_leaner_optimizer keeps state in blocks of 256, and ")
+        assert end.endswith(" for 3 GPUs: remove it, or use a number of GPUs that divides its rows")

@@ -236,9 +236,9 @@ def joined(device_type: str) -> Iterator[Ranks]:
         finally:
             _MET.clear()
     except Exception as error:
-        explained = _explained(error, count)
+        explained, first = _explained(error, count), groups is None or _is_first_failure(groups)
         if isinstance(explained, OomlessError):
-            explained.told = groups is not None and not _is_first_failure(groups)
+            explained.told = not first
         if explained is error:
             raise
         raise explained from error
