@@ -87,6 +87,25 @@ def test_within_the_hours_the_whole_text_through_lora_is_worth_more_than_half_of
     assert named(tokens=text, hours=1000)["balanced"] is FULL
 
 
+def test_of_what_has_less_state_the_one_that_teaches_as_much_with_least_is_enough():
+    """Bytes for a parameter: those of moments, and of what keeps small updates."""
+    moments = {"adamw": 8, "adamw_8bit": 2, "apollo": 1, "adafactor": 0}
+    kept = {"master": 4, "correction": 1, "stochastic": 0}
+
+    def state(one):
+        return moments[one.optimizer] + kept[one.weight_precision]
+
+    every = [quality(optimizer=optimizer, weight_precision=precision) for optimizer in moments for precision in kept]
+    found = Wish().leaner(every[0], [*every[1:], quality(clips=False), quality("lora")], state)
+    assert [(one.optimizer, one.weight_precision) for one in found] == [
+        ("adamw", "correction"),
+        ("adamw_8bit", "correction"),
+        ("adamw_8bit", "stochastic"),
+        ("adafactor", "correction"),
+        ("adafactor", "stochastic"),
+    ]
+
+
 @st.composite
 def rows(draw):
     parts = st.sampled_from([(name, None) for name in PARTS] + [("lora", "nf4"), ("lora", "int8")])

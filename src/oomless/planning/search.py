@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -247,15 +247,14 @@ class _Search:
             self.refused = self.refused or built.refused
             return
         kinds = qualities(self.pins, parts, sixteen_bit=built.sixteen_bit, gpus=self.target.gpus)
-        first: Quality | None = None
+        leaner: Sequence[Quality] | None = None
         for number, quality in enumerate(kinds):
-            leaner = first is not None and quality.differs_in_state(first)
-            if self.held not in (None, quality) or not (first is None or leaner):
+            if self.held not in (None, quality) or (leaner is not None and quality not in leaner):
                 continue
             self._say(str(quality), begun + (number / len(kinds) / len(order) if share is None else 0.0), found)
-            fitting = [row for row in found.values() if row.fits]
-            if (leaner or number == 0) and not self._may_be_preferred(quality, built, fitting, leaner=leaner):
-                if leaner:
+            fitting, more = [row for row in found.values() if row.fits], leaner is not None
+            if (more or number == 0) and not self._may_be_preferred(quality, built, fitting, leaner=more):
+                if more:
                     continue
                 self.slower.add((quality.trainable, quality.tied_weights))
                 return  # what gives up more here is no faster
@@ -263,7 +262,8 @@ class _Search:
             yield (place, number), row
             if row.fits and (first_alone or self.wish is None or not row.saves_by_time):
                 return
-            first = quality if row.fits and first is None else first
+            if row.fits and leaner is None and self.wish is not None:
+                leaner = self.wish.leaner(quality, kinds[number + 1 :], built.state_bytes)
 
     def _may_be_preferred(self, quality: Quality, built: Parts, fitting: list[Row], *, leaner: bool) -> bool:
         """Whether ``quality`` would be the best beside ``fitting`` by some preference if all fitted that is not known not to."""

@@ -38,7 +38,7 @@ from oomless.optim.offload import SMALLEST_OFFLOADED
 from oomless.planning.layout import Layout
 from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on, require_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
-from oomless.planning.strategies import rungs
+from oomless.planning.strategies import Quality, rungs
 from oomless.techniques import cheap_recompute, mlp_tiles
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.experts import stacks_on_device
@@ -117,6 +117,10 @@ class Parts:
     def rungs(self, pins: Settings) -> list[Settings]:
         """Return the ways to keep less for backward that agree with ``pins``; see ``strategies.rungs``."""
         return rungs(pins, self.layers, cheap_recompute=self.cheap_recompute, mlp_tiles=self.mlp_tiles)
+
+    def state_bytes(self, quality: Quality) -> int:
+        """Return the bytes of the optimizer's state."""
+        return state_bytes(self.trainable, quality.optimizer, quality.weight_precision)[0]
 
     @property
     def sixteen_bit(self) -> bool:

@@ -9,7 +9,7 @@ is lost for good.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +52,27 @@ class Wish:
     def share(self, row: Row) -> float:
         """Return what a token teaches with ``row``."""
         return math.prod(one.share for one in self.given_up(row))
+
+    def leaner(
+        self, first: Quality, others: Iterable[Quality], state_bytes: Callable[[Quality], int]
+    ) -> Sequence[Quality]:
+        """Return those of ``others`` that may be preferred to ``first`` for having less state, where memory is bought with time.
+
+        Of two, the one that teaches no less with no more state is enough.
+        """
+        alike = [first, *(one for one in others if one.differs_in_state(first))]
+        known = [
+            (
+                math.prod(one.share for one in learning.shares(_given_up(quality), self.text_tokens)),
+                state_bytes(quality),
+            )
+            for quality in alike
+        ]
+        return [
+            quality
+            for quality, (share, size) in zip(alike, known, strict=True)
+            if not any(best >= share and least <= size and (best, least) != (share, size) for best, least in known)
+        ]
 
     def choices(self, rows: Sequence[Row]) -> dict[Prefer, Row]:
         """Return the best of ``rows``, which fit, by each preference; of equal ones the first."""
