@@ -1,9 +1,9 @@
 """Running out of memory in one of two real processes: both drop the step, meet again, and end with the weights of the undisturbed one."""
 
 import gc
-import json
 import os
 import random
+import time
 from functools import partial
 
 import pytest
@@ -128,73 +128,100 @@ def test_no_fault_in_one_of_three_changes_a_bit(
 
 
 class Failing(VirtualGPU):
-    """Refuses the allocations that come so long after each call of ``soon``."""
+    """Refuses the allocation that comes so many after each call of ``soon``."""
 
-    def soon(self, after=20):
+    def soon(self, after):
         self.fail_at(self.allocation_count + after)
 
 
-def train_with_faults(config, failing, last=False):
-    """Train; the process ``failing`` runs out in the heaviest step, in step 2 and in the evaluation after it; in ``last``, again and again in step 3."""
+def train_with_faults(config, failing, faults, dropped=lambda device: None):
+    """Train; memory runs out for the process ``failing`` at the moments that ``faults`` names, so many allocations later.
+
+    An "update" has changed a weight when it begins to fail. ``dropped`` is called there after each attempt that was dropped.
+    """
     gc.freeze()
-    device, said = Failing(1 << 30), []
-    fails = os.environ["RANK"] == str(failing)
-    evaluate, drop, evaluated = TrainingStep.evaluate, Guard._drop, []
+    device, said, fails = Failing(1 << 30), [], os.environ["RANK"] == str(failing)
+    left, at = dict(faults) if fails else {}, {"step": 1, "evaluation": 0}
+    evaluate, drop, before_update = TrainingStep.evaluate, Guard._drop, Guard._before_update
+
+    def comes(moment):
+        if moment in left:
+            device.soon(left.pop(moment))
 
     class Watching(loop.Listener):
         def said(self, message):
-            said.append(message)
+            if message.startswith(("out of memory", "back", "there is")):
+                said.append(" ".join(message.split()[:7]))
 
         def prepared(self, facts):
-            if fails and not last:
-                device.soon()
+            comes("heaviest")
 
         def stepped(self, metrics):
-            if fails and metrics["step"] == (2 if last else 1):
-                device.soon(100)
+            at["step"] = metrics["step"] + 1
+            comes(f"step {at['step']}")
 
-    def evaluated_with_a_fault(self, batches):
-        if fails and len(evaluated) == 1 and not last:
-            device.soon()
-        evaluated.append(None)
+    def evaluated(self, batches):
+        at["evaluation"] += 1
+        comes(f"evaluation {at['evaluation']}")
         return evaluate(self, batches)
 
-    def dropped_and_failing(self, *given):
+    def updated(self, parameter):
+        if self._changed:
+            comes(f"update {at['step']}")
+        before_update(self, parameter)
+
+    def dropped_too(self, *given):
         drop(self, *given)
         if fails:
-            device.soon()
+            dropped(device)
 
     loop.open_device = lambda name: device
-    TrainingStep.evaluate = evaluated_with_a_fault
-    if last:
-        Guard._drop = dropped_and_failing
+    TrainingStep.evaluate, Guard._drop, Guard._before_update = evaluated, dropped_too, updated
     try:
-        result = loop.train(config, Watching())
+        return [loop.train(config, Watching()).steps, said]
     finally:
-        TrainingStep.evaluate, Guard._drop = evaluate, drop
-    return [result.steps, [message for message in said if "out of memory" in message]]
+        TrainingStep.evaluate, Guard._drop, Guard._before_update = evaluate, drop, before_update
 
 
-def test_a_run_goes_on(make_checkpoint, corpus, tmp_path, processes):
-    settings = dict(
-        gpu="virtual:1GiB", dtype="fp32", max_steps=4, save_steps=2, eval_steps=2, trainable="lora", lora_r=4
+RUNS = {
+    "parts": (
+        dict(trainable="lora", lora_r=4, save_steps=2, eval_steps=2),
+        {"heaviest": 20, "step 2": 100, "evaluation 2": 20},
+        ["out of memory: the step is run", "out of memory: the step is run", "out of memory: the evaluation is run"],
+    ),
+    "whole, in backward": (
+        dict(sharding="replicate", eval_fraction=0, save_steps=2, **IN_BACKWARD),
+        {"update 2": 0, "update 4": 0},
+        [
+            "out of memory after weights had changed:",
+            "there is no checkpoint yet: the run",
+            "out of memory after weights had changed:",
+            "back to checkpoint-2",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_goes_on(make_checkpoint, corpus, tmp_path, processes, run):
+    settings, faults, expected = RUNS[run]
+    two = make_config(
+        make_checkpoint("llama"),
+        corpus,
+        tmp_path / "two",
+        gpu="virtual:1GiB",
+        dtype="fp32",
+        **{"max_steps": 4, **settings},
     )
-    two = make_config(make_checkpoint("llama"), corpus, tmp_path / "two", **settings)
-    steps, said = together(processes, tmp_path / "out", train_with_faults, two, 1)[0]
-    assert steps == 4
-    assert [message.partition(" run again")[0] for message in said] == [
-        "out of memory: the step is",
-        "out of memory: the step is",
-        "out of memory: the evaluation is",
-    ]
-    loop.train(
-        TrainConfig.from_mapping(
-            {**two.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
-        )
-    )
+    found = together(processes, tmp_path / "out", train_with_faults, two, 1, faults)
+    assert found == [[4, expected]] * 2
+    one = {**two.to_dict(), "output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2, "sharding": "auto"}
+    loop.train(TrainConfig.from_mapping(one))
     assert_same_losses(tmp_path / "one", tmp_path / "two")
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("oom_recoveries") for line in lines if "loss" in line] == [1, 2, 2, 2]
+
+
+def nothing_fits(config, failing):
+    return train_with_faults(config, failing, {"step 3": 100}, lambda device: device.soon(20))
 
 
 def test_where_nothing_fits_all_save_and_end(make_checkpoint, corpus, tmp_path, processes):
@@ -202,33 +229,51 @@ def test_where_nothing_fits_all_save_and_end(make_checkpoint, corpus, tmp_path, 
     settings = dict(gpu="virtual:1GiB", dtype="fp32", save_steps=None, eval_fraction=0, per_device_train_batch_size=1)
     settings |= dict(gradient_checkpointing=True, loss_chunk_bytes=1 << 20)
     config = make_config(make_checkpoint("llama", num_hidden_layers=1), corpus, tmp_path / "run", **settings)
-    ends = together(processes, tmp_path / "out", train_with_faults, config, 1, True)
+    ends = together(processes, tmp_path / "out", nothing_fits, config, 1)
     assert [end.partition(" (CUDA")[0] for end in ends] == ["TrainingError: process 1 of 2 ran out of memory"] * 2
-    assert sorted((tmp_path / "out" / f"{rank}.told").read_text() for rank in (0, 1)) == ["False", "True"]
+    assert "False" in [(tmp_path / "out" / f"{rank}.told").read_text() for rank in (0, 1)]
     assert [(one.step, damage(one)) for one in list_checkpoints(tmp_path / "run")] == [(2, None)]
 
 
-def broken_while_it_drops(config, failing):
-    """Train, but whatever the process ``failing`` drops breaks it, in the middle of a recovery."""
-    drop = Guard._drop
+def broken_while_it_recovers(config, failing):
+    def broken(device):
+        raise RuntimeError("broken")
 
-    def broken(self, *given):
-        drop(self, *given)
-        if os.environ["RANK"] == str(failing):
-            raise RuntimeError("broken")
-
-    Guard._drop = broken
-    try:
-        return train_with_faults(config, failing)
-    finally:
-        Guard._drop = drop
+    return train_with_faults(config, failing, {"heaviest": 20}, broken)
 
 
 def test_another_failure_while_they_meet_ends_all(make_checkpoint, corpus, tmp_path, processes):
     config = make_config(make_checkpoint("llama"), corpus, tmp_path / "run", gpu="virtual:1GiB", eval_fraction=0)
-    ends = together(processes, tmp_path / "out", broken_while_it_drops, config, 1)
+    ends = together(processes, tmp_path / "out", broken_while_it_recovers, config, 1)
     assert ends[0].startswith("TrainingError: another of the 2 processes ended or cannot be reached")
     assert ends[1] == "RuntimeError: broken"
+
+
+def learns_while_it_computes():
+    """The second process gives up; return what the first, which is in no collective, is told before its next micro-batch."""
+    said = None
+    with distributed.joined("cpu") as ranks:
+        if ranks.first:
+            ranks.groups.check()
+        ranks.any(False)
+        if not ranks.first:
+            ranks.groups.leave()
+        else:
+            while not ranks.groups.is_over():
+                time.sleep(0.01)
+            try:
+                ranks.groups.check()
+            except RuntimeError as error:
+                said = str(error)
+            ranks.groups.leave()
+        ranks.groups.meet()
+        ranks.groups.check()
+        return ranks.groups.tell(said)
+
+
+def test_who_computes_learns_it_before_the_next_micro_batch(tmp_path, processes):
+    told = together(processes, tmp_path / "out", learns_while_it_computes)
+    assert told == [["another process gave the step up", None]] * 2
 
 
 def train_at_the_last_rung(config):

@@ -5,7 +5,7 @@ decisions of the host, and waits for days where the first would take a process f
 or writing a checkpoint.
 
 A process that gives an attempt up says so in torchrun's store and ends its connections. So the others, wherever they wait for it,
-get an error; those that compute get it at their next collective. The store tells it from a process that died. Then all meet
+get an error; those that compute get it at their next collective or micro-batch. The store tells it from a process that died. Then all meet
 under a new prefix of the store. NCCL's collectives are aborted, as they may lie on the GPU unfinished. gloo closes a
 connection when nothing refers to its group any more: so nobody keeps a group, all ask the mesh for it, which knows it by name, and
 the names are the same in each attempt.
@@ -61,6 +61,15 @@ class Groups:
             return bool(self._store.check([f"oomless/over/{self.attempt}"]))
         except RuntimeError:  # the store is gone, and who kept it
             return False
+
+    def check(self) -> None:
+        """Let a process that computes know what it would learn at its next collective, which may be far.
+
+        Raises:
+            RuntimeError: some process gave this attempt up.
+        """
+        if self.is_over():
+            raise RuntimeError("another process gave the step up")
 
     def leave(self) -> None:
         """Give this attempt up: from now on every collective of the others with this process fails, and none is in flight here."""

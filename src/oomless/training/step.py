@@ -182,6 +182,8 @@ class TrainingStep:
         self.model.train()
         for batch in micro_batches:
             self.before_micro_batch()
+            if self.ranks.groups is not None:
+                self.ranks.groups.check()
             if self._block_dropout is not None:
                 self._block_dropout.begin(*batch.input_ids.shape)
             if self.balance is not None:
