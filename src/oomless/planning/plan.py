@@ -158,7 +158,8 @@ class Plan:
         """What no smaller batch and no shorter sequence changes: weights, all gradients and optimizer state; or of these at least."""
         timeline = self.profile.timeline.bytes_by_category
         stopped = self.stopped_at if not self.whole else None
-        more_bytes = stopped.size_bytes if stopped is not None and stopped.phase == "load" else 0
+        building = stopped is not None and "forward" not in self.profile.phases
+        more_bytes = stopped.size_bytes if building else 0
         return sum(max(timeline[category], default=0) for category in FIXED) + more_bytes
 
     @property

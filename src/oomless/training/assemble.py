@@ -209,8 +209,9 @@ def _shape(model: Any, config: TrainConfig, device: Device) -> None:
 
 
 def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharded: sharding.Sharded | None) -> Assembly:
-    with device.phase("load"):
+    with device.phase("optimizer"):
         optimizer = _optimizer(model, config, device)
+    with device.phase("load"):
         notes = kernels.choose(optimizer, config, device)
         loss_scale = LossScale(model.dtype, device)
         balance = balancing.of(model, config.router_aux_loss_coef, device)
