@@ -52,6 +52,14 @@ FAMILIES = {
         first_k_dense_replace=1,
     ),
     "ernie4_5_moe": dict(model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
+    "llama4_text": dict(
+        model_type="llama4_text",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=1,
+        intermediate_size_mlp=48,
+        head_dim=16,
+    ),
 }
 
 
@@ -147,7 +155,7 @@ def mostly_slow(families, settings, quick):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        *mostly_slow(["qwen3_moe", "gpt_oss", "glm4_moe"], EXACT, {"qwen3_moe", ("gpt_oss", 3)}),
+        *mostly_slow(["qwen3_moe", "gpt_oss", "glm4_moe", "llama4_text"], EXACT, {"qwen3_moe", ("gpt_oss", 3)}),
         ("mixtral", {"router_aux_loss_coef": 0.1, "gradient_checkpointing": True}),
     ],
 )
@@ -186,7 +194,7 @@ def logits(model):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    mostly_slow(["qwen3_moe", "qwen2_moe", "gpt_oss", "glm4_moe"], RUNS, {"qwen2_moe", ("gpt_oss", 2)}),
+    mostly_slow(["qwen3_moe", "qwen2_moe", "gpt_oss", "glm4_moe", "llama4_text"], RUNS, {"qwen2_moe", ("gpt_oss", 2)}),
 )
 def test_the_final_model_is_the_live_one_under_the_names_of_the_base(
     make_mixture, corpus, tmp_path, monkeypatch, family, settings

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oomless.techniques.kinds import body_of
+
 WHOLE = "_oomless_whole_forward"
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier")
@@ -19,7 +21,7 @@ def run(model: Any, **inputs: Any) -> Tensor:
     the model's whole forward runs as far as its head (``models.form`` says for which).
     """
     if not getattr(model, WHOLE, False):
-        hidden: Tensor = model.base_model(use_cache=False, **inputs).last_hidden_state
+        hidden: Tensor = body_of(model)(use_cache=False, **inputs).last_hidden_state
         return hidden.to(model.get_output_embeddings().weight.dtype)  # some bodies (Mamba) sum and end in fp32
     handle = model.get_output_embeddings().register_forward_pre_hook(_stop)
     try:

@@ -2,7 +2,7 @@
 
 transformers lets a function be registered under a name and chosen for one model by ``experts_implementation``; it is given the
 module that holds the stacks of the experts' matrices, what the router chose and the weights of its choices. All architectures
-whose experts go through that interface are served, whatever their gate, biases and layout.
+whose experts go through that interface are served, whatever their gate, biases and layout; so are Llama 4's (``llama4_experts.py``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ def register() -> None:
 
 def place(model: Any, device: Device) -> None:
     """Tell the experts of ``model`` which device they are on."""
+    if any(type(module).__name__ == "Llama4TextMoe" for module in model.modules()):
+        from oomless.models import llama4_experts  # imports a whole architecture
+
+        llama4_experts.route(model)
     for _, module in expert_modules(model):
         module.device = device
         routes.begin(module)
@@ -40,7 +44,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         module: holds ``gate_up_proj`` or ``up_proj``, and ``down_proj``.
         hidden_states: [N, D].
         top_k_index: int64 [N, K], the experts of each token; the number of experts and more stands for none.
-        top_k_weights: [N, K].
+        top_k_weights: [N, K]; of a module that ``weighs_inputs`` they multiply what its experts are given.
     """
     device: Device = module.device
     choices = top_k_index.shape[-1]
@@ -52,6 +56,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     routes.count(module, groups.bounds)
 
     rows = dispatch(hidden_states, places, order // choices)
+    if getattr(module, "weighs_inputs", False):
+        rows = rows * top_k_weights.reshape(-1)[order, None]
+        top_k_weights = torch.ones_like(top_k_weights)
     if module.has_gate:
         rows = module._apply_gate(_project(module, "gate_up_proj", rows, groups, places))
     else:

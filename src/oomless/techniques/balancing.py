@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.techniques.kinds import body_of
 
 
 class Balance:
@@ -59,7 +60,7 @@ def of(model: Any, coefficient: float | None, device: Device) -> Balance | None:
             f"router_aux_loss_coef has no effect: {type(model).__name__} has no balancing loss of its routers; remove it",
             "router_aux_loss_coef",
         )
-    if not any(parameter.requires_grad for parameter in model.base_model.parameters()):
+    if not any(parameter.requires_grad for parameter in body_of(model).parameters()):
         raise ConfigError(
             "router_aux_loss_coef has no effect: nothing before lm_head trains; remove it, or set it to 0",
             "router_aux_loss_coef",

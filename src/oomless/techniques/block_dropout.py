@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from oomless.memory.device import Device, random_state, set_random_state
+from oomless.techniques.kinds import body_of
 
 _LENGTH = 8
 _SPREAD = 0x9E3779B97F4A7C15
@@ -184,7 +185,7 @@ def belongs_to_blocks(model: Any, device: Device) -> bool:
         for first, last in cuts:
             blocks.begin(last - first, _LENGTH)
             results.append(
-                model.base_model(input_ids=device.put(ids[first:last]), use_cache=False).last_hidden_state.float()
+                body_of(model)(input_ids=device.put(ids[first:last]), use_cache=False).last_hidden_state.float()
             )
     blocks.end()
     model.train(training)

@@ -26,6 +26,7 @@ from oomless.ops.gated_product import Activation, gated_product
 from oomless.ops.recompute import recomputing
 from oomless.ops.rms_norm import rms_norm
 from oomless.techniques.checkpointing import layers_of_backward
+from oomless.techniques.kinds import body_of
 
 _EPSILONS = ("variance_epsilon", "eps")
 _ACTIVATIONS = ("act_fn", "activation_fn")
@@ -33,7 +34,7 @@ _ACTIVATIONS = ("act_fn", "activation_fn")
 
 def applies(model: Any) -> bool:
     """Return whether ``apply`` finds anything in ``model``."""
-    parts = model.base_model.modules()
+    parts = body_of(model).modules()
     return bool(layers_of_backward(model)) and any(norm_form(part) or gated_mlp(part) for part in parts)
 
 
@@ -47,7 +48,7 @@ def apply(model: Any, *, norm_dtype: torch.dtype | None = None) -> None:
     """
     layers = layers_of_backward(model)
     found = 0
-    for module in model.base_model.modules():
+    for module in body_of(model).modules():
         form = norm_form(module)
         mlp = gated_mlp(module)
         if form is not None:

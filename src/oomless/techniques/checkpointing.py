@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oomless.errors import ConfigError
 from oomless.techniques import block_dropout
+from oomless.techniques.kinds import body_of
 
 
 def apply(model: Any, count: int | None = None) -> list[nn.Module]:
@@ -53,12 +54,12 @@ def apply_to(model: Any, layers: list[Any]) -> None:
 
 def decoder_layers(model: Any) -> list[Any]:
     """Return the layers of the body of ``model``, in forward's order."""
-    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in body_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def layers_of_backward(model: Any) -> list[Any]:
     """Return the layers that keep something for backward: those that train or lie above something that does."""
-    parameters = list(model.base_model.parameters())
+    parameters = list(body_of(model).parameters())
     order = {id(parameter): place for place, parameter in enumerate(parameters)}
     lowest = next((place for place, parameter in enumerate(parameters) if parameter.requires_grad), len(order))
     layers = decoder_layers(model)

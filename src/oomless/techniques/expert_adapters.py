@@ -26,12 +26,16 @@ PREFIX = "lora_"
 
 
 class ExpertAdapter(nn.Module):
-    """The adapter of one stack of ``shape``, [E, rows, columns] of the matrices, which are [in, out] if ``transposed``."""
+    """The adapter of one stack of ``shape``, [E, rows, columns] of the matrices, which are [in, out] if ``transposed``.
+
+    ``turned``: peft takes them for what they are not, [in, out] or [out, in]: A and B have its shapes, and B is what rows go through first.
+    """
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         transposed: bool,
+        turned: bool,
         config: TrainConfig,
         rank: int,
         alpha: float,
@@ -40,8 +44,8 @@ class ExpertAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.experts, rows, columns = shape
-        self.inputs, self.outputs = (rows, columns) if transposed else (columns, rows)
-        self.rank, self.transposed = rank, transposed
+        self.inputs, self.outputs = (rows, columns) if transposed != turned else (columns, rows)
+        self.rank, self.transposed, self.turned = rank, transposed, turned
         self.dropout = nn.Dropout(config.lora_dropout or 0.0)
         self.scaling = alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
         self.merged_experts = 0
@@ -62,8 +66,11 @@ class ExpertAdapter(nn.Module):
             return base
         if self.dropout.p > 0:
             rows = self.dropout(rows, places)
-        low = grouped_linear(rows, self.A.view(self.experts, self.rank, self.inputs), groups)
-        return grouped_linear(low, self._expert_major(), groups, base=base, scale=self.scaling)
+        first, second = self.A.view(self.experts, self.rank, self.inputs), self._expert_major()
+        if self.turned:
+            first, second = second, first
+        low = grouped_linear(rows, first, groups, transposed=self.turned)
+        return grouped_linear(low, second, groups, base=base, scale=self.scaling, transposed=self.turned)
 
     def _expert_major(self) -> Tensor:
         """Return B as [E, out, rank]."""
@@ -80,7 +87,7 @@ class ExpertAdapter(nn.Module):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return what [rank, in] and [out, rank] of an expert add to its matrix, as that one lies."""
         added = b @ a * self.scaling
-        return added.t() if self.transposed else added
+        return added.t() if self.transposed != self.turned else added
 
     @torch.no_grad()
     def merge(self, stack: nn.Parameter, device: Device) -> None:
@@ -153,7 +160,8 @@ def inject(model: Any, names: list[str], config: TrainConfig, device: Device, se
             for pattern, usual in ((settings.rank_pattern, settings.r), (settings.alpha_pattern, settings.lora_alpha))
         )
         shape = getattr(module, stack).shape
-        adapter = ExpertAdapter(shape, module.is_transposed, config, rank, alpha, model.dtype, device)
+        turned = getattr(module, "weighs_inputs", False)
+        adapter = ExpertAdapter(shape, module.is_transposed, turned, config, rank, alpha, model.dtype, device)
         setattr(module, PREFIX + stack, adapter)
 
 

@@ -20,7 +20,7 @@ from oomless.memory.device import Device
 from oomless.ops.frozen_linear import Quantization, frozen_linear
 from oomless.techniques import experts, tied_layers
 from oomless.techniques.experts import FrozenExperts
-from oomless.techniques.kinds import is_linear, owner_using_weight
+from oomless.techniques.kinds import body_of, is_linear, owner_using_weight
 from oomless.techniques.peers import Peers
 
 
@@ -102,7 +102,7 @@ def replace(
     }
     tied_layers.replace(model, made)
     experts.replace(model, kind, host, kept, peers)
-    frozen = [p for m in model.base_model.modules() if m not in kept for p in m.parameters(recurse=False)]
+    frozen = [p for m in body_of(model).modules() if m not in kept for p in m.parameters(recurse=False)]
     # No product reads them.
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     left = sum(p.numel() for p in frozen if id(p) not in tables)

@@ -35,6 +35,11 @@ def kind_in(model: Any, name: str) -> str:
     return f"{kind_of(name)} beside {children}"
 
 
+def body_of(model: Any) -> Any:
+    """Return what ``lm_head`` is applied to the output of; Llama 4's class takes itself for it."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
 def is_linear(module: Any) -> bool:
     """Return whether ``module`` is a linear layer and nothing more: an nn.Linear, a Conv1D, or of a class that gives what nn.Linear gives."""
     if type(module) in (nn.Linear, Conv1D):

@@ -39,6 +39,7 @@ from oomless.optim.adamw import is_quantisable
 from oomless.optim.blockwise import BLOCK
 from oomless.techniques.block_dropout import belongs_to_blocks
 from oomless.techniques.checkpointing import decoder_layers
+from oomless.techniques.kinds import body_of
 
 FSDP = "torch.distributed.fsdp"
 ELEMENTWISE_OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
@@ -175,7 +176,7 @@ class Sharded:
         for layer in layers:
             self._cut(layer)
         self._head = Whole(head)
-        self._root = Whole(model.base_model, self._head)
+        self._root = Whole(body_of(model), self._head)
         inside = {id(parameter) for parameter in self._root.parameters()}
         if outside := [name for name, parameter in model.named_parameters() if id(parameter) not in inside]:
             raise ModelError(

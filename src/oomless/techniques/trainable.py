@@ -26,7 +26,7 @@ from oomless.config import TrainConfig, adapter
 from oomless.errors import ConfigError, nearest
 from oomless.memory.device import Device
 from oomless.techniques import frozen_layers, lora, trained_rows
-from oomless.techniques.kinds import kind_in, kind_of
+from oomless.techniques.kinds import body_of, kind_in, kind_of
 from oomless.units import format_bytes
 
 NAMED_PARTS = ("full", "lora", "lm_head", "embed_tokens")
@@ -196,5 +196,5 @@ def embedding_parameters(model: Any) -> list[nn.Parameter]:
 
 def body_trains(model: Any) -> bool:
     """Return whether any parameter before ``lm_head`` trains, so that the body's forward must build a graph."""
-    body: nn.Module = model.base_model
+    body: nn.Module = body_of(model)
     return any(parameter.requires_grad for parameter in body.parameters())

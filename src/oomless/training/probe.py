@@ -19,6 +19,7 @@ from oomless.memory.device import Device
 from oomless.models import attention, form
 from oomless.models.make import attend
 from oomless.techniques import in_flight
+from oomless.techniques.kinds import body_of
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def check_architecture(model: Any, packing: Packing, device: Device) -> None:
     """
     model.eval()
     # Each of its texts has a length of its own, of which more or fewer tiles are made, so that none tells what the next fetches.
-    fresh = model.base_model.register_forward_pre_hook(lambda *_: in_flight.drop(model))
+    fresh = body_of(model).register_forward_pre_hook(lambda *_: in_flight.drop(model))
     try:
         with own_attention(model):
             logits = form.own_logits(model, form.length_for(model))
