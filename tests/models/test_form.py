@@ -1,11 +1,14 @@
 """Every architecture computes what plain transformers computes, in the form that is chosen for it, or is refused before it loads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oomless.errors import ModelError
+from oomless.config import TrainConfig
+from oomless.errors import ConfigError, ModelError
 from oomless.memory.device import Device
 from oomless.models import build, form
 from oomless.models.make import without_memory
@@ -13,6 +16,7 @@ from oomless.models.spec import most_positions, resolve
 from oomless.models.twin import small_config
 from oomless.ops.attention import attention_kernel
 from oomless.planning.rehearse import virtual_device
+from oomless.training.assemble import check_length
 from oomless.training.loss import causal_lm_loss
 from oomless.training.probe import check_architecture
 
@@ -23,7 +27,8 @@ OWN_ATTENTION = (
     *("bloom", "codegen", "xglm", "gpt_neox_japanese", "trocr", "mvp", "mpt", "falcon", "gptj"),
     *("deepseek_v4", "deepseek_v32", "inkling2_text", "llama4_text", "doge"),
 )
-OURS = ("llama", "recurrent_gemma", "mamba", "afmoe", "bart", "deepseek_v3", "modernbert-decoder")
+OURS = ("llama", "recurrent_gemma", "mamba", "afmoe", "bart", "deepseek_v3", "modernbert-decoder", "roberta")
+BEHIND_PADDING = ("roberta", "camembert", "data2vec-text", "roberta-prelayernorm")
 BY_OWN_MASKS = ("stablelm", "nemotron", "codegen")
 NOT_APART = ("bloom", "mamba", "falcon_h1", "qwen3_next", "recurrent_gemma", "bart", "llama4_text", "lfm3")
 NOT_CAUSAL = ("bert", "electra", "xlm")
@@ -34,6 +39,7 @@ def folder_of(tmp_path_factory):
     """A function that saves a tiny random model of a type of transformers' registry, and returns its folder."""
 
     def make(model_type, **settings):
+        settings |= {"is_decoder": True} if model_type in BEHIND_PADDING else {}
         folder = tmp_path_factory.mktemp(model_type)
         torch.manual_seed(1)
         config = small_config(AutoConfig.for_model(model_type, **settings))
@@ -73,12 +79,13 @@ def test_loss_of_one_stream_is_that_of_plain_transformers(folder_of, model_type)
     assert ours == pytest.approx(their_loss(folder, IDS, LABELS), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", [*BY_OWN_MASKS, "modernbert-decoder", "afmoe"])
+@pytest.mark.parametrize("model_type", [*BY_OWN_MASKS, "modernbert-decoder", "afmoe", *BEHIND_PADDING])
 @torch.no_grad()
 def test_loss_of_packed_documents_is_that_of_each_alone(folder_of, model_type):
     folder = folder_of(model_type, **({"num_key_value_heads": 8} if model_type == "nemotron" else {}))
     chosen, model = built(folder, "documents")
     assert (chosen.attention == form.OWN_ATTENTION) == (model_type in BY_OWN_MASKS)
+    assert chosen.after_padding == (model_type in BEHIND_PADDING)
     check_architecture(model, "documents", Device())
     labels = LABELS.clone()
     labels[:, 12] = -100
@@ -154,3 +161,11 @@ def test_positions_without_limit_are_none_to_exceed(folder_of):
     assert most_positions(spec.config) is None
     with pytest.raises(ModelError, match="a token sees those behind it"):
         form.choose(spec, "concatenate")
+
+
+def test_positions_up_to_that_of_padding_are_no_tokens(folder_of):
+    folder = folder_of("roberta", max_position_embeddings=52)
+    config = TrainConfig.from_mapping({"model": str(folder), "data": "x", "output_dir": "y", "max_seq_length": 50})
+    check_length(resolve(str(folder)), config)
+    with pytest.raises(ConfigError, match="max_position_embeddings less the first 2, which its tokens do not have, 50; got 51"):
+        check_length(resolve(str(folder)), replace(config, max_seq_length=51))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from oomless.techniques.kinds import body_of
 
 WHOLE = "_oomless_whole_forward"
+FIRST = "_oomless_first_position"
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -20,6 +21,8 @@ def run(model: Any, **inputs: Any) -> Tensor:
     Where there is something between the body and the head (a dense layer, a factor), or the body has no output of its own,
     the model's whole forward runs as far as its head (``models.form`` says for which).
     """
+    if (first := getattr(model, FIRST, 0)) and inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"] + first
     if not getattr(model, WHOLE, False):
         hidden: Tensor = body_of(model)(use_cache=False, **inputs).last_hidden_state
         return hidden.to(model.get_output_embeddings().weight.dtype)  # some bodies (Mamba) sum and end in fp32
@@ -31,6 +34,12 @@ def run(model: Any, **inputs: Any) -> Tensor:
     finally:
         handle.remove()
     raise TypeError(f"{type(model).__name__} does not call its head")
+
+
+def first_position(config: Any) -> int:
+    """Return where positions begin in a model of ``config`` that keeps one for padding; 0 where its config names no padding."""
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
+    return 0 if padding is None or padding < 0 else int(padding) + 1
 
 
 class _ReachedHead(BaseException):

@@ -13,7 +13,7 @@ the model that is about to train, on its device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +43,9 @@ class Form:
 
     whole_forward: bool = False
     """Whether the model's own forward runs as far as its head, instead of its body alone."""
+
+    after_padding: bool = False
+    """Whether positions begin behind the one that is padding's, as RoBERTa's do."""
 
 
 _FORMS = (
@@ -99,7 +102,8 @@ def _choose(key: _Key, packing: Packing) -> Form | Problem:
         except Exception:  # a model's own code raises what it likes
             return Form()
         problems = []
-        for form in _FORMS:
+        behind = [replace(form, after_padding=True) for form in _FORMS] if body.first_position(own.config) else []
+        for form in (*_FORMS, *behind):
             try:
                 model = twin.twin(spec.config, form.attention, trust_remote_code=spec.trust_remote_code)
                 model.load_state_dict(own.state_dict())
@@ -136,8 +140,20 @@ def _unreached(key: _Key) -> frozenset[str]:
 
 
 def apply(model: Any, form: Form) -> None:
-    """Have ``model``, which was built with the attention of ``form``, give its head what ``form`` says."""
+    """Have ``model``, which was built with the attention of ``form``, run as ``form`` says."""
     setattr(model, body.WHOLE, form.whole_forward)
+    setattr(model, body.FIRST, body.first_position(model.config) if form.after_padding else 0)
+
+
+def longest(spec: ModelSpec, packing: Packing) -> int | None:
+    """Return how many tokens the model of ``spec`` has positions for in blocks of ``packing``; ``None`` where they are unlimited."""
+    positions, first = most_positions(spec.config), body.first_position(spec.config)
+    if positions is None or not first:
+        return positions
+    try:
+        return positions - first if choose(spec, packing).after_padding else positions
+    except ModelError:  # whoever builds it will say so
+        return positions
 
 
 def own_logits(model: Any, length: int) -> Tensor:
@@ -203,10 +219,11 @@ def tolerance(model: Any) -> float:
 
 
 def probe_ids(model: Any, length: int) -> Tensor:
-    """Return the first ``length`` tokens that ``model`` is asked about, [1, T], where its embedding lies."""
+    """Return the first ``length`` tokens that ``model`` is asked about, none of them padding, [1, T], where its embedding lies."""
     weight = model.get_input_embeddings().weight
     ids: Tensor = (torch.arange(1, length + 1, device=weight.device) * 7919 % weight.shape[0])[None]
-    return ids
+    padding = body.first_position(model.config) - 1
+    return ids + (ids == padding) if padding >= 0 else ids
 
 
 def _head(model: Any, hidden: Tensor) -> Tensor:

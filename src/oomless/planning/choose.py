@@ -12,7 +12,8 @@ from oomless.config import TrainConfig, plain
 from oomless.config.batch import Batch
 from oomless.config.values import kinds, require_kind
 from oomless.errors import ConfigError
-from oomless.models.spec import ModelSpec, most_positions, resolve_for_plan
+from oomless.models import form
+from oomless.models.spec import ModelSpec, resolve_for_plan
 from oomless.planning.choice import Choice
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
@@ -178,7 +179,7 @@ def with_batch(settings: Settings, wish: Wish, gpus: int) -> tuple[Settings, Wis
 
 def _lengths(spec: ModelSpec, pins: Settings, gpus: int) -> Sequence[int]:
     """Return the lengths among which the longest is looked for, the shortest first."""
-    longest = most_positions(spec.config) or 1 << 17
+    longest = form.longest(spec, pins.get("packing", TrainConfig.packing)) or 1 << 17
     if "tokens_per_step" not in pins:
         return [*range(LENGTH_STEP, longest + 1, LENGTH_STEP)] or [longest]
     tokens, passes = pins["tokens_per_step"], gpus * pins.get("per_device_train_batch_size", 1)

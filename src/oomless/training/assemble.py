@@ -252,10 +252,13 @@ def check_length(spec: ModelSpec, config: TrainConfig) -> None:
     Raises:
         ConfigError: they do not.
     """
-    longest = most_positions(spec.config)
+    longest = form.longest(spec, config.packing)
     if longest and config.max_seq_length > longest:
+        unused = (most_positions(spec.config) or 0) - longest
+        less = f" less the first {unused}, which its tokens do not have" if unused else ""
         raise ConfigError(
-            f"max_seq_length must be at most the model's max_position_embeddings, {longest}; got {config.max_seq_length}: use {longest}"
+            f"max_seq_length must be at most the model's max_position_embeddings{less}, {longest}; got {config.max_seq_length}: "
+            f"use {longest}"
         )
 
 
