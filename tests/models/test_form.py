@@ -167,5 +167,7 @@ def test_positions_up_to_that_of_padding_are_no_tokens(folder_of):
     folder = folder_of("roberta", max_position_embeddings=52)
     config = TrainConfig.from_mapping({"model": str(folder), "data": "x", "output_dir": "y", "max_seq_length": 50})
     check_length(resolve(str(folder)), config)
-    with pytest.raises(ConfigError, match="max_position_embeddings less the first 2, which its tokens do not have, 50; got 51"):
+    with pytest.raises(
+        ConfigError, match="max_position_embeddings less the first 2, which its tokens do not have, 50; got 51"
+    ):
         check_length(resolve(str(folder)), replace(config, max_seq_length=51))

@@ -53,9 +53,9 @@ def with_more_fields(corpus, target):
 
 def base(run, places, *, out=None):
     kind = "mixtral" if values.OF_EXPERTS & set(run) else "qwen2" if "bias" in run else "llama"
-    model = (
-        places["gpt-oss"] if run.get("quantization") == "mxfp4" else places["make"](kind, tied="tied_weights" in run)
-    )
+    larger = {"vocab_size": 2048} if run.get("offload_optimizer") else {}
+    made = functools.partial(places["make"], kind, tied="tied_weights" in run, **larger)
+    model = places["gpt-oss"] if run.get("quantization") == "mxfp4" else made()
     given = {"model": str(model), "data": str(places["corpus"]), "max_steps": 2, "max_seq_length": values.LENGTH, **run}
     given |= {} if out is None else {"output_dir": str(out)}
     evaluates = bool({"eval_data", "general_data"} & set(run)) or str(run.get("eval_fraction", 0)) not in ("0", "0.0")

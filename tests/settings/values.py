@@ -85,9 +85,19 @@ NEEDS = {
     "experts_on_host": {"trainable": "lora"},
     "sample_tokens": {"sample_prompts": "import"},
     "replay": {"replay_data": "{corpus},name=old"},
+    **{n: {"eval_steps": 1, "eval_fraction": 0.1} for n in ("load_best_model_at_end", "early_stopping_patience")},
     **{name: {"trainable": "lora"} for name in LORA_DEFAULTS},
 }
 
+
+OFF_ALONE = {
+    "stream_frozen",
+    "offload_activations",
+    "experts_on_host",
+    "allow_leaner_optimizer",
+    "load_best_model_at_end",
+}
+"""Switches that may be off in any run."""
 
 OF_EXPERTS = {"router_aux_loss_coef", "experts_on_host"}
 """What has no effect on a model without them."""
@@ -143,7 +153,7 @@ def range_of(name):
 
 def needs(name, value):
     """What else has to be set for ``value`` to have an effect."""
-    if value is False and name in ("stream_frozen", "offload_activations", "experts_on_host", "allow_leaner_optimizer"):
+    if value is False and name in OFF_ALONE:
         return {}
     if name == "on_bad_loss" and value == "rewind":
         return {"save_steps": 1}
