@@ -158,8 +158,8 @@ class Plan:
         """What no smaller batch and no shorter sequence changes: weights, all gradients and optimizer state; or of these at least."""
         timeline = self.profile.timeline.bytes_by_category
         stopped = self.stopped_at if not self.whole else None
-        building = stopped is not None and "forward" not in self.profile.phases
-        more_bytes = stopped.size_bytes if building else 0
+        begun = "forward" in self.profile.phases
+        more_bytes = 0 if stopped is None or begun else stopped.size_bytes
         return sum(max(timeline[category], default=0) for category in FIXED) + more_bytes
 
     @property
