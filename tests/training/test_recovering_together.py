@@ -122,7 +122,7 @@ def test_no_fault_in_one_of_three_changes_a_bit(
     make_checkpoint, corpus, tmp_path, processes, mode, failing, record_property
 ):
     configs = configs_of([mode], make_checkpoint("llama", num_hidden_layers=2), corpus, tmp_path / "run")
-    found = together(processes, tmp_path / "out", in_modes, configs, failing, 67, count=3)
+    found = together(processes, tmp_path / "out", in_modes, configs, failing, 67, count=3, longest_s=3600)
     assert found == [[[67, []]]] * 3
     record_property("faults", 67)
 

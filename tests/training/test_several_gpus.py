@@ -193,10 +193,10 @@ def begin(processes, out, function, *arguments, count=2):
     return started
 
 
-def end(started, out):
+def end(started, out, longest_s=LONGEST_S):
     """Wait for processes, and return what each came to: ``None`` for one that was killed."""
     for process in started:
-        process.join(LONGEST_S)
+        process.join(longest_s)
     hanging = [process for process in started if process.is_alive()]
     for process in hanging:
         process.kill()
@@ -206,8 +206,8 @@ def end(started, out):
     return [json.loads(path.read_text()) if path.exists() else None for path in paths]
 
 
-def together(processes, out, function, *arguments, count=2):
-    return end(begin(processes, out, function, *arguments, count=count), out)
+def together(processes, out, function, *arguments, count=2, longest_s=LONGEST_S):
+    return end(begin(processes, out, function, *arguments, count=count), out, longest_s)
 
 
 def make_config(model, corpus, out, **settings):
