@@ -74,7 +74,8 @@ class Recovery:
 
     recover_from_oom: bool = True
     """On a GPU: run a step or evaluation that ran out of memory again, with less memory and the same result, instead of ending
-    the run; where weights had begun to change, from the last checkpoint or step 1. Loading and saving are tried once more."""
+    the run; where weights had begun to change, from the last checkpoint or step 1. Loading and saving are tried once more, on
+    one GPU."""
 
     undo_updates: bool = False
     """Copy weights and state to host memory before each update, so that running out of memory after the first one of a step
