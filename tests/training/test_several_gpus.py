@@ -228,9 +228,10 @@ def train(config):
 
 
 def told_by(run_folder):
-    """What metrics.jsonl tells but speeds and memory, by step and name."""
+    """What metrics.jsonl tells but speeds and memory, by step and name; of a mixture also where all tokens go."""
     lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
     names = ("loss", "gradient_norm", "eval_loss/library.jsonl", "learning_rate", "tokens")
+    names += ("busiest_expert_share", "unused_experts")
     return {(line["step"], name): line[name] for line in lines for name in names if name in line}
 
 

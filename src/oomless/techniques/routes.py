@@ -7,7 +7,7 @@ run again for backward count twice, which changes no share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,18 @@ def count(module: Any, bounds: Sequence[int]) -> None:
         getattr(module, _COUNTS)[:] += np.diff(bounds)
 
 
-def take(model: Any) -> Routes | None:
-    """Return where the choices since the last call went, and forget them; ``None`` without any."""
-    layers = []
-    for _, module in expert_modules(model):
-        if getattr(module, _COUNTS).any():
-            layers.append(getattr(module, _COUNTS))
+def take(model: Any, sum_up: Callable[[np.ndarray], np.ndarray] = lambda counts: counts) -> Routes | None:
+    """Return where the choices since the last call went, and forget them; ``None`` without any.
+
+    ``sum_up`` adds what other processes counted to what was counted here.
+    """
+    modules = [module for _, module in expert_modules(model)]
+    if not modules:
+        return None
+    own = [getattr(module, _COUNTS) for module in modules]
+    ends = np.cumsum([len(counts) for counts in own])
+    layers = [counts for counts in np.split(sum_up(np.concatenate(own)), ends[:-1]) if counts.any()]
+    for module in modules:
         begin(module)
     if not layers:
         return None

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -83,6 +84,15 @@ class Ranks:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 self.sum(parameter.grad)
+
+    def sum_counts(self, counts: np.ndarray) -> np.ndarray:
+        """Return the sums of ``counts``, int64 on the host, over all processes."""
+        if self.groups is None:
+            return counts
+        with _disable_current_modes():
+            summed = torch.from_numpy(counts.copy())
+            dist.all_reduce(summed, group=self.control)
+        return summed.numpy()
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether any process has it set."""

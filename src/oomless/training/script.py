@@ -80,7 +80,7 @@ def begin(life: Life) -> None:
         with suppress(Abandoned):  # the run was asked to end, and does so before its first step
             life.guard.rehearse(batches)
         life.device.count_work(0)
-    routed = routes.take(life.assembly.model)
+    routed = routes.take(life.assembly.model, life.ranks.sum_counts)
     if routed is not None:
         life.listener.said(f"in the blocks tried first {routed}; no byte depends on it")
 

@@ -209,7 +209,7 @@ def _log_step(life: Life, loss: float, outcome: StepResult, tokens_per_second: f
     if life.assembly.loss_scale.dynamic:
         metrics["loss_scale"] = life.device.number(life.assembly.loss_scale.scale)
     metrics |= life.guard.metrics()
-    routed = routes.take(life.assembly.model)
+    routed = routes.take(life.assembly.model, life.ranks.sum_counts)
     metrics |= routed.metrics if routed is not None else {}
     life.keeper.record(metrics)
     life.listener.stepped(metrics)
