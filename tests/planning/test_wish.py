@@ -1,6 +1,7 @@
 """What is preferred among strategies that fit: by what a token teaches, by time, and within the hours that there are."""
 
 import importlib
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,8 @@ from oomless.planning.strategies import (
 )
 from oomless.planning.throughput import Throughput
 from oomless.planning.wish import Wish
-from oomless.report.choice import answer
+from oomless.report.choice import answer, print_choice
+from oomless.report.screen import Screen
 
 MILLION = 10**6
 
@@ -249,3 +251,23 @@ def test_too_few_hours_are_said(hours, said):
     wish, target = Wish(tokens=10 * MILLION, hours=hours), target_for("T4")
     choice = Choice(model="m", target=target, given={}, rows=(picked,), config=None, plan=None, trials=0, wish=wish)
     assert answer(choice) == ("m on T4: full, AdamW, fp32 masters", f". 10M tokens take 14-28 h, predicted.{said}")
+
+
+def test_what_lacks_the_same_is_said_once_nearest_miss_first():
+    def short(needed_bytes, **given_up):
+        return Row(quality=quality(**given_up), settings={}, fits=False, needed_bytes=needed_bytes, reason="why")
+
+    rows = (
+        short(40 << 30),
+        short(40 << 30, clips=False),
+        short(20 << 30, trainable="lora"),
+        short(30 << 30, optimizer="apollo"),
+    )
+    target = target_for("T4")
+    choice = Choice(model="m", target=target, given={}, rows=rows, config=None, plan=None, trials=0, wish=Wish())
+    shown = io.StringIO()
+    print_choice(Screen(shown, width=80), choice)
+    lines = [line for line in shown.getvalue().splitlines() if "GiB" in line]
+    assert [line.partition(",")[0] for line in lines] == ["lora", "full", "full"]
+    assert ["APOLLO" in line for line in lines] == [False, True, False]
+    assert "and 1 more, which need as much or more" in shown.getvalue()

@@ -188,8 +188,12 @@ MOST_REJECTED = 6
 def _print_rejected(screen: Screen, choice: Choice) -> None:
     """Print what does not fit, the nearest miss first."""
     rejected = rejected_rows(choice)
+    lines: dict[Any, Row] = {}
+    for row in rejected:  # of those of the same parts and the same lack the one that gives up least says it for all
+        lines.setdefault((row.quality.trainable, row.quality.quantization, lacking(choice, row), row.host_bytes), row)
+    shown = list(lines.values())[:MOST_REJECTED]
     grid = Grid(columns=("does not fit", "needs", "short by"), numbers=frozenset(("needs", "short by")))
-    for row in rejected[:MOST_REJECTED]:
+    for row in shown:
         grid.add(
             str(row.quality),
             f"> {format_bytes(row.needed_bytes)}",
@@ -198,8 +202,8 @@ def _print_rejected(screen: Screen, choice: Choice) -> None:
         )
     if rejected:
         grid.print(screen)
-    if len(rejected) > MOST_REJECTED:
-        screen.print(f"and {len(rejected) - MOST_REJECTED} more, which need more", style="dim")
+    if len(rejected) > len(shown):
+        screen.print(f"and {len(rejected) - len(shown)} more, which need as much or more", style="dim")
 
 
 def print_speed(screen: Screen, speed: Throughput, config: TrainConfig, gpus: int = 1) -> None:
