@@ -89,7 +89,7 @@ TECHNIQUES = [
     ),
     Technique("offload of the optimizer", {"offload_optimizer": True}, timed=False),
     Technique("lm_head and embed_tokens only", {"trainable": "lm_head+embed_tokens"}),
-    Technique("lm_head only, parted", {"trainable": "lm_head", "tied_weights": "untied"}),
+    Technique("lm_head only, untied", {"trainable": "lm_head", "tied_weights": "untied"}),
     Technique(
         "NF4, beside LoRA",
         {"trainable": "lora", "quantization": "nf4"},
@@ -133,7 +133,7 @@ BARS = [
     ),
     Bar("NF4, lm_head only, 8-bit Adam", 8 * GiB, {"trainable": "lm_head", "quantization": "nf4"} | ADAM, LLAMA_8B),
     Bar(
-        "lm_head only, parted, 8-bit Adam",
+        "lm_head only, untied, 8-bit Adam",
         int(4.2 * GiB),
         {"trainable": "lm_head", "tied_weights": "untied"} | ADAM,
     ),

@@ -21,12 +21,12 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("everything in fp16 with fp32 copies, AdamW", LLAMA, {}),
     ("everything in fp16 with fp32 copies, 8-bit Adam", LLAMA, {"optimizer": "adamw_8bit"}),
     (
-        "LoRA, embeddings and head apart with fp32 copies, 8-bit Adam",
+        "LoRA, embeddings and head untied with fp32 copies, 8-bit Adam",
         LLAMA,
         {"trainable": "lora+lm_head+embed_tokens", "tied_weights": "untied", "optimizer": "adamw_8bit"},
     ),
     (
-        "lm_head alone, parted from the embeddings, with its fp32 copy, 8-bit Adam",
+        "lm_head alone, untied from the embeddings, with its fp32 copy, 8-bit Adam",
         LLAMA,
         {"trainable": "lm_head", "tied_weights": "untied", "optimizer": "adamw_8bit"},
     ),
@@ -37,7 +37,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("everything in fp16 with fp32 copies, AdamW", GEMMA, {}),
     (
-        "LoRA, embeddings and head apart with fp32 copies, 8-bit Adam, checkpointing",
+        "LoRA, embeddings and head untied with fp32 copies, 8-bit Adam, checkpointing",
         GEMMA,
         {
             "trainable": "lora+lm_head+embed_tokens",
@@ -47,7 +47,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
         },
     ),
     (
-        "lm_head alone, parted from the embeddings, with its fp32 copy, 8-bit Adam",
+        "lm_head alone, untied from the embeddings, with its fp32 copy, 8-bit Adam",
         GEMMA,
         {"trainable": "lm_head", "tied_weights": "untied", "optimizer": "adamw_8bit"},
     ),
