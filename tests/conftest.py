@@ -137,6 +137,11 @@ ARCHITECTURES = {
     "jetmoe": dict(model_type="jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=16),
     "mamba": dict(model_type="mamba", state_size=8, time_step_rank=4, expand=2),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "llama4_text": dict(
+        model_type="llama4_text",
+        **dict(num_local_experts=4, num_experts_per_tok=2, interleave_moe_layer_step=1),
+        **dict(intermediate_size_mlp=48, head_dim=16),
+    ),
 }
 
 

@@ -52,6 +52,7 @@ MODES = {
     "experts": ("mixtral", False, LORA),
     "experts, nf4": ("mixtral", False, {**LORA, "quantization": "nf4"}),
     "down_proj of experts": ("mixtral", False, {**LORA, "lora_target_modules": "down_proj"}),
+    "experts weighed before": ("llama4_text", False, {**LORA, "packing": "concatenate"}),
     "shared experts": ("deepseek_v2", False, {**LORA, "lora_target_modules": "all-linear"}),
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.conftest import ARCHITECTURES
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -52,14 +53,7 @@ FAMILIES = {
         first_k_dense_replace=1,
     ),
     "ernie4_5_moe": dict(model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
-    "llama4_text": dict(
-        model_type="llama4_text",
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        interleave_moe_layer_step=1,
-        intermediate_size_mlp=48,
-        head_dim=16,
-    ),
+    "llama4_text": ARCHITECTURES["llama4_text"],
 }
 
 

@@ -22,6 +22,7 @@ from oomless.export.changes import Added, Change, LowRank, Replaced, Rows, low_r
 from oomless.export.source import TRAINED, Source
 from oomless.models.weights import adapter_file, open_file, shown
 from oomless.techniques import trained_rows
+from oomless.techniques.expert_adapters import is_transposed_for_peft
 from oomless.techniques.experts import STACKS, expert_modules
 
 _PREFIX = "base_model.model."
@@ -116,7 +117,7 @@ def _of_adapter(source: Source, model: Any, late: Late) -> dict[str, Change]:
                 own["lora_B"],
                 experts[module].num_experts,
                 _scale(settings, f"{module}.{stack}", own["lora_A"]().shape[0] // experts[module].num_experts),
-                experts[module].is_transposed,
+                is_transposed_for_peft(experts[module]),
             )
         else:
             found[f"{module}.weight"] = changed = _of_module(settings, module, own, model)

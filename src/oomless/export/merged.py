@@ -17,7 +17,7 @@ from oomless.export.adapter import LowRankExperts, changes, file_of
 from oomless.export.changes import Change, LowRank, Replaced, Rows, require_range
 from oomless.export.source import Source
 from oomless.memory.device import Device
-from oomless.models import layout, sample
+from oomless.models import experts, layout, sample
 from oomless.models.layout import LateTensor, Savable
 from oomless.models.make import left_out, without_memory
 from oomless.models.weights import Weights, open_file
@@ -47,6 +47,7 @@ class Merged:
         assert spec.folder is not None
         self.source, self.dtype = source, dtype or trained_dtype(source)
         self.model = without_memory(spec.config, dtype=self.dtype, trust_remote_code=spec.trust_remote_code)
+        experts.put_behind_interface(self.model)
         state = self.model.state_dict(keep_vars=True)
         self._weights = Weights(spec.folder, self.model, list(state), HOST)
         self._read_bytes = 0

@@ -25,7 +25,7 @@ from oomless.export.changes import Replaced, Rows
 from oomless.export.hugging_face import tokenizer_of
 from oomless.export.merged import HOST
 from oomless.export.source import Source
-from oomless.models import build, form
+from oomless.models import build, experts, form
 from oomless.models.make import sees
 from oomless.models.spec import most_positions
 from oomless.models.verify import quiet
@@ -187,6 +187,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    experts.put_behind_interface(model, there=False)  # peft reads how their matrices lie from their own class
     with warnings.catch_warnings():
         # Of a head and an embedding that are one matrix peft holds two copies, and says so: both are in the adapter.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")

@@ -26,12 +26,17 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
-def place(model: Any, device: Device) -> None:
-    """Tell the experts of ``model`` which device they are on."""
-    if any(type(module).__name__ == "Llama4TextMoe" for module in model.modules()):
+def put_behind_interface(model: Any, *, there: bool = True) -> None:
+    """Put experts of ``model`` behind transformers' interface that their class has not put there, or back: Llama 4's."""
+    if any(type(module).__name__ in ("Llama4TextMoe", "RoutedMoe") for module in model.modules()):
         from oomless.models import llama4_experts  # imports a whole architecture
 
-        llama4_experts.route(model)
+        llama4_experts.route(model, routed=there)
+
+
+def place(model: Any, device: Device) -> None:
+    """Tell the experts of ``model``, all behind one interface then, which device they are on."""
+    put_behind_interface(model)
     for _, module in expert_modules(model):
         module.device = device
         routes.begin(module)

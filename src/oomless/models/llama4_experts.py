@@ -38,9 +38,9 @@ class RoutedMoe(Llama4TextMoe):  # type: ignore[misc]
         return self.shared_expert(hidden_states) + experts_forward(self.experts, hidden_states, chosen, weights), logits
 
 
-def route(model: Any) -> None:
-    """Have the mixtures of ``model`` send a token to its own experts alone; of their own class they are otherwise."""
+def route(model: Any, *, routed: bool = True) -> None:
+    """Have the mixtures of ``model`` send a token to its own experts alone, or be of their own class again."""
     for module in model.modules():
-        if type(module) is Llama4TextMoe:
-            module.__class__ = RoutedMoe
-            module.experts.__class__ = RoutedExperts
+        if isinstance(module, Llama4TextMoe):
+            module.__class__ = RoutedMoe if routed else Llama4TextMoe
+            module.experts.__class__ = RoutedExperts if routed else Llama4TextExperts

@@ -28,7 +28,7 @@ PREFIX = "lora_"
 class ExpertAdapter(nn.Module):
     """The adapter of one stack of ``shape``, [E, rows, columns] of the matrices, which are [in, out] if ``transposed``.
 
-    ``turned``: peft takes them for what they are not, [in, out] or [out, in]: A and B have its shapes, and B is what rows go through first.
+    ``turned``: peft takes them for what they are not, [out, in]: A and B have its shapes, and rows go through B first.
     """
 
     def __init__(
@@ -138,6 +138,11 @@ def targets(model: Any) -> dict[str, tuple[Any, str]]:
     return found
 
 
+def is_transposed_for_peft(module: Any) -> bool:
+    """Return whether peft takes the matrices of ``module`` for [in, out]: not Llama 4's, whose own class does not say it."""
+    return module.is_transposed and not getattr(module, "weighs_inputs", False)
+
+
 def inject(model: Any, names: list[str], config: TrainConfig, device: Device, settings: Any) -> None:
     """Give the stacks ``names`` of ``model`` their adapters, of the ranks and scales that peft's ``settings`` say.
 
@@ -160,7 +165,7 @@ def inject(model: Any, names: list[str], config: TrainConfig, device: Device, se
             for pattern, usual in ((settings.rank_pattern, settings.r), (settings.alpha_pattern, settings.lora_alpha))
         )
         shape = getattr(module, stack).shape
-        turned = getattr(module, "weighs_inputs", False)
+        turned = module.is_transposed and not is_transposed_for_peft(module)
         adapter = ExpertAdapter(shape, module.is_transposed, turned, config, rank, alpha, model.dtype, device)
         setattr(module, PREFIX + stack, adapter)
 
