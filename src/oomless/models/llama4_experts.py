@@ -20,6 +20,8 @@ class RoutedExperts(Llama4TextExperts):  # type: ignore[misc]
 
     is_transposed = has_gate = weighs_inputs = True
     has_bias = has_post_expert_norm = False
+    is_transposed_for_peft = False
+    """As peft, which asks their own class, takes the matrices for [out, in]."""
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -139,8 +139,8 @@ def targets(model: Any) -> dict[str, tuple[Any, str]]:
 
 
 def is_transposed_for_peft(module: Any) -> bool:
-    """Return whether peft takes the matrices of ``module`` for [in, out]: not Llama 4's, whose own class does not say it."""
-    return module.is_transposed and not getattr(module, "weighs_inputs", False)
+    """Return whether peft takes the matrices of ``module`` for [in, out]."""
+    return bool(getattr(module, "is_transposed_for_peft", module.is_transposed))
 
 
 def inject(model: Any, names: list[str], config: TrainConfig, device: Device, settings: Any) -> None:
@@ -165,7 +165,7 @@ def inject(model: Any, names: list[str], config: TrainConfig, device: Device, se
             for pattern, usual in ((settings.rank_pattern, settings.r), (settings.alpha_pattern, settings.lora_alpha))
         )
         shape = getattr(module, stack).shape
-        turned = module.is_transposed and not is_transposed_for_peft(module)
+        turned = module.is_transposed != is_transposed_for_peft(module)
         adapter = ExpertAdapter(shape, module.is_transposed, turned, config, rank, alpha, model.dtype, device)
         setattr(module, PREFIX + stack, adapter)
 

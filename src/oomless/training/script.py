@@ -44,9 +44,8 @@ def play(life: Life) -> None:
         short = is_out_of_memory(error)
         if not short and not isinstance(error, DataError):
             raise
-        together = (
-            not short or life.ranks.count == 1 or isinstance(error, RanOut)
-        )  # else the others would not save with it
+        # Where one of several runs out alone, the others would not save with it.
+        together = not short or life.ranks.count == 1 or isinstance(error, RanOut)
         if together and life.guard.whole and life.step > first:
             life.keeper.save(life)
         if not short or life.device.fake or life.ranks.count > 1:
