@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
-import torch
 from torch import Tensor
 
+from oomless.ops import operators
 from oomless.optim.noise import noise_key
 from oomless.optim.precision import WeightPrecision, weight_precision
-
-SMALLEST_CAPABILITY = (7, 5)
-"""Triton makes no kernels for older GPUs."""
 
 TILE = 128
 """Side of the part of a matrix of which one program of a kernel makes sums."""
 
-_LIBRARY: Any = torch.library.Library("oomless", "FRAGMENT")  # type: ignore[no-untyped-call]
+operator = partial(operators.operator, kernels="oomless.optim.kernels")
+
 _SCHEMA = (
     "(Tensor(a!) value, Tensor gradient, Tensor(b!)[] moments, Tensor(c!)? correction, Tensor step, Tensor? scale, "
     "Tensor? found_inf, str? precision, float[] rates, int start, int[]? noise, *, Tensor(d!)? rounded=None) -> ()"
@@ -126,32 +123,3 @@ class Update:
         if correction is not None:
             state["correction"] = correction
         self.plain(weight, gradient, state, terms, start)
-
-
-def operator(
-    name: str, schema: str, on_cpu: Callable[..., Any], fake: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """Register the operator whose kernel is the function of ``kernels`` called ``name``, and return it.
-
-    ``on_cpu`` does what the kernel does, ``fake`` makes what it returns; by default that is nothing.
-    """
-    _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, on_cpu, "CPU")
-    _LIBRARY.impl(name, _on_gpu(name), "CUDA")
-    torch.library.register_fake(f"oomless::{name}", fake or _asks_for_nothing, lib=_LIBRARY)
-    registered: Callable[..., Any] = getattr(torch.ops.oomless, name).default
-    return registered
-
-
-def _on_gpu(name: str) -> Callable[..., Any]:
-    def launch(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        from oomless.optim import kernels
-
-        with torch.cuda.device(first.device):
-            return getattr(kernels, name)(first, *arguments, **keywords)
-
-    return launch
-
-
-def _asks_for_nothing(*_: Any, **__: Any) -> None:
-    pass

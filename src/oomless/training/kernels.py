@@ -9,8 +9,8 @@ import torch
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
+from oomless.ops.operators import SMALLEST_CAPABILITY
 from oomless.optim.base import MemoryLeanOptimizer
-from oomless.optim.fused import SMALLEST_CAPABILITY
 
 SLOW_S = 2.0
 
