@@ -23,7 +23,10 @@ from oomless.ops.rms_norm import rms_norm
 from oomless.ops.tiled import tiled
 
 SIXTEEN = [torch.bfloat16, torch.float16]
-NO_ARITHMETIC = {"__init__", "gradient_buffer", "packing_shapes", "random_state", "recompute", "repeating"}
+NO_ARITHMETIC = {
+    *("__init__", "gradient_buffer", "operators", "packing_shapes", "random_state", "recompute", "repeating"),
+    "triton_values",
+}
 DOCUMENTS = ((3, 1, 5), (9,))
 
 

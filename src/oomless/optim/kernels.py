@@ -1,8 +1,7 @@
 """The updates as Triton kernels: one launch over a slice, in which every number is read once and written once.
 
-``fused.py`` says which operator each of them is, and what its plain form is. bf16 goes in and out as whole numbers of 16 bits,
-because GPUs of compute capability 7.5 have no instructions for it. Scales are those of ``blockwise.py``, random bits those of
-``noise.py``. Where ``found_inf`` is 1 nothing is read and nothing stored.
+``fused.py`` says which operator each of them is, and what its plain form is. Scales are those of ``blockwise.py``, random bits those
+of ``noise.py``. Where ``found_inf`` is 1 nothing is read and nothing stored.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oomless.ops.triton_values import nearest_bf16, read, storable
 from oomless.optim.blockwise import BLOCK, block_count
 from oomless.optim.fused import TILE
 from oomless.optim.precision import SIGNIFICAND_BITS
@@ -25,21 +25,6 @@ ROWS = 4
 
 
 # -- values in 16 bits -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _read(pointer, place, here, BF16: tl.constexpr):
-    stored = tl.load(pointer + place, mask=here, other=0)
-    if BF16:
-        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return stored.to(tl.float32)
-
-
-@triton.jit
-def _nearest_bf16(value):
-    """Return the bits of the nearest bf16, ties to even, as a signed number of 32 bits."""
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(value != value, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
 
 @triton.jit
@@ -69,7 +54,7 @@ def _noise(element, step, low, high):
 
 @triton.jit
 def _value(value, correction, place, here, BF16: tl.constexpr, SMALLEST: tl.constexpr, RELATIVE: tl.constexpr):
-    known = _read(value, place, here, BF16)
+    known = read(value, place, here, BF16)
     if correction is not None:
         code = tl.load(correction + place, mask=here, other=0).to(tl.float32)
         known += _spacing(known, SMALLEST, RELATIVE) * (0.5 / 128) * code
@@ -104,7 +89,7 @@ def _store(
         tl.store(value + place, new, mask=here)
         target = rounded
     if BF16:
-        near = _nearest_bf16(new)
+        near = nearest_bf16(new)
         tl.store(target + place, near.to(tl.int16), mask=here)
         stored = (near << 16).to(tl.float32, bitcast=True)
     else:
@@ -169,7 +154,7 @@ def _adamw(
     if found_inf is not None:
         count = tl.where(tl.load(found_inf) == 0, count, 0)
     here, row_here = place < count, row * BLOCK < count
-    g = _read(gradient, place, here, GRADIENT_BF16)
+    g = read(gradient, place, here, GRADIENT_BF16)
     if scale is not None:
         g *= tl.load(scale)
     m = tl.load(first + place, mask=here, other=0).to(tl.float32)
@@ -233,7 +218,7 @@ def _sgd(
     if found_inf is not None:
         count = tl.where(tl.load(found_inf) == 0, count, 0)
     here = place < count
-    g = _read(gradient, place, here, GRADIENT_BF16)
+    g = read(gradient, place, here, GRADIENT_BF16)
     if scale is not None:
         g *= tl.load(scale)
     old = _value(value, correction, place, here, VALUE_BF16, SMALLEST, RELATIVE)
@@ -273,7 +258,7 @@ def _adafactor_squares(
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     for number in tl.static_range(TILE // PART):
         row, _, place, here = _tile(tl.program_id(0).to(tl.int64) * TILE + number * PART, rows, columns, TILE, PART)
-        g = _read(gradient, place, here, GRADIENT_BF16)
+        g = read(gradient, place, here, GRADIENT_BF16)
         tl.store(row_sums + row * tl.num_programs(1) + tl.program_id(1), tl.sum(g * g, axis=1), mask=row < rows)
         across += tl.sum(g * g, axis=0)
     tl.store(column_sums + tl.program_id(0).to(tl.int64) * columns + column, across, mask=column < columns)
@@ -296,7 +281,7 @@ def _adafactor_length(
         row, column, place, here = _tile(
             tl.program_id(0).to(tl.int64) * TILE + number * PART, rows, columns, TILE, PART
         )
-        u = _read(gradient, place, here, GRADIENT_BF16)
+        u = read(gradient, place, here, GRADIENT_BF16)
         u *= tl.load(row_factor + row, mask=row < rows, other=0)[:, None]
         u *= tl.load(column_factor + column, mask=column < columns, other=0)[None, :]
         across += tl.sum(u * u, axis=0)
@@ -335,7 +320,7 @@ def _adafactor(
     if found_inf is not None:
         rows = tl.where(tl.load(found_inf) == 0, rows, 0)
     row, column, place, here = _tile(tl.program_id(0).to(tl.int64) * PART, rows, columns, TILE, PART)
-    u = _read(gradient, place, here, GRADIENT_BF16)
+    u = read(gradient, place, here, GRADIENT_BF16)
     u *= tl.load(row_factor + row, mask=row < rows, other=0)[:, None]
     u *= tl.load(column_factor + column, mask=column < columns, other=0)[None, :]
     old = _value(value, correction, place, here, VALUE_BF16, SMALLEST, RELATIVE)
@@ -368,7 +353,7 @@ def adamw(
     lr, beta1, beta2, eps, weight_decay = rates
     scales = moments[2:] or (None, None)
     _adamw[(triton.cdiv(block_count(value.numel()), ROWS),)](
-        *(_storable(tensor) for tensor in (value, rounded, gradient, *moments[:2], *scales, correction)),
+        *(storable(tensor) for tensor in (value, rounded, gradient, *moments[:2], *scales, correction)),
         *(step, scale, found_inf, value.numel(), start, *(noise or (0, 0))),
         *(lr, 1 - lr * weight_decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps),
         **_forms(value, rounded, gradient, precision),
@@ -395,7 +380,7 @@ def sgd(
     """Update a slice; see ``sgd.py``."""
     *factors, nesterov = rates
     _sgd[(triton.cdiv(value.numel(), ROWS * BLOCK),)](
-        *(_storable(tensor) for tensor in (value, rounded, gradient, moments[0] if moments else None, correction)),
+        *(storable(tensor) for tensor in (value, rounded, gradient, moments[0] if moments else None, correction)),
         *(step, scale, found_inf, value.numel(), start, *(noise or (0, 0)), *factors),
         **_forms(value, rounded, gradient, precision),
         NESTEROV=bool(nesterov),
@@ -410,7 +395,7 @@ def adafactor_squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
     row_sums = gradient.new_empty((rows, tiles[1]), dtype=torch.float32)
     column_sums = gradient.new_empty((tiles[0], columns), dtype=torch.float32)
     _adafactor_squares[tiles](
-        *(_storable(gradient), row_sums, column_sums, rows, columns),
+        *(storable(gradient), row_sums, column_sums, rows, columns),
         GRADIENT_BF16=gradient.dtype == torch.bfloat16,
         TILE=TILE,
         PART=TILE // 4,
@@ -424,7 +409,7 @@ def adafactor_length(gradient: Tensor, row_factor: Tensor, column_factor: Tensor
     tiles = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
     sums = row_factor.new_empty(tiles)
     _adafactor_length[tiles](
-        *(_storable(gradient), row_factor, column_factor, sums, rows, columns),
+        *(storable(gradient), row_factor, column_factor, sums, rows, columns),
         GRADIENT_BF16=gradient.dtype == torch.bfloat16,
         TILE=TILE,
         PART=TILE // 4,
@@ -451,7 +436,7 @@ def adafactor(
     """Update some rows; see ``adafactor.py``."""
     rows, columns = gradient.shape
     _adafactor[(triton.cdiv(rows, ROWS * 2), triton.cdiv(columns, TILE))](
-        *(_storable(tensor) for tensor in (value, rounded, gradient, correction)),
+        *(storable(tensor) for tensor in (value, rounded, gradient, correction)),
         *(row_factor, column_factor, size, keep, step, found_inf, rows, columns, start, *(noise or (0, 0))),
         **_forms(value, rounded, gradient, precision),
         TILE=TILE,
@@ -469,10 +454,6 @@ def _forms(value: Tensor, rounded: Tensor | None, gradient: Tensor, precision: s
         "SMALLEST": torch.finfo(weight.dtype).tiny,
         "RELATIVE": 2.0 ** (1 - SIGNIFICAND_BITS.get(weight.dtype, 24)),
     }
-
-
-def _storable(tensor: Tensor | None) -> Tensor | None:
-    return tensor.view(torch.int16) if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
 
 
 def _log(beta: float) -> float:
