@@ -29,49 +29,58 @@ class RealGpu(Device):
     torch_device = torch.device("cuda")
 
 
+def choose(tries, device, **settings):
+    return kernels.choose(config(**settings), device, tries)
+
+
+def works():
+    pass
+
+
+def no_compiler(*_, **__):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+
 @pytest.mark.parametrize(
-    ("device", "fused", "note"),
+    ("device", "fused", "notes"),
     [
-        (Device(), False, ()),
-        (VirtualGPU(1 << 30, compute_capability=(7, 5)), True, ()),
+        (Device(), set(), ()),
+        (VirtualGPU(1 << 30, compute_capability=(7, 5)), {"updates", "the loss"}, ()),
         (
             VirtualGPU(1 << 30, name="P100", compute_capability=(6, 0)),
-            False,
+            set(),
             (
-                "updates are not fused: they need compute capability 7.5, and P100 has 6.0. They are slower and take up to "
-                "64 MiB",
+                "no fused kernels for updates and the loss: they need compute capability 7.5, and P100 has 6.0. Without them a "
+                "run is slower and takes more memory",
             ),
         ),
     ],
 )
-def test_auto_is_fused_where_a_gpu_can(device, fused, note):
-    made = optimizer()
-    assert kernels.choose(made, config(), device) == note
-    assert made.fused is fused
-    assert kernels.choose(made, config(kernels="plain"), device) == ()
-    assert made.fused is False
+def test_auto_is_fused_where_a_gpu_can(device, fused, notes):
+    tries = {"updates": no_compiler, "the loss": no_compiler}  # no virtual GPU tries
+    assert choose(tries, device) == (fused, notes)
+    assert choose(tries, device, kernels="plain") == (set(), ())
     if not fused:
         with pytest.raises(ConfigError, match="kernels: fused cannot be had: they (are for GPUs|need compute)"):
-            kernels.choose(made, config(kernels="fused"), device)
+            choose(tries, device, kernels="fused")
 
 
-def test_kernels_that_cannot_be_made_are_not_taken(monkeypatch):
-    def no_compiler(*_, **__):
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
-
-    made = optimizer()
-    assert kernels.choose(made, config(), RealGpu()) == ()
-    assert made.fused
-    monkeypatch.setattr(adamw._UPDATE, "_operator", no_compiler)
-    (note,) = kernels.choose(made, config(), RealGpu())
-    assert note.startswith("updates are not fused: they do not work here (RuntimeError: Failed to find C compiler.)")
-    assert not made.fused
+def test_a_part_whose_kernels_cannot_be_made_goes_without():
+    assert choose({"updates": works, "the loss": works}, RealGpu()) == ({"updates", "the loss"}, ())
+    fused, (note,) = choose({"updates": no_compiler, "the loss": works}, RealGpu())
+    assert fused == {"the loss"}
+    assert note.startswith(
+        "no fused kernels for updates: they do not work here (RuntimeError: Failed to find C compiler.)"
+    )
+    _, (note,) = choose({"updates": no_compiler, "the loss": no_compiler}, RealGpu())
+    assert note.startswith("no fused kernels for updates and the loss:")
     with pytest.raises(ConfigError, match="kernels: fused cannot be had: they do not work here"):
-        kernels.choose(made, config(kernels="fused"), RealGpu())
+        choose({"updates": works, "the loss": no_compiler}, RealGpu(), kernels="fused")
 
 
-def test_kernels_that_compute_something_else_are_not_taken(monkeypatch):
+def test_updates_that_compute_something_else_are_not_taken(monkeypatch):
     made = optimizer()
+    assert choose({"updates": made.try_fused}, RealGpu()) == ({"updates"}, ())
     plain = adamw._UPDATE._operator
 
     def twice(*arguments, **keywords):
@@ -79,9 +88,9 @@ def test_kernels_that_compute_something_else_are_not_taken(monkeypatch):
         plain(*arguments, **keywords)
 
     monkeypatch.setattr(adamw._UPDATE, "_operator", twice)
-    (note,) = kernels.choose(made, config(), RealGpu())
+    fused, (note,) = choose({"updates": made.try_fused}, RealGpu())
     assert "fused updates of torch.bfloat16 differ from their plain form" in note
-    assert not made.fused
+    assert not fused
 
 
 class Heard(Listener):
@@ -102,7 +111,7 @@ def test_a_resume_says_that_updates_change_their_form(make_checkpoint, corpus, t
     )
     loop.train(TrainConfig(**given))
     for steps, said in (
-        (3, ["updates were fused and are plain from here on: the same but for rounding"]),
+        (3, ["plain from here on, which it was not before: updates; the same but for rounding"]),
         (4, []),
     ):
         heard = Heard()

@@ -55,6 +55,9 @@ class Assembly:
     optimizer: MemoryLeanOptimizer
     loss_scale: LossScale
     step: TrainingStep
+    fused: frozenset[str]
+    """The parts that are fused kernels."""
+
     notes: tuple[str, ...] = ()
     """What a person should know of how it came to be."""
 
@@ -212,7 +215,8 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
     with device.phase("optimizer"):
         optimizer = _optimizer(model, config, device)
     with device.phase("load"):
-        notes = kernels.choose(optimizer, config, device)
+        fused, notes = kernels.choose(config, device, {kernels.UPDATES: optimizer.try_fused})
+        optimizer.fused = kernels.UPDATES in fused
         loss_scale = LossScale(model.dtype, device)
         balance = balancing.of(model, config.router_aux_loss_coef, device)
     device.watch(model, optimizer)
@@ -230,7 +234,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
         ranks=ranks,
         sharded=sharded,
     )
-    return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step, notes=notes)
+    return Assembly(model=model, optimizer=optimizer, loss_scale=loss_scale, step=step, fused=fused, notes=notes)
 
 
 def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtype: torch.dtype | None) -> None:

@@ -1,8 +1,9 @@
-"""Whether a run's updates are fused kernels: asked for, possible on its device, and right there."""
+"""Which parts of a run are fused kernels: asked for, possible on its device, and right there."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -10,41 +11,60 @@ from oomless.config import TrainConfig
 from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.ops.operators import SMALLEST_CAPABILITY
-from oomless.optim.base import MemoryLeanOptimizer
 
+UPDATES = "updates"
 SLOW_S = 2.0
 
 
-def choose(optimizer: MemoryLeanOptimizer, config: TrainConfig, device: Device) -> tuple[str, ...]:
-    """Settle whether ``optimizer`` is fused; return what a person should know of it.
+def choose(
+    config: TrainConfig, device: Device, tries: Mapping[str, Callable[[], None]]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Settle which parts of a run are fused; return them, and what a person should know of it.
 
-    On a real GPU the kernels are made and tried first. A virtual one stands for a GPU on which they work.
+    On a real GPU each part's kernels are made and tried first. A virtual one stands for a GPU on which they work.
+
+    Args:
+        config: says what is asked for.
+        device: where the run is.
+        tries: for each part what makes its kernels and raises where they do not do what they should.
 
     Raises:
         ConfigError: fused kernels are asked for and cannot be had.
     """
-    optimizer.fused = False
     if config.kernels == "plain":
-        return ()
+        return frozenset(), ()
     reason = none_here(device)
-    if reason is None and device.torch_device.type == "cuda":
-        before = time.perf_counter()
-        try:
-            optimizer.try_fused()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a compiler, a driver, a package that is not there
-            reason = f"they do not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
-        else:
-            optimizer.fused = True
-            took_s = time.perf_counter() - before
-            return (f"fused updates were made and tried in {took_s:.0f} s",) if took_s > SLOW_S else ()
-    optimizer.fused = reason is None
-    if reason is None or (config.kernels == "auto" and device.compute_capability is None):
-        return ()
-    if config.kernels == "fused":
-        raise ConfigError(f"kernels: fused cannot be had: {reason}; remove it", "kernels")
-    return (f"updates are not fused: {reason}. They are slower and take up to 64 MiB",)
+    if reason is not None:
+        missing = {} if config.kernels == "auto" and device.compute_capability is None else {reason: list(tries)}
+        return frozenset(), _without(config, missing)
+    if device.torch_device.type != "cuda":
+        return frozenset(tries), ()
+    before = time.perf_counter()
+    faults = {part: fault for part, make in tries.items() if (fault := _fault(make)) is not None}
+    took_s = time.perf_counter() - before
+    by_fault = {fault: [part for part in faults if faults[part] == fault] for fault in faults.values()}
+    took = (f"fused kernels were made and tried in {took_s:.0f} s",) if took_s > SLOW_S else ()
+    return frozenset(tries.keys() - faults.keys()), (*took, *_without(config, by_fault))
+
+
+def _fault(make: Callable[[], None]) -> str | None:
+    try:
+        make()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler, a driver, a package that is not there
+        return f"they do not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+    return None
+
+
+def _without(config: TrainConfig, missing: Mapping[str, list[str]]) -> tuple[str, ...]:
+    """Return what is to be said of parts that are not fused, by the reason."""
+    if missing and config.kernels == "fused":
+        raise ConfigError(f"kernels: fused cannot be had: {next(iter(missing))}; remove it", "kernels")
+    return tuple(
+        f"no fused kernels for {' and '.join(parts)}: {reason}. Without them a run is slower and takes more memory"
+        for reason, parts in missing.items()
+    )
 
 
 def none_here(device: Device) -> str | None:

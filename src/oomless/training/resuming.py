@@ -106,10 +106,12 @@ def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
     life.bad_loss.load_state_dict(state["bad_loss"])
     life.best.load_state_dict(state.get("best", {}))
     life.step, life.tokens = start.step, state["tokens"]
-    fused = life.assembly.optimizer.fused
-    if state.get("fused_updates", fused) != fused:
-        before, now = ("plain", "fused") if fused else ("fused", "plain")
-        life.listener.said(f"updates were {before} and are {now} from here on: the same but for rounding")
+    now = life.assembly.fused
+    before = frozenset(state.get("fused", now))
+    for changed, form in ((now - before, "fused"), (before - now, "plain")):
+        if changed:
+            parts = " and ".join(sorted(changed))
+            life.listener.said(f"{form} from here on, which it was not before: {parts}; the same but for rounding")
     if life.step > life.total_steps:
         raise ConfigError(
             f"{start.folder} is at step {life.step}, and the run's length is now {counted(life.total_steps, 'step')}: make it "

@@ -109,7 +109,7 @@ class RunFolder(Keeper):
                 state={
                     "config": self.config.to_dict(),
                     "gpus": self.ranks.count,
-                    "fused_updates": life.assembly.optimizer.fused,
+                    "fused": sorted(life.assembly.fused),
                     "tokens": life.tokens,
                     "loader": life.loader.state_dict(),
                     "bad_loss": life.bad_loss.state_dict(),
