@@ -15,7 +15,7 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve
-from oomless.techniques import cheap_recompute, mlp_tiles
+from oomless.techniques import cheap_recompute, layer_parts, mlp_tiles
 from oomless.training.assemble import assemble
 from oomless.training.loss import hidden_states
 
@@ -272,10 +272,10 @@ def test_unknown_mlps_are_refused():
 def test_modules_are_recognised_by_what_they_compute(model_type, form):
     extra = {"pad_token_id": None} if model_type == "phi3" else {}
     model = model_of(model_type=model_type, intermediate_size=48, num_key_value_heads=2, **extra)
-    norm = cheap_recompute.norm_form(model.base_model.norm)
+    norm = layer_parts.norm_form(model.base_model.norm)
     assert norm is not None
     assert (norm.round_first, norm.unit_offset) == form
-    assert cheap_recompute.gated_mlp(model.base_model.layers[0].mlp) is not None
+    assert layer_parts.gated_mlp(model.base_model.layers[0].mlp) is not None
 
 
 def test_look_alikes_are_not_recognised():
@@ -299,9 +299,9 @@ def test_look_alikes_are_not_recognised():
             x = x - x.mean(-1, keepdim=True)
             return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    assert cheap_recompute.gated_mlp(Other()) is None
-    assert cheap_recompute.norm_form(Centred()) is None
-    assert cheap_recompute.norm_form(nn.LayerNorm(4)) is None
+    assert layer_parts.gated_mlp(Other()) is None
+    assert layer_parts.norm_form(Centred()) is None
+    assert layer_parts.norm_form(nn.LayerNorm(4)) is None
 
 
 def test_the_model_can_die(make_checkpoint):

@@ -4,7 +4,7 @@ Saves: what an MLP keeps between its projections, all but its input, and what it
 width for each token, divided by the number of tiles. Costs: the MLP's forward once more, or nothing more with gradient
 checkpointing, which makes it again anyway (``ops.tiled``).
 
-For MLPs that are known to treat every token alone (``cheap_recompute.gated_mlp``); experts behind a router and others
+For MLPs that are known to treat every token alone (``layer_parts.gated_mlp``); experts behind a router and others
 that might mix tokens are refused.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from oomless.errors import ConfigError
 from oomless.ops.tiled import Function, tiled
 from oomless.techniques import in_flight
-from oomless.techniques.cheap_recompute import gated_mlp
 from oomless.techniques.checkpointing import decoder_layers
+from oomless.techniques.layer_parts import gated_mlp
 
 
 def applies(model: Any) -> bool:
@@ -30,7 +30,7 @@ def applies(model: Any) -> bool:
 
 
 def apply(model: Any, tiles: int) -> None:
-    """Cut the work of every MLP of ``model`` into ``tiles``; call after ``cheap_recompute.apply``.
+    """Cut the work of every MLP of ``model`` into ``tiles``; call after ``layer_parts.replace``.
 
     Raises:
         ConfigError: a layer has no MLP that is known to treat every token alone, or there are no layers.
