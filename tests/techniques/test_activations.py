@@ -22,7 +22,7 @@ from oomless.training.loss import hidden_states
 CHECKPOINTED = {"gradient_checkpointing": True}
 WAYS = {
     "checkpointing": CHECKPOINTED,
-    "two layers": CHECKPOINTED | {"checkpointed_layers": 2},
+    "fused": {},
     "offload": CHECKPOINTED | {"offload_activations": True},
     "cheap": {"cheap_recompute": True},
     "tiles": {"mlp_tiles": 3},
@@ -30,6 +30,7 @@ WAYS = {
     "all": CHECKPOINTED
     | {"checkpointed_layers": 3, "offload_activations": True, "cheap_recompute": True, "mlp_tiles": 2},
 }
+PLAIN = {"kernels": "plain"}
 LENGTHS = ((20, 1, 43), (64,))
 TOKENS = 64
 
@@ -93,7 +94,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma2", "qwen2", "qwen3"])
 def test_loss_and_gradients_are_the_plain_ones(make_checkpoint, architecture, way):
     folder = make_checkpoint(architecture, tied=True, num_hidden_layers=4)
-    assert_same(loss_and_gradients(folder, **WAYS[way]), loss_and_gradients(folder))
+    assert_same(loss_and_gradients(folder, **WAYS[way]), loss_and_gradients(folder, **PLAIN))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -110,16 +111,16 @@ def test_loss_and_gradients_are_the_plain_ones(make_checkpoint, architecture, wa
 )
 def test_with_frozen_parts(make_checkpoint, parts, way):
     folder = make_checkpoint("llama", tied=True, num_hidden_layers=4)
-    assert_same(loss_and_gradients(folder, **parts, **WAYS[way]), loss_and_gradients(folder, **parts))
+    assert_same(loss_and_gradients(folder, **parts, **WAYS[way]), loss_and_gradients(folder, **parts, **PLAIN))
 
 
-@pytest.mark.parametrize("way", ["offload", "cheap", "cheap, tiles", "all"])
+@pytest.mark.parametrize("way", ["fused", "offload", "cheap", "all"])
 @pytest.mark.parametrize("architecture", ["gemma", "llama"])
 def test_with_sums_in_fp32(make_checkpoint, architecture, way):
     """fp16 around them: the loss is the same to the bit, gradients as near as fp16 allows."""
     folder = make_checkpoint(architecture, tied=True, num_hidden_layers=4)
     common = {"dtype": "fp16", "fp32_residual": True}
-    ours, plain = loss_and_gradients(folder, **common, **WAYS[way]), loss_and_gradients(folder, **common)
+    ours, plain = (loss_and_gradients(folder, **common, **settings) for settings in (WAYS[way], PLAIN))
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-5, atol=0)
     for name, gradient in plain[1].items():
         assert (ours[1][name].float() - gradient.float()).norm() <= 5e-3 * gradient.float().norm() + 1e-4, name
@@ -143,7 +144,7 @@ def test_dropout_is_the_same_in_recomputation(make_checkpoint, way, tiles):
 def test_with_updates_in_backward(make_checkpoint, way, parts):
     folder = make_checkpoint("qwen3", tied=True, num_hidden_layers=4)
     weights = []
-    for settings in ({"max_grad_norm": 0.0}, WAYS[way] | {"optimizer_in_backward": True}):
+    for settings in ({"max_grad_norm": 0.0} | PLAIN, WAYS[way] | {"optimizer_in_backward": True}):
         device = VirtualGPU(1 << 40)
         with device.active():
             run = assembled(folder, device, gradient_accumulation_steps=2, **parts, **settings)
@@ -177,18 +178,21 @@ def test_what_a_layer_keeps(make_checkpoint):
     def layer(**settings):
         return kept_bytes(folder, 4, **settings) - kept_bytes(folder, 3, **settings)
 
-    plain = layer()
+    plain = layer(**PLAIN)
     assert layer(**CHECKPOINTED) == 2 * n * d
-    assert kept_bytes(folder, 4, **CHECKPOINTED, checkpointed_layers=3) == (
-        kept_bytes(folder, 4, **CHECKPOINTED) - 2 * n * d + plain
+    assert kept_bytes(folder, 4, **CHECKPOINTED, **PLAIN, checkpointed_layers=3) == (
+        kept_bytes(folder, 4, **CHECKPOINTED, **PLAIN) - 2 * n * d + plain
     )
+    # Of each of two norms: the fp32 copy and the rounded one; instead the input. Of the MLP: the activation.
+    assert plain - layer() == 2 * (4 + 2 - 2) * n * d + 2 * n * i
     # Of each of two norms: the fp32 copy, the rounded one and the output; instead the input. Of the MLP: two of four.
     assert plain - layer(cheap_recompute=True) == 2 * (4 + 2 + 2 - 2) * n * d + 2 * (2 * n * i)
     # With sums in fp32 their copy is the input itself, what each norm makes is in fp32, and the output is rounded.
     wide = {"fp32_residual": True}
-    assert layer(**wide) - layer(**wide, cheap_recompute=True) == 2 * (4 + 4 + 2 - 4) * n * d + 2 * (2 * n * i)
+    assert layer(**wide, **PLAIN) - layer(**wide, cheap_recompute=True) == 2 * (4 + 4 + 2 - 4) * n * d + 2 * (2 * n * i)
+    assert layer(**wide, **PLAIN) - layer(**wide) == 2 * (4 + 4 - 4) * n * d + 2 * n * i
     # All four, while the MLP's input is what the plain path keeps as well.
-    assert plain - layer(mlp_tiles=2) == 4 * (2 * n * i)
+    assert plain - layer(mlp_tiles=2, **PLAIN) == 4 * (2 * n * i)
     # The MLP's input is a norm's output, which is computed again.
     assert plain - layer(mlp_tiles=2, cheap_recompute=True) == 2 * (4 + 2 + 2 - 2) * n * d + 4 * (2 * n * i)
 
@@ -267,6 +271,8 @@ def test_unknown_mlps_are_refused():
         ("gemma", (False, True)),
         ("gemma3_text", (False, True)),
         ("olmo2", (False, False)),
+        ("qwen2", (True, False)),
+        ("gemma2", (False, True)),
     ],
 )
 def test_modules_are_recognised_by_what_they_compute(model_type, form):
@@ -275,7 +281,9 @@ def test_modules_are_recognised_by_what_they_compute(model_type, form):
     norm = layer_parts.norm_form(model.base_model.norm)
     assert norm is not None
     assert (norm.round_first, norm.unit_offset) == form
-    assert layer_parts.gated_mlp(model.base_model.layers[0].mlp) is not None
+    mlp = layer_parts.gated_mlp(model.base_model.layers[0].mlp)
+    assert mlp is not None
+    assert mlp.kernel == ("gelu_tanh" if model_type.startswith("gemma") else "silu")
 
 
 def test_look_alikes_are_not_recognised():

@@ -110,8 +110,9 @@ def test_a_resume_says_that_updates_change_their_form(make_checkpoint, corpus, t
         **dict(max_seq_length=32, max_steps=2, save_steps=1, logging_steps=1),
     )
     loop.train(TrainConfig(**given))
+    parts = "gated products, norms, updates"
     for steps, said in (
-        (3, ["plain from here on, which it was not before: updates; the same but for rounding"]),
+        (3, [f"plain from here on, which it was not before: {parts}; the same but for rounding"]),
         (4, []),
     ):
         heard = Heard()

@@ -26,17 +26,16 @@ def applies(model: Any) -> bool:
     return bool(layers_of_backward(model)) and any(map(layer_parts.is_known, body_of(model).modules()))
 
 
-def apply(model: Any, *, norm_dtype: torch.dtype | None = None, fused: bool = False) -> None:
+def apply(model: Any, *, norm_dtype: torch.dtype | None = None) -> None:
     """Replace the norms and gated MLPs of the body of ``model``; call after its layers were chosen for checkpointing.
 
-    ``norm_dtype`` is what norms give, where that is not what their own forward does (``fp32_residual``). ``fused``: see
-    ``layer_parts.replace``.
+    ``norm_dtype`` is what norms give, where that is not what their own forward does (``fp32_residual``).
 
     Raises:
         ConfigError: backward runs through no layer, or no norm and no MLP was recognised.
     """
     layers = layers_of_backward(model)
-    if not (layer_parts.replace(model, norm_dtype=norm_dtype, fused=fused) and layers):
+    if not (layer_parts.replace(model, norm_dtype=norm_dtype) and layers):
         reason = "no norm or MLP of this model is one that it knows" if layers else "backward runs through no layer"
         raise ConfigError(f"cheap_recompute has no effect: {reason}; remove it")
     for layer in layers:

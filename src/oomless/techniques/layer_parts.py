@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
@@ -22,6 +22,7 @@ from oomless.ops.gated_product import FUSED, gated_product
 from oomless.ops.rms_norm import rms_norm
 from oomless.techniques.kinds import body_of
 
+NORMS, PRODUCTS = "norms", "gated products"
 _EPSILONS = ("variance_epsilon", "eps")
 _ACTIVATIONS = ("act_fn", "activation_fn")
 _TRIED_TOKENS, _TRIED_WIDTH = 40, 1040
@@ -67,15 +68,16 @@ def is_known(module: nn.Module) -> bool:
     return norm_form(module) is not None or gated_mlp(module) is not None
 
 
-def replace(model: Any, *, norm_dtype: torch.dtype | None = None, fused: bool = False, plain: bool = True) -> int:
+def replace(model: Any, *, norm_dtype: torch.dtype | None = None, plain: bool = True) -> int:
     """Replace the norms and gated MLPs of the body of ``model``; return how many.
 
     Args:
         model: changed.
         norm_dtype: what norms give, where that is not what their own forward does (``fp32_residual``).
-        fused: each by one operator where there is a kernel.
-        plain: also where there is none.
+        plain: also where there is no kernel.
     """
+    fused: set[str] = set()
+    model.fused_layer_parts = fused
     found = 0
     for module in body_of(model).modules():
         form, mlp = norm_form(module), gated_mlp(module)
@@ -88,29 +90,48 @@ def replace(model: Any, *, norm_dtype: torch.dtype | None = None, fused: bool = 
     return found
 
 
-def try_fused(model: Any, device: torch.device, norm_dtype: torch.dtype | None = None) -> None:
-    """Compute small tensors by every kind of operator that ``replace`` gives ``model``, in both ways, on ``device``.
+def fuse(model: Any, parts: Collection[str]) -> None:
+    """Have those of ``parts`` that ``replace`` replaced computed by one operator each, and others not."""
+    if hasattr(model, "fused_layer_parts"):
+        model.fused_layer_parts.clear()
+        model.fused_layer_parts.update(parts)
 
-    Raises:
-        RuntimeError: the results are not the same to rounding. What a compiler raises goes through.
+
+def trials(model: Any, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Return, for each part that ``replace`` replaced and of which there are kernels, what computes small tensors in both ways.
+
+    Each raises ``RuntimeError`` where the results are not the same to rounding; what a compiler raises goes through.
     """
-    trials: dict[Any, tuple[str, Callable[..., Tensor], tuple[Any, ...]]] = {}
-    for module in body_of(model).modules():
-        form, mlp = norm_form(module), gated_mlp(module)
-        if form is not None:
+    kinds: dict[str, dict[Any, Callable[[], None]]] = {}
+    kind: Any
+    for module in body_of(model).modules() if hasattr(model, "fused_layer_parts") else ():
+        norm, mlp = vars(module).get("forward"), gated_mlp(module)
+        if isinstance(norm, _Norm):
             width, dtype = module.weight.shape[0], module.weight.dtype
-            stream = dtype if norm_dtype is None else torch.float32
-            shapes = ((_TRIED_TOKENS, width), stream), ((width,), dtype)
-            trials[form, *shapes] = "norms", partial(form.norm, dtype=norm_dtype), shapes
+            stream = dtype if norm.dtype is None else torch.float32
+            shapes: Any = ((_TRIED_TOKENS, width), stream), ((width,), dtype)
+            function: Callable[..., Tensor] = partial(norm.form.norm, dtype=norm.dtype)
+            part, kind = NORMS, (norm.form, shapes)
         elif mlp is not None and mlp.kernel is not None:
-            product = partial(_product, mlp.kernel)
-            trials[mlp.kernel] = "gated products", product, (((_TRIED_TOKENS, _TRIED_WIDTH), model.dtype),) * 2
-    for name, function, shapes in trials.values():
-        results = [_results(partial(function, fused=fused), shapes, device) for fused in (True, False)]
-        for ours, theirs in zip(*results, strict=True):
-            allowed = (2 * torch.finfo(ours.dtype).eps + 2e-6) * (theirs.abs() + theirs.abs().mean())
-            if not bool(((ours - theirs).abs() <= allowed).all()):
-                raise RuntimeError(f"fused {name} of {ours.dtype} differ from their plain form")
+            shapes = (((_TRIED_TOKENS, _TRIED_WIDTH), model.dtype),) * 2
+            part, kind, function = PRODUCTS, mlp.kernel, partial(_product, mlp.kernel)
+        else:
+            continue
+        kinds.setdefault(part, {})[kind] = partial(_try, part, function, shapes, device)
+    return {part: partial(_all, tuple(tries.values())) for part, tries in kinds.items()}
+
+
+def _all(tries: Iterable[Callable[[], None]]) -> None:
+    for one in tries:
+        one()
+
+
+def _try(part: str, function: Callable[..., Tensor], shapes: Any, device: torch.device) -> None:
+    results = [_results(partial(function, fused=fused), shapes, device) for fused in (True, False)]
+    for ours, plain in zip(*results, strict=True):
+        allowed = (2 * torch.finfo(ours.dtype).eps + 2e-6) * (plain.abs() + plain.abs().mean())
+        if not bool(((ours - plain).abs() <= allowed).all()):
+            raise RuntimeError(f"fused {part} of {ours.dtype} differ from their plain form")
 
 
 def _product(kernel: str, gate: Tensor, up: Tensor, *, fused: bool) -> Tensor:
@@ -120,11 +141,11 @@ def _product(kernel: str, gate: Tensor, up: Tensor, *, fused: bool) -> Tensor:
 def _results(function: Callable[..., Tensor], shapes: Any, device: torch.device) -> list[Tensor]:
     """Return what ``function`` makes of tensors of these shapes and types, and their gradients."""
     waves = [
-        _numbers(*shape).to(device, dtype).add_(place).requires_grad_() for place, (shape, dtype) in enumerate(shapes)
+        (_numbers(*shape).to(device, dtype) + place).requires_grad_() for place, (shape, dtype) in enumerate(shapes)
     ]
     with torch.enable_grad():
         result = function(*waves)
-        result.backward(result.detach().cos())
+        torch.autograd.backward(result, result.detach().cos())
     return [result.detach(), *(wave.grad for wave in waves if wave.grad is not None)]
 
 
@@ -221,21 +242,22 @@ def _linear(weight: Tensor) -> nn.Linear:
 class _Norm:
     """The forward of one norm."""
 
-    def __init__(self, module: nn.Module, form: NormForm, dtype: torch.dtype | None, fused: bool) -> None:
+    def __init__(self, module: nn.Module, form: NormForm, dtype: torch.dtype | None, fused: set[str]) -> None:
         self.module = weakref.proxy(module)  # the module holds this: a strong reference would keep both from dying
         self.form, self.dtype, self.fused = form, dtype, fused
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return self.form.norm(hidden_states, self.module.weight, dtype=self.dtype, fused=self.fused)
+        return self.form.norm(hidden_states, self.module.weight, dtype=self.dtype, fused=NORMS in self.fused)
 
 
 class _GatedMLP:
     """The forward of one MLP."""
 
-    def __init__(self, module: nn.Module, parts: GatedMLP, fused: bool) -> None:
+    def __init__(self, module: nn.Module, parts: GatedMLP, fused: set[str]) -> None:
         self.module = weakref.proxy(module)
         self.parts, self.fused = parts, fused
 
     def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = self.module.down_proj(self.parts.hidden(self.module, x, fused=self.fused))
+        hidden = self.parts.hidden(self.module, x, fused=PRODUCTS in self.fused)
+        result: Tensor = self.module.down_proj(hidden)
         return result

@@ -28,6 +28,7 @@ from oomless.techniques import (
     experts,
     fp32_residual,
     frozen_layers,
+    layer_parts,
     lora,
     mlp_tiles,
     offload_activations,
@@ -215,8 +216,10 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
     with device.phase("optimizer"):
         optimizer = _optimizer(model, config, device)
     with device.phase("load"):
-        fused, notes = kernels.choose(config, device, {kernels.UPDATES: optimizer.try_fused})
+        tries = {kernels.UPDATES: optimizer.try_fused, **layer_parts.trials(model, device.torch_device)}
+        fused, notes = kernels.choose(config, device, tries)
         optimizer.fused = kernels.UPDATES in fused
+        layer_parts.fuse(model, fused)
         loss_scale = LossScale(model.dtype, device)
         balance = balancing.of(model, config.router_aux_loss_coef, device)
     device.watch(model, optimizer)
@@ -246,6 +249,8 @@ def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtyp
             offload_activations.apply(model, layers, device)
     if config.cheap_recompute:
         cheap_recompute.apply(model, norm_dtype=norm_dtype)
+    elif kernels.are_wanted(config, device):
+        layer_parts.replace(model, norm_dtype=norm_dtype, plain=False)
     if config.mlp_tiles is not None:
         mlp_tiles.apply(model, config.mlp_tiles)
 

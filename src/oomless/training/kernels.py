@@ -67,6 +67,11 @@ def _without(config: TrainConfig, missing: Mapping[str, list[str]]) -> tuple[str
     )
 
 
+def are_wanted(config: TrainConfig, device: Device) -> bool:
+    """Return whether a run on ``device`` has fused kernels where they work."""
+    return config.kernels != "plain" and none_here(device) is None
+
+
 def none_here(device: Device) -> str | None:
     """Return why there are no fused kernels for ``device``, in words; ``None`` where there are."""
     if device.compute_capability is None:

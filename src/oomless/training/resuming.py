@@ -110,7 +110,7 @@ def restore(life: Life, spec: ModelSpec, start: checkpoint.Checkpoint) -> None:
     before = frozenset(state.get("fused", now))
     for changed, form in ((now - before, "fused"), (before - now, "plain")):
         if changed:
-            parts = " and ".join(sorted(changed))
+            parts = ", ".join(sorted(changed))
             life.listener.said(f"{form} from here on, which it was not before: {parts}; the same but for rounding")
     if life.step > life.total_steps:
         raise ConfigError(

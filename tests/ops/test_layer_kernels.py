@@ -1,0 +1,144 @@
+"""Norms and gated products in one kernel: Triton's interpreter runs the very kernels here, and a rehearsal counts their operators."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oomless.ops import gated_product as products
+from oomless.ops import layer_kernels
+from oomless.ops import rms_norm as norms
+from oomless.ops.gated_product import FUSED, gated_product
+from oomless.ops.rms_norm import rms_norm
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+EPS = 1e-6
+FORMS = {
+    "llama": {"round_first": True},
+    "gemma": {"round_first": False, "unit_offset": True},
+    "olmo": {"round_first": False},
+}
+every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """Operators of CPU tensors go to the kernels, which the interpreter runs, several tiles a program."""
+    monkeypatch.setattr(layer_kernels, "TILE", 256)
+    for module, name in ((norms, "rms_norm"), (products, "gated_product")):
+        monkeypatch.setattr(module, "_FORWARD", getattr(layer_kernels, name))
+        monkeypatch.setattr(module, "_BACKWARD", getattr(layer_kernels, f"{name}_backward"))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def results(function, tensors, gradient):
+    """The output and the gradients of ``tensors``."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = function(*leaves)
+    y.backward(gradient.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_as_exact(ours, plain, tensors, gradient):
+    """The errors against fp64 are at most those of ``plain`` in the type of ``tensors``."""
+    exact = results(plain, [tensor.double() for tensor in tensors], gradient.double())
+    for own, near, true in zip(results(ours, tensors, gradient), results(plain, tensors, gradient), exact, strict=True):
+        assert own.dtype == near.dtype
+        error, allowed = (own - true).abs(), (near - true).abs()
+        rounding = torch.finfo(FP32).eps * true.abs()  # plain forms fuse a product with a sum, the interpreter none
+        assert error.mean() <= 1.01 * allowed.mean() + rounding.mean()
+        assert error.max() <= 1.1 * allowed.max() + 4 * rounding.max()
+
+
+def plain_norm(x, weight, round_first, unit_offset=False):
+    wide = x.to(torch.promote_types(x.dtype, FP32))
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    if round_first:
+        return weight * normal.to(x.dtype)
+    return (normal * (1 + weight.to(wide.dtype) if unit_offset else weight)).to(x.dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_a_norm_is_as_exact_as_its_plain_form(form, dtype, on_kernels):
+    x, weight, gradient = (
+        t.to(dtype) for t in (numbers(2, 21, 100) * 3, numbers(100, seed=1), numbers(2, 21, 100, seed=2))
+    )
+    ours = lambda x, w: rms_norm(x, w, eps=EPS, fused=x.dtype != torch.float64, **FORMS[form])  # noqa: E731
+    assert_as_exact(ours, lambda x, w: plain_norm(x, w, **FORMS[form]), [x, weight], gradient)
+    if dtype != FP32:  # whose sums have another order
+        assert torch.equal(ours(x, weight), plain_norm(x, weight, **FORMS[form]))
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", FUSED)
+def test_a_gated_product_is_as_exact_as_its_plain_form(activation, dtype, on_kernels):
+    gate, up, gradient = (numbers(2, 3, 300, seed=seed).to(dtype) * 3 for seed in range(3))
+    function, _ = FUSED[activation]
+    ours = lambda g, u: gated_product(g, u, function, fused=activation if g.dtype != torch.float64 else None)  # noqa: E731
+    assert_as_exact(ours, lambda g, u: function(g) * u, [gate, up], gradient)
+
+
+def test_where_numbers_lie_is_no_matter(on_kernels):
+    """Parts of a wider row, a gradient that is one number, tensors of which one is frozen, a stream that is wider than the weights."""
+    both = numbers(5, 7, 120)
+    for x, weight, gradient in (
+        (both[..., :50], numbers(50), numbers(5, 7, 50)),
+        (both.transpose(0, 2), numbers(5), torch.ones(()).expand(120, 7, 5)),
+    ):
+        lean, fused = (
+            results(lambda x, w, f=f: rms_norm(x, w, eps=EPS, fused=f), [x, weight], gradient) for f in (0, 1)
+        )
+        torch.testing.assert_close(fused, lean, rtol=1e-5, atol=1e-5)
+    function, _ = FUSED["silu"]
+    gradient = numbers(5, 7, 60)
+    lean, fused = (
+        results(lambda b, f=f: gated_product(*b.chunk(2, -1), function, fused=f), [both], gradient)
+        for f in (None, "silu")
+    )
+    torch.testing.assert_close(fused, lean, rtol=1e-5, atol=1e-6)
+    for frozen in (0, 1):
+        x, weight = both.clone().requires_grad_(frozen == 1), numbers(120).requires_grad_(frozen == 0)
+        found = []
+        for way in (False, True):
+            y = rms_norm(x, weight, eps=EPS, fused=way) + gated_product(
+                x, both + weight, function, fused=way and "silu" or None
+            )
+            found.append(torch.autograd.grad(y.sum(), x if frozen else weight))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
+    x, weight = numbers(3, 50) * 3, numbers(50).to(FP16)
+    lean, fused = (
+        results(lambda x, w, f=f: rms_norm(x, w, eps=EPS, dtype=FP16, fused=f), [x, weight], x) for f in (0, 1)
+    )
+    assert [t.dtype for t in fused] == [FP16, FP32, FP16]
+    torch.testing.assert_close(fused, lean, rtol=1e-3, atol=1e-5)
+
+
+COMPILED = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from oomless.ops import layer_kernels
+
+for capability, bf16 in ((75, True), (90, False)):
+    forms = {{name: bf16 for name in ("X_BF16", "WEIGHT_BF16", "RESULT_BF16", "GRADIENT_BF16", "BF16")}}
+    forms |= dict(ROUND_FIRST=True, UNIT_OFFSET=False, ROWS=1, WIDTH=2048, SIZE=1024, ACTIVATION="gelu" if bf16 else "gelu_tanh")
+    kinds = dict(scale="*fp32", weight_parts="*fp32", eps="fp32")
+    for kernel in (layer_kernels._norm_backward, layer_kernels._gated_product_backward):
+        names = kernel.arg_names
+        numbers = {{name: "i32" for name in names if name in ("rows", "width", "tiles") or name.endswith("stride")}}
+        types = {{name: "constexpr" if name in forms else (kinds | numbers).get(name, "*i16" if bf16 else "*fp16") for name in names}}
+        constants = {{(names.index(name),): value for name, value in forms.items() if name in names}}
+        made = compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32))
+        assert len(made.asm["cubin"]) > 1000
+"""
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    subprocess.run([sys.executable, "-c", COMPILED.format()], check=True, timeout=120)
