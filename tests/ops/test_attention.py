@@ -5,6 +5,7 @@ import torch
 
 import oomless.ops.attention as attention
 from oomless.memory.virtual_gpu import VirtualGPU
+from oomless.ops import documents
 from oomless.ops.attention import attention_kernel, kernel_for, packed_attention
 
 BLOCKS, HEADS, TOKENS, WIDTH = 2, 4, 40, 8
@@ -145,6 +146,132 @@ def test_lengths_that_do_not_fit_are_refused(lengths):
         packed_attention(query, key, value, document_lengths=lengths, scale=SCALE)
 
 
+# All documents in one launch. On the CPU its operators run their plain form.
+
+ENDS = documents.starts_of([length for lengths in DOCUMENTS for length in lengths])
+LAUNCHES = [
+    (kernel, name, key_heads)
+    for kernel, windows in (("flash", ["window", "window of one"]), ("efficient", []))
+    for name in ("causal", "window longer than any document", *windows)
+    for key_heads in (4, 2)
+]
+
+
+@pytest.fixture
+def cut(request, monkeypatch):
+    """Documents in several launches: what two of one token take is too much for one."""
+    monkeypatch.setattr(documents, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(documents, "_rows", lambda count, tokens, longest, kernel: tokens * count)
+
+
+@pytest.mark.parametrize(("kernel", "variant", "key_heads"), LAUNCHES)
+def test_one_launch_equals_a_mask(kernel, variant, key_heads):
+    states, settings = make_states(key_heads), {**VARIANTS[variant], "document_lengths": DOCUMENTS}
+    expected = output_and_gradients(with_mask, states, **settings)
+    with attention_kernel(kernel):
+        ours = output_and_gradients(packed_attention, states, document_starts=ENDS, **settings)
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_several_launches_equal_a_mask(kernel):
+    lengths = tuple(length for block in DOCUMENTS for length in block)
+    assert documents.launches(lengths, kernel, 1) == [slice(0, 3), slice(3, 5)]
+    test_one_launch_equals_a_mask(kernel, "causal", 2)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_one_launch_keeps_values_that_are_frozen_or_narrower(kernel):
+    query, key, _, _ = make_states()
+    value = torch.ones(BLOCKS, HEADS, TOKENS, 16 if kernel == "efficient" else WIDTH)
+    key.requires_grad_()
+    with attention_kernel(kernel):
+        given = dict(document_lengths=DOCUMENTS, document_starts=ENDS, scale=SCALE)
+        output = packed_attention(query, key, value, **given)
+    output.sum().backward()  # weights sum to one, so that values of one make no gradient
+    torch.testing.assert_close(output, torch.ones(BLOCKS, TOKENS, HEADS, value.shape[-1]))
+    assert key.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_launches_do_not_grow_with_documents(kernel, count):
+    """Of an 8 B model's layer in a block of 2,048 tokens, as of all smaller ones."""
+    assert documents.launches([2048 // count] * count, kernel, 32 * 128 * 4) == [slice(0, count)]
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_scratch_is_bounded(kernel):
+    lengths = [1000, *[1] * 1048, 20_000, *[3] * 4000]
+    row = 32 * 128 * 4
+    found = documents.launches(lengths, kernel, row)
+    assert [length for part in found for length in lengths[part]] == lengths
+    most = max(2 * sum(lengths) * row, documents.SCRATCH_BYTES)
+    for part in found:
+        rows = documents._rows(part.stop - part.start, sum(lengths[part]), max(lengths[part]), kernel)
+        assert rows * row <= most
+    assert len(found) < 20
+
+
+# The kernel of a device is compared with the plain form before anything rests on it.
+
+
+def wrong(**changes):
+    """Return the operator made wrong: it takes what it is given with ``changes``."""
+
+    def operator(*states, starts, **how):
+        how |= {name: change(how[name]) for name, change in changes.items() if name in how}
+        return documents._plainly(*states, starts=changes.get("starts", lambda same: same)(starts), **how)
+
+    return operator
+
+
+FAULTS = {
+    "documents see each other": wrong(starts=lambda starts: starts[[0, -1]]),
+    "one begins late": wrong(starts=lambda starts: starts + torch.tensor([0, 0, 1, 0, 0, 0])),
+    "another scale": wrong(scale=lambda scale: scale * 1.1),
+    "another window": wrong(window=lambda window: window and window - 1),
+}
+
+
+def ask(windowed=True, dtype=torch.float32, kernel="flash"):
+    documents.fault.cache_clear()
+    return documents.fault(torch.device("cpu"), dtype, kernel, 16, 16, 2, windowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_fault_is_found_where_none_is(dtype):
+    assert ask(dtype=dtype) is None
+    assert ask(False, dtype, "efficient") is None
+
+
+@pytest.mark.parametrize("operator", FAULTS.values(), ids=FAULTS)
+def test_a_wrong_kernel_is_found(operator, monkeypatch):
+    monkeypatch.setattr(documents, "_attention", operator)
+    assert "off by" in ask(dtype=torch.bfloat16)
+
+
+def test_a_wrong_gradient_is_found(monkeypatch):
+    right = documents._plainly_backward
+    monkeypatch.setattr(documents, "_attention_backward", lambda *given, **how: (*right(*given, **how)[:2], given[3]))
+    assert "gradient of values is off by" in ask()
+
+
+def test_a_kernel_that_fails_is_left_alone(monkeypatch):
+    """CUDA's own operator is asked, which has no form for the CPU: windows are then computed from plain products."""
+    settings = dict(document_lengths=((20, 20), (30, 10)), sliding_window=5)
+    states, starts = make_states(2), documents.starts_of([20, 20, 30, 10])
+    expected = output_and_gradients(with_mask, states, **settings)
+    documents.fault.cache_clear()
+    monkeypatch.setattr(documents, "_attention", documents.attention_of_documents)
+    with attention_kernel("flash"):
+        ours = output_and_gradients(packed_attention, states, document_starts=starts, **settings)
+    assert "aten::_flash_attention_forward" in ask()
+    documents.fault.cache_clear()
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
 # Dropout.
 
 
@@ -182,6 +309,33 @@ def test_dropout_keeps_the_mean():
 
 LONG, NARROW = 1024, 16
 MANY = ((64,) * 16,)
+
+
+def book(kernel, lengths, *, fake):
+    """Return what attention of 4 heads on 2 holds for backward beside its inputs, and what it held at most."""
+    gpu = VirtualGPU(1 << 40, fake=fake)
+    with gpu.active(), attention_kernel(kernel):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(1, sum(lengths), heads, 16) for heads in (4, 2, 2)]
+        states = [torch.randn(shape, generator=None if fake else generator).bfloat16() for shape in shapes]
+        states = [state.transpose(1, 2).requires_grad_() for state in states]
+        starts = gpu.put(documents.starts_of(lengths))
+        held = gpu.usage().allocated_bytes
+        output = packed_attention(*states, document_lengths=(lengths,), document_starts=starts, scale=0.25)
+        kept = gpu.usage().allocated_bytes - held
+        gpu.reset_peak()
+        output.backward(output.detach())
+        return kept, gpu.usage().peak_allocated_bytes - held
+
+
+@pytest.mark.parametrize("fake", [True, False], ids=["rehearsed", "run"])
+def test_bytes_of_one_launch(fake):
+    """Flash keeps its output and a sum for each query and head; the other a sum of the longest for each, and repeated keys and values."""
+    lengths, token = (100, 28, 384, 512), 4 * 16 * 2
+    output, gradient = 1024 * token, 1024 * token
+    flash, efficient = output + 1024 * 4 * 4, 3 * output + 4 * 512 * 4 * 4
+    assert book("flash", lengths, fake=fake) == (flash, flash + gradient + gradient // 2 * 2)
+    assert book("efficient", lengths, fake=fake) == (efficient, efficient + 3 * gradient)
 
 
 def peak(lengths, dtype=torch.float32, *, key_heads=2, fake=False, kernel="auto", tokens=LONG, **settings):

@@ -17,13 +17,14 @@ PAIRS = T * (T + 1) // 2  # of tokens, of which the earlier is seen by the later
 ATTENTION = 2 * D * PAIRS  # one product of it, for all heads
 
 
-def work(folder, steps=1, gpus=1, **settings):
+def work(folder, steps=1, gpus=1, lengths=None, kernel=None, **settings):
     config = TrainConfig.from_mapping(
         {"model": str(folder), "data": "none", "output_dir": "none", "max_seq_length": T, "dtype": "fp32"}
         | {"packing": "concatenate"}
         | settings
     )
-    found = rehearse(resolve(str(folder)), config, virtual_device(), steps=steps, whole=False, gpus=gpus)
+    how = {"layout": lengths and Layout.uniform(lengths, config), "kernel": kernel}
+    found = rehearse(resolve(str(folder)), config, virtual_device(), steps=steps, whole=False, gpus=gpus, **how)
     assert found.out_of_memory is None
     return found.work
 
@@ -51,6 +52,30 @@ def test_checkpointing_adds_a_forward_of_the_layers_up_to_what_backward_needs(ma
     for layers in (1, 2):
         more = work(folder, gradient_checkpointing=True, checkpointed_layers=layers).flops()["fp32"] - plain
         assert more == layers * (2 * LAYER * T + 2 * ATTENTION - last_product)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_packed_documents_are_one_launch(make_checkpoint, kernel):
+    """However many they are; and each costs what it costs alone."""
+    folder, found = make_checkpoint("llama"), {}
+    for count in (1, 2, 8, 32):
+        lengths = (T // count,) * count
+        done = work(folder, dtype="bf16", packing="documents", lengths=lengths, kernel=kernel)
+        found[count] = sum(times for _, times in done.of_passes)
+        attended = LAYERS * 7 * 2 * D * sum(length * (length + 1) // 2 for length in lengths)
+        assert done.flops() == {"bf16": 6 * LAYERS * LAYER * T + 8 * V * D * T + attended}
+    assert found[2] == found[8] == found[32] <= found[1]
+
+
+def test_a_window_is_the_kernels_own(make_checkpoint):
+    """Where it is flash; the others compute chunks of queries from plain products."""
+    window = 24
+    folder = make_checkpoint("qwen2", use_sliding_window=True, sliding_window=window, max_window_layers=0)
+    for lengths in ((T,), (T - 8, 8)):
+        done = work(folder, dtype="bf16", packing="documents", lengths=lengths, kernel="flash")
+        pairs = sum(size * (size + 1) // 2 for size in lengths if size <= window)
+        pairs += sum(window * (window + 1) // 2 + (size - window) * window for size in lengths if size > window)
+        assert done.flops() == {"bf16": 6 * LAYERS * LAYER * T + 8 * V * D * T + LAYERS * 7 * 2 * D * pairs}
 
 
 def test_micro_batches_count_each_and_the_update_once(make_checkpoint):

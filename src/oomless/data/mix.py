@@ -17,22 +17,28 @@ import numpy as np
 from oomless.data.pack import Block, PackedBlocks
 
 RANKED_BLOCKS = 64
-Weigh = Callable[[Sequence[int]], int]
-"""How heavy a block is whose documents have these lengths."""
+Weigh = Callable[[Sequence[Sequence[int]]], int]
+"""How heavy a batch is, in whose blocks the documents have these lengths."""
 
 
 def heaviest(
-    rankings: Sequence[Sequence[tuple[int, Any]]], count: int, weight: Callable[[Any], int]
+    rankings: Sequence[Sequence[tuple[int, Any]]], count: int, weight: Callable[[Sequence[Any]], int]
 ) -> list[list[tuple[int, Any]]]:
-    """Return the first ``count`` of each ranking, over again where there are fewer; each choice of blocks once.
+    """Return the batch of ``count`` blocks of most ``weight``, and the first of each ranking but the first; each choice once.
 
-    The first of all are those of most ``weight`` in any ranking.
+    Blocks are taken over again where there are fewer. A batch may weigh what its heaviest blocks do together, or as if each were as
+    heavy as one of them, beside which those that come first in the first ranking weigh most.
     """
     every = {number: block for ranking in rankings for number, block in ranking}
-    by_weight = sorted(every.items(), key=lambda entry: -weight(entry[1]))
+    by_weight = sorted(every.items(), key=lambda entry: -weight([entry[1]]))
+    batches = [by_weight[:count]]
+    if count > 1:
+        batches += [
+            [one, *[other for other in rankings[0] if other[0] != one[0]][: count - 1]] for one in every.items()
+        ]
+    heavy = max(batches, key=lambda batch: weight([block for _, block in batch]))
     found: list[list[tuple[int, Any]]] = []
-    for ranking in (by_weight, *rankings[1:]):
-        chosen = list(ranking[:count])
+    for chosen in (heavy, *(list(ranking[:count]) for ranking in rankings[1:])):
         numbers = sorted(number for number, _ in chosen)
         if chosen and numbers not in [sorted({number for number, _ in other}) for other in found]:
             found.append(list(islice(cycle(chosen), count)))
@@ -76,7 +82,7 @@ class BlockStream:
         those with the most documents and with the longest.
         """
         ranked = self.ranked(max(count, RANKED_BLOCKS))
-        chosen = heaviest(ranked, count, lambda block: weigh(block.document_lengths))
+        chosen = heaviest(ranked, count, lambda blocks: weigh([block.document_lengths for block in blocks]))
         return [[block for _, block in blocks] for blocks in chosen]
 
     def ranked(self, count: int) -> list[list[tuple[int, Block]]]:

@@ -16,7 +16,7 @@ from oomless.data.pack import Block
 from oomless.errors import ConfigError, HardwareError
 from oomless.export.merged import HOST, Merged
 from oomless.memory.device import Device
-from oomless.models import build, form
+from oomless.models import attention, build, form
 from oomless.models.form import Form
 from oomless.models.verify import quiet
 from oomless.techniques import lora, sharding, trainable
@@ -131,7 +131,8 @@ class Speaker:
         for block in blocks:
             with self.device.host():
                 batch = collate([block])
-            hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
+            packed = attention.packed(self.model, batch.document_lengths, self.device)
+            hidden = hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), packed)
             total += head_loss(self.model, hidden, put(batch.labels), 1.0, chunk_bytes)
             tokens += batch.target_count
             done()

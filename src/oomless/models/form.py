@@ -177,7 +177,7 @@ def find_problem(
     name, length = type(model).__name__, logits.shape[1]
     ids = probe_ids(model, length)
     positions = torch.arange(length, device=ids.device)[None]
-    whole = {"position_ids": positions, "document_lengths": ((length,),)}
+    whole = {"position_ids": positions, **attention.packed(model, ((length,),), device)}
     hidden = body.run(model, input_ids=ids, **whole)
     if not same(_head(model, hidden), logits, tolerance, device):
         return Problem(
@@ -198,7 +198,8 @@ def find_problem(
         return None
     cut = length // 3
     both = {"position_ids": torch.cat([positions[:, :cut], positions[:, : length - cut]], dim=1)}
-    packed = body.run(model, input_ids=ids, document_lengths=((cut, length - cut),), **both)
+    both |= attention.packed(model, ((cut, length - cut),), device)
+    packed = body.run(model, input_ids=ids, **both)
     if not same(packed[:, cut:], body.run(model, input_ids=ids[:, cut:]), tolerance, device):
         return Problem(
             3,

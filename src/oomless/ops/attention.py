@@ -1,11 +1,12 @@
 """Causal attention inside each document of a packed block, without a mask.
 
-Replaces scaled dot-product attention with a block-diagonal T x T mask. Documents are attended to one by one, so nothing
-of size T x T exists, and no time goes into pairs that may not see each other. Where there is one document per block it
-is one batched call.
+Replaces scaled dot-product attention with a block-diagonal T x T mask. Nothing of size T x T exists, and no time goes into
+pairs that may not see each other. All documents of all blocks are one launch (``documents.py``) where the kernel is one that knows
+where they begin and the caller says so; else documents are attended to one by one, and where there is one per block it is one
+batched call.
 
-What no fused kernel does (soft-capped scores, attention sinks, a sliding window shorter than the document) is computed
-from plain products over chunks of queries. Only queries, keys and values are kept, and a chunk is computed again in backward: three
+What no fused kernel does (soft-capped scores, attention sinks, a sliding window shorter than the document without flash) is
+computed from plain products over chunks of queries, document by document. Only queries, keys and values are kept, and a chunk is computed again in backward: three
 more products than the two forward and five backward of a fused kernel. A chunk's scores, in all their copies, take at
 most ``SCORE_BYTES`` (more only where one query's alone do).
 
@@ -18,13 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from oomless.ops import documents
 from oomless.ops.random_state import random_states, random_states_set
 from oomless.ops.repeating import repeating, slices
 
@@ -77,6 +81,7 @@ def packed_attention(
     value: Tensor,
     *,
     document_lengths: tuple[tuple[int, ...], ...] | None = None,
+    document_starts: Tensor | None = None,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -90,6 +95,8 @@ def packed_attention(
         key: [B, G, T, D] with H a multiple of G.
         value: as ``key``.
         document_lengths: for each block, the lengths of its documents in order; None means one document per block.
+        document_starts: where they begin, ``documents.starts_of`` of all lengths on the device of ``query``: attends to all
+            documents in one launch where the kernel can. None for one by one.
         scale: multiplies the products of queries and keys.
         sliding_window: a token sees itself and at most this many less one before it.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
@@ -106,7 +113,14 @@ def packed_attention(
         for lengths in document_lengths:
             if sum(lengths) != length or min(lengths) < 1:
                 raise ValueError(f"document lengths must be positive and sum to {length} tokens; got {lengths}")
-    if document_lengths is None or all(len(lengths) == 1 for lengths in document_lengths):
+    alone = document_lengths is None or all(len(lengths) == 1 for lengths in document_lengths)
+    plain = softcap is None and sinks is None and not dropout
+    if document_starts is not None and document_lengths is not None and plain:
+        lengths = tuple(chain.from_iterable(document_lengths))
+        window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else 0
+        if (kernel := _for_documents(query, key, value, window)) and (window or not alone):
+            return _in_one_launch(query, key, value, document_starts, lengths, scale, kernel, window)
+    if document_lengths is None or alone:
         return _document(query, key, value, scale, sliding_window, softcap, sinks, dropout)
     rows = []
     # Not slices: the gradient of each would be a tensor of the whole block, mostly zeros.
@@ -115,6 +129,52 @@ def packed_attention(
         parts = [_document(q, k, v, scale, sliding_window, softcap, sinks, dropout) for q, k, v in documents]
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows)
+
+
+def knows_documents(device: torch.device) -> bool:
+    """Return whether the kernel that is chosen on ``device`` can attend to several documents in one launch."""
+    kernel = _kernel.get()
+    return kernel in ("flash", "efficient") or (kernel == "auto" and device.type == "cuda")
+
+
+def _for_documents(query: Tensor, key: Tensor, value: Tensor, window: int) -> documents.Kernel | None:
+    """Return the kernel that attends to several documents in one launch; ``None`` where none does."""
+    width, value_width = query.shape[3], value.shape[3]
+    kernel, _ = choose_kernel(query.device, query.dtype, width, value_width)
+    if not documents.takes(kernel, width, value_width, window > 0):
+        return None
+    if isinstance(query, FakeTensor):
+        return kernel  # a rehearsal is of a GPU on which it works
+    fault = documents.fault(
+        query.device, query.dtype, kernel, width, value_width, query.shape[1] // key.shape[1], window > 0
+    )
+    return None if fault else kernel
+
+
+def _in_one_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    kernel: documents.Kernel,
+    window: int,
+) -> Tensor:
+    """Attention of all documents of all blocks: [B, T, H, D]."""
+    groups = 1 if kernel == "flash" else query.shape[1] // key.shape[1]
+    rows = _rows(query, 1), _rows(key, groups), _rows(value, groups)
+    output = documents.attend(*rows, starts, lengths, scale=scale, kernel=kernel, window=window)
+    return output.view(query.shape[0], -1, *output.shape[1:])
+
+
+def _rows(states: Tensor, groups: int) -> Tensor:
+    """Return [B, G, T, D] as [B * T, G * groups, D], with every head ``groups`` times."""
+    B, G, T, D = states.shape
+    states = states.transpose(1, 2)
+    if groups > 1:
+        states = states[:, :, :, None].expand(B, T, G, groups, D)
+    return states.reshape(B * T, G * groups, D)
 
 
 def _document(

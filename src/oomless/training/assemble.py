@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from oomless import optim
 from oomless.config import OPTIMIZER_DEFAULTS, TrainConfig
 from oomless.errors import ConfigError, HardwareError
 from oomless.memory.device import CudaDevice, Device, nowhere
-from oomless.models import build, form, save
+from oomless.models import attention, build, form, save
 from oomless.models.spec import ModelSpec, most_positions
 from oomless.models.weights import adapter_file, open_file
 from oomless.optim.base import MemoryLeanOptimizer
@@ -217,9 +218,12 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
         optimizer = _optimizer(model, config, device)
     with device.phase("load"):
         tries = {kernels.UPDATES: optimizer.try_fused, **layer_parts.trials(model, device.torch_device)}
+        if model.config._attn_implementation == attention.NAME:
+            tries[kernels.DOCUMENTS] = partial(attention.try_one_launch, model, device.torch_device)
         fused, notes = kernels.choose(config, device, tries)
         optimizer.fused = kernels.UPDATES in fused
         layer_parts.fuse(model, fused)
+        attention.attend_in_one_launch(model, kernels.DOCUMENTS in fused)
         loss_scale = LossScale(model.dtype, device)
         balance = balancing.of(model, config.router_aux_loss_coef, device)
     device.watch(model, optimizer)

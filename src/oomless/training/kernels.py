@@ -13,6 +13,7 @@ from oomless.memory.device import Device
 from oomless.ops.operators import SMALLEST_CAPABILITY
 
 UPDATES = "updates"
+DOCUMENTS = "attention to packed documents"
 SLOW_S = 2.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -40,7 +41,8 @@ def causal_lm_loss(
         scale: a number or a 0-dim tensor, usually 1 / (predicted tokens of the optimizer step).
         chunk_bytes: most bytes of logits held at once.
     """
-    hidden = hidden_states(model, input_ids, position_ids, document_lengths)
+    packed = None if document_lengths is None else {"document_lengths": document_lengths}
+    hidden = hidden_states(model, input_ids, position_ids, packed)
     return head_loss(model, hidden, labels, scale, chunk_bytes)
 
 
@@ -48,12 +50,14 @@ def hidden_states(
     model: Any,
     input_ids: Tensor,
     position_ids: Tensor | None,
-    document_lengths: tuple[tuple[int, ...], ...] | None,
+    packed: Mapping[str, Any] | None,
 ) -> Tensor:
-    """Return what the body of ``model`` hands to its head, [B, T, D]; without a graph where the body does not train."""
-    packed = {} if document_lengths is None else {"document_lengths": document_lengths}
+    """Return what the body of ``model`` hands to its head, [B, T, D]; without a graph where the body does not train.
+
+    ``packed`` says how documents lie, as ``models.attention.packed`` does.
+    """
     with nullcontext() if body_trains(model) else torch.no_grad():
-        return body.run(model, input_ids=input_ids, position_ids=position_ids, **packed)
+        return body.run(model, input_ids=input_ids, position_ids=position_ids, **(packed or {}))
 
 
 def head_loss(

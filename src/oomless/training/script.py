@@ -71,7 +71,7 @@ def begin(life: Life) -> None:
     life.unapplied = life.guard.retried(torch.zeros, (), device=life.device.torch_device)
     life.device.empty_cache()  # what was cached while the model was built and probed has not its sizes
     dtype = choose_dtype(config.dtype, life.device)
-    weigh = partial(attention.weigh, life.assembly.model.config, dtype, life.device.torch_device)
+    weigh = partial(attention.weigh, life.assembly.model, dtype, life.device.torch_device)
     for blocks in life.data.train.heaviest(config.per_device_train_batch_size, weigh):
         with life.device.host():
             batches = list(micro_batches(blocks * passes_of(config), config.per_device_train_batch_size))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from oomless.config import TrainConfig
 from oomless.data.loader import MicroBatch
 from oomless.memory.device import Device
+from oomless.models import attention
 from oomless.optim import FusedBackward, MemoryLeanOptimizer, clip_coefficient, global_gradient_norm
 from oomless.techniques import block_dropout, in_flight, one_gradient_buffer, sharding
 from oomless.techniques.balancing import Balance
@@ -236,7 +237,8 @@ class TrainingStep:
                     logits: Tensor = self.model.get_output_embeddings()(hidden[:, at - 1])
                     return logits.argmax(-1)
 
-            body = partial(hidden_states, self.model, tokens, positions, ((length,),))
+            packed = attention.packed(self.model, ((length,),), self.device)
+            body = partial(hidden_states, self.model, tokens, positions, packed)
             for at in range(given, given + (min(new, 2) if self.device.fake else new)):  # each asks for the same
                 tokens[:, at] = self._run(body, likeliest)
             written: list[int] = self.device.numbers(tokens[0], [0] * length)[given : given + new]
@@ -261,7 +263,8 @@ class TrainingStep:
                 return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)
 
         def hidden() -> Tensor:
-            return hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), batch.document_lengths)
+            packed = attention.packed(self.model, batch.document_lengths, self.device)
+            return hidden_states(self.model, put(batch.input_ids), put(batch.position_ids), packed)
 
         return self._run(hidden, loss_of_head)
 
