@@ -1,8 +1,8 @@
 """How documents lie in the blocks of a run: all that a rehearsal has to know of the text.
 
-Tokens do not matter to memory, but attention runs document by document. Where the text is at hand its own blocks are played; else
-two documents fill each block: from two on a layer keeps the documents' outputs and their concatenation, and further ones add only
-the rounding of small tensors.
+Tokens do not matter to memory, but documents do to attention. Where the text is at hand its own blocks are played; else two documents
+fill each block: one by one a layer then keeps the documents' outputs and their concatenation, and further ones add only the rounding
+of small tensors; in one launch they add at most a sum of exponentials for each query of the longest.
 """
 
 from __future__ import annotations
