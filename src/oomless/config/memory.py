@@ -75,7 +75,6 @@ class Memory:
     from compute capability 7.5 on), or in PyTorch's own operators (plain); and attends to packed documents: to all in one launch
     (fused), or one by one (plain). auto: fused where that works, else plain, and says so."""
 
-
     loss_chunk_bytes: Annotated[int, Range(least=1 << 16)] = 64 << 20
     """Most bytes that the loss holds of the logits at once."""
 
