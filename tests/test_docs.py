@@ -44,6 +44,7 @@ def test_options_exist(page):
     ("result", "page"),
     [
         ("seed_cases", "memory"),
+        ("loss_bytes", "techniques"),
         ("memory_table", "techniques"),
         ("plan_table", "planner"),
         ("public_speeds", "throughput"),

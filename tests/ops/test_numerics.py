@@ -25,7 +25,7 @@ from oomless.ops.tiled import tiled
 SIXTEEN = [torch.bfloat16, torch.float16]
 NO_ARITHMETIC = {
     *("__init__", "gradient_buffer", "operators", "packing_shapes", "random_state", "recompute", "repeating"),
-    *("layer_kernels", "triton_values"),
+    *("layer_kernels", "loss_kernels", "loss_passes", "triton_values"),  # the passes are in the loss
 }
 DOCUMENTS = ((3, 1, 5), (9,))
 

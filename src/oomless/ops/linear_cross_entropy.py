@@ -23,6 +23,8 @@ goes through the tokens of all with its own rows, and only sums are exchanged), 
 divided by the tokens of the step) enters before the gradient is stored: unscaled, most of a softmax is below what fp16
 can hold.
 
+A chunk is gone over twice, for the softmax and for the gradient (``loss_passes.py``); ``fused`` says in which form.
+
 There is no choice of another implementation: torch's own (2.13) and cut-cross-entropy are weighed in ``docs/techniques.md``.
 
 Shapes in names: N tokens, V vocabulary, D width of the model.
@@ -31,6 +33,7 @@ Shapes in names: N tokens, V vocabulary, D width of the model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oomless.ops.gradient_buffer import GradientDestination, deliver, take_buffer
+from oomless.ops.loss_passes import Fused, Passes, Plain, Slopes, Statistics, bytes_of_a_logit, exact_dtype
 from oomless.ops.repeating import for_each, slices
 
 IGNORED = -100
@@ -84,6 +88,7 @@ def linear_cross_entropy(
     chunk_bytes: int = 64 << 20,
     destination: GradientDestination = "new",
     parts: HeadParts | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """Return ``scale`` times the summed cross-entropy of a linear head: 0-dim, fp32 (fp64 for a head in fp64).
 
@@ -105,6 +110,7 @@ def linear_cross_entropy(
             as the loss is computed, and the loss must be what ``backward()`` is called on.
         parts: where ``weight`` and ``bias`` are only this process's rows of a frozen head; there are no ``rows`` then, and N and
             ``scale`` are the same in all processes, which call this together.
+        fused: go over each chunk in kernels, which need no copies of the logits; not in fp64.
 
     Raises:
         ValueError: ``destination`` is not "new" and ``weight`` is not a leaf, or there are ``rows`` and ``weight`` wants a
@@ -128,6 +134,7 @@ def linear_cross_entropy(
         gradients=torch.is_grad_enabled(),
         destination=destination,
         parts=parts,
+        fused=fused,
     )
     scale_tensor = torch.as_tensor(scale, dtype=work.exact, device=hidden.device)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, rows, scale_tensor, work)  # type: ignore[no-untyped-call]
@@ -195,6 +202,7 @@ class _Work:
         gradients: bool,
         destination: GradientDestination,
         parts: HeadParts | None = None,
+        fused: bool = False,
     ) -> None:
         if parts is not None:
             hidden_ND, targets_N = parts.of_all(hidden_ND), parts.of_all(targets_N)
@@ -203,63 +211,39 @@ class _Work:
         self.rows_RD, self.row_ids_R = rows_RD, row_ids_R
         self.tokens = hidden_ND.shape[0]
         self.vocabulary = weight_VD.shape[0] if parts is None else parts.count
-        self.softcap, self.logit_scale, self.gradients = softcap, logit_scale, gradients
+        self.gradients, self.destination = gradients, destination
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.destination = destination
-        self.single = weight_VD.dtype in (torch.float32, torch.float64)
-        self.exact = weight_VD.dtype if self.single else torch.float32
+        self.exact = exact_dtype(weight_VD.dtype)
+        self.single = self.exact == weight_VD.dtype
         self.kept_N = (targets_N != IGNORED).to(self.exact)
         self.targets_N = targets_N.clamp_min(0)
-        own, exact = weight_VD.element_size(), self.exact.itemsize
-        per_logit = own + (0 if self.single else exact) + (exact if softcap else 0)
+        fused = fused and weight_VD.dtype != torch.float64
+        self._passes_of = partial(Fused if fused else Plain, softcap=softcap, logit_scale=logit_scale)
+        per_logit = bytes_of_a_logit(weight_VD.dtype, fused=fused, capped=bool(softcap))
         self.logits_at_once = max(1, chunk_bytes // per_logit)
         shapes = [None if tensor is None else tensor.shape for tensor in (hidden_ND, weight_VD, bias_V, rows_RD)]
-        facts = (*shapes, weight_VD.dtype, softcap, logit_scale, label_smoothing, z_loss, chunk_bytes)
-        self._facts = facts
+        self._facts = (*shapes, weight_VD.dtype, softcap, logit_scale, label_smoothing, z_loss, chunk_bytes, fused)
 
     def _for_each(self, chunks: list[slice], function: Callable[[slice], None], of: Any = ()) -> None:
         """Call ``function`` on each of ``chunks``; what it asks for follows from ``of``, from the inputs, and from a chunk's size."""
         for_each(chunks, function, (of, self._facts))
 
-    def _buffers(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return flat room for a chunk's logits in the head's dtype, in fp32, and for the soft cap's slope."""
-        low = self.weight_VD.new_empty(size)
-        full = low if self.single else low.new_empty(size, dtype=self.exact)
-        return low, full, torch.empty_like(full) if self.softcap else None
+    def _passes(self, size: int) -> Passes:
+        """Return what goes over chunks of so many logits, with the room for them."""
+        return self._passes_of(self.weight_VD.new_empty(size))
 
-    def _logits(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, buffers: tuple[Tensor, Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return views of the buffers filled with logits (head's dtype, then final fp32) and the cap's slope."""
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, passes: Passes) -> Tensor:
+        """Return the matrix product, in the room of ``passes``."""
         shape = (hidden.shape[0], weight.shape[0])
-        low, full, slope = (b if b is None else b[: shape[0] * shape[1]].view(shape) for b in buffers)
-        assert low is not None
-        assert full is not None
+        logits = passes.room[: shape[0] * shape[1]].view(shape)
         if bias is None:
-            torch.mm(hidden, weight.t(), out=low)
+            torch.mm(hidden, weight.t(), out=logits)
         else:
-            torch.addmm(bias, hidden, weight.t(), out=low)
+            torch.addmm(bias, hidden, weight.t(), out=logits)
         if self.rows_RD is not None and self.row_ids_R is not None:
             replaced = hidden @ self.rows_RD.t()
-            low.index_copy_(1, self.row_ids_R, replaced if bias is None else replaced.add_(bias[self.row_ids_R]))
-        if not self.single:
-            full.copy_(low)
-        if self.logit_scale != 1.0:
-            full.mul_(self.logit_scale)
-        if self.softcap and slope is not None:
-            torch.tanh(full.div_(self.softcap), out=full)
-            torch.mul(full, full, out=slope)
-            slope.neg_().add_(1)
-            full.mul_(self.softcap)
-        return low, full, slope
-
-    def _to_gradient(self, low: Tensor, full: Tensor, slope: Tensor | None) -> Tensor:
-        """Turn the gradient of the final logits into that of the matrix product, in the head's dtype."""
-        if slope is not None:
-            full.mul_(slope)
-        if self.logit_scale != 1.0:
-            full.mul_(self.logit_scale)
-        return full if self.single else low.copy_(full)
+            logits.index_copy_(1, self.row_ids_R, replaced if bias is None else replaced.add_(bias[self.row_ids_R]))
+        return logits
 
     def by_rows(
         self,
@@ -279,48 +263,32 @@ class _Work:
         rows_grad = torch.zeros_like(self.rows_RD, dtype=self.exact) if for_rows and self.rows_RD is not None else None
         loss = self.hidden_ND.new_zeros((), dtype=self.exact)
         rows = max(1, min(self.tokens, self.logits_at_once // self.vocabulary))
-        buffers = self._buffers(rows * self.vocabulary)
+        passes = self._passes(rows * self.vocabulary)
 
         def take(part: slice) -> None:
-            hidden, targets, kept = self.hidden_ND[part], self.targets_N[part, None], self.kept_N[part]
-            low, full, slope = self._logits(hidden, self.weight_VD, self.bias_V, buffers)
-            largest = full.amax(dim=1, keepdim=True)
-            full.sub_(largest)
-            aims = self._aim(full.gather(1, targets)[:, 0], full.sum(dim=1) if self.label_smoothing else None)
-            sums = full.exp_().sum(dim=1)
-            logs = sums.log()
-            denominators = logs + largest[:, 0]
-            loss.add_(((logs - aims + self.z_loss * denominators**2) * kept).sum())
+            hidden, columns, kept = self.hidden_ND[part], self.targets_N[part], self.kept_N[part]
+            gradient = self._logits(hidden, self.weight_VD, self.bias_V, passes)
+            seen = self._none_yet(kept)
+            passes.statistics(gradient, columns, seen)
+            loss.add_(self._losses(seen, kept).sum())
             if not (for_hidden or for_weight or for_bias or for_rows):
                 return
-            # What multiplies a whole row goes on the product's smaller side, unless 16 bits need it before they round.
-            factor = (kept * scale / sums)[:, None]
-            if self.z_loss:
-                full.mul_((1 + 2 * self.z_loss * denominators)[:, None])
-            full.scatter_add_(1, targets, (sums * (self.label_smoothing - 1))[:, None])
-            if self.label_smoothing:
-                full.sub_((sums * (self.label_smoothing / self.vocabulary))[:, None])
-            if not self.single:
-                full.mul_(factor)
-            gradient = self._to_gradient(low, full, slope)
+            passes.gradient(gradient, columns, seen.largest, self._slopes(seen, kept * scale), just_seen=True)
             if weight_grad is not None:
-                weight_grad.addmm_(gradient.t(), hidden * factor)
+                weight_grad.addmm_(gradient.t(), hidden)
             if bias_grad is not None:
-                bias_grad.add_((gradient.t() @ factor)[:, 0] if self.single else gradient.sum(dim=0, dtype=self.exact))
+                bias_grad.add_(gradient.sum(dim=0, dtype=self.exact))
             replaced = None
             if self.row_ids_R is not None:
                 # What the matrix holds in the replaced rows must not matter, not even by rounding.
                 replaced = gradient[:, self.row_ids_R]
                 gradient.index_fill_(1, self.row_ids_R, 0)
             if rows_grad is not None and replaced is not None:
-                exact = hidden.to(self.exact)
-                rows_grad.addmm_(replaced.t().to(self.exact), exact * factor if self.single else exact)
+                rows_grad.addmm_(replaced.t().to(self.exact), hidden.to(self.exact))
             if hidden_grad is not None:
                 torch.mm(gradient, self.weight_VD, out=hidden_grad[part])
                 if self.rows_RD is not None and replaced is not None:
                     hidden_grad[part].addmm_(replaced, self.rows_RD)
-                if self.single:
-                    hidden_grad[part].mul_(factor)
 
         self._for_each(slices(self.tokens, rows), take, (for_hidden, for_weight, for_bias, for_rows))
         dtype = self.weight_VD.dtype
@@ -337,11 +305,9 @@ class _Work:
         """Go through the vocabulary twice; return the summed loss and the gradients, the head's added to ``buffer_VD``."""
         weight_grad = torch.empty_like(self.weight_VD) if buffer_VD is None else buffer_VD
         bias_grad = torch.empty_like(self.bias_V) if for_bias and self.bias_V is not None else None
-        buffers = self._column_buffers()
-        largest, sums, target_logits, totals = self._denominators(buffers)
-        losses, denominators = self._losses(largest, sums, target_logits, totals)
-        loss = losses.sum()
-        del losses, largest, target_logits, totals
+        passes = self._column_passes()
+        seen = self._statistics(passes)
+        loss = self._losses(seen, self.kept_N).sum()
 
         def of_head(part: slice, gradient: Tensor) -> None:
             if buffer_VD is None:
@@ -352,7 +318,7 @@ class _Work:
                 bias_grad[part] = gradient.sum(dim=0)
 
         of = (buffer_VD is None, for_bias)
-        hidden_grad = self._column_gradients(buffers, denominators, scale, for_hidden, of_head, of)
+        hidden_grad = self._column_gradients(passes, seen, scale, for_hidden, of_head, of)
         return loss, [
             None if hidden_grad is None else hidden_grad.to(self.hidden_ND.dtype),
             weight_grad,
@@ -362,17 +328,16 @@ class _Work:
 
     def of_parts(self, parts: HeadParts, scale: Tensor, for_hidden: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Go through this process's rows of the vocabulary; return the summed loss of its tokens, and their gradient."""
-        buffers = self._column_buffers()
-        own_largest, sums, target_logits, totals = self._denominators(buffers)
-        largest = parts.largest(own_largest.clone())
-        sums.mul_((own_largest - largest).exp_())
-        found = parts.sum(torch.stack([sums, target_logits, *([] if totals is None else [totals])]))
-        losses, denominators = self._losses(largest, found[0], found[1], None if totals is None else found[2])
-        loss = parts.own(losses).sum()
-        del own_largest, sums, target_logits, totals, largest, losses
+        passes = self._column_passes()
+        own = self._statistics(passes)
+        largest = parts.largest(own.largest.clone())
+        own.sums.mul_((own.largest - largest).exp_())
+        seen = Statistics(largest, *parts.sum(torch.stack([of_own for of_own in own[1:] if of_own is not None])))
+        loss = parts.own(self._losses(seen, self.kept_N)).sum()
+        del own
         hidden_grad = None
         if for_hidden:
-            of_all = self._column_gradients(buffers, denominators, scale, for_hidden, lambda part, gradient: None)
+            of_all = self._column_gradients(passes, seen, scale, for_hidden, lambda part, gradient: None)
             assert of_all is not None
             hidden_grad = parts.own_sum(of_all).to(self.hidden_ND.dtype)
         return loss, [hidden_grad, None, None, None]
@@ -380,44 +345,45 @@ class _Work:
     def _columns(self) -> list[slice]:
         return slices(self.weight_VD.shape[0], self.logits_at_once // max(1, self.tokens))
 
-    def _column_buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _column_passes(self) -> Passes:
         most = max((part.stop - part.start for part in self._columns()), default=0)
-        return self._buffers(self.tokens * most)
+        return self._passes(self.tokens * most)
 
-    def _denominators(
-        self, buffers: tuple[Tensor, Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return of each token's logits the largest, the sum of exponentials beside it, the target's, and where asked their sum."""
-        largest = torch.full_like(self.kept_N, -torch.inf)
-        sums, target_logits = torch.zeros_like(self.kept_N), torch.zeros_like(self.kept_N)
-        totals = torch.zeros_like(self.kept_N) if self.label_smoothing else None
+    def _statistics(self, passes: Passes) -> Statistics:
+        """Go through the columns; return what was seen of each token's logits."""
+        seen = self._none_yet(self.kept_N)
 
         def take(part: slice) -> None:
-            _, full, _ = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
-            places, inside = self._places(part)
-            target_logits.add_(full.gather(1, places)[:, 0] * inside)
-            if totals is not None:
-                totals.add_(full.sum(dim=1))
-            larger = torch.maximum(largest, full.amax(dim=1))
-            sums.mul_((largest - larger).exp_()).add_(full.sub_(larger[:, None]).exp_().sum(dim=1))
-            largest.copy_(larger)
+            logits = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), passes)
+            passes.statistics(logits, self._targets_in(part), seen)
 
         self._for_each(self._columns(), take)
-        return largest, sums, target_logits, totals
+        return seen
 
-    def _losses(
-        self, largest: Tensor, sums: Tensor, target_logits: Tensor, totals: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return each token's loss, and the logarithm of its softmax's denominator."""
-        denominators = sums.log().add_(largest)
-        return (
-            denominators - self._aim(target_logits, totals) + self.z_loss * denominators**2
-        ) * self.kept_N, denominators
+    def _none_yet(self, like_N: Tensor) -> Statistics:
+        return Statistics.none_yet(like_N, totals=bool(self.label_smoothing))
+
+    def _losses(self, seen: Statistics, kept: Tensor) -> Tensor:
+        """Return each token's loss, where all its logits were seen; 0 where nothing is predicted."""
+        logs, aim = seen.sums.log(), seen.target
+        if seen.totals is not None:  # some of the mean of all
+            aim = (1 - self.label_smoothing) * aim + (self.label_smoothing / self.vocabulary) * seen.totals
+        losses = logs - (aim - seen.largest)
+        if self.z_loss:
+            losses.add_(logs.add_(seen.largest).square_(), alpha=self.z_loss)
+        return losses * kept
+
+    def _slopes(self, seen: Statistics, factors: Tensor) -> Slopes:
+        """Return what the gradient is made with, where each token's loss counts for ``factors``."""
+        heights = factors / seen.sums
+        if self.z_loss:
+            heights *= 1 + 2 * self.z_loss * (seen.sums.log() + seen.largest)
+        return Slopes(heights, factors, 1 - self.label_smoothing, self.label_smoothing / self.vocabulary)
 
     def _column_gradients(
         self,
-        buffers: tuple[Tensor, Tensor, Tensor | None],
-        denominators: Tensor,
+        passes: Passes,
+        seen: Statistics,
         scale: Tensor,
         for_hidden: bool,
         of_head: Callable[[slice, Tensor], None],
@@ -428,17 +394,11 @@ class _Work:
         What ``of_head`` asks for follows from ``of``.
         """
         hidden_grad = torch.zeros_like(self.hidden_ND, dtype=self.exact) if for_hidden else None
-        factor = self.kept_N * scale
-        steeper = factor * (1 + 2 * self.z_loss * denominators)
+        slopes = self._slopes(seen, self.kept_N * scale)
 
         def take(part: slice) -> None:
-            low, full, slope = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), buffers)
-            full.sub_(denominators[:, None]).exp_().mul_(steeper[:, None])
-            places, inside = self._places(part)
-            full.scatter_add_(1, places, (factor * inside * (self.label_smoothing - 1))[:, None])
-            if self.label_smoothing:
-                full.sub_((factor * (self.label_smoothing / self.vocabulary))[:, None])
-            gradient = self._to_gradient(low, full, slope)
+            gradient = self._logits(self.hidden_ND, self.weight_VD[part], self._bias(part), passes)
+            passes.gradient(gradient, self._targets_in(part), seen.largest, slopes, just_seen=False)
             of_head(part, gradient)
             if hidden_grad is not None:
                 hidden_grad.add_(gradient @ self.weight_VD[part])
@@ -446,17 +406,10 @@ class _Work:
         self._for_each(self._columns(), take, (for_hidden, of))
         return hidden_grad
 
-    def _aim(self, target_logits: Tensor, totals: Tensor | None) -> Tensor:
-        """Return the logit that each token should have [N], with smoothing some of the mean of all, whose sum is given."""
-        if totals is None:
-            return target_logits
-        return (1 - self.label_smoothing) * target_logits + (self.label_smoothing / self.vocabulary) * totals
-
     def _bias(self, part: slice) -> Tensor | None:
         return None if self.bias_V is None else self.bias_V[part]
 
-    def _places(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return each target's column in the chunk [N, 1] (any, where it lies outside), and 1 where it lies inside."""
-        columns = self.targets_N - (self.first + part.start)
-        inside = (columns >= 0) & (columns < part.stop - part.start)
-        return columns.clamp(0, part.stop - part.start - 1)[:, None], inside.to(self.exact)
+    def _targets_in(self, part: slice) -> Tensor:
+        """Return each target's column among those of ``part``, which may lie outside."""
+        columns: Tensor = self.targets_N - (self.first + part.start)
+        return columns

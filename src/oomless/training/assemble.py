@@ -44,6 +44,7 @@ from oomless.techniques import (
 from oomless.techniques.peers import Peers
 from oomless.training import kernels, rates
 from oomless.training.distributed import ALONE, Ranks, environment, world_size
+from oomless.training.loss import try_fused
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
 from oomless.units import parse_bytes
@@ -217,7 +218,11 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
     with device.phase("optimizer"):
         optimizer = _optimizer(model, config, device)
     with device.phase("load"):
-        tries = {kernels.UPDATES: optimizer.try_fused, **layer_parts.trials(model, device.torch_device)}
+        tries: dict[str, Callable[[], None]] = {
+            kernels.UPDATES: optimizer.try_fused,
+            kernels.LOSS: partial(try_fused, model, device),
+            **layer_parts.trials(model, device.torch_device),
+        }
         if model.config._attn_implementation == attention.NAME:
             tries[kernels.DOCUMENTS] = partial(attention.try_one_launch, model, device.torch_device)
         fused, notes = kernels.choose(config, device, tries)
@@ -236,6 +241,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
         loss_chunk_bytes=config.loss_chunk_bytes,
         label_smoothing=config.label_smoothing_factor,
         z_loss=config.z_loss,
+        fused_loss=kernels.LOSS in fused,
         balance=balance,
         in_backward=config.optimizer_in_backward,
         ranks=ranks,

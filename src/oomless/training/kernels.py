@@ -12,7 +12,7 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.ops.operators import SMALLEST_CAPABILITY
 
-UPDATES = "updates"
+UPDATES, LOSS = "updates", "the loss"
 DOCUMENTS = "attention to packed documents"
 SLOW_S = 2.0
 

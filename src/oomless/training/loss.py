@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oomless.memory.device import Device
 from oomless.models import body
+from oomless.ops import loss_passes
 from oomless.ops.gradient_buffer import GradientDestination
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.techniques import vocabulary_parts
@@ -101,3 +103,13 @@ def head_loss(
         )
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def try_fused(model: Any, device: Device) -> None:
+    """Go over logits such as those of ``model`` in the kernels of a fused loss and in their plain form, on ``device``.
+
+    Raises:
+        RuntimeError: the results are not the same to rounding. What a compiler raises goes through.
+    """
+    dtype = model.get_output_embeddings().weight.dtype
+    loss_passes.try_fused(dtype, device.torch_device, *body.logit_transform(model.config))

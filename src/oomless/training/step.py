@@ -56,6 +56,7 @@ class TrainingStep:
         loss_chunk_bytes: int,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        fused_loss: bool = False,
         balance: Balance | None = None,
         in_backward: bool = False,
         ranks: Ranks = ALONE,
@@ -68,7 +69,7 @@ class TrainingStep:
         self.max_grad_norm = max_grad_norm
         self.loss_chunk_bytes = loss_chunk_bytes
         self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
+        self.z_loss, self.fused_loss = z_loss, fused_loss
         self.balance = balance
         self.ranks, self.sharded = ranks, sharded
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
@@ -260,7 +261,16 @@ class TrainingStep:
         def loss_of_head(hidden: Tensor) -> Tensor:
             with self.device.phase("loss"):
                 labels = put(batch.labels)
-                return head_loss(self.model, hidden, labels, scale, self.loss_chunk_bytes, self._destination, **added)
+                return head_loss(
+                    self.model,
+                    hidden,
+                    labels,
+                    scale,
+                    self.loss_chunk_bytes,
+                    self._destination,
+                    fused=self.fused_loss,
+                    **added,
+                )
 
         def hidden() -> Tensor:
             packed = attention.packed(self.model, batch.document_lengths, self.device)
