@@ -35,7 +35,7 @@ CASES = [
                "offload_activations": True, "optimizer_in_backward": True}),
     ("llama", {"trainable": "lora", "dtype": "fp16", "checkpointed_layers": 7, "gradient_checkpointing": True,
                "offload_activations": True, "per_device_train_batch_size": 2}),
-    ("llama", {"trainable": "model.layers.5.*", "dtype": "bf16"}),
+    ("llama", {"trainable": "model.layers.5.*", "dtype": "bf16", "embeddings_on_host": True}),
     ("mixtral", {"optimizer": "adamw", "dtype": "bf16", "label_smoothing_factor": 0.1, "weight_decay": 0.1}),
     ("mixtral", {"trainable": "lora", "dtype": "bf16", "experts_on_host": True}),
 ]  # fmt: skip

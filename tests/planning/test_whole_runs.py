@@ -114,7 +114,10 @@ CASES = {
         dict(max_seq_length=64, eval_steps=2, sample_prompts=["import " * 9], optimizer_in_backward=True, dtype="bf16"),
     ),
     "mla": ("deepseek_v2", dict(), dict(dtype="bf16", optimizer="adamw_8bit")),
-    "heads of two widths": ("gemma4", dict(), dict(dtype="bf16", trainable="lora", lora_r=4)),
+    "heads of two widths, tables on the host": (
+        *("gemma4", dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=512)),
+        dict(dtype="bf16", trainable="lora", lora_r=4, embeddings_on_host=True),
+    ),
     "a body that ends in fp32": (
         "mamba",
         dict(),

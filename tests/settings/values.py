@@ -83,6 +83,7 @@ NEEDS = {
     "allow_leaner_optimizer": {"optimizer": "adamw"},
     "embedding_learning_rate": {"trainable": "embed_tokens+lm_head"},
     "experts_on_host": {"trainable": "lora"},
+    "embeddings_on_host": {"trainable": "lora"},
     "sample_tokens": {"sample_prompts": "import"},
     "replay": {"replay_data": "{corpus},name=old"},
     **{n: {"eval_steps": 1, "eval_fraction": 0.1} for n in ("load_best_model_at_end", "early_stopping_patience")},
@@ -94,6 +95,7 @@ OFF_ALONE = {
     "stream_frozen",
     "offload_activations",
     "experts_on_host",
+    "embeddings_on_host",
     "allow_leaner_optimizer",
     "load_best_model_at_end",
 }

@@ -232,7 +232,8 @@ def test_two_together_are_the_plain_path(make_checkpoint, pair, architecture):
 
 def test_every_setting_of_memory_is_among_the_techniques():
     """The keys below the config's heading "Precision and memory", and those above it that decide what is held."""
-    elsewhere = {"gpu", "experts_on_host", "sharding"}  # test_experts.py, test_several_gpus.py
+    # test_experts.py, test_embeddings_on_host.py, test_several_gpus.py
+    elsewhere = {"gpu", "experts_on_host", "embeddings_on_host", "sharding"}
     memory = {field.name for field in dataclasses.fields(Memory)} - elsewhere
     memory |= {"trainable", "trainable_rows", "lora_r", "optimizer", "max_grad_norm", "gradient_accumulation_steps"}
     assert memory <= {key for settings in TECHNIQUES.values() for key in settings}

@@ -44,6 +44,7 @@ LLAMA = dict(max_seq_length=64, per_device_train_batch_size=2, learning_rate=1e-
 LORA = dict(trainable="lora+embed_tokens+lm_head", lora_r=4)
 STREAMED = dict(dtype="fp32", gpu="virtual:1GiB", stream_frozen=True, trainable="lora", lora_r=4)
 ON_HOST = dict(dtype="fp32", gpu="virtual:1GiB", experts_on_host=True, trainable="lora+lm_head", lora_r=4)
+TABLES = dict(gpu="virtual:1GiB", embeddings_on_host=True)
 ROUTES = {
     "full": ("llama", False, dict(dtype="fp32", sample_prompts=("def main(",))),
     "accumulation": ("llama", True, dict(dtype="fp32", gradient_accumulation_steps=2, weight_decay=0.1)),
@@ -55,9 +56,12 @@ ROUTES = {
     ),
     "8-bit": ("llama", False, dict(dtype="fp32", optimizer="adamw_8bit", max_grad_norm=None)),
     "sgd": ("gemma2", False, dict(dtype="fp32", optimizer="sgd", z_loss=1e-4, label_smoothing_factor=0.1)),
-    "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512)),
+    "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512, **TABLES)),
     "replicate": ("llama", True, dict(dtype="fp32", sharding="replicate", gradient_accumulation_steps=2)),
-    "nf4": ("llama", False, dict(dtype="fp32", quantization="nf4", trainable="lora", lora_r=4, optimizer="adamw_8bit")),
+    "nf4": (
+        *("llama", False),
+        dict(dtype="fp32", quantization="nf4", trainable="lora", lora_r=4, optimizer="adamw_8bit", **TABLES),
+    ),
     "int8": ("llama", False, dict(dtype="fp32", quantization="int8", trainable="lora+lm_head", lora_r=4)),
     "experts": ("mixtral", False, dict(dtype="fp32", quantization="nf4", gradient_checkpointing=True, **LORA)),
     "packed but whole": ("gemma", True, dict(dtype="fp32", quantization="int8", sharding="replicate", **LORA)),

@@ -33,6 +33,10 @@ class Memory:
     stream_frozen: bool = False
     """Keep the frozen linear layers and experts in pinned host memory, each on the GPU while it is used: the last resort."""
 
+    embeddings_on_host: bool = False
+    """Keep tables of tokens' embeddings that do not train in pinned host memory; the rows of a pass's tokens come to the GPU,
+    which costs next to no time. A table that is also the matrix of lm_head stays."""
+
     weight_precision: Literal["master", "correction", "stochastic", "plain"] | None = None
     """How trainable 16-bit weights keep small updates: an fp32 master copy, 8 bits of correction, stochastic rounding,
     or not at all. [default: master]"""
@@ -81,7 +85,7 @@ class Memory:
 
 def check(run: TrainConfig) -> None:
     """Refuse what contradicts itself."""
-    for name in ("quantization", "experts_on_host", "stream_frozen"):
+    for name in ("quantization", "experts_on_host", "stream_frozen", "embeddings_on_host"):
         if getattr(run, name) and "full" in run.trainable_parts:
             raise ConfigError(
                 f"{name} is for frozen layers, and trainable: full freezes none: add --trainable lora, or remove {name}",

@@ -100,7 +100,7 @@ def _compute_buffers(model: Any) -> None:
         ModelError: nobody computes one.
     """
     layers = frozen_layers.frozen_weights(model).values()
-    stored = {id(buffer) for layer in layers for buffer in layer.buffers()}  # which the files fill
+    stored = {id(buffer) for layer in layers for buffer in layer.buffers(recurse=False)}  # which the files fill
     for recurse in (False, True):
         asked = _unwritten(model) if recurse else {id(buffer) for buffer in model.buffers()} - stored
         for module in model.modules():

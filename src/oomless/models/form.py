@@ -220,9 +220,9 @@ def tolerance(model: Any) -> float:
 
 
 def probe_ids(model: Any, length: int) -> Tensor:
-    """Return the first ``length`` tokens that ``model`` is asked about, none of them padding, [1, T], where its embedding lies."""
-    weight = model.get_input_embeddings().weight
-    ids: Tensor = (torch.arange(1, length + 1, device=weight.device) * 7919 % weight.shape[0])[None]
+    """Return the first ``length`` tokens that ``model`` is asked about, none of them padding, [1, T], where it lies."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids: Tensor = (torch.arange(1, length + 1, device=model.device) * 7919 % vocabulary)[None]
     padding = body.first_position(model.config) - 1
     return ids + (ids == padding) if padding >= 0 else ids
 

@@ -25,6 +25,7 @@ from oomless.models.layout import SOURCE, LateTensor, Savable, in_files
 from oomless.models.make import left_out
 from oomless.models.weights import Weights
 from oomless.techniques import expert_adapters, frozen_layers, lora, trained_rows
+from oomless.techniques.embeddings_on_host import HostEmbedding
 from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.sharding import Part, is_cut, part
 
@@ -225,7 +226,7 @@ def original_weights(model: Any, folder: Path, device: Device) -> dict[str, Late
                 return tensor.to(model.dtype).contiguous()
             return (tensor.float() + delta.float()).to(model.dtype).contiguous()
 
-    def late(name: str, layer: frozen_layers.FrozenLinear | FrozenExperts) -> LateTensor:
+    def late(name: str, layer: frozen_layers.FrozenLinear | FrozenExperts | HostEmbedding) -> LateTensor:
         if not isinstance(layer, FrozenExperts):
             module = modules[name.removesuffix(".weight")]
             read = partial(weights.read, found[id(layer)])

@@ -20,8 +20,8 @@ _Key = tuple[tuple[str, Any], ...]
 
 _OF_OPTIMIZER = {"optimizer", "weight_precision", "offload_optimizer"}
 _OF_PARTS = {"trainable", "tied_weights", "quantization", "sharding"}
-_OF_PLACES = {"experts_on_host", "stream_frozen", "optimizer_in_backward"}
-_ON_HOST = {"experts_on_host", "stream_frozen", "offload_optimizer"}
+_ON_HOST = {"embeddings_on_host", "experts_on_host", "stream_frozen", "offload_optimizer"}
+_OF_PLACES = _ON_HOST - {"offload_optimizer"} | {"optimizer_in_backward"}
 _SURE = 1 / 64
 """Blocks are not cut to the byte, so that the same tensors take a little more or less, by what was cached before."""
 

@@ -64,5 +64,5 @@ class Row:
 
 _SLOWER = {
     *("cheap_recompute", "gradient_checkpointing", "mlp_tiles", "loss_chunk_bytes", "offload_activations"),
-    *("offload_optimizer", "stream_frozen", "experts_on_host"),
+    *("offload_optimizer", "stream_frozen", "experts_on_host", "embeddings_on_host"),
 }

@@ -328,7 +328,7 @@ class _Search:
         return self.laboratory.parts(any_run(self.pins, parts) | REPLICATED)
 
     def _ways(self, quality: Quality, built: Parts) -> Iterator[_Way]:
-        for placement in placements(quality, self.pins, experts=built.expert_bytes > 0, gpus=self.target.gpus):
+        for placement in placements(quality, self.pins, movable=built.movable, gpus=self.target.gpus):
             way = self._way(quality, placement, built)
             if "sharding" in placement and way.bound is None:  # what is too large in parts is too large whole
                 way = self._way(quality, placement, self._whole(quality))
@@ -337,8 +337,7 @@ class _Search:
     def _way(self, quality: Quality, placement: Settings, built: Parts) -> _Way:
         total, movable = state_bytes(built.trainable, quality.optimizer, quality.weight_precision)
         moved = movable if placement.get("offload_optimizer") else 0
-        streamed = built.streamed_bytes if placement.get("stream_frozen") else 0
-        streamed += built.expert_bytes if placement.get("experts_on_host") else 0
+        streamed = sum(size_bytes for name, size_bytes in built.movable.items() if placement.get(name))
         used_up = placement.get("optimizer_in_backward") and any(
             size["gradient_accumulation_steps"] == 1 for size in self.passes
         )

@@ -14,7 +14,7 @@ A setting that the user gave is pinned: only strategies that agree with it are l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
@@ -259,12 +259,15 @@ def _clipping(pins: Mapping[str, Any]) -> tuple[bool, ...]:
     return (True, False)
 
 
-def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = False, gpus: int = 1) -> list[Settings]:
+def placements(
+    quality: Quality, pins: Mapping[str, Any], *, movable: Collection[str] = (), gpus: int = 1
+) -> list[Settings]:
     """Return where gradients, state and frozen weights may lie, the least on the GPU last.
 
-    ``experts`` says whether some are frozen. Several ``gpus`` may each hold the whole model where they can hold parts of it.
+    ``movable`` are settings that would move frozen weights to the host. Several ``gpus`` may each hold the whole model where they can
+    hold parts of it.
     """
-    every = _every_placement(quality, pins, experts)
+    every = _every_placement(quality, pins, movable)
     found = [placement for placement in every if contradiction(pins, quality.settings() | placement) is None]
     if gpus == 1:
         return found
@@ -281,16 +284,21 @@ def placements(quality: Quality, pins: Mapping[str, Any], *, experts: bool = Fal
     return [way for way in ways if can_share(settings(way), gpus)]
 
 
-def _every_placement(quality: Quality, pins: Mapping[str, Any], experts: bool = False) -> list[Settings]:
+def _every_placement(quality: Quality, pins: Mapping[str, Any], movable: Collection[str] = ()) -> list[Settings]:
     in_backward: tuple[bool, ...] = (False,)
     if not quality.clips:
         # Without clipping updates inside the backward pass cost nothing; they are why clipping is given up, unless the user did.
         in_backward = (False, True) if pins.get("max_grad_norm") == 0 else (True,)
     ways = {
-        "experts_on_host": _options(pins, "experts_on_host", (False, True) if experts else (False,)),
+        "experts_on_host": _options(
+            pins, "experts_on_host", (False, True) if "experts_on_host" in movable else (False,)
+        ),
         "stream_frozen": _options(pins, "stream_frozen", (False, True)),
         "offload_optimizer": _options(pins, "offload_optimizer", (False, True)),
         "optimizer_in_backward": _options(pins, "optimizer_in_backward", in_backward),
+        "embeddings_on_host": _options(
+            pins, "embeddings_on_host", (False, True) if "embeddings_on_host" in movable else (False,)
+        ),
     }
     return [{name: True for name, on in zip(ways, chosen, strict=True) if on} for chosen in product(*ways.values())]
 
@@ -360,6 +368,7 @@ _PHRASES = {
     "offload_activations": "activations offloaded",
     "optimizer_in_backward": "updates in backward",
     "offload_optimizer": "optimizer offloaded",
+    "embeddings_on_host": "embeddings on the host",
     "experts_on_host": "experts on the host",
     "stream_frozen": "frozen layers streamed",
     "sharding": "the whole model on each GPU",

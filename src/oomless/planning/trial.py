@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -39,7 +39,7 @@ from oomless.planning.layout import Layout
 from oomless.planning.plan import FIXED, Plan, Target, plan_of, rehearse_on, require_tokens
 from oomless.planning.rehearse import UNLIMITED_BYTES, rehearse_briefly, virtual_device
 from oomless.planning.strategies import Quality, rungs
-from oomless.techniques import cheap_recompute, mlp_tiles
+from oomless.techniques import cheap_recompute, embeddings_on_host, mlp_tiles
 from oomless.techniques.checkpointing import layers_of_backward
 from oomless.techniques.experts import stacks_on_device
 from oomless.techniques.kinds import is_linear
@@ -96,11 +96,8 @@ class Parts:
     trainable_bytes: int
     """Of the weights, those that train: what their gradients take."""
 
-    streamed_bytes: int
-    """Of the weights, those that ``stream_frozen`` would move to the host."""
-
-    expert_bytes: int = 0
-    """Of the weights, those that ``experts_on_host`` would move to the host."""
+    movable: dict[str, int]
+    """Bytes of the weights that each setting for frozen ones would move to the host; without those that would move nothing."""
 
     cheap_recompute: bool = False
     """Whether the model has parts for it."""
@@ -245,9 +242,16 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             parameters = [local(parameter) for parameter in model.parameters()]
             trained = [(parameter, group) for group in built.optimizer.param_groups for parameter in group["params"]]
     except UserError as error:
-        return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, streamed_bytes=0, refused=str(error))
+        return Parts(weight_bytes=0, layers=0, trainable=(), trainable_bytes=0, movable={}, refused=str(error))
     linear = [module.weight for module in model.modules() if is_linear(module)]
     stacks = list(stacks_on_device(model))
+    frozen = {
+        "stream_frozen": [*linear, *stacks],
+        "experts_on_host": stacks,
+        "embeddings_on_host": []
+        if config.tied_weights
+        else [t.weight for _, t in embeddings_on_host.tables(model, [])],
+    }
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*parameters, *model.buffers())}
     return Parts(
         weight_bytes=sum(held.values()),
@@ -259,16 +263,19 @@ def measure_parts(setting: Setting, settings: Settings) -> Parts:
             if setting.target.gpus == 1 or p.ndim > 1
         ),
         trainable_bytes=sum(p.nbytes for p, _ in trained),
-        streamed_bytes=sum(_bytes_of_each(weight) for weight in (*linear, *stacks) if not weight.requires_grad),
-        expert_bytes=sum(_bytes_of_each(stack) for stack in stacks if not stack.requires_grad),
+        movable={name: size_bytes for name, weights in frozen.items() if (size_bytes := _bytes_of_frozen(weights))},
         cheap_recompute=cheap_recompute.applies(model),
         mlp_tiles=mlp_tiles.applies(model),
     )
 
 
-def _bytes_of_each(weight: Any) -> int:
-    """Return what each process has of ``weight`` at least, where it is cut by rows or, to lie on the host, by bytes."""
-    return int(weight.nbytes // (weight.device_mesh.size() if is_cut(weight) else 1))
+def _bytes_of_frozen(weights: Iterable[Any]) -> int:
+    """Return what each process has at least of those that do not train, where they are cut by rows or, to lie on the host, by bytes."""
+    return sum(
+        int(weight.nbytes // (weight.device_mesh.size() if is_cut(weight) else 1))
+        for weight in weights
+        if not weight.requires_grad
+    )
 
 
 @cache

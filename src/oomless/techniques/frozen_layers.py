@@ -1,4 +1,4 @@
-"""Linear layers and experts whose frozen weights are stored in another form (``quantization``) or elsewhere (``stream_frozen``).
+"""Layers, experts and tables whose frozen weights are stored in another form (``quantization``) or elsewhere (``stream_frozen``).
 
 What they share: which of them may be replaced, that their weights come from the files one at a time, and that saved models
 hold the weights of the files.
@@ -19,6 +19,7 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.ops.frozen_linear import Quantization, frozen_linear
 from oomless.techniques import experts, tied_layers
+from oomless.techniques.embeddings_on_host import HostEmbedding
 from oomless.techniques.experts import FrozenExperts
 from oomless.techniques.kinds import body_of, is_linear, owner_using_weight
 from oomless.techniques.peers import Peers
@@ -116,14 +117,16 @@ def replace(
         )
 
 
-def frozen_layers(model: Any, *, everywhere: bool = False) -> Iterator[tuple[str, FrozenLinear | FrozenExperts]]:
+def frozen_layers(
+    model: Any, *, everywhere: bool = False
+) -> Iterator[tuple[str, FrozenLinear | FrozenExperts | HostEmbedding]]:
     """Yield what was replaced in ``model``, with its names in the plain model; what is tied once, or ``everywhere``."""
     for name, module in model.named_modules(remove_duplicate=not everywhere):
-        if isinstance(module, FrozenLinear | FrozenExperts):
+        if isinstance(module, FrozenLinear | FrozenExperts | HostEmbedding):
             yield name.removesuffix(".base_layer"), module
 
 
-def frozen_weights(model: Any, *, everywhere: bool = False) -> dict[str, FrozenLinear | FrozenExperts]:
+def frozen_weights(model: Any, *, everywhere: bool = False) -> dict[str, FrozenLinear | FrozenExperts | HostEmbedding]:
     """Return what ``frozen_layers`` yields by the name of its parameter in the plain model."""
     return {
         name if isinstance(layer, FrozenExperts) else f"{name}.weight": layer

@@ -26,6 +26,7 @@ from oomless.techniques import (
     block_dropout,
     cheap_recompute,
     checkpointing,
+    embeddings_on_host,
     experts,
     fp32_residual,
     frozen_layers,
@@ -137,6 +138,8 @@ def assemble(spec: ModelSpec, config: TrainConfig, device: Device, *, fill: bool
             quantization.replace(model, config.quantization, trained, rehearsed=device.fake, peers=peers)
         if config.stream_frozen:
             stream_frozen.replace(model, device, trained, peers)
+        if config.embeddings_on_host:
+            embeddings_on_host.replace(model, device, trained)
 
     def cut(model: Any, materialise: Callable[[nn.Module], None]) -> None:
         if mesh is not None:
@@ -179,6 +182,8 @@ def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill:
 
     def prepare(model: Any) -> None:
         save.require_own_names(model)
+        if config.embeddings_on_host:
+            embeddings_on_host.replace(model, device, trainable.trained_modules(model, config))
         trainable.apply(model, config, nowhere(), form.unreached(spec))
         _shape(model, config, device)
 

@@ -110,6 +110,7 @@ class Run(Life):
             or config.quantization is not None
             or config.experts_on_host
             or config.stream_frozen
+            or config.embeddings_on_host
         )
         run_folder = RunFolder(folder, config, tokenizer, spec, ranks, listener, start, prediction)
         super().__init__(
