@@ -56,7 +56,8 @@ ROUTES = {
     ),
     "8-bit": ("llama", False, dict(dtype="fp32", optimizer="adamw_8bit", max_grad_norm=None)),
     "sgd": ("gemma2", False, dict(dtype="fp32", optimizer="sgd", z_loss=1e-4, label_smoothing_factor=0.1)),
-    "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512, **TABLES)),
+    "head": ("qwen2", False, dict(dtype="fp32", trainable="lm_head", tokens_per_step=512)),
+    "tables on the host": ("llama", False, dict(dtype="fp32", trainable="lora", lora_r=4, **TABLES)),
     "replicate": ("llama", True, dict(dtype="fp32", sharding="replicate", gradient_accumulation_steps=2)),
     "nf4": (
         *("llama", False),

@@ -62,6 +62,8 @@ def why_whole(config: TrainConfig) -> str | None:
         return "sharding is replicate"
     if _has_frozen_bytes(config):
         return "it is small beside the rest"
+    if config.embeddings_on_host:
+        return "a model with tables on the host is cut only where its frozen weights are packed or lie there too"
     if config.optimizer not in ELEMENTWISE_OPTIMIZERS:
         return f"{config.optimizer} needs whole matrices"
     if config.trainable_rows:

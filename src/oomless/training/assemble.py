@@ -182,8 +182,6 @@ def _assemble_shards(spec: ModelSpec, config: TrainConfig, device: Device, fill:
 
     def prepare(model: Any) -> None:
         save.require_own_names(model)
-        if config.embeddings_on_host:
-            embeddings_on_host.replace(model, device, trainable.trained_modules(model, config))
         trainable.apply(model, config, nowhere(), form.unreached(spec))
         _shape(model, config, device)
 
