@@ -1,4 +1,4 @@
-"""Norms and gated products in one kernel: Triton's interpreter runs the very kernels here, and a rehearsal counts their operators."""
+"""Norms, gated products and rotary embeddings in one kernel: Triton's interpreter runs the very kernels here, and a rehearsal counts their operators."""
 
 import subprocess
 import sys
@@ -9,8 +9,10 @@ import torch
 from oomless.ops import gated_product as products
 from oomless.ops import layer_kernels
 from oomless.ops import rms_norm as norms
+from oomless.ops import rotary as rotations
 from oomless.ops.gated_product import FUSED, gated_product
 from oomless.ops.rms_norm import rms_norm
+from oomless.ops.rotary import rotary
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-6
@@ -26,6 +28,7 @@ every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def on_kernels(monkeypatch):
     """Operators of CPU tensors go to the kernels, which the interpreter runs, several tiles a program."""
     monkeypatch.setattr(layer_kernels, "TILE", 256)
+    monkeypatch.setattr(rotations, "_OPERATOR", layer_kernels.rotary)
     for module, name in ((norms, "rms_norm"), (products, "gated_product")):
         monkeypatch.setattr(module, "_FORWARD", getattr(layer_kernels, name))
         monkeypatch.setattr(module, "_BACKWARD", getattr(layer_kernels, f"{name}_backward"))
@@ -83,6 +86,28 @@ def test_a_gated_product_is_as_exact_as_its_plain_form(activation, dtype, on_ker
     assert_as_exact(ours, lambda g, u: function(g) * u, [gate, up], gradient)
 
 
+def plain_rotary(x, cos, sin):
+    """The lines that the operator's docstring gives, for what is rotated."""
+    left, right = x[..., : cos.shape[-1]].chunk(2, -1)
+    turned = torch.cat([left, right], -1) * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
+    return torch.cat([turned, x[..., cos.shape[-1] :]], -1)
+
+
+@every_dtype
+@pytest.mark.parametrize("width", [24, 18])
+def test_a_rotation_is_as_exact_as_its_plain_form(width, dtype, on_kernels):
+    """Of all of a head or a part of it, by angles that both blocks share."""
+    x, gradient = (numbers(2, 5, 7, 24, seed=seed).to(dtype).transpose(1, 2) for seed in range(2))
+    cos, sin = (numbers(1, 5, width, seed=seed).to(dtype) for seed in (2, 3))
+
+    def of(function):
+        return lambda x: function(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    exact = of(plain_rotary)
+    assert_as_exact(lambda x: exact(x) if x.dtype == torch.float64 else of(rotary)(x), exact, [x], gradient)
+    assert rotary(x, cos, sin).stride() == x.stride()
+
+
 def test_where_numbers_lie_is_no_matter(on_kernels):
     """Parts of a wider row, a gradient that is one number, tensors of which one is frozen, a stream that is wider than the weights."""
     both = numbers(5, 7, 120)
@@ -119,21 +144,25 @@ def test_where_numbers_lie_is_no_matter(on_kernels):
 
 
 COMPILED = """
-import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from oomless.ops import layer_kernels
 
-for capability, bf16 in ((75, True), (90, False)):
-    forms = {{name: bf16 for name in ("X_BF16", "WEIGHT_BF16", "RESULT_BF16", "GRADIENT_BF16", "BF16")}}
-    forms |= dict(ROUND_FIRST=True, UNIT_OFFSET=False, ROWS=1, WIDTH=2048, SIZE=1024, ACTIVATION="gelu" if bf16 else "gelu_tanh")
-    kinds = dict(scale="*fp32", weight_parts="*fp32", eps="fp32")
-    for kernel in (layer_kernels._norm_backward, layer_kernels._gated_product_backward):
-        names = kernel.arg_names
-        numbers = {{name: "i32" for name in names if name in ("rows", "width", "tiles") or name.endswith("stride")}}
-        types = {{name: "constexpr" if name in forms else (kinds | numbers).get(name, "*i16" if bf16 else "*fp16") for name in names}}
-        constants = {{(names.index(name),): value for name, value in forms.items() if name in names}}
-        made = compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32))
+constants = dict(ROUND_FIRST=True, UNIT_OFFSET=False, ROWS=1, WIDTH=2048, SIZE=1024, BACK=True, HEADS=32, HALF=32, REST=0)
+floats = ("scale", "weight_parts")
+for capability, bf16, names in (75, True, ("_norm_backward", "_rotary")), (90, False, ("_norm", "_gated_product_backward")):
+    for kernel in (getattr(layer_kernels, name) for name in names):
+        types, values = {}, {}
+        for place, name in enumerate(kernel.arg_names):
+            whole = name in ("rows", "width", "tiles", "heads", "tokens", "half", "rest")
+            if name.isupper():
+                types[name] = "constexpr"
+                values[place,] = constants.get(name, bf16 if name.endswith("BF16") else "gelu_tanh")
+            elif whole or name.endswith(("stride", "_block", "_head", "_token")):
+                types[name] = "i32"
+            else:
+                types[name] = "fp32" if name == "eps" else "*fp32" if name in floats else "*i16" if bf16 else "*fp16"
+        made = compile(ASTSource(kernel, types, values), target=GPUTarget("cuda", capability, 32))
         assert len(made.asm["cubin"]) > 1000
 """
 
@@ -141,4 +170,4 @@ for capability, bf16 in ((75, True), (90, False)):
 def test_kernels_compile_for_gpus_that_are_not_here(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    subprocess.run([sys.executable, "-c", COMPILED.format()], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120)

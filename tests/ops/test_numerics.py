@@ -20,6 +20,7 @@ from oomless.ops.gated_product import gated_product
 from oomless.ops.grouped_linear import Groups, grouped_linear
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.ops.rms_norm import rms_norm
+from oomless.ops.rotary import rotary
 from oomless.ops.tiled import tiled
 
 SIXTEEN = [torch.bfloat16, torch.float16]
@@ -152,6 +153,17 @@ def grouped_case():
     )
 
 
+def rotary_case():
+    angles = numbers(2, 5, 6, seed=1), numbers(2, 5, 6, seed=2)
+
+    def plain(x):
+        cos, sin = (angle[:, None].to(x.dtype) for angle in angles)
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat([-right, left], -1) * sin
+
+    return lambda x: rotary(x, *(angle.to(x.dtype) for angle in angles)), plain, [numbers(2, 3, 5, 6)]
+
+
 def tiled_case():
     class MLP(torch.nn.Module):
         def __init__(self):
@@ -188,6 +200,7 @@ CASES = {
         lambda x, weight: functional.rms_norm(x, weight.shape, weight, 1e-6),
         [numbers(3, 5, 7), numbers(7, seed=1)],
     ),
+    "rotary": rotary_case(),
     "tiled": tiled_case(),
 }
 

@@ -110,7 +110,7 @@ def test_a_resume_says_that_updates_change_their_form(make_checkpoint, corpus, t
         **dict(max_seq_length=32, max_steps=2, save_steps=1, logging_steps=1),
     )
     loop.train(TrainConfig(**given))
-    parts = "attention to packed documents, gated products, norms, the loss, updates"
+    parts = "attention to packed documents, gated products, norms, rotary embeddings, the loss, updates"
     for steps, said in (
         (3, [f"plain from here on, which it was not before: {parts}; the same but for rounding"]),
         (4, []),

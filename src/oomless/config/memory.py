@@ -75,9 +75,9 @@ class Memory:
     """Keep the optimizer's state in pinned host memory; slices of it come to the GPU and go back at every step."""
 
     kernels: Literal["auto", "fused", "plain"] = "auto"
-    """How a GPU updates weights, computes norms and gated products, and goes over the loss' logits: in kernels of their own
-    without temporaries (fused, by Triton, from compute capability 7.5 on), or in PyTorch's operators (plain); and attends to packed
-    documents: to all in one launch (fused), or one by one (plain). auto: fused where that works, else plain, and says so."""
+    """How a GPU updates weights, computes norms, gated products and rotary embeddings, and goes over the loss' logits: in kernels of
+    their own without temporaries (fused, by Triton, from compute capability 7.5 on), or in PyTorch's operators (plain); and attends to
+    packed documents: to all in one launch (fused), or one by one (plain). auto: fused where that works, else plain, and says so."""
 
     loss_chunk_bytes: Annotated[int, Range(least=1 << 16)] = 64 << 20
     """Most bytes that the loss holds of the logits at once, copies that it needs included."""

@@ -1,6 +1,6 @@
-"""Norms and gated products as Triton kernels: each number is read once and written once, forward and backward.
+"""Norms, gated products and rotary embeddings as Triton kernels: each number is read once and written once, forward and backward.
 
-``rms_norm.py`` and ``gated_product.py`` say what each of them is and have its plain form. Inner sums and products are fp32.
+``rms_norm.py``, ``gated_product.py`` and ``rotary.py`` say what each of them is and have its plain form. Inner sums and products are fp32.
 Sums over tokens are made part by part, so that they are the same every time.
 """
 
@@ -166,6 +166,64 @@ def _gated_product_backward(
         store(gate_gradient, row * width + column, g * slope, here, BF16)
 
 
+# -- rotary embeddings -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotary(
+    x,
+    cos,
+    sin,
+    result,
+    heads,
+    tokens,
+    half,
+    rest,
+    x_block,
+    x_head,
+    x_token,
+    result_block,
+    result_head,
+    result_token,
+    cos_block,
+    cos_token,
+    sin_block,
+    sin_token,
+    BACK: tl.constexpr,
+    BF16: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) // tokens
+    token = tl.program_id(0).to(tl.int64) % tokens
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, HALF)
+    known = column < half
+    here = (head < heads)[:, None] & known[None, :]
+    place = (block * x_block + token * x_token + head * x_head)[:, None] + column[None, :]
+    left, right = read(x, place, here, BF16), read(x, place + half, here, BF16)
+    angle = block * cos_block + token * cos_token + column
+    cos_left, cos_right = read(cos, angle, known, BF16)[None, :], read(cos, angle + half, known, BF16)[None, :]
+    angle = block * sin_block + token * sin_token + column
+    sin_left, sin_right = read(sin, angle, known, BF16)[None, :], read(sin, angle + half, known, BF16)[None, :]
+    if BACK:
+        new_left, new_right = left * cos_left + right * sin_right, right * cos_right - left * sin_left
+    else:
+        new_left, new_right = left * cos_left - right * sin_left, right * cos_right + left * sin_right
+    target = (block * result_block + token * result_token + head * result_head)[:, None] + column[None, :]
+    store(result, target, new_left, here, BF16)
+    store(result, target + half, new_right, here, BF16)
+    if REST > 0:
+        beyond = tl.arange(0, REST)
+        here = (head < heads)[:, None] & (beyond < rest)[None, :]
+        place = (block * x_block + token * x_token + head * x_head)[:, None] + 2 * half + beyond[None, :]
+        target = (
+            (block * result_block + token * result_token + head * result_head)[:, None] + 2 * half + beyond[None, :]
+        )
+        store(result, target, read(x, place, here, BF16), here, BF16)
+
+
 # -- launches, with the arguments of the operators ---------------------------------------------------------------------
 
 
@@ -252,6 +310,24 @@ def gated_product_backward(
         ACTIVATION=activation,
         BF16=_is_bf16(gate),
         SIZE=size,
+    )
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool, *, result: Tensor) -> None:
+    """Rotate; see ``rotary.py``."""
+    blocks, heads, tokens, width = x.shape
+    half, rest = cos.shape[-1] // 2, width - cos.shape[-1]
+    wide, high = _tile(half)
+    high = min(high, triton.next_power_of_2(heads))
+    angles = [(0 if len(angle) == 1 else angle.stride(0), angle.stride(1)) for angle in (cos, sin)]
+    _rotary[(blocks * tokens, triton.cdiv(heads, high))](
+        *(storable(x), storable(cos), storable(sin), storable(result), heads, tokens, half, rest),
+        *(*x.stride()[:3], *result.stride()[:3], *angles[0], *angles[1]),
+        BACK=back,
+        BF16=_is_bf16(x),
+        HEADS=high,
+        HALF=wide,
+        REST=triton.next_power_of_2(rest) if rest else 0,
     )
 
 

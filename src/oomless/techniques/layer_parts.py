@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
@@ -76,8 +76,7 @@ def replace(model: Any, *, norm_dtype: torch.dtype | None = None, plain: bool = 
         norm_dtype: what norms give, where that is not what their own forward does (``fp32_residual``).
         plain: also where there is no kernel.
     """
-    fused: set[str] = set()
-    model.fused_layer_parts = fused
+    fused = fused_parts(model)
     found = 0
     for module in body_of(model).modules():
         form, mlp = norm_form(module), gated_mlp(module)
@@ -90,11 +89,12 @@ def replace(model: Any, *, norm_dtype: torch.dtype | None = None, plain: bool = 
     return found
 
 
-def fuse(model: Any, parts: Collection[str]) -> None:
-    """Have those of ``parts`` that ``replace`` replaced computed by one operator each, and others not."""
-    if hasattr(model, "fused_layer_parts"):
-        model.fused_layer_parts.clear()
-        model.fused_layer_parts.update(parts)
+def fused_parts(model: Any) -> set[str]:
+    """Return the parts of ``model`` that are computed by one operator each, of those that were replaced; for ``assemble`` to fill."""
+    if not hasattr(model, "fused_layer_parts"):
+        model.fused_layer_parts = set()
+    parts: set[str] = model.fused_layer_parts
+    return parts
 
 
 def trials(model: Any, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -104,8 +104,9 @@ def trials(model: Any, device: torch.device) -> dict[str, Callable[[], None]]:
     """
     kinds: dict[str, dict[Any, Callable[[], None]]] = {}
     kind: Any
-    for module in body_of(model).modules() if hasattr(model, "fused_layer_parts") else ():
-        norm, mlp = vars(module).get("forward"), gated_mlp(module)
+    for module in body_of(model).modules():
+        norm = vars(module).get("forward")
+        mlp = None if norm is None else gated_mlp(module)
         if isinstance(norm, _Norm):
             width, dtype = module.weight.shape[0], module.weight.dtype
             stream = dtype if norm.dtype is None else torch.float32
@@ -127,10 +128,18 @@ def _all(tries: Iterable[Callable[[], None]]) -> None:
 
 
 def _try(part: str, function: Callable[..., Tensor], shapes: Any, device: torch.device) -> None:
-    results = [_results(partial(function, fused=fused), shapes, device) for fused in (True, False)]
-    for ours, plain in zip(*results, strict=True):
-        allowed = (2 * torch.finfo(ours.dtype).eps + 2e-6) * (plain.abs() + plain.abs().mean())
-        if not bool(((ours - plain).abs() <= allowed).all()):
+    compare(part, *(_results(partial(function, fused=fused), shapes, device) for fused in (True, False)))
+
+
+def compare(part: str, fused: list[Tensor], plain: list[Tensor]) -> None:
+    """Check that what ``part`` gives is the same both ways.
+
+    Raises:
+        RuntimeError: it differs by more than rounding.
+    """
+    for ours, theirs in zip(fused, plain, strict=True):
+        allowed = (2 * torch.finfo(ours.dtype).eps + 2e-6) * (theirs.abs() + theirs.abs().mean())
+        if not bool(((ours - theirs).abs() <= allowed).all()):
             raise RuntimeError(f"fused {part} of {ours.dtype} differ from their plain form")
 
 
@@ -141,7 +150,7 @@ def _product(kernel: str, gate: Tensor, up: Tensor, *, fused: bool) -> Tensor:
 def _results(function: Callable[..., Tensor], shapes: Any, device: torch.device) -> list[Tensor]:
     """Return what ``function`` makes of tensors of these shapes and types, and their gradients."""
     waves = [
-        (_numbers(*shape).to(device, dtype) + place).requires_grad_() for place, (shape, dtype) in enumerate(shapes)
+        (numbers(*shape).to(device, dtype) + place).requires_grad_() for place, (shape, dtype) in enumerate(shapes)
     ]
     with torch.enable_grad():
         result = function(*waves)
@@ -159,9 +168,9 @@ def norm_form(module: nn.Module) -> NormForm | None:
     if weight is None or weight.ndim != 1 or len(module._parameters) > 1 or eps is None or not _is_untouched(module):
         return None
     with _disable_current_modes(), torch.no_grad():
-        x = _numbers(3, weight.shape[0]).to(torch.bfloat16)
+        x = numbers(3, weight.shape[0]).to(torch.bfloat16)
         twin = copy.copy(module)
-        twin._parameters = {"weight": nn.Parameter(_numbers(weight.shape[0]).to(torch.bfloat16))}
+        twin._parameters = {"weight": nn.Parameter(numbers(weight.shape[0]).to(torch.bfloat16))}
         wanted = _attempt(twin, x)
         if wanted is None:
             return None
@@ -191,14 +200,14 @@ def gated_mlp(module: nn.Module) -> GatedMLP | None:
     with _disable_current_modes(), torch.no_grad():
         twin = copy.copy(module)
         matrices = {
-            "gate_proj": _numbers(6, 4),
-            "up_proj": _numbers(6, 4) + 1,
-            "gate_up_proj": _numbers(12, 4),
-            "down_proj": _numbers(4, 6),
+            "gate_proj": numbers(6, 4),
+            "up_proj": numbers(6, 4) + 1,
+            "gate_up_proj": numbers(12, 4),
+            "down_proj": numbers(4, 6),
         }
         twin._modules = {name: _linear(matrices[name]) for name in projections}
         twin._modules[activation] = module._modules[activation]
-        x = _numbers(1, 3, 4)
+        x = numbers(1, 3, 4)
         wanted, made = _attempt(twin, x), twin._modules["down_proj"](parts.hidden(twin, x))  # type: ignore[misc]
         return parts if wanted is not None and torch.equal(wanted, made) else None
 
@@ -211,7 +220,7 @@ def _is_untouched(module: nn.Module) -> bool:
 def _kernel(activation: Any) -> str | None:
     """Return the name of ``activation`` in ``FUSED``."""
     with _disable_current_modes(), torch.no_grad():
-        x = _numbers(64).double() * 4
+        x = numbers(64).double() * 4
         given = activation(x)
         for name, (function, _) in FUSED.items():
             if torch.allclose(given, function(x), rtol=1e-9, atol=1e-12):
@@ -228,7 +237,7 @@ def _attempt(twin: nn.Module, x: Tensor) -> Tensor | None:
 
 
 @cache
-def _numbers(*shape: int) -> Tensor:
+def numbers(*shape: int) -> Tensor:
     """Return numbers without a pattern, the same every time, that disturb no random state; nobody writes to them."""
     return torch.sin(torch.arange(1.0, 1.0 + torch.Size(shape).numel()) ** 2).view(shape)
 

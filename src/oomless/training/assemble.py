@@ -36,6 +36,7 @@ from oomless.techniques import (
     offload_activations,
     one_gradient_buffer,
     quantization,
+    rotary,
     sharding,
     stream_frozen,
     tied_layers,
@@ -225,12 +226,13 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
             kernels.UPDATES: optimizer.try_fused,
             kernels.LOSS: partial(try_fused, model, device),
             **layer_parts.trials(model, device.torch_device),
+            **rotary.trials(model, device.torch_device),
         }
         if model.config._attn_implementation == attention.NAME:
             tries[kernels.DOCUMENTS] = partial(attention.try_one_launch, model, device.torch_device)
         fused, notes = kernels.choose(config, device, tries)
         optimizer.fused = kernels.UPDATES in fused
-        layer_parts.fuse(model, fused)
+        layer_parts.fused_parts(model).update(fused)
         attention.attend_in_one_launch(model, kernels.DOCUMENTS in fused)
         loss_scale = LossScale(model.dtype, device)
         balance = balancing.of(model, config.router_aux_loss_coef, device)
@@ -264,6 +266,8 @@ def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtyp
         cheap_recompute.apply(model, norm_dtype=norm_dtype)
     elif kernels.are_wanted(config, device):
         layer_parts.replace(model, norm_dtype=norm_dtype, plain=False)
+    if kernels.are_wanted(config, device):
+        rotary.replace(model)
     if config.mlp_tiles is not None:
         mlp_tiles.apply(model, config.mlp_tiles)
 
