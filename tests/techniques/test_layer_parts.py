@@ -105,8 +105,8 @@ def of_a_layer(**settings):
 
 def test_what_a_layer_of_llama_moves():
     plain, fused = of_a_layer(kernels="plain"), of_a_layer()
-    assert fused[0] <= 0.33 * plain[0]
-    assert fused[1] <= 0.33 * plain[1]
+    assert fused[0] <= 0.25 * plain[0]
+    assert fused[1] <= 0.3 * plain[1]
 
 
 @pytest.mark.parametrize(
