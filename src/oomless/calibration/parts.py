@@ -16,6 +16,7 @@ from oomless.memory.allocator_settings import AllocatorSettings
 from oomless.memory.allocator_state import Block
 from oomless.memory.device import Device
 from oomless.ops.attention import packed_attention
+from oomless.ops.documents import starts_of
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.ops.rms_norm import rms_norm
 from oomless.training import kernels
@@ -74,9 +75,15 @@ def attention(device: Device) -> str:
             given = [torch.randn(1, heads, 96, 64, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
             lean = [device.put(tensor, dtype).requires_grad_() for tensor in given]
             exact = [tensor.detach().double().cpu().requires_grad_() for tensor in lean]
-            ours = packed_attention(lean[0], lean[1], lean[2], document_lengths=documents, scale=0.125)
-            plain = _plain_attention(exact[0], exact[1], exact[2], documents[0])
-            worst = max(worst, _compare("attention", (ours, lean), (plain, exact), device))
+            for starts in (
+                None,
+                device.put(starts_of(documents[0])),
+            ):  # one by one, and where the kernel can in one launch
+                ours = packed_attention(
+                    lean[0], lean[1], lean[2], document_lengths=documents, document_starts=starts, scale=0.125
+                )
+                plain = _plain_attention(exact[0], exact[1], exact[2], documents[0])
+                worst = max(worst, _compare("attention", (ours, lean), (plain, exact), device))
     return f"as plain products in fp64, forward and gradients, {', '.join(_dtypes(device))}; worst {worst:.0%} of what rounding allows"
 
 

@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from oomless.memory.fake_mode import DEVICE_OF
 from oomless.memory.strict import Strict, is_meta
 from oomless.memory.tape import Held, Tape
+from oomless.ops.operators import SCRATCH
 
 aten = torch.ops.aten
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
@@ -71,8 +72,7 @@ _IN_PLACE_WITHOUT_A_MODE = frozenset(
 )
 """What autograd runs in place on a tensor of its own, but out of place while a dispatch mode is active."""
 
-_WITH_SCRATCH = frozenset({aten._softmax_backward_data.default})
-"""Operators that CUDA gives, until they end, room of the size of their first argument; after their result is there."""
+SCRATCH[aten._softmax_backward_data.default] = lambda gradient, *_: (gradient.nbytes,)
 
 
 class Ledger(Protocol):
@@ -244,7 +244,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _IN_PLACE_WITHOUT_A_MODE and not kwargs and self._works_in_place(func, args):
             self._hand_over(args[0], result)
             return result
-        error = self._book(result, func, rule, args[0] if func in _WITH_SCRATCH else None)
+        scratch = SCRATCH.get(func)
+        error = self._book(result, func, rule, scratch(*args) if scratch is not None else ())
         if error is None:
             return result
         # The traceback holds this frame, which must not hold what C++ would have dropped, nor the error.
@@ -260,21 +261,29 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func.decompose(*args, **kwargs)
 
     def _book(
-        self, result: Any, operation: object, rule: _Rule, scratch: Tensor | None
+        self, result: Any, operation: object, rule: _Rule, scratch: Sequence[int]
     ) -> torch.OutOfMemoryError | None:
-        """Book every storage in ``result`` that is new, and for a moment ``scratch``'s size; return the error if one does not fit."""
+        """Book every storage in ``result`` that is new, and for a moment ``scratch``, in bytes; return the error if one does not fit."""
         try:
             if type(result) is Tensor and result.layout is torch.strided:
                 self._book_tensor(result, operation, rule)
             else:
                 for tensor in _tensors(result):
                     self._book_tensor(tensor, operation, rule)
-            if scratch is not None and (held := self._allocate(self.ledger, scratch.nbytes, operation)) is not None:
-                with self._lock:
-                    self._free(self.ledger, held)
+            self._lend(scratch, operation)
         except torch.OutOfMemoryError as error:
             return error.with_traceback(None)
         return None
+
+    def _lend(self, scratch: Sequence[int], operation: object) -> None:
+        held = []
+        try:
+            for size_bytes in scratch:
+                held.append(self._allocate(self.ledger, size_bytes, operation))
+        finally:
+            with self._lock:
+                for allocation in filter(None, held):
+                    self._free(self.ledger, allocation)
 
     def _book_tensor(self, tensor: Tensor, operation: object, rule: _Rule) -> None:
         storage = tensor.untyped_storage()

@@ -8,7 +8,7 @@ between them has to go through ``put`` and ``fetch``, and what is made for the h
 ``host()``.
 
 What it does not see: memory that a kernel takes for itself while it runs (the simulation books what operators
-return), and what lies outside the allocator, which is one number, ``outside_bytes``.
+return, and of a few what ``ops.operators.SCRATCH`` says), and what lies outside the allocator, which is one number, ``outside_bytes``.
 """
 
 from __future__ import annotations

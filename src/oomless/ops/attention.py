@@ -15,6 +15,7 @@ Shapes in names: B blocks, H heads, G key-value heads, T tokens, D width of a he
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -148,7 +149,14 @@ def _for_documents(query: Tensor, key: Tensor, value: Tensor, window: int) -> do
     fault = documents.fault(
         query.device, query.dtype, kernel, width, value_width, query.shape[1] // key.shape[1], window > 0
     )
-    return None if fault else kernel
+    if fault is not None:
+        heads = f"heads {width} wide"
+        warnings.warn(
+            f"{kernel} attention of {heads} is asked for documents one by one, not all in one launch: {fault}",
+            stacklevel=2,
+        )
+        return None
+    return kernel
 
 
 def _in_one_launch(

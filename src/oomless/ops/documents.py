@@ -294,6 +294,33 @@ def _returned_backward(
     return query, key, value
 
 
+def _scratch(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    starts: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+    flash: bool,
+) -> list[int]:
+    """Return what a kernel takes for itself in backward: the queries' gradients in fp32, a number for each query, and for flash keys and
+    values of all heads. The memory-efficient kernel rounds to tiles of 64, or of 128 where a newer GPU runs it.
+    """
+    (tokens, heads, width), rows = (
+        query.shape,
+        _rows(len(lengths), len(query), max(lengths), "flash" if flash else "efficient"),
+    )
+    if not flash:
+        sums_in_fp32 = 0 if query.dtype == torch.float32 else rows * heads * _up(width, _EFFICIENT_ROWS) * 4
+        return [tokens * heads * 4, sums_in_fp32]
+    expanded = [] if key.shape[1] == heads else [tokens * heads * width * query.itemsize] * 2
+    return [rows * heads * 4, rows * heads * _up(width, 32 if width <= 128 else 64) * 4, *expanded]
+
+
 def _plainly(
     query: Tensor,
     key: Tensor,
@@ -378,6 +405,7 @@ _attention_backward = operator(
     _plainly_backward,
     _returned_backward,
     kernels=__name__,
+    scratch=_scratch,
 )
 
 

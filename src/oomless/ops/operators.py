@@ -6,7 +6,7 @@ is what the operator returns. A rehearsal counts an operator by its schema: what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor
 
 SMALLEST_CAPABILITY = (7, 5)
 """Triton makes no kernels for older GPUs."""
+
+SCRATCH: dict[Any, Callable[..., Sequence[int]]] = {}
+"""What an operator's kernel takes on the GPU for itself until it ends, once its results are there: bytes by request, from its arguments."""
 
 _LIBRARY: Any = torch.library.Library("oomless", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -26,16 +29,20 @@ def operator(
     fake: Callable[..., Any] | None = None,
     *,
     kernels: str,
+    scratch: Callable[..., Sequence[int]] | None = None,
 ) -> Callable[..., Any]:
     """Register the operator whose kernel is the function ``name`` of the module ``kernels``, and return it.
 
     ``on_cpu`` does what the kernel does, ``fake`` makes what it returns; by default that is nothing.
+    ``scratch`` is for ``SCRATCH``.
     """
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, on_cpu, "CPU")
     _LIBRARY.impl(name, _on_gpu(name, kernels), "CUDA")
     torch.library.register_fake(f"oomless::{name}", fake or _asks_for_nothing, lib=_LIBRARY)
     registered: Callable[..., Any] = getattr(torch.ops.oomless, name).default
+    if scratch is not None:
+        SCRATCH[registered] = scratch
     return registered
 
 
