@@ -54,7 +54,7 @@ def test_another_allocator_is_noticed():
 
 def test_a_kernel_that_lets_documents_see_each_other_is_noticed(monkeypatch):
     whole = parts.packed_attention
-    monkeypatch.setattr(parts, "packed_attention", lambda *states, document_lengths, scale: whole(*states, scale=scale))
+    monkeypatch.setattr(parts, "packed_attention", lambda *states, scale, **documents: whole(*states, scale=scale))
     device = VirtualGPU(1 << 32)
     with device.active(), pytest.raises(RuntimeError, match="attention in float32 is .* times as far off"):
         parts.attention(device)
