@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import oomless.ops
-from oomless.ops import mxfp4
+from oomless.ops import documents, mxfp4
 from oomless.ops.attention import packed_attention
 from oomless.ops.embedding import embedding
 from oomless.ops.frozen_linear import frozen_linear, new_code, pack
@@ -64,6 +64,19 @@ def attention_case(**settings):
         lambda *states: masked_attention(*states, **settings),
         states,
     )
+
+
+def documents_case():
+    """All documents of both blocks end to end, as the kernels have them."""
+    lengths = [length for block in DOCUMENTS for length in block]
+
+    def ours(*states):
+        ends = (state.transpose(1, 2).flatten(0, 1) for state in states)
+        made = documents.attend(*ends, documents.starts_of(lengths), lengths, scale=0.5, kernel="flash")
+        return made.unflatten(0, (2, 9))
+
+    _, plain, states = attention_case()
+    return ours, plain, states
 
 
 def loss_case(**settings):
@@ -181,6 +194,7 @@ CASES = {
     "attention": attention_case(),
     "attention, soft cap": attention_case(softcap=1.5),
     "attention, sinks": attention_case(sinks=True),
+    "documents": documents_case(),
     "embedding": embedding_case(),
     "frozen_linear": frozen_case(None),
     "frozen_linear, nf4": frozen_case("nf4"),
@@ -233,7 +247,10 @@ def test_no_further_from_the_truth_than_the_plain_lines(case, dtype):
         assert error.norm() <= 1.1 * allowed.norm() + eps * true.norm() / 2
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "4" not in name and "int8" not in name])
+NO_FP64 = {"documents", "frozen_linear, nf4", "frozen_linear, int8", "mxfp4"}
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in NO_FP64])
 def test_gradients_are_those_of_finite_differences(case):
     ours, _, inputs = CASES[case]
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
