@@ -133,17 +133,14 @@ def test_rows_beside_a_weight_that_trains():
         )
 
 
-@pytest.mark.parametrize("order", ["by_rows", "by_columns"])
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * TOKENS * 2, 64 * MIB])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("extra", [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)], ids=str)
-def test_both_orders_of_work_give_the_plain_gradients(order, chunk_bytes, softcap, extra):
+def test_by_columns_fp32_would_have_the_plain_gradients_too(chunk_bytes, softcap, extra):
     inputs = make_inputs()
-    targets = inputs[3]
     settings = dict(softcap=softcap, logit_scale=0.5, label_smoothing=extra[0], z_loss=extra[1])
-    work = _Work(*inputs[:3], targets, chunk_bytes=chunk_bytes, gradients=True, destination="new", **settings)
-    wanted = (True, True, True) if order == "by_rows" else (True, True)
-    loss, gradients = getattr(work, order)(torch.tensor(2.0), None, *wanted)
+    work = _Work(*inputs, chunk_bytes=chunk_bytes, gradients=True, destination="new", **settings)
+    loss, gradients = work.by_columns(torch.tensor(2.0), None, True, True)
     expected = loss_and_gradients(plain, inputs, scale=2.0, **settings)
     assert_same((loss * 2, gradients[:3]), expected)
 
@@ -312,7 +309,7 @@ SMALL = 16  # at most this many tensors of one number a token are alive at once
 CHUNK = 32 * 1024
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=2)), ids=str)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_peak_is_the_chunk_and_the_gradients(dtype, needs, softcap):
@@ -334,7 +331,7 @@ def test_peak_does_not_grow_with_tokens_times_vocabulary(dtype):
     assert small < plain_logits / 8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_rehearsal_books_what_the_run_books(dtype, needs, softcap):
