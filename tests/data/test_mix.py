@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from oomless.config import DataSource, TrainConfig
 from oomless.data.loader import Loader, collate, micro_batches
-from oomless.data.mix import BlockStream
+from oomless.data.mix import BlockStream, heaviest
 from oomless.data.pack import IGNORED, PackedBlocks
 from oomless.data.prepare import _split as split
 from oomless.data.prepare import prepare
@@ -77,6 +78,19 @@ def test_passes_differ_and_so_do_seeds():
 def test_without_shuffling_order_is_that_of_the_text():
     stream = make_stream([3], [1.0], shuffle=False)
     assert [stream.block(number)[1] for number in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    "weight", [lambda blocks: sum(map(len, blocks)) * max(map(max, blocks)), lambda blocks: sum(map(len, blocks))]
+)
+def test_the_heaviest_batch_of_all(count, weight):
+    """Where a batch weighs what its blocks do together, or as if each document were as long as the longest."""
+    blocks = [(5,) * 8, (33, 7), (20, 10, 5, 5), (12, 12, 12, 4), (39, 1), (2,) * 20, (30, *(1,) * 10)]
+    numbered = list(enumerate(blocks))
+    rankings = [sorted(numbered, key=lambda entry, of=of: -of(entry[1])) for of in (len, max)]
+    found = [block for _, block in heaviest(rankings, count, weight)[0]]
+    assert weight(found) == max(map(weight, combinations(blocks, count)))
 
 
 @settings(deadline=None, max_examples=200)

@@ -17,14 +17,14 @@ LORA = {"trainable": "lora+embed_tokens+lm_head", "lora_r": 4, "dtype": "bf16"}
 CHECKPOINTED = {"gradient_checkpointing": True, "checkpointed_layers": 5}
 WIDE = {"hidden_size": 256, "intermediate_size": 768}
 CASES = [
-    ("llama", {"optimizer": "adamw", "dtype": "bf16", "gradient_accumulation_steps": 2}),
+    ("llama", {"optimizer": "adamw", "dtype": "bf16", "gradient_accumulation_steps": 2, "kernel": "flash"}),
     ("llama", {"optimizer": "adamw_8bit", "dtype": "bf16", "optimizer_in_backward": True, **CHECKPOINTED}),
     ("qwen3", {"optimizer": "apollo", "dtype": "fp16", "cheap_recompute": True, "optimizer_in_backward": True}),
     ("gemma", {"optimizer": "adafactor", "dtype": "fp16", "gradient_checkpointing": True, "cheap_recompute": True,
                "optimizer_in_backward": True, "gradient_accumulation_steps": 4}),
     ("gemma2", {"optimizer": "sgd", "dtype": "bf16", "mlp_tiles": 3, "per_device_train_batch_size": 2}),
     ("llama", {"optimizer": "adamw", "dtype": "bf16", "offload_optimizer": True, "optimizer_in_backward": True, **WIDE}),
-    ("qwen2", {**LORA, **CHECKPOINTED, "quantization": "nf4", "cheap_recompute": True, "mlp_tiles": 2}),
+    ("qwen2", {**LORA, **CHECKPOINTED, "quantization": "nf4", "cheap_recompute": True, "mlp_tiles": 2, "kernel": "flash"}),
     ("llama", {**LORA, "quantization": "int8", "gradient_accumulation_steps": 3, "lora_dropout": 0.1}),
     ("llama", {**LORA, "stream_frozen": True, "gradient_checkpointing": True}),
     ("llama", {"trainable": "lm_head", "quantization": "nf4", "dtype": "bf16"}),
@@ -34,7 +34,7 @@ CASES = [
     ("qwen2", {**LORA, "gradient_checkpointing": True, "quantization": "nf4", "cheap_recompute": True,
                "offload_activations": True, "optimizer_in_backward": True}),
     ("llama", {"trainable": "lora", "dtype": "fp16", "checkpointed_layers": 7, "gradient_checkpointing": True,
-               "offload_activations": True, "per_device_train_batch_size": 2}),
+               "offload_activations": True, "per_device_train_batch_size": 2, "kernel": "efficient"}),
     ("llama", {"trainable": "model.layers.5.*", "dtype": "bf16", "embeddings_on_host": True}),
     ("mixtral", {"optimizer": "adamw", "dtype": "bf16", "label_smoothing_factor": 0.1, "weight_decay": 0.1}),
     ("mixtral", {"trainable": "lora", "dtype": "bf16", "experts_on_host": True}),
@@ -46,13 +46,15 @@ def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40, gpus=
     """Two steps, an evaluation and a save; one step where layers are streamed, as what they fetch ahead is known by number."""
     how = {"steps": 1, "whole": False} if "stream_frozen" in settings else {}
     spec = resolve(str(folder))
+    kernel = settings.get("kernel", "auto")
+    settings = {name: value for name, value in settings.items() if name != "kernel"}
     settings = {"data": (DataSource(path="none"),), "output_dir": "none", "max_seq_length": 64, **settings}
     device = virtual_device(capacity_bytes)
     return rehearse(
         spec,
         TrainConfig(model=str(folder), **settings),
         device,
-        kernel="auto",
+        kernel=kernel,
         run_all_layers=run_all_layers,
         gpus=gpus,
         **how,
