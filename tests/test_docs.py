@@ -46,6 +46,7 @@ def test_options_exist(page):
         ("seed_cases", "memory"),
         ("loss_bytes", "techniques"),
         ("memory_table", "techniques"),
+        ("packed_documents", "techniques"),
         ("plan_table", "planner"),
         ("public_speeds", "throughput"),
     ],
