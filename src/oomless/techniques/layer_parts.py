@@ -78,8 +78,12 @@ def replace(model: Any, *, norm_dtype: torch.dtype | None = None, plain: bool = 
     """
     fused = fused_parts(model)
     found = 0
+    known: dict[Any, tuple[NormForm | None, GatedMLP | None]] = {}
     for module in body_of(model).modules():
-        form, mlp = norm_form(module), gated_mlp(module)
+        kind = _kind(module)
+        if kind is None:
+            continue
+        form, mlp = known.get(kind) or known.setdefault(kind, (norm_form(module), gated_mlp(module)))
         if form is not None:
             module.forward = _Norm(module, form, norm_dtype, fused)
             found += 1
@@ -210,6 +214,22 @@ def gated_mlp(module: nn.Module) -> GatedMLP | None:
         x = numbers(1, 3, 4)
         wanted, made = _attempt(twin, x), twin._modules["down_proj"](parts.hidden(twin, x))  # type: ignore[misc]
         return parts if wanted is not None and torch.equal(wanted, made) else None
+
+
+def _kind(module: nn.Module) -> Any:
+    """Return what modules of one model have in common that compute the same; ``None`` for what is no norm and no MLP."""
+    weight = module._parameters.get("weight")
+    activations = [module._modules[name] for name in _ACTIVATIONS if name in module._modules]
+    if not activations and (weight is None or weight.ndim != 1):
+        return None
+    facts = [
+        (name, value if isinstance(value, (bool, int, float, str)) else id(value))
+        for part in (module, *activations)
+        for name, value in vars(part).items()
+        if not name.startswith("_")
+    ]
+    children = [(name, type(child)) for name, child in module._modules.items()]
+    return type(module), None if weight is None else weight.shape, *facts, *children
 
 
 def _is_untouched(module: nn.Module) -> bool:
