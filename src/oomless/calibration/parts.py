@@ -17,6 +17,7 @@ from oomless.memory.allocator_state import Block
 from oomless.memory.device import Device
 from oomless.ops.attention import packed_attention
 from oomless.ops.documents import starts_of
+from oomless.ops.gated_product import gated_product
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.ops.rms_norm import rms_norm
 from oomless.training import kernels
@@ -88,25 +89,33 @@ def attention(device: Device) -> str:
 
 
 def operators(device: Device) -> str:
-    """Compare RMS norm and the loss of a head, with their gradients, with PyTorch's own in fp64.
+    """Compare the loss of a head and the parts of layers, with their gradients, with PyTorch's own in fp64.
 
     Raises:
         RuntimeError: they differ by more than rounding.
     """
     worst, fused = 0.0, kernels.none_here(device) is None
+    silu = torch.nn.functional.silu
     for dtype in _dtypes(device).values():
         generator = torch.Generator().manual_seed(0)
         x, w = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((64, 128), (500, 128)))
         targets = torch.randint(500, (64,), generator=generator)
         lean = [device.put(tensor * 0.3, dtype).requires_grad_() for tensor in (x, w)]
         exact = [tensor.detach().double().cpu().requires_grad_() for tensor in lean]
-        loss = linear_cross_entropy(lean[0], lean[1], device.put(targets), scale=1 / 64, fused=fused)
-        plain = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
-        worst = max(worst, _compare("the loss", (loss, lean), (plain, exact), device))
-        norm = rms_norm(lean[0], lean[1][0], eps=1e-6)
-        plain = torch.nn.functional.rms_norm(exact[0], (128,), exact[1][0], eps=1e-6)
-        worst = max(worst, _compare("RMS norm", (norm, lean), (plain, exact), device))
-    return f"loss and RMS norm as PyTorch's in fp64, {', '.join(_dtypes(device))}; worst {worst:.0%} of what rounding allows"
+        ours = {
+            "the loss": linear_cross_entropy(lean[0], lean[1], device.put(targets), scale=1 / 64, fused=fused),
+            "RMS norm": rms_norm(lean[0], lean[1][0], eps=1e-6, fused=fused),
+            "the gated product": gated_product(lean[0], lean[1][:64], silu, fused="silu" if fused else None),
+        }
+        plain = {
+            "the loss": torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets),
+            "RMS norm": torch.nn.functional.rms_norm(exact[0], (128,), exact[1][0], eps=1e-6),
+            "the gated product": silu(exact[0]) * exact[1][:64],
+        }
+        for name in ours:
+            worst = max(worst, _compare(name, (ours[name], lean), (plain[name], exact), device))
+    names = ", ".join(_dtypes(device))
+    return f"loss, RMS norm and gated product as PyTorch's in fp64, {names}; worst {worst:.0%} of what rounding allows"
 
 
 def updates(device: Device) -> str:
