@@ -93,34 +93,28 @@ def rehearsal(layers, *, model="meta-llama/Llama-3.2-1B", **settings):
     return rehearse(spec, run, virtual_device(1 << 40), steps=1, whole=False)
 
 
-def of_a_layer(**settings):
-    """Operators that are no products of matrices and no attention, and the bytes that they move, in a pass over a layer of 2,048 tokens."""
+def test_what_a_layer_of_llama_moves():
+    """Of 2,048 tokens, by what is no product of matrices and no attention: less than a third of 95 operators and 2.08 GB, as it was."""
     found = []
     for layers in (2, 3):
-        work = rehearsal(layers, **settings).work
+        work = rehearsal(layers).work
         costs = [(count, size * count) for (_, flops, size), count in work.of_passes if not flops]
         found.append([sum(column) / work.passes for column in zip(*costs, strict=True)])
-    return [more - less for less, more in zip(*found, strict=True)]
-
-
-def test_what_a_layer_of_llama_moves():
-    plain, fused = of_a_layer(kernels="plain"), of_a_layer()
-    assert fused[0] <= 0.25 * plain[0]
-    assert fused[1] <= 0.3 * plain[1]
+    operators, moved_bytes = (more - less for less, more in zip(*found, strict=True))
+    assert operators <= 21
+    assert moved_bytes <= 0.58e9
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {},
-        {"cheap_recompute": True},
-        {"gradient_checkpointing": True, "mlp_tiles": 4},
-        {"trainable": "lora", "weight_precision": None, "gradient_checkpointing": True},
         {"fp32_residual": True, "cheap_recompute": True},
+        {"trainable": "lora", "weight_precision": None, "gradient_checkpointing": True, "mlp_tiles": 4},
     ],
     ids=str,
 )
 def test_fused_parts_need_no_more_memory(settings):
-    fused, plain = (rehearsal(3, kernels=way, **settings).profile for way in ("auto", "plain"))
+    fused, plain = (rehearsal(2, kernels=way, **settings).profile for way in ("auto", "plain"))
     assert fused.peak_allocated_bytes <= plain.peak_allocated_bytes
     assert fused.peak_reserved_bytes <= plain.peak_reserved_bytes
