@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oomless.ops.attention as attention
 from oomless.memory.virtual_gpu import VirtualGPU
@@ -212,6 +214,33 @@ def test_scratch_is_bounded(kernel):
         rows = documents._rows(part.stop - part.start, sum(lengths[part]), max(lengths[part]), kernel)
         assert rows * row <= most
     assert len(found) < 20
+
+
+class Answering(TorchDispatchMode):
+    """Answers for the memory-efficient kernel's backward, whose form for fake tensors leaves out an argument (torch 2.13)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._efficient_attention_backward.default:
+            return (*(torch.empty(state.shape, dtype=state.dtype) for state in args[1:4]), torch.empty(0))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_what_cuda_is_asked_for_binds_and_returns_what_is_booked(kernel, window):
+    """The calls of PyTorch's own operators, as those are under fake tensors, of bytes that a rehearsal books for ours."""
+    lengths = [100, 28, 384]
+    how = {"lengths": lengths, "scale": 0.25, "window": window if kernel == "flash" else 0, "flash": kernel == "flash"}
+    key_heads = 2 if kernel == "flash" else 4
+    with FakeTensorMode(), Answering():
+        states = [torch.empty(512, heads, 16, dtype=torch.bfloat16) for heads in (4, key_heads, key_heads)]
+        starts = torch.empty(4, dtype=torch.int32)
+        asked = documents.attention_of_documents(*states, starts, **how, for_backward=True)
+        booked = documents._returned(*states, starts, **how, for_backward=True)
+        given = (torch.empty_like(asked[0]), *states, *asked, starts)
+        asked += documents.attention_of_documents_backward(*given, **how)
+        booked += documents._returned_backward(*given)
+    assert [(t.shape, t.stride(), t.dtype) for t in asked] == [(t.shape, t.stride(), t.dtype) for t in booked]
 
 
 # The kernel of a device is compared with the plain form before anything rests on it.

@@ -119,15 +119,15 @@ def packed_attention(
     if document_starts is not None and document_lengths is not None and plain:
         lengths = tuple(chain.from_iterable(document_lengths))
         window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else 0
-        if (kernel := _for_documents(query, key, value, window)) and (window or not alone):
+        if (window or not alone) and (kernel := _for_documents(query, key, value, window)):
             return _in_one_launch(query, key, value, document_starts, lengths, scale, kernel, window)
     if document_lengths is None or alone:
         return _document(query, key, value, scale, sliding_window, softcap, sinks, dropout)
     rows = []
     # Not slices: the gradient of each would be a tensor of the whole block, mostly zeros.
     for lengths, *states in zip(document_lengths, *(torch.split(t, 1) for t in (query, key, value)), strict=True):
-        documents = zip(*(torch.split(t, lengths, dim=2) for t in states), strict=True)
-        parts = [_document(q, k, v, scale, sliding_window, softcap, sinks, dropout) for q, k, v in documents]
+        each = zip(*(torch.split(t, lengths, dim=2) for t in states), strict=True)
+        parts = [_document(q, k, v, scale, sliding_window, softcap, sinks, dropout) for q, k, v in each]
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows)
 
@@ -146,17 +146,12 @@ def _for_documents(query: Tensor, key: Tensor, value: Tensor, window: int) -> do
         return None
     if isinstance(query, FakeTensor):
         return kernel  # a rehearsal is of a GPU on which it works
-    fault = documents.fault(
-        query.device, query.dtype, kernel, width, value_width, query.shape[1] // key.shape[1], window > 0
-    )
-    if fault is not None:
-        heads = f"heads {width} wide"
-        warnings.warn(
-            f"{kernel} attention of {heads} is asked for documents one by one, not all in one launch: {fault}",
-            stacklevel=2,
-        )
-        return None
-    return kernel
+    heads = (width, value_width, query.shape[1] // key.shape[1])
+    fault = documents.fault(query.device, query.dtype, kernel, *heads, window > 0)
+    if fault is None:
+        return kernel
+    warnings.warn(f"documents are attended to one by one by heads {width} wide: in one launch {fault}", stacklevel=2)
+    return None
 
 
 def _in_one_launch(

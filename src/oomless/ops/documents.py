@@ -160,7 +160,8 @@ def _parts(ctx: Any, *states: Tensor) -> Iterator[tuple[list[Tensor], tuple[Tens
         first = end
 
 
-# The operators: what kernels take and return, on CUDA, in a rehearsal, and on the CPU.
+# The operators: what kernels take and return, on CUDA, in a rehearsal, and on the CPU. PyTorch's own forms for fake tensors are not
+# asked: that of the memory-efficient backward leaves out an argument (torch 2.13), and a tensor for the gradient of no bias is booked.
 
 
 def attention_of_documents(
