@@ -179,11 +179,11 @@ def test_what_is_preferred_is_the_best_of_what_is_compared(make_checkpoint):
 
 def test_how_small_updates_are_kept_is_compared_where_the_first_that_fits_spends_time(make_checkpoint):
     """8 bits of correction teach as fp32 masters do: where these fit by computing again, and those without, those are picked."""
-    folder = make_checkpoint("llama", tied=True, dtype=torch.float16, **SHAPE)
+    folder = make_checkpoint("llama", tied=True, dtype=torch.float16, **OFFLOADABLE)
     pins = {"trainable": "full", "optimizer": "adamw", "max_grad_norm": 1.0, "offload_optimizer": False}
-    given = given_for(folder, **pins, per_device_train_batch_size=1, tokens_per_step=128)
+    given = given_for(folder, **pins, max_seq_length=256, per_device_train_batch_size=1, tokens_per_step=512)
     masters, correction = search(
-        resolve(str(folder)), given, target_of(9 * MiB), processes=1, wish=Wish(prefer="quality")
+        resolve(str(folder)), given, target_of(31 * MiB), processes=1, wish=Wish(prefer="quality")
     ).rows
     assert (masters.fits, masters.saves_by_time, masters.named) == (True, True, ())
     assert (correction.quality.weight_precision, correction.named) == ("correction", PREFERENCES)
@@ -313,14 +313,16 @@ def test_the_longest_sequence_gives_up_no_quality(make_checkpoint):
     folder = make_checkpoint("llama", dtype=torch.bfloat16, **shape)
     given = {
         "model": str(folder),
-        "gpu": "virtual:22MiB",
+        "gpu": "virtual:19MiB",
         "packing": "concatenate",
         "dtype": "bf16",
         "max_grad_norm": 1.0,
     }
     given |= {"trainable": "lora", "lora_r": 1, "optimizer": "adamw", "gradient_checkpointing": True}
     given |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "loss_chunk_bytes": MiB}
-    given |= dict.fromkeys(("cheap_recompute", "offload_activations", "offload_optimizer", "stream_frozen"), False)
+    given |= dict.fromkeys(
+        ("cheap_recompute", "offload_activations", "offload_optimizer", "stream_frozen", "embeddings_on_host"), False
+    )
 
     def picked(length):
         return choose_training({**given, "max_seq_length": length}, host_bytes=MiB, keep_trials=False)
