@@ -44,6 +44,7 @@ def test_options_exist(page):
     ("result", "page"),
     [
         ("seed_cases", "memory"),
+        ("layer_bytes", "techniques"),
         ("loss_bytes", "techniques"),
         ("memory_table", "techniques"),
         ("packed_documents", "techniques"),
