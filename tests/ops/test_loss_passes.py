@@ -105,7 +105,7 @@ def test_kernels_are_as_exact_as_plain_lines_in_low_precision(name, order, dtype
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_an_operator_on_the_cpu_is_its_plain_form_to_the_bit(dtype, order):
     needs, how = ORDERS[order]
     given = (linear_cross_entropy, *inputs(dtype), needs)
@@ -171,7 +171,7 @@ def work_of_llama(head_trains, fused, settings):
 
 @pytest.mark.parametrize(
     ("head_trains", "name", "operators", "bytes_"),
-    [(True, "nothing", 15, 9), (True, "everything", 30, 30), (False, "nothing", 9, 7), (False, "everything", 13, 22)],
+    [(True, "nothing", 15, 9), (True, "everything", 30, 30), (False, "nothing", 9, 7), (False, "everything", 12, 22)],
 )
 def test_every_logit_is_read_twice_and_written_once(head_trains, name, operators, bytes_):
     many, moved = work_of_llama(head_trains, False, SETTINGS[name])

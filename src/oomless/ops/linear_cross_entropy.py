@@ -273,11 +273,16 @@ class _Work:
             loss.add_(self._losses(seen, kept).sum())
             if not (for_hidden or for_weight or for_bias or for_rows):
                 return
-            passes.gradient(gradient, columns, seen.largest, self._slopes(seen, kept * scale), just_seen=True)
+            slopes = self._slopes(seen, kept * scale)
+            factor = passes.gradient(gradient, columns, seen.largest, slopes, just_seen=True)
+            if factor is not None:
+                hidden = hidden * factor
             if weight_grad is not None:
                 weight_grad.addmm_(gradient.t(), hidden)
             if bias_grad is not None:
-                bias_grad.add_(gradient.sum(dim=0, dtype=self.exact))
+                bias_grad.add_(
+                    gradient.sum(dim=0, dtype=self.exact) if factor is None else (gradient.t() @ factor)[:, 0]
+                )
             replaced = None
             if self.row_ids_R is not None:
                 # What the matrix holds in the replaced rows must not matter, not even by rounding.
@@ -289,6 +294,8 @@ class _Work:
                 torch.mm(gradient, self.weight_VD, out=hidden_grad[part])
                 if self.rows_RD is not None and replaced is not None:
                     hidden_grad[part].addmm_(replaced, self.rows_RD)
+                if factor is not None:
+                    hidden_grad[part].mul_(factor)
 
         self._for_each(slices(self.tokens, rows), take, (for_hidden, for_weight, for_bias, for_rows))
         dtype = self.weight_VD.dtype
@@ -375,7 +382,7 @@ class _Work:
 
     def _slopes(self, seen: Statistics, factors: Tensor) -> Slopes:
         """Return what the gradient is made with, where each token's loss counts for ``factors``."""
-        heights = factors / seen.sums
+        heights = 1 / seen.sums
         if self.z_loss:
             heights *= 1 + 2 * self.z_loss * (seen.sums.log() + seen.largest)
         return Slopes(heights, factors, 1 - self.label_smoothing, self.label_smoothing / self.vocabulary)

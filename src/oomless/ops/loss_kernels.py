@@ -89,11 +89,10 @@ def _gradient(
     row = (tl.program_id(0) // parts).to(tl.int64)
     place = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     here = place < count
-    factor = tl.load(factors + row)
     x, slope = _final(read(logits, row * count + place, here, BF16), cap, logit_scale, CAPPED)
-    made = tl.exp(x - tl.load(largest + row)) * tl.load(heights + row) - factor * even
-    made -= tl.where(place == tl.load(columns + row), factor * peak, 0.0)
-    store(logits, row * count + place, made * slope, here, BF16)
+    made = tl.exp(x - tl.load(largest + row)) * tl.load(heights + row) - even
+    made -= tl.where(place == tl.load(columns + row), peak, 0.0)
+    store(logits, row * count + place, made * tl.load(factors + row) * slope, here, BF16)
 
 
 # -- launches, with the arguments of the operators ---------------------------------------------------------------------

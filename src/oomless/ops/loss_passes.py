@@ -7,7 +7,7 @@ With x = softcap * tanh(logit_scale * logit / softcap), or logit_scale * logit, 
 
 and the second puts in the place of each logit::
 
-    (height * exp(x - largest) - even - (peak, where it is the target's)) * dx/dlogit
+    factor * (height * exp(x - largest) - even - (peak, where it is the target's)) * dx/dlogit
 
 ``Fused`` does each in one operator, a Triton kernel on a GPU, that reads every logit once and takes no memory. ``Plain`` is what the
 kernels are measured by: it needs room for the chunk in fp32, and for dx/dlogit where there is a cap.
@@ -42,17 +42,14 @@ class Statistics(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What each token's gradient is made with, [N], and how much of the target is spread over the vocabulary."""
+    """What each token's gradient is made with, [N] and for all tokens."""
 
     heights: Tensor
     factors: Tensor
     """0 where nothing is predicted."""
 
     peak: float
-    """Times ``factors``: what is taken from the target's place."""
-
     even: float
-    """Times ``factors``: what is taken from every place."""
 
 
 class Plain:
@@ -83,24 +80,35 @@ class Plain:
 
     def gradient(
         self, logits_NC: Tensor, columns_N: Tensor, largest_N: Tensor, slopes: Slopes, *, just_seen: bool
-    ) -> None:
-        """Put the gradient in the place of ``logits_NC``, ``just_seen``: which were all that ``statistics`` was given, and last."""
+    ) -> Tensor | None:
+        """Put the gradient in the place of ``logits_NC``, ``just_seen``: which were all that ``statistics`` was given, and last.
+
+        Returns:
+            What each token's is yet to be multiplied by [N, 1], as a product's smaller side is multiplied sooner; or None. In 16
+            bits it is multiplied before it is rounded.
+        """
         if just_seen:
             full, slope = self._views(logits_NC)
         else:
             full, slope = self._final(logits_NC)
             full.sub_(largest_N[:, None]).exp_()
-        full.mul_(slopes.heights[:, None])
+        whole, share = (slopes.factors * slopes.heights)[:, None], slopes.factors
+        later = just_seen and full.dtype == logits_NC.dtype
+        if later:
+            share = 1 / slopes.heights
+        else:
+            full.mul_(whole)
         places, inside = _places(columns_N, full)
-        full.scatter_add_(1, places, (slopes.factors * inside * -slopes.peak)[:, None])
+        full.scatter_add_(1, places, (share * inside * -slopes.peak)[:, None])
         if slopes.even:
-            full.sub_((slopes.factors * slopes.even)[:, None])
+            full.sub_((share * slopes.even)[:, None])
         if slope is not None:
             full.mul_(slope)
         if self._logit_scale != 1.0:
             full.mul_(self._logit_scale)
         if full.dtype != logits_NC.dtype:
             logits_NC.copy_(full)
+        return whole if later else None
 
     def _views(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         full, slope = (
@@ -137,7 +145,7 @@ class Fused:
     def gradient(
         self, logits_NC: Tensor, columns_N: Tensor, largest_N: Tensor, slopes: Slopes, *, just_seen: bool
     ) -> None:
-        """Put the gradient in the place of ``logits_NC``."""
+        """Put the whole gradient in the place of ``logits_NC``."""
         _GRADIENT(logits_NC, columns_N, largest_N, *slopes, *self._final)
 
 
@@ -179,7 +187,7 @@ def try_fused(dtype: torch.dtype, device: torch.device, softcap: float | None, l
         seen = Statistics.none_yet(of_tokens, totals=True)
         for _ in range(2):
             passes.statistics(logits.clone(), columns, seen)
-        slopes = Slopes(of_tokens / seen.sums, of_tokens, 0.9, 0.1 / shape[1])
+        slopes = Slopes(1 / seen.sums, of_tokens, 0.9, 0.1 / shape[1])
         passes.gradient(logits, columns, seen.largest, slopes, just_seen=False)
         found.append((*seen, logits))
     for ours, plain in zip(*found, strict=True):
