@@ -174,6 +174,9 @@ class Stopwatch:
         dtype = "bf16" if "weight_precision" in sides[1] else "fp32"
         both = [self._assembly({"dtype": dtype} | side) for side in sides]
         batch = [blank_batch(1, (512, 512), self.device)]
+        # Of blank ones the loss may become 0, and what is left of gradients subnormal, which a CPU computes 20 times as slowly.
+        for tokens in (batch[0].input_ids, batch[0].labels):
+            tokens.random_(1, 8192)
         ratios = []
         for _ in range(self.rounds + 1):
             seconds = []
