@@ -7,11 +7,9 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
+from counted import beside_products, show
 from oomless.memory.fake_mode import QuickFakeMode
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -32,24 +30,17 @@ def counted(vocabulary: int, width: int, softcap: float | None, trains: bool, fu
         linear_cross_entropy(hidden, weight, targets, softcap=softcap, fused=fused)
         mode.work.on = False
         costs = mode.work.work().of_passes
-    beside = [(moved, count) for (_, flops, moved), count in costs if not flops]
-    return sum(moved * count for moved, count in beside), sum(count for _, count in beside)
+    return beside_products(costs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path)
-    arguments = parser.parse_args()
     lines = ["| head | GB, plain | fused | operators, plain | fused |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, head in HEADS.items():
         for trains in (True, False):
             (plain, many), (fused, few) = (counted(*head, trains, fused) for fused in (False, True))
             label = f"{name}, {'trains' if trains else 'frozen'}"
             lines.append(f"| {label} | {plain / 1e9:.1f} | {fused / 1e9:.1f} | {many:,} | {few} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    show(__doc__, lines)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ One matrix of 4,096 x 4,096 with its gradient scaled and checked for infinities,
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from torch import nn
 
+from counted import show
 from oomless.memory.fake_mode import QuickFakeMode
 from oomless.optim import build
 
@@ -47,9 +45,6 @@ def counted(name: str, dtype: torch.dtype, way: str | None, fused: bool) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path)
-    arguments = parser.parse_args()
     lines = [
         "| update | bytes a parameter, plain | fused | operators, plain | fused |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -58,10 +53,7 @@ def main() -> None:
         (plain, many), (fused, few) = (counted(name, dtype, way, fused) for fused in (False, True))
         label = f"`{name}`, {'fp32' if way is None else f'bf16, {way}'}"
         lines.append(f"| {label} | {plain:.1f} | {fused:.1f} | {many} | {few} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    show(__doc__, lines)
 
 
 if __name__ == "__main__":
