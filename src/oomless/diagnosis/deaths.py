@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _TABLE = r"""
-kernel | Triton | out of resource: (?P<what>[\w ]+?), Required: (?P<bytes>\d+),? Hardware limit: (?P<limit>\d+)
+kernel | Triton | out of resource: (?P<what>[\w ]+?), Required: (?P<bytes>\d+),? Hardware limit: (?:(?P<limit>\d+)\.)?
 driver | Triton | Triton Error \[(?:CUDA|HIP)\]: out of memory
 library | cuBLAS | CUBLAS_STATUS_ALLOC_FAILED
 library | cuBLAS | HIPBLAS_STATUS_ALLOC_FAILED
