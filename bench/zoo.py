@@ -6,13 +6,15 @@ Each is built from its config class with small sizes (``models.twin``), saved by
 
 ``loss``      the loss of a block is that of plain transformers with its own attention, to 1e-5
 ``packing``   documents packed into a block are apart, or that packing is refused
+``fused``     fused parts of layers (their plain form, as on any virtual GPU) and a fused loss give the same loss and gradients as
+              the architecture's own, to 1e-5; in full and with LoRA, each kept, recomputed (``cheap_recompute``), checkpointed, both
 ``plan``      a rehearsal runs to its end
 ``full``, ``lora``, ``nf4 + lora``, ``rows``
               two real steps; what they leave is loaded by plain transformers, whole, and gives the live model's logits
               (``models.verify`` inside the run; here once more that nothing is missing and that something was learnt)
 
 A cell is "yes", or "refused: why" before anything was trained. Anything else is a fault: "CRASH", "WRONG".
-``--write`` renews these rows of ``results/zoo.json``, and ``results/zoo.md``.
+``--write`` renews these cells of ``results/zoo.json``, and ``results/zoo.md``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +42,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from oomless.config import TrainConfig
-from oomless.errors import OomlessError, TrainingError
+from oomless.data.loader import MicroBatch
+from oomless.errors import ConfigError, OomlessError, TrainingError
 from oomless.memory.device import Device
+from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models import build, form
 from oomless.models.make import sees, ties
-from oomless.models.spec import resolve
+from oomless.models.spec import ModelSpec, resolve
 from oomless.models.twin import small_config
 from oomless.planning.plan import plan_training
+from oomless.techniques import lora
+from oomless.training.assemble import assemble
 from oomless.training.loop import train
 from oomless.training.loss import causal_lm_loss
 from provenance import RESULTS, write
@@ -80,7 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
 }
-CELLS = ("loss", "packing", "plan", "full", "lora", "nf4 + lora", "rows")
+CELLS = ("loss", "packing", "fused", "plan", "full", "lora", "nf4 + lora", "rows")
 WORDS = {"yes": "yes", "refused": "refused before training", "WRONG": "wrong", "CRASH": "crashes"}
 TRAINABLE: dict[str, dict[str, Any]] = {
     "full": {"trainable": "full"},
@@ -196,6 +204,7 @@ def row(model_type: str, place: Path, cells: tuple[str, ...] = CELLS) -> dict[st
     functions: dict[str, Callable[[], str]] = {
         "loss": lambda: same_loss(folder, packing),
         "packing": lambda: "yes" if packing == "documents" else _refused(folder),
+        "fused": lambda: same_when_fused(resolve(str(folder)), config(output_dir="none", gpu="virtual:1GiB")),
         "plan": lambda: planned(
             config(output_dir=str(place / "x"), gpu="virtual:1GiB", trainable="full", optimizer="adamw")
         ),
@@ -240,6 +249,51 @@ def same_loss(folder: Path, packing: Any) -> str:
     return "yes"
 
 
+def same_when_fused(spec: ModelSpec, config: TrainConfig) -> str:
+    """Compare the loss and all gradients of the forms in which a GPU trains with those of plain kernels that keep everything."""
+    lengths = (13, 51) if config.packing == "documents" else (64,)
+    ids = torch.arange(1, 65)[None] * 17 % VOCABULARY
+    labels = torch.cat([ids[:, 1:], torch.tensor([[-100]])], dim=1)
+    labels[:, [sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]] = -100
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    batch = MicroBatch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=positions,
+        document_lengths=(lengths,),
+        target_count=int((labels >= 0).sum()),
+    )
+
+    def trained(**settings: Any) -> dict[str, torch.Tensor]:
+        device = VirtualGPU(1 << 30)
+        with device.active():
+            torch.manual_seed(1)
+            assembly = assemble(spec, replace(config, **settings), device, fill=True)
+            named = dict(assembly.model.named_parameters())
+            for name, parameter in named.items():
+                if lora.is_adapter(name):
+                    torch.nn.init.normal_(parameter, std=0.1)
+            loss = assembly.step.accumulate([batch], assembly.step._begin([batch]))
+            return {"loss": loss} | {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
+    for trainable in (TRAINABLE["full"], TRAINABLE["lora"]):
+        plain = trained(kernels="plain", **trainable)
+        least = 1e-2 * max(float(wanted.norm()) for wanted in plain.values())
+        for kept, cheap in product((False, True), repeat=2):
+            form = {"gradient_checkpointing": not kept, "cheap_recompute": cheap}
+            try:
+                fused = trained(kernels="fused", **trainable, **form)
+            except ConfigError as error:
+                if "has no effect" in str(error):
+                    continue
+                raise
+            assert fused.keys() == plain.keys(), f"gradients with {form}: {sorted(fused.keys() ^ plain.keys())[:3]}"
+            for name, wanted in plain.items():
+                error = float((fused[name] - wanted).norm()) / max(float(wanted.norm()), least)
+                assert error <= 1e-5, f"{trainable['trainable']}, {form}: {name} is off by {error:.1e}"
+    return "yes"
+
+
 @torch.no_grad()
 def check_result(result: Path, base: Path) -> None:
     """Load ``result`` with plain transformers: whole, finite, and changed from ``base``."""
@@ -260,7 +314,7 @@ def table(rows: dict[str, dict[str, str]], cells: tuple[str, ...] = CELLS) -> st
     lines = ["| " + " | ".join(("model", *cells)) + " |", "| --- " * (len(cells) + 1) + "|"]
     for name, found in rows.items():
         shown = []
-        for value in (found[key] for key in cells):
+        for value in (found.get(key, "not run") for key in cells):
             word, _, reason = value.partition(": ")
             shown.append(f"{word} [{reasons.setdefault(_general(reason), len(reasons) + 1)}]" if reason else word)
         lines.append("| " + " | ".join((name, *shown)) + " |")
@@ -302,10 +356,10 @@ def main() -> None:
 
 
 def renew(rows: dict[str, dict[str, str]]) -> None:
-    """Put ``rows`` into ``results/zoo.json``, and make ``results/zoo.md`` of all that it then holds."""
+    """Put the cells of ``rows`` into ``results/zoo.json``, and make ``results/zoo.md`` of all that it then holds."""
     path = RESULTS / "zoo.json"
     held = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
-    rows = dict(sorted((held | rows).items()))
+    rows = dict(sorted((held | {name: held.get(name, {}) | found for name, found in rows.items()}).items()))
     write("zoo", {"rows": rows})
     made = {name: found for name, found in rows.items() if not found["loss"].startswith("not made")}
     (RESULTS / "zoo.md").write_text(f"{count(rows, made)}\n\n{table(made)}", encoding="utf-8")

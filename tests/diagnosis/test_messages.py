@@ -270,7 +270,9 @@ def test_cut_mixed_and_noisy_text_never_lends_a_number(data):
         for name, found in occurrence.message.sizes().items():
             # A size is one that an original says, or (where noise ran into a number) one that stands in the text as it is.
             standing = (found.text, f"Hardware limit: {found.text.removesuffix(' bytes')}.")
-            assert (name, found.text, found.low, found.high) in allowed or any(said in " ".join(text.split()) for said in standing)
+            assert (name, found.text, found.low, found.high) in allowed or any(
+                said in " ".join(text.split()) for said in standing
+            )
 
 
 @pytest.mark.parametrize(("ending", "read_as"), [("101376.", 101_376), ("101376", None), ("10", None), ("", None)])

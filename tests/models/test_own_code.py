@@ -96,3 +96,16 @@ def test_what_its_constructor_alone_computes_is_not_left_to_chance(make_folder, 
     )
     assert said.code == 2
     assert "attention.slopes" in said.err
+
+
+def test_what_asks_by_values_trains_without_a_plan(make_folder, corpus, tmp_path):
+    model = make_folder("in self.layers:", "in self.layers[int(hidden_states.sum() > 1e9) :]:")
+    given = ("--model", model, "--gpu", "virtual:64MiB", *TRAIN)
+    for more in ((), ("--as-given",)):
+        said = oomless("plan", *given, *more)
+        assert said.code == 2
+        assert said.err.startswith("error: Little")
+        assert "train --as-given" in said.err
+    said = oomless("train", *given, "--data", corpus, "--output-dir", tmp_path / "run", "--as-given")
+    assert said.code == 0, said.err
+    assert "no plan: LittleForCausalLM cannot be planned" in " ".join(said.out.split())

@@ -54,6 +54,13 @@ FAMILIES = {
     ),
     "ernie4_5_moe": dict(model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
     "llama4_text": ARCHITECTURES["llama4_text"],
+    "jetmoe": ARCHITECTURES["jetmoe"],
+    "longcat_flash": dict(
+        model_type="longcat_flash",
+        **dict(num_hidden_layers=4, n_routed_experts=4, zero_expert_num=2, moe_topk=3, expert_ffn_hidden_size=32),
+        **dict(ffn_hidden_size=96, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16),
+        **dict(v_head_dim=16, head_dim=16, num_key_value_heads=4),
+    ),
 }
 
 
@@ -132,24 +139,35 @@ EXACT = [
 ]
 
 
-def mostly_slow(families, settings, quick):
-    """Return all pairs, those slow that are not ``quick`` (a family, or a family and the number of settings)."""
+def pairs(settings, **families):
+    """Return ``families`` with all of ``settings``; of each is said which of these are quick and which slow, the others are longer."""
+
+    def mark(number, quick, slow):
+        return [] if number in quick else pytest.mark.slow if number in slow else pytest.mark.full_length
+
     return [
         pytest.param(
             family,
             setting,
             id="-".join([family, *(str(value) for value in setting.values())]),
-            marks=[] if family in quick or (family, number) in quick else pytest.mark.slow,
+            marks=mark(number, *kinds),
         )
-        for family in families
+        for family, kinds in families.items()
         for number, setting in enumerate(settings)
     ]
+
+
+ALL, NONE = range(9), ()
 
 
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        *mostly_slow(["qwen3_moe", "gpt_oss", "glm4_moe", "llama4_text"], EXACT, {"qwen3_moe", ("gpt_oss", 3)}),
+        *pairs(
+            EXACT,
+            **dict(qwen3_moe=(ALL, NONE), gpt_oss=([3], ALL), llama4_text=(NONE, ALL)),
+            **dict(glm4_moe=(NONE, [2]), jetmoe=(NONE, [3, 5]), longcat_flash=(NONE, [3])),
+        ),
         ("mixtral", {"router_aux_loss_coef": 0.1, "gradient_checkpointing": True}),
     ],
 )
@@ -188,7 +206,11 @@ def logits(model):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    mostly_slow(["qwen3_moe", "qwen2_moe", "gpt_oss", "glm4_moe", "llama4_text"], RUNS, {"qwen2_moe", ("gpt_oss", 2)}),
+    pairs(
+        RUNS,
+        **dict(qwen2_moe=(ALL, NONE), gpt_oss=([2], ALL), qwen3_moe=(NONE, ALL), llama4_text=(NONE, ALL)),
+        **dict(glm4_moe=(NONE, [1]), jetmoe=(NONE, [1, 3]), longcat_flash=(NONE, [0, 2])),
+    ),
 )
 def test_the_final_model_is_the_live_one_under_the_names_of_the_base(
     make_mixture, corpus, tmp_path, monkeypatch, family, settings
@@ -300,6 +322,19 @@ def test_refused(make_checkpoint, make_mixture, family, settings, message):
     folder = make_checkpoint("llama") if family is None else make_mixture(family)
     with pytest.raises(ConfigError, match=message):
         rehearse(resolve(str(folder)), make_config(folder, **settings), virtual_device())
+
+
+@pytest.mark.parametrize("family", ["afmoe", "jetmoe"])
+def test_routers_are_neither_rounded_nor_adapted(make_mixture, make_checkpoint, family):
+    """Their linear layer lies inside them."""
+    afmoe = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, num_dense_layers=1)
+    folder = make_mixture(family) if family in FAMILIES else make_checkpoint("llama", model_type=family, **afmoe)
+    config, device = make_config(folder, trainable="lora", quantization="nf4"), VirtualGPU(1 << 30)
+    with device.active():
+        model = assemble(resolve(str(folder)), config, device, fill=True).model
+    routers = [m for name, m in model.named_modules() if name.endswith(("router.gate", "router.layer"))]
+    assert routers
+    assert {type(router) for router in routers} == {torch.nn.Linear}
 
 
 @pytest.mark.parametrize(

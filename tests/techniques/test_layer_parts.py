@@ -50,6 +50,14 @@ def test_what_takes_more_than_one_input_keeps_its_forward():
     assert layer_parts.norm_form(Gated()) is None
 
 
+def test_what_drops_out_by_itself_keeps_its_forward():
+    """Also while it is evaluated, when nothing is dropped."""
+    model = model_of("seed_oss", head_dim=8)
+    before = torch.random.get_rng_state()
+    assert layer_parts.replace(model.eval(), plain=False) == 5  # norms
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_attention_that_rotates_otherwise_keeps_its_forward():
     """By pairs of neighbours."""
     model = model_of("cohere2", pad_token_id=0, eos_token_id=1, bos_token_id=2)

@@ -196,17 +196,12 @@ def test_nothing_frozen(make_checkpoint):
         assemble(resolve(str(folder)), make_config(folder, trainable="model"), VirtualGPU(1 << 30), fill=True)
 
 
-def test_experts_of_an_architecture_of_its_own():
-    """What is neither a linear layer nor behind transformers' interface for experts."""
-    from transformers import AutoConfig
-
-    from oomless.models.spec import ModelSpec
-
-    own = AutoConfig.for_model(
-        "jetmoe", vocab_size=512, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=512
-    )
-    with pytest.raises(ConfigError, match="neither linear layers nor experts behind"):
-        rehearse(ModelSpec(name="moe", config=own, folder=None), make_config("x", trainable="lora"), virtual_device())
+def test_where_most_would_stay_as_it_is_the_largest_are_named(make_checkpoint):
+    """Mamba's fused kernels read all but one of its linear layers' weights by themselves, and this one has a large state."""
+    folder = make_checkpoint("mamba", state_size=128)
+    config = make_config(folder, trainable="lora", packing="concatenate")
+    with pytest.raises(ConfigError, match=r"above all layers\.\*\.mixer\.x_proj\.weight, .* no other module reads"):
+        rehearse(resolve(str(folder)), config, virtual_device())
 
 
 def test_tables_that_are_looked_up_stay_as_they_are(make_checkpoint):

@@ -2,11 +2,13 @@
 
 transformers lets a function be registered under a name and chosen for one model by ``experts_implementation``; it is given the
 module that holds the stacks of the experts' matrices, what the router chose and the weights of its choices. All architectures
-whose experts go through that interface are served, whatever their gate, biases and layout; so are Llama 4's (``llama4_experts.py``).
+whose experts go through that interface are served, whatever their gate, biases and layout; so are those of classes that have not put
+theirs there (``_OWN``).
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from oomless.techniques import expert_adapters, routes
 from oomless.techniques.experts import expert_modules
 
 NAME = "oomless"
+_OWN = {"llama4": "llama4_experts", "jetmoe": "jetmoe_experts", "longcat_flash": "longcat_experts"}
+"""Architectures, and which file of this room has their experts; imported where it is used, as it imports the architecture."""
 
 
 def register() -> None:
@@ -27,11 +31,14 @@ def register() -> None:
 
 
 def put_behind_interface(model: Any, *, there: bool = True) -> None:
-    """Put experts of ``model`` behind transformers' interface that their class has not put there, or back: Llama 4's."""
-    if any(type(module).__name__ in ("Llama4TextMoe", "RoutedMoe") for module in model.modules()):
-        from oomless.models import llama4_experts  # imports a whole architecture
-
-        llama4_experts.route(model, routed=there)
+    """Put experts of ``model`` behind transformers' interface that their class has not put there, or back."""
+    files = {base.__module__ for kind in set(map(type, model.modules())) for base in kind.__mro__}
+    for architecture, ours in _OWN.items():
+        if f"transformers.models.{architecture}.modeling_{architecture}" in files:
+            routed = import_module(f"oomless.models.{ours}").ROUTED
+            kinds = routed if there else {kind: own for own, kind in routed.items()}
+            for module in model.modules():
+                module.__class__ = kinds.get(type(module), type(module))
 
 
 def place(model: Any, device: Device) -> None:
@@ -51,30 +58,39 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         top_k_index: int64 [N, K], the experts of each token; the number of experts and more stands for none.
         top_k_weights: [N, K]; of a module that ``weighs_inputs`` they multiply what its experts are given.
     """
-    device: Device = module.device
     choices = top_k_index.shape[-1]
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     places = places.view(-1, choices)
-    bounds = torch.searchsorted(sorted_experts, torch.arange(module.num_experts + 1, device=order.device))
-    groups = Groups(device.numbers(bounds, even_bounds(order.numel(), module.num_experts)))
-    routes.count(module, groups.bounds)
-
+    groups = groups_of(module, sorted_experts)
     rows = dispatch(hidden_states, places, order // choices)
     if getattr(module, "weighs_inputs", False):
         rows = rows * top_k_weights.reshape(-1)[order, None]
         top_k_weights = torch.ones_like(top_k_weights)
     if module.has_gate:
-        rows = module._apply_gate(_project(module, "gate_up_proj", rows, groups, places))
+        rows = module._apply_gate(project(module, "gate_up_proj", rows, groups, places))
     else:
-        rows = module.act_fn(_project(module, "up_proj", rows, groups, places))
-    rows = _project(module, "down_proj", rows, groups, places)
+        rows = module.act_fn(project(module, "up_proj", rows, groups, places))
+    rows = project(module, "down_proj", rows, groups, places)
     if module.has_post_expert_norm:
         rows = module.post_expert_norm(rows)
     return combine(rows, top_k_weights, places).to(hidden_states.dtype)
 
 
-def _project(module: Any, name: str, rows: Tensor, groups: Groups, places: Tensor) -> Tensor:
+def groups_of(module: Any, sorted_experts: Tensor) -> Groups:
+    """Return which of the rows that go to ``sorted_experts``, int64 [S], are whose, which the host knows then; they are counted."""
+    device: Device = module.device
+    bounds = torch.searchsorted(sorted_experts, torch.arange(module.num_experts + 1, device=sorted_experts.device))
+    groups = Groups(device.numbers(bounds, even_bounds(sorted_experts.numel(), module.num_experts)))
+    routes.count(module, groups.bounds)
+    return groups
+
+
+def project(module: Any, name: str, rows: Tensor, groups: Groups, places: Tensor) -> Tensor:
+    """Return what the stack ``name`` of ``module`` and its adapter make of ``rows``: [S, out].
+
+    ``places``, int64 [N, K], says which rows are each token's.
+    """
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     projected = grouped_linear(rows, getattr(module, name), groups, bias=bias, transposed=module.is_transposed)
     adapter = expert_adapters.of(module, name)

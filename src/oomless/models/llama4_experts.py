@@ -7,8 +7,6 @@ what it makes of it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
@@ -40,9 +38,4 @@ class RoutedMoe(Llama4TextMoe):  # type: ignore[misc]
         return self.shared_expert(hidden_states) + experts_forward(self.experts, hidden_states, chosen, weights), logits
 
 
-def route(model: Any, *, routed: bool = True) -> None:
-    """Have the mixtures of ``model`` send a token to its own experts alone, or be of their own class again."""
-    for module in model.modules():
-        if isinstance(module, Llama4TextMoe):
-            module.__class__ = RoutedMoe if routed else Llama4TextMoe
-            module.experts.__class__ = RoutedExperts if routed else Llama4TextExperts
+ROUTED = {Llama4TextMoe: RoutedMoe, Llama4TextExperts: RoutedExperts}

@@ -26,7 +26,7 @@ from oomless.ops.frozen_linear import Quantization, RowLayout
 from oomless.ops.grouped_linear import MatrixOf
 from oomless.techniques.peers import Peers
 
-STACKS = ("gate_up_proj", "up_proj", "down_proj")
+STACKS = ("gate_up_proj", "up_proj", "down_proj", "weight")
 
 
 def expert_modules(model: Any) -> Iterator[tuple[str, Any]]:
@@ -34,6 +34,17 @@ def expert_modules(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "num_experts"):
             yield name, module
+
+
+def routing_layers(model: Any) -> set[str]:
+    """Return the names of what lies where experts do, linear layers among it: routers, and gates of shared experts."""
+    places = {name.rpartition(".")[0] for name, _ in expert_modules(model)}
+    return {
+        f"{place}.{name}"
+        for place in places
+        for name, _ in model.get_submodule(place).named_modules()
+        if "." not in name or name.startswith(("router.", "gate."))
+    }
 
 
 def stacks_on_device(model: Any) -> Iterator[Tensor]:

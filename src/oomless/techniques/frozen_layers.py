@@ -7,6 +7,7 @@ hold the weights of the files.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from oomless.ops.frozen_linear import Quantization, frozen_linear
 from oomless.techniques import experts, tied_layers
 from oomless.techniques.embeddings_on_host import HostEmbedding
 from oomless.techniques.experts import FrozenExperts
-from oomless.techniques.kinds import body_of, is_linear, owner_using_weight
+from oomless.techniques.kinds import body_of, is_linear, kind_of, owner_using_weight
 from oomless.techniques.peers import Peers
 
 
@@ -96,24 +97,30 @@ def replace(
         ConfigError: there is nothing to replace, or most of the body would stay as it is.
     """
     kept = {child for module in trained for child in module.modules()} | {model.get_output_embeddings()}
+    exact = set() if kind is None else experts.routing_layers(model)
     made = {
         layer: make(layer)
         for name, layer in model.named_modules()
-        if is_linear(layer) and layer not in kept and owner_using_weight(model, name) is None
+        if is_linear(layer) and layer not in kept and name not in exact and owner_using_weight(model, name) is None
     }
     tied_layers.replace(model, made)
     experts.replace(model, kind, host, kept, peers)
-    frozen = [p for m in body_of(model).modules() if m not in kept for p in m.parameters(recurse=False)]
     # No product reads them.
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    left = sum(p.numel() for p in frozen if id(p) not in tables)
+    stay: Counter[str] = Counter()
+    for name, module in body_of(model).named_modules():
+        if module not in kept:
+            for own, parameter in module.named_parameters(recurse=False):
+                stay[kind_of(f"{name}.{own}")] += parameter.numel() * (id(parameter) not in tables)
+    left = stay.total()
     done = sum(math.prod(layer.shape) for _, layer in frozen_layers(model))
     if not done:
         raise ConfigError(f"{key} has no effect: this model's body has no frozen nn.Linear; remove it")
     if left > done:
+        largest = ", ".join(name for name, _ in stay.most_common(3))
         raise ConfigError(
-            f"{key} would leave {left:,} of this model's frozen weights as they are, against {done:,}: they are neither linear "
-            "layers nor experts behind transformers' interface for them, which is not supported yet"
+            f"{key} would leave {left:,} of this model's frozen weights as they are, against {done:,}, above all {largest}: it is for "
+            "linear layers whose weights no other module reads, and for experts behind transformers' interface"
         )
 
 

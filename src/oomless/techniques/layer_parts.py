@@ -249,8 +249,11 @@ def _kernel(activation: Any) -> str | None:
 
 
 def _attempt(twin: nn.Module, x: Tensor) -> Tensor | None:
+    """Return what the own forward of ``twin`` makes of ``x`` while it trains, when a dropout of its own acts."""
+    twin.training = True
     try:
-        result = type(twin).forward(twin, x)
+        with torch.random.fork_rng(devices=[]):
+            result = type(twin).forward(twin, x)
     except Exception:  # whatever a forward that takes other inputs raises
         return None
     return result if isinstance(result, Tensor) else None

@@ -26,7 +26,7 @@ from oomless.errors import ConfigError
 from oomless.memory.device import Device
 from oomless.memory.tracker import import_unbooked
 from oomless.techniques import expert_adapters, frozen_layers, sharding, tied_layers, trained_rows
-from oomless.techniques.experts import expert_modules
+from oomless.techniques.experts import expert_modules, routing_layers
 from oomless.techniques.kinds import is_linear, kind_in, owner_using_weight
 
 ADAPTER = "default"
@@ -204,7 +204,7 @@ def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[
     linear = {name for name, obstacle in obstacles.items() if obstacle is None}
     stacks = set(expert_adapters.targets(model))
     if wanted == "all-linear":
-        found = sorted(linear - _beside_experts(model)), sorted(stacks)
+        found = sorted(linear - routing_layers(model)), sorted(stacks)
         if not any(found):
             raise ConfigError("this model has no linear layer that can have an adapter: train it without lora")
         return found
@@ -246,12 +246,6 @@ def _obstacle(model: Any, name: str, layer: nn.Module, unreached: Collection[str
         return f"it is a {type(layer).__name__}, which does more than a linear layer"
     owner = owner_using_weight(model, name)
     return f"{owner} also uses its weight by itself (as fused kernels do)" if owner else None
-
-
-def _beside_experts(model: Any) -> set[str]:
-    """Return the names of linear layers that lie where experts do: routers, and gates of shared experts."""
-    places = {name.rpartition(".")[0] for name, _ in expert_modules(model)}
-    return {f"{place}.{child}" for place in places for child, _ in model.get_submodule(place).named_children()}
 
 
 def trains(layer: Any) -> bool:
