@@ -135,6 +135,12 @@ ARCHITECTURES = {
     "bert": dict(model_type="bert", is_decoder=True),
     "gpt_neox": dict(model_type="gpt_neox"),
     "jetmoe": dict(model_type="jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=16),
+    "longcat_flash": dict(
+        model_type="longcat_flash",
+        **dict(num_hidden_layers=4, n_routed_experts=4, zero_expert_num=2, moe_topk=3, expert_ffn_hidden_size=32),
+        **dict(ffn_hidden_size=96, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16),
+        **dict(v_head_dim=16, head_dim=16, num_key_value_heads=4),
+    ),
     "mamba": dict(model_type="mamba", state_size=8, time_step_rank=4, expand=2),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
     "llama4_text": dict(

@@ -53,7 +53,8 @@ MODES = {
     "experts, nf4": ("mixtral", False, {**LORA, "quantization": "nf4"}),
     "down_proj of experts": ("mixtral", False, {**LORA, "lora_target_modules": "down_proj"}),
     "experts weighed before": ("llama4_text", False, {**LORA, "packing": "concatenate"}),
-    "stacks of their own, nf4": ("jetmoe", False, {**LORA, "quantization": "nf4"}),
+    "stacks of their own": ("jetmoe", False, {**LORA, "lora_target_modules": "input_linear", "quantization": "nf4"}),
+    "experts without matrices": ("longcat_flash", False, LORA),
     "shared experts": ("deepseek_v2", False, {**LORA, "lora_target_modules": "all-linear"}),
 }
 

@@ -112,11 +112,12 @@ def _of_adapter(source: Source, model: Any, late: Late) -> dict[str, Change]:
         module = place.partition(".base_layer")[0]
         if module in experts:
             stack = _stack(settings, module, place.count(".base_layer"), experts[module])
+            count = getattr(experts[module], stack).shape[0]
             found[f"{module}.{stack}"] = LowRankExperts(
                 own["lora_A"],
                 own["lora_B"],
-                experts[module].num_experts,
-                _scale(settings, f"{module}.{stack}", own["lora_A"]().shape[0] // experts[module].num_experts),
+                count,
+                _scale(settings, f"{module}.{stack}", own["lora_A"]().shape[0] // count),
                 is_transposed_for_peft(experts[module]),
             )
         else:

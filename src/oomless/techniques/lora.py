@@ -212,7 +212,7 @@ def _targets(model: Any, wanted: str, unreached: Collection[str]) -> tuple[list[
     for ending in endings:
         named = [name for name in [*obstacles, *stacks] if _is_named(name, ending)]
         if not named:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear | stacks})
+            known = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in linear | stacks})
             raise ConfigError(
                 f"lora_target_modules: {ending!r} names no linear layer of this model's body; it has {', '.join(known)} "
                 "(lm_head and embed_tokens are trained whole: add them to trainable)"
@@ -229,7 +229,11 @@ _PATTERN = re.compile(r"[^\w.,\s-]")
 
 
 def _is_named(name: str, ending: str) -> bool:
-    """Return whether ``name`` is a name that ends in ``ending``, or that it, an expression, is all of."""
+    """Return whether ``name`` is a name that ends in ``ending``, or that it, an expression, is all of.
+
+    A stack that is its module's ``weight`` has the module's name.
+    """
+    name = name.removesuffix(".weight")
     if not _PATTERN.search(ending):
         return name == ending or name.endswith(f".{ending}")
     try:
