@@ -9,13 +9,17 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import zoo  # noqa: E402
 
+from oomless.config import DataSource, TrainConfig  # noqa: E402
+
 SAMPLE = ("gpt2", "mixtral", "falcon_h1")
 
 
-@pytest.mark.slow
-def test_layers_within_layers_are_rehearsed(tmp_path):
+def test_layers_within_layers_are_rehearsed(make_checkpoint, corpus):
     """Zamba's hybrid layers hold layers of Mamba, which its config does not count."""
-    assert zoo.row("zamba", tmp_path, ("plan",)) == {"plan": "yes"}
+    own = dict(mamba_dt_rank=4, mamba_d_state=8, attn_layer_period=3, attn_layer_offset=1, num_key_value_heads=4)
+    folder = make_checkpoint("mamba", model_type="zamba", num_hidden_layers=9, **own)
+    given = {"gpu": "virtual:1GiB", "packing": "concatenate", "max_seq_length": 8, "trainable": "full"}
+    assert zoo.planned(TrainConfig(model=str(folder), data=(DataSource(path=str(corpus)),), output_dir="none", **given))
 
 
 @pytest.mark.slow
