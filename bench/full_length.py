@@ -26,6 +26,7 @@ CLAIMS = {
     "faults_in_runs": "training/test_faults_in_runs.py::test_no_mode_ends_the_run",
     "faults_in_pairs": "training/test_faults_in_runs.py::test_no_two_techniques_end_the_run",
     "faults_in_processes": "training/test_recovering_together.py::test_no_fault_in_one_of_three_changes_a_bit",
+    "machines": "training/test_several_machines.py",
     "nothing_lives_on": "training/test_nothing_lives_on.py",
     "settings_alone": "settings/test_every_setting.py::test_a_setting_alone",
     "settings_together": "settings/test_every_setting.py::test_settings_together",

@@ -1,7 +1,9 @@
 """What a user types for several GPUs: plan, write, torchrun, resume; and one message where it cannot be."""
 
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -41,22 +43,36 @@ def test_plan_train_and_resume_on_one(make_checkpoint, corpus, tmp_path, monkeyp
     assert "resumed from checkpoint-3" in again.stdout
 
 
+def on_two_machines(places, *arguments):
+    """What two agents say whose machines share nothing but the network, and work in the folders ``places``."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet]
+
+    def agent(place):
+        command = [*launcher, "-m", "oomless", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=place)
+
+    with ThreadPoolExecutor() as both:
+        return list(both.map(agent, places))
+
+
 @pytest.mark.slow
-def test_stages_are_one_run_of_both(make_checkpoint, corpus, tmp_path):
-    config, run = tmp_path / "run.yaml", tmp_path / "run"
-    settings = dict(
-        model=str(make_checkpoint("llama")), data=str(corpus), output_dir=str(run), gpu="cpu", eval_fraction=0
-    )
+def test_stages_are_one_run_of_two_machines(make_checkpoint, corpus, tmp_path):
+    config, places = tmp_path / "run.yaml", [tmp_path / "a", tmp_path / "b"]
+    settings = dict(model=str(make_checkpoint("llama")), data=str(corpus), output_dir="run", gpu="cpu", eval_fraction=0)
+    for place in places:
+        place.mkdir()
     stages = [dict(name="short", max_seq_length=32), dict(name="long", max_seq_length=64), dict(name="last", seed=1)]
     config.write_text(yaml.safe_dump({**settings, "max_seq_length": 32, "max_steps": 2, "stages": stages}))
-    trained = torchrun("train", "--config", config)
-    assert trained.returncode == 0, trained.stderr
+    trained = on_two_machines(places, "train", "--config", config)
+    assert [agent.returncode for agent in trained] == [0, 0], trained[0].stderr
+    said = "".join(plain(agent.stdout) for agent in trained)
     for part in ("stage 1 (short) of 3", "stage 3 (last) of 3", "2 steps of 2 blocks x 64 tokens on 2 x"):
-        assert plain(trained.stdout).count(part) == 1, part
-    assert (run / "model" / "config.json").is_file()
-    again = torchrun("train", "--config", config, "--resume", "--output-dir", run)
-    assert again.returncode == 0, again.stderr
-    assert "resumed from checkpoint-2" in again.stdout
+        assert said.count(part) == 1, part
+    assert "2 machines, with 2 run folders, each of them whole" in said
+    assert all((place / "run" / "model" / "config.json").is_file() for place in places)
 
 
 @pytest.mark.slow

@@ -194,10 +194,11 @@ def print_end(screen: Screen, result: RunResult, plan: Plan | None, output_dir: 
     from oomless.report.choice import launcher
     from oomless.report.plan import print_prediction
     from oomless.report.terminal import print_result
-    from oomless.training.distributed import world_size
+    from oomless.training.distributed import local_world_size, machine_count
 
     resume_from = quote(f"{output_dir}/config.yaml")
-    print_result(screen, result, f"{launcher(world_size())} train --config {resume_from} --resume")
+    command = f"{launcher(local_world_size(), machine_count())} train --config {resume_from} --resume"
+    print_result(screen, result, command)
     if plan is not None and plan.fits:  # else it went on with less than was planned
         print_prediction(screen, plan, result.peak_memory_bytes)
 

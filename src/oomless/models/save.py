@@ -95,14 +95,26 @@ def begin_safetensors(path: Path, tensors: Mapping[str, Savable]) -> None:
         file.truncate(size)
 
 
-def write_parts(path: Path, tensors: Mapping[str, Savable], own: Mapping[str, Savable], device: Device) -> None:
-    """Write into ``path``, which holds ``tensors``, those of them that are this process's ``own``: parts where they belong."""
+def write_parts(
+    path: Path, tensors: Mapping[str, Savable], own: Mapping[str, Savable], device: Device
+) -> list[tuple[int, int]]:
+    """Write into ``path``, which holds ``tensors``, those of them that are this process's ``own``: parts where they belong.
+
+    Returns:
+        Where the bytes of each begin in the file, and how many they are.
+    """
     _, begins, _ = header(tensors)
-    with durable(path, "r+b") as file:
+    written = []
+    # Not for reading as well: NFS would then read the pages at a part's ends, and write what others have meanwhile written there back.
+    with open(path, "wb", opener=lambda name, _: os.open(name, os.O_WRONLY)) as file:
         for (name, tensor), host in zip(own.items(), to_host(own, device), strict=True):
             start = tensor.start if isinstance(tensor, Part) else 0
-            file.seek(begins[name] + start * tensor.element_size())
-            file.write(bytes_of(host))
+            begin = begins[name] + start * tensor.element_size()
+            file.seek(begin)
+            written.append((begin, file.write(bytes_of(host))))
+        file.flush()
+        os.fsync(file.fileno())
+    return written
 
 
 def savable(parameter: Tensor, state: Tensor | None = None, name: str = "") -> Tensor | Part:

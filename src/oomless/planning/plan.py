@@ -27,7 +27,7 @@ from oomless.planning.rehearse import UNLIMITED_BYTES, Rehearsal, rehearse, rehe
 from oomless.techniques.sharding import shared
 from oomless.training import rates
 from oomless.training.assemble import open_device
-from oomless.training.distributed import world_size
+from oomless.training.distributed import local_world_size, machine_count, world_size
 from oomless.training.life import total_steps
 from oomless.units import GiB, format_bytes
 
@@ -240,6 +240,8 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
             f"sizes are those of each of the {found.count} GPUs, rehearsed on one stream: on CUDA gathered weights have a pool of their "
             "own, which was not measured"
         )
+    if found.detected and machine_count() > 1:
+        notes.append("the network between the machines is not in the predicted speed")
     notes.append(
         f"a search leaves {format_bytes(margin_bytes)} free: {MARGIN:.0%} for what kernels take for themselves, and the range of "
         f"what lies outside; of {format_bytes(host)} of host memory{' (assumed)' if host_bytes is None and not found.detected else ''} it "
@@ -248,7 +250,7 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
     return Target(
         name=str(found),
         margin_bytes=margin_bytes,
-        host_bytes=usable_host_bytes(host) // found.count,
+        host_bytes=usable_host_bytes(host) // (local_world_size() if found.detected else found.count),
         gpus=found.count,
         capacity_bytes=found.gpu.usable_bytes,
         outside_bytes=sum(item.bytes_expected for item in found.outside_allocator),

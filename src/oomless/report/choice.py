@@ -299,6 +299,7 @@ def compared_to_dict(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     return [{"model": item.model, "gpu": item.gpu, **item.choice.to_dict()} for item in compared]
 
 
-def launcher(gpus: int) -> str:
-    """Return what starts a command on so many GPUs."""
-    return "oomless" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m oomless"
+def launcher(gpus: int, machines: int = 1) -> str:
+    """Return what starts a command on so many GPUs, which are those of each of several ``machines``."""
+    several = "" if machines == 1 else f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+    return "oomless" if gpus == machines == 1 else f"torchrun {several}--nproc-per-node {gpus} -m oomless"

@@ -45,7 +45,7 @@ from oomless.techniques import (
 )
 from oomless.techniques.peers import Peers
 from oomless.training import kernels, rates
-from oomless.training.distributed import ALONE, Ranks, environment, world_size
+from oomless.training.distributed import ALONE, Ranks, environment, local_world_size, world_size
 from oomless.training.loss import try_fused
 from oomless.training.precision import LossScale, choose_dtype
 from oomless.training.step import TrainingStep
@@ -98,7 +98,7 @@ def open_device(name: str) -> Device:
         return VirtualGPU(size_bytes)
     if kind != "cuda" or not (rest == "" or rest.isdigit()):
         raise HardwareError(f"gpu is auto, cpu, cuda, cuda:1 or virtual:256MiB; got {name!r}")
-    here = environment("LOCAL_WORLD_SIZE", world_size())
+    here = local_world_size()
     if torch.cuda.is_available() and here > torch.cuda.device_count():
         raise HardwareError(
             f"each process needs a GPU of its own: {here} were started, and PyTorch sees {torch.cuda.device_count()}; use "

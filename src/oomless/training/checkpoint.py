@@ -38,6 +38,7 @@ from oomless.models.spec import ModelSpec
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.techniques import frozen_layers, lora, sharding
 from oomless.training.distributed import ALONE, Ranks
+from oomless.training.exchange import Stretch, exchange, whole_files
 from oomless.training.precision import LossScale
 from oomless.units import format_bytes
 
@@ -196,7 +197,7 @@ def save_checkpoint(
             tensors = [tensor for contents in (weights, beside) for tensor in contents.values()]
             _require_room(run, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
         write_model_folder(target, describe, files, seal, device, ranks)
-        if ranks.first:
+        if ranks.writes:
             earlier = [found for found in list_checkpoints(run) if found.step < step and found.step != keep]
             for old in earlier[: max(0, len(earlier) + 1 - limit)]:
                 remove_folder(old.folder)
@@ -214,6 +215,7 @@ def write_model_folder(
     """Write the folder ``target``: what ``describe`` writes, then the tensors in ``files``, then what ``seal`` writes.
 
     Of several processes the first does it, and each writes its parts of the tensors into the first's files: nothing is gathered.
+    Machines that do not see the first's files have their own, and send each other what they wrote.
     """
     if ranks.count == 1:
 
@@ -225,25 +227,31 @@ def write_model_folder(
 
         write_folder(target, fill)
         return
-    temporary = temporary_folder(target)
+    temporary, written = temporary_folder(target), list[Stretch]()
     try:
         with ranks.together(target.name):
-            if ranks.first:
+            if ranks.writes:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                describe(temporary)
+                if ranks.first:
+                    describe(temporary)
+                    written += whole_files(temporary)
                 for name, tensors in files.items():
+                    (temporary / name).parent.mkdir(exist_ok=True)
                     save.begin_safetensors(temporary / name, tensors)
         with ranks.together(target.name):
             for name, tensors in files.items():
                 own = tensors if ranks.first else {n: t for n, t in tensors.items() if isinstance(t, sharding.Part)}
-                save.write_parts(temporary / name, tensors, own, device)
+                written += [Stretch(name, *place) for place in save.write_parts(temporary / name, tensors, own, device)]
+        if len(ranks.writers) > 1:
+            with ranks.together(target.name):
+                exchange(ranks, temporary, written, receives=ranks.writes)
         with ranks.together(target.name):
-            if ranks.first:
+            if ranks.writes:
                 seal(temporary)
                 put_in_place(target)
     except BaseException:
-        if ranks.first:
+        if ranks.writes:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -320,6 +328,11 @@ def checksum(path: Path) -> str:
         while chunk := file.read(_HASHED_AT_ONCE):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def stamp(checkpoint: Checkpoint) -> str:
+    """Return what tells an undamaged checkpoint from every other."""
+    return checksum(checkpoint.folder / _CHECKSUMS)
 
 
 def damage(checkpoint: Checkpoint) -> str | None:

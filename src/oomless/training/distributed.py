@@ -47,6 +47,12 @@ class Ranks:
     groups: Groups | None = None
     """Those in which they talk; ``None`` where there are no others, or where they only pretend."""
 
+    writers: tuple[int, ...] = (0,)
+    """Those that write a run folder: the first of all, and the first on each machine that does not see its folder."""
+
+    writer: int = 0
+    """Which of them writes the folder that this process sees."""
+
     @property
     def control(self) -> dist.ProcessGroup | None:
         """Their group for decisions of the host."""
@@ -54,8 +60,18 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that speaks."""
         return self.rank == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the run folder that it sees."""
+        return self.rank == self.writer
+
+    @property
+    def machines(self) -> int:
+        """On how many machines the processes are."""
+        return 1 if self.groups is None else len(self.groups.machines)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return this process's part of ``items``, which is as long as every other's."""
@@ -109,19 +125,30 @@ class Ranks:
 
     def from_first(self, function: Callable[[], Result]) -> Result:
         """Return what ``function`` gives the first process, in all of them; what it raises there, all raise."""
+        return self._from(0, function)
+
+    def from_writer(self, function: Callable[[], Result]) -> Result:
+        """Return what ``function`` gives the process that writes this one's run folder; what it raises in any, all raise."""
+        return self._from(self.writer, function)
+
+    def from_machine(self, function: Callable[[], Result]) -> Result:
+        """Return what ``function`` gives the first process on this machine; what it raises in any, all raise."""
+        return self._from(0 if self.groups is None else self.groups.firsts[self.rank], function)
+
+    def _from(self, one: int, function: Callable[[], Result]) -> Result:
         if self.groups is None:
             return function()
-        outcome: list[Any] = [None, None]
-        if self.first:
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.rank == one:
             try:
-                outcome[0] = function()
+                outcome = (function(), None)
             except Exception as error:
-                outcome[1] = error
-        with _disable_current_modes():
-            dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: Result = outcome[0]
+                outcome = (None, error)
+        told = self.groups.tell(outcome)
+        for _, failure in told:
+            if failure is not None:
+                raise failure
+        result: Result = told[one][0]
         return result
 
     @contextmanager
@@ -211,6 +238,16 @@ def world_size() -> int:
     return max(1, environment("WORLD_SIZE", 1))
 
 
+def machine_count() -> int:
+    """Return on how many machines torchrun has started them."""
+    return max(1, environment("GROUP_WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Return how many processes torchrun has started on this machine."""
+    return max(1, environment("LOCAL_WORLD_SIZE", world_size()))
+
+
 _MET: list[Ranks] = []
 """The processes that this one trains with, while they are joined."""
 
@@ -222,7 +259,6 @@ def joined(device_type: str) -> Iterator[Ranks]:
     An error that passes through here is marked (``OomlessError.told``) in all processes but the one that it reaches first.
 
     Raises:
-        ConfigError: they run on several machines.
         TrainingError: they cannot be reached, one of them is lost later on, or this one ran out of memory.
     """
     count = world_size()
@@ -232,14 +268,9 @@ def joined(device_type: str) -> Iterator[Ranks]:
     if _MET:  # the runs of a run in stages: to part and to meet again would leave old addresses in the way
         yield _MET[-1]
         return
-    if environment("LOCAL_WORLD_SIZE", count) != count:
-        raise ConfigError(
-            f"all processes must run on one machine, because each writes its part into the same files; of {count} processes "
-            f"{environment('LOCAL_WORLD_SIZE', count)} are here"
-        )
     groups: Groups | None = None
     try:
-        groups = Groups(device_type, count)
+        groups = Groups(device_type, count, environment("LOCAL_RANK", 0))
         _MET.append(Ranks(rank=groups.rank, count=count, mesh=groups.mesh, groups=groups))
         try:
             yield _MET[-1]
@@ -266,7 +297,7 @@ def _explained(error: Exception, count: int) -> Exception:
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER):
         return TrainingError(
             f"another of the {count} processes ended or cannot be reached, so process {environment('RANK', 0)} stops. The last "
-            f"checkpoint is whole: go on with --resume ({first_line})"
+            f"checkpoint is whole: go on with --resume{', on every machine' if machine_count() > 1 else ''} ({first_line})"
         )
     return error
 

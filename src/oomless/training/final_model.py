@@ -70,7 +70,7 @@ def write(
             _write_merged_parts(target, model, tokenizer, source, device, ranks)
             return
         with ranks.together("the final model"):
-            if ranks.first:
+            if ranks.writes:
                 checkpoint.write_folder(target, fill)
 
 

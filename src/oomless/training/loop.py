@@ -15,10 +15,11 @@ from oomless.config.values import require_kind
 from oomless.data.encode import check_tokenizer
 from oomless.data.prepare import prepare
 from oomless.memory.device import Device
+from oomless.models import sample
 from oomless.models.spec import resolve
 from oomless.models.tokenizer import load_tokenizer
 from oomless.techniques import sharding, trainable
-from oomless.training import distributed, guard, rates, resuming, script, trackers
+from oomless.training import distributed, guard, machines, rates, resuming, script, trackers
 from oomless.training.assemble import assemble, open_device
 from oomless.training.distributed import Ranks
 from oomless.training.guard import StartAgain
@@ -48,14 +49,16 @@ def train(
     device = open_device(config.gpu)
     listener, standing = listener or Listener(), None
     with distributed.joined(device.torch_device.type) as ranks, ExitStack() as stack:
+        ranks = machines.settled(ranks, run, listener.said)
+        machines.require_same(ranks, machines.settings_of(config))
         with ranks.together("the lock of the run folder"):
-            if ranks.first:
+            if ranks.writes:
                 stack.enter_context(locked(run))
         stack.enter_context(device.active())
         guard.free(device)  # of what a run before it in this process has left
         device.reset_peak()
         asked, tell = config, listener.tokenising
-        config = ranks.from_first(lambda: extend.for_run(asked, run, tell))
+        config = ranks.from_writer(lambda: extend.for_run(asked, run, tell))
 
         def make() -> Run:
             return Run(config, run, device, listener, ranks, interrupted, prediction)
@@ -89,7 +92,7 @@ class Run(Life):
         interrupted: Interruption | None = None,
         prediction: Mapping[str, Any] | None = None,
     ) -> None:
-        start = ranks.from_first(lambda: resuming.checkpoint_to_resume(config, folder, ranks.count, listener.said))
+        start = resuming.checkpoint_to_resume(config, folder, ranks, listener.said)
         torch.manual_seed(config.seed)
         spec = resolve(config.model, trust_remote_code=config.trust_remote_code)
         for note in spec.notes_with(config.quantization):
@@ -98,8 +101,9 @@ class Run(Life):
         check_tokenizer(tokenizer, spec.config.get_text_config().vocab_size)
         prepared = partial(prepare, config, tokenizer, listener.tokenising)
         if ranks.count > 1:
-            ranks.from_first(lambda: prepared() is None)  # the others find the cache
+            ranks.from_machine(lambda: prepared() is None)  # the others find the cache
         data = prepared()
+        machines.require_same(ranks, machines.facts_of(data))
         if start is not None:
             config = rates.kept(config, resuming.config_of(start))
         total = total_steps(config, data.train.blocks_per_epoch, ranks.count)
@@ -124,6 +128,7 @@ class Run(Life):
             result=RunResult(output_dir=folder),
             interrupted=interrupted,
         )
+        machines.require_same(ranks, {"model": getattr(self.assembly.model, sample.NAME, None)})
         for note in self.assembly.notes:
             listener.said(note)
         if start is not None:

@@ -10,7 +10,8 @@ from oomless.config.stages import STAGES
 from oomless.config.values import load_yaml
 from oomless.errors import ConfigError
 from oomless.models.spec import ModelSpec
-from oomless.training import checkpoint, rates
+from oomless.training import checkpoint, machines, rates
+from oomless.training.distributed import Ranks
 from oomless.training.life import Life
 from oomless.training.run_files import CONFIG
 from oomless.training.run_folder import remove_leftovers
@@ -33,36 +34,47 @@ MAY_CHANGE = {
 
 
 def checkpoint_to_resume(
-    config: TrainConfig, folder: Path, gpus: int, say: Callable[[str], None]
+    config: TrainConfig, folder: Path, ranks: Ranks, say: Callable[[str], None]
 ) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint in ``folder`` from which the run of ``config`` on so many ``gpus`` goes on; ``None``: it begins.
+    """Return the checkpoint in ``folder`` from which the run of ``config`` in ``ranks`` goes on; ``None``: it begins.
 
     Raises:
         ConfigError: the folder holds another run, or this one with other settings.
         CheckpointError: every checkpoint is damaged, or the folder cannot be written.
     """
+    found: checkpoint.Checkpoint | None = machines.newest_on_all(
+        ranks, folder, lambda: _newest(config, folder, say), say
+    )
+    if found is not None:
+        ranks.from_writer(lambda: _check_goes_on(config, found, ranks.count, say))
+    elif config.resume:
+        say(f"nothing to resume in {folder}: starting at step 0")
+    return found
+
+
+def _newest(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     remove_leftovers(folder)
     if (folder / CONFIG).is_file() and STAGES in load_yaml(folder / CONFIG):
         raise ConfigError(
             f"{folder} holds a run in stages: go on with it by --config {folder / CONFIG} --resume, or give another output_dir"
         )
-    found = checkpoint.newest_good(folder, say) if config.resume else None
-    if not config.resume:
-        require_no_checkpoints(folder)
-    if found is not None:
-        state, earlier = checkpoint.read_state(found), config_of(found)
-        check_same_config(earlier, config, MAY_CHANGE)
-        if any(getattr(earlier, name) != getattr(config, name) for name in LENGTHS):
-            say("the run has another length than before; from here on the learning rate goes by that")
-        before, now = earlier.blocks_per_step * state.get("gpus", 1), config.blocks_per_step * gpus
-        if before != now:
-            raise ConfigError(
-                "a resumed run must keep per_device_train_batch_size x gradient_accumulation_steps x processes at "
-                f"{before}; got {now}"
-            )
-    elif config.resume:
-        say(f"nothing to resume in {folder}: starting at step 0")
-    return found
+    if config.resume:
+        return checkpoint.newest_good(folder, say)
+    require_no_checkpoints(folder)
+    return None
+
+
+def _check_goes_on(config: TrainConfig, found: checkpoint.Checkpoint, gpus: int, say: Callable[[str], None]) -> None:
+    state, earlier = checkpoint.read_state(found), config_of(found)
+    check_same_config(earlier, config, MAY_CHANGE)
+    if any(getattr(earlier, name) != getattr(config, name) for name in LENGTHS):
+        say("the run has another length than before; from here on the learning rate goes by that")
+    before, now = earlier.blocks_per_step * state.get("gpus", 1), config.blocks_per_step * gpus
+    if before != now:
+        raise ConfigError(
+            "a resumed run must keep per_device_train_batch_size x gradient_accumulation_steps x processes at "
+            f"{before}; got {now}"
+        )
 
 
 def require_no_checkpoints(folder: Path) -> None:

@@ -50,6 +50,7 @@ def remove_leftovers(run: Path) -> None:
     with checkpoint.clear_disk_errors(f"the run folder {run}"):
         for pattern in (
             ".checkpoint-*.tmp",
+            ".machine-*",
             ".checkpoint-*.old",
             ".model.*",
             ".*.json.tmp",

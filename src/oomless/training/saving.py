@@ -12,7 +12,7 @@ from oomless.config import TrainConfig
 from oomless.errors import CheckpointError
 from oomless.models import verify
 from oomless.models.spec import ModelSpec
-from oomless.training import checkpoint, final_model, resuming, samples
+from oomless.training import checkpoint, final_model, machines, resuming, samples
 from oomless.training.distributed import Ranks
 from oomless.training.life import Keeper, Life
 from oomless.training.listening import Listener
@@ -29,7 +29,7 @@ class RunFolder(Keeper):
         config: the run.
         tokenizer: goes beside every model.
         spec: the model as it came.
-        ranks: the processes, of which the first writes.
+        ranks: the processes, and which of them write.
         listener: is told what was written.
         saved: the checkpoint from which the run goes on.
         prediction: what was planned for it, as plain values.
@@ -61,7 +61,7 @@ class RunFolder(Keeper):
             CheckpointError: the folder cannot be written.
         """
         with self.ranks.together("the run folder"), checkpoint.clear_disk_errors(f"the config of {self.folder}"):
-            if self.ranks.first:
+            if self.ranks.writes:
                 self.metrics.cut(self.saved.step if self.saved is not None else -1)
                 checkpoint.write_atomically(self.folder / CONFIG, self.config.to_yaml())
                 checkpoint.write_atomically(
@@ -75,10 +75,10 @@ class RunFolder(Keeper):
             self.trackers.open(self.saved.step if self.saved is not None else None)
 
     def record(self, metrics: dict[str, Any]) -> None:  # noqa: D102
-        if not self.ranks.first:
-            return
-        self.metrics.append(metrics)
-        self.trackers.log(metrics)
+        if self.ranks.writes:
+            self.metrics.append(metrics)
+        if self.ranks.first:
+            self.trackers.log(metrics)
 
     def prompts(self, life: Life) -> Sequence[Sequence[int]]:  # noqa: D102
         return self._prompts
@@ -138,13 +138,15 @@ class RunFolder(Keeper):
 
     def go_back(self, life: Life, leave_out: Iterable[int] = ()) -> str | None:  # noqa: D102
         left_out = life.loader.left_out | set(leave_out)
-        last = self.ranks.from_first(lambda: checkpoint.newest_good(self.folder, self.listener.said))
+        say = self.listener.said
+        last = machines.newest_on_all(self.ranks, self.folder, lambda: checkpoint.newest_good(self.folder, say), say)
         if last is None:
             return None
         resuming.restore(life, self.spec, last)
         self.saved = last
-        if self.ranks.first:
+        if self.ranks.writes:
             self.metrics.cut(life.step)
+        if self.ranks.first:
             self.trackers.open(life.step)
         life.loader.left_out |= left_out
         return last.folder.name
@@ -152,7 +154,9 @@ class RunFolder(Keeper):
     def go_to_best(self, life: Life) -> bool:
         """Make the model what it was at the best evaluation, and return whether that was kept and is undamaged."""
         found = {one.step: one for one in checkpoint.list_checkpoints(self.folder)}.get(life.best.step or -1)
-        problem = "it was not kept" if found is None else checkpoint.damage(found)
+        problem = self.ranks.from_writer(lambda: "it was not kept" if found is None else checkpoint.damage(found))
+        if self.ranks.any(problem is not None):
+            problem = problem or "another machine does not have it"
         said = f"the best evaluation was that after step {life.best.step}, with a loss of {life.best.loss:.4f}"
         if found is None or problem is not None:
             self.listener.said(f"{said}; {problem}, and the final model is the last one")

@@ -26,7 +26,7 @@ from oomless.errors import CheckpointError, ConfigError
 from oomless.models import extension
 from oomless.models.spec import resolve
 from oomless.models.tokenizer import load_tokenizer
-from oomless.training import checkpoint, distributed, final_model, resuming, trackers
+from oomless.training import checkpoint, distributed, final_model, machines, resuming, trackers
 from oomless.training.assemble import check_length, open_device
 from oomless.training.listening import Listener, RunResult
 from oomless.training.loop import train
@@ -61,10 +61,14 @@ def train_stages(planned: Sequence[Planned], listener: Listener | None = None, e
     run, model = Path(planned[0].config.output_dir), planned[0].config.model
     device_type = open_device(planned[0].config.gpu).torch_device.type
     with distributed.joined(device_type) as ranks, ExitStack() as stack:
+        ranks = machines.settled(ranks, run, listener.said)
         with ranks.together("the lock of the run folder"):
-            if ranks.first:
+            if ranks.writes:
                 stack.enter_context(locked(run))
-        over = ranks.from_first(lambda: _begin(run, planned, listener))
+        for one in planned[:-1]:
+            machines.on_all(ranks, run / one.stage.folder / MODEL, listener.said)
+        over = ranks.from_writer(lambda: _begin(run, planned, listener))
+        machines.require_same(ranks, {"number of stages that are over": over})
         for place, one in enumerate(planned[over:], over):
             folder, last = run / one.stage.folder, place + 1 == len(planned)
             listener.said(f"{one.stage} of {len(planned)}")
@@ -74,14 +78,14 @@ def train_stages(planned: Sequence[Planned], listener: Listener | None = None, e
                 config = as_runs(run, pairs, place, model=model)
                 if place and config.trainable_rows == extend.NEW:
                     config = replace(config, trainable_rows=_new_rows(run / planned[0].stage.folder))
-                resume = config.resume and folder.is_dir()
+                resume = config.resume and ranks.any(folder.is_dir())
                 result = train(replace(config, resume=resume), listener, one.prediction)
             if ended is not None:
                 ended(one.stage, result)
             if result.interrupted:
                 return result
             with ranks.together("what is left of a stage"):
-                if ranks.first:
+                if ranks.writes:
                     _leave(run, folder, listener, last)
     return replace(result, output_dir=run, model_dir=run / MODEL)
 
