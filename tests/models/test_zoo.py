@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import zoo  # noqa: E402
-
 from oomless.config import DataSource, TrainConfig  # noqa: E402
 
 SAMPLE = ("gpt2", "mixtral", "falcon_h1")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oomless.config import DataSource, TrainConfig
@@ -56,6 +57,13 @@ def test_what_drops_out_by_itself_keeps_its_forward():
     before = torch.random.get_rng_state()
     assert layer_parts.replace(model.eval(), plain=False) == 5  # norms
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_activation_that_learns_is_left_alone():
+    """In a plan its numbers are not there."""
+    with FakeTensorMode():
+        model = model_of("apertus", hidden_act="xielu")
+        assert layer_parts.replace(model, plain=False) == 9  # norms
 
 
 def test_attention_that_rotates_otherwise_keeps_its_forward():
