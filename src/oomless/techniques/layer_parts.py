@@ -193,7 +193,7 @@ def gated_mlp(module: nn.Module) -> GatedMLP | None:
     activation = next((name for name in _ACTIVATIONS if name in names), None)
     if activation is None or module._parameters or not _is_untouched(module):
         return None
-    if module._modules[activation].state_dict():  # an activation that learns (xIELU) is no known one
+    if module.get_submodule(activation).state_dict():  # an activation that learns (xIELU) is no known one
         return None
     projections = names - {activation}
     kernel = _kernel(module._modules[activation])
