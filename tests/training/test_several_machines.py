@@ -211,7 +211,7 @@ def test_machines_under_torchrun_killed_at_random_moments(
     if seen == "one folder":
         (places[0] / "run").mkdir()
         (places[1] / "run").symlink_to(places[0] / "run")
-    more = dict(resume=True, save_steps=1, save_total_limit=2, eval_fraction=0, max_steps=20 * kills)
+    more = dict(resume=True, save_steps=1, save_total_limit=2, eval_fraction=0, max_steps=12 * kills)
     config = settings(make_checkpoint, corpus, **more)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     runs = [place / "run" for place in places]
