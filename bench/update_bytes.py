@@ -26,6 +26,9 @@ UPDATES: list[tuple[str, torch.dtype, str | None]] = [
         ("sgd", BF16, "stochastic"),
     ),
     *(("adafactor", FP32, None), ("adafactor", BF16, "correction"), ("adafactor", BF16, "stochastic")),
+    *(("apollo", FP32, None), ("apollo", BF16, "correction"), ("apollo", BF16, "stochastic")),
+    *(("apollo_mini", FP32, None), ("apollo_mini", BF16, "correction"), ("apollo_mini", BF16, "stochastic")),
+    *(("galore", FP32, None), ("galore", BF16, "correction"), ("galore", BF16, "stochastic")),
 ]
 
 
