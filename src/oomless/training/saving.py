@@ -153,6 +153,7 @@ class RunFolder(Keeper):
 
     def go_to_best(self, life: Life) -> bool:
         """Make the model what it was at the best evaluation, and return whether that was kept and is undamaged."""
+        machines.on_all(self.ranks, self.folder / f"checkpoint-{life.best.step}", self.listener.said)
         found = {one.step: one for one in checkpoint.list_checkpoints(self.folder)}.get(life.best.step or -1)
         problem = self.ranks.from_writer(lambda: "it was not kept" if found is None else checkpoint.damage(found))
         if self.ranks.any(problem is not None):
