@@ -21,6 +21,10 @@ def test_layers_within_layers_are_rehearsed(make_checkpoint, corpus):
     assert zoo.planned(TrainConfig(model=str(folder), data=(DataSource(path=str(corpus)),), output_dir="none", **given))
 
 
+def test_layers_that_return_more_than_a_hidden_state_are_rehearsed(tmp_path):
+    assert zoo.row("hy_v4", tmp_path, ("plan",)) == {"plan": "yes"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_row_of_the_zoo_has_no_fault(tmp_path, model_type):

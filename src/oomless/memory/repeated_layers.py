@@ -208,6 +208,8 @@ class _Layer(nn.Module):
             output = self.layer(passed, *args, **kwargs)
         finally:
             stack.tracker.stop(self.tape)
+        if type(output) is not torch._subclasses.FakeTensor:
+            raise CannotRepeat("a layer returns more than a hidden state")
         freed = previous is not None and self.tape.name_of(previous) is None
         if freed and before is not None:
             before.keeps_input = False
@@ -215,11 +217,11 @@ class _Layer(nn.Module):
             self._forward_ended(output, stack.work.since(counted), frees_previous=freed)
         return _marked(output, self.backward_begins)
 
-    def _forward_ended(self, output: Any, counted: Counted, *, frees_previous: bool) -> None:
+    def _forward_ended(self, output: Tensor, counted: Counted, *, frees_previous: bool) -> None:
         assert self.tape is not None
         kind = self.kind
-        if type(output) is not torch._subclasses.FakeTensor or not self.tape.repeatable:
-            raise CannotRepeat("a layer's forward frees what it did not make, or returns more than a hidden state")
+        if not self.tape.repeatable:
+            raise CannotRepeat("a layer's forward frees what it did not make")
         if self.leads:
             kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
             kind.frees_previous = frees_previous
