@@ -68,6 +68,17 @@ def test_the_device_holds_no_table_and_updates_as_if_it_did(make_checkpoint, mod
     assert parts.movable["embeddings_on_host"] == 4 * numbers
 
 
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_adapters_of_packed_layers_are_in_the_models_dtype(make_checkpoint, quantization):
+    """Nothing floating stands before them then."""
+    device = VirtualGPU(1 << 30)
+    more = {"dtype": "fp16", "quantization": quantization, "weight_precision": "master"}
+    with device.active():
+        parts = assemble(resolve(str(make_checkpoint("qwen2"))), configure("-", **more), device, fill=True)
+    assert {p.dtype for p in parts.model.parameters() if p.requires_grad} == {torch.float16}
+    assert parts.step.loss_scale.scale > 1
+
+
 def test_saves_the_tables_of_the_files_and_resumes(make_checkpoint, corpus, tmp_path):
     folder = make_checkpoint("gemma4", **PER_LAYER)
     more = {"gpu": "virtual:64MiB", "eval_fraction": 0.0, "max_steps": 4, "save_steps": 2, "quantization": "nf4"}

@@ -143,8 +143,10 @@ def is_transposed_for_peft(module: Any) -> bool:
     return bool(getattr(module, "is_transposed_for_peft", module.is_transposed))
 
 
-def inject(model: Any, names: list[str], config: TrainConfig, device: Device, settings: Any) -> None:
-    """Give the stacks ``names`` of ``model`` their adapters, of the ranks and scales that peft's ``settings`` say.
+def inject(
+    model: Any, names: list[str], config: TrainConfig, device: Device, settings: Any, dtype: torch.dtype
+) -> None:
+    """Give the stacks ``names`` of ``model`` their adapters in ``dtype``, of the ranks and scales that peft's ``settings`` say.
 
     Raises:
         ConfigError: they are to be DoRA's, which peft has no form for.
@@ -166,7 +168,7 @@ def inject(model: Any, names: list[str], config: TrainConfig, device: Device, se
         )
         shape = getattr(module, stack).shape
         turned = module.is_transposed != is_transposed_for_peft(module)
-        adapter = ExpertAdapter(shape, module.is_transposed, turned, config, rank, alpha, model.dtype, device)
+        adapter = ExpertAdapter(shape, module.is_transposed, turned, config, rank, alpha, dtype, device)
         setattr(module, PREFIX + stack, adapter)
 
 

@@ -46,6 +46,7 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
             shall train, or be added to, are not there.
     """
     peft = import_unbooked("peft")
+    dtype = model.dtype  # before there are adapters, which peft makes in fp32
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     linear, stacks = _targets(model, str(config.lora_target_modules), unreached)
     adapter = peft.LoraConfig(
@@ -71,10 +72,10 @@ def inject(model: Any, config: TrainConfig, device: Device, unreached: Collectio
             peft.inject_adapter_in_model(adapter, _Unknown(model), adapter_name=ADAPTER)
         tied_layers.replace(model, {module.get_base_layer(): module for module in _adapted_layers(model)})
     model.peft_config = {ADAPTER: adapter}
-    expert_adapters.inject(model, stacks, config, device, adapter)
+    expert_adapters.inject(model, stacks, config, device, adapter, dtype)
     adapter.bias = config.bias  # by which peft itself would train those that the loss does not reach too
     for module in _adapted_layers(model):
-        _materialise(module, model.dtype, device)
+        _materialise(module, dtype, device)
     for parameter in [*trained, *_biases(model, config, unreached)]:
         parameter.requires_grad_(True)
     device.label([p for name, p in model.named_parameters() if "lora_" in name], "weights")
