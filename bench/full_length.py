@@ -41,6 +41,7 @@ CLAIMS = {
     "picks": "planning/test_search.py::test_the_pick_is_the_best_of_all",
     "real_errors": "diagnosis/test_real.py::test_real_errors_of_every_kind",
     "real_errors_of_tools": "diagnosis/test_real_tools.py::test_what_asked_is_named",
+    "monotone": "planning/test_monotone.py",
     "plans": "planning/test_search.py::test_the_pick_trains_and_the_next_better_runs_out",
 }
 
