@@ -88,11 +88,13 @@ def worth(found):
     if found.picked is None:
         return {"quality": 0.0, "balanced": 0.0}
     wish, weight = found.wish, learning.constant("weight_of_what_is_given_up")
-    enough = wish.tokens / wish.hours / 3600
+    asked = wish.tokens / wish.hours / 3600
     quality, balanced = found.named["quality"], found.named["balanced"]
+    speed = 1 / balanced.seconds
+    speed = min(speed, asked) * max(1, speed / asked) ** learning.constant("weight_of_spare_speed")
     return {
         "quality": wish.share(quality) * wish.tokens_read(quality),
-        "balanced": wish.share(balanced) ** weight * min(1 / balanced.seconds, enough),
+        "balanced": wish.share(balanced) ** weight * speed,
     }
 
 
@@ -101,7 +103,7 @@ def test_more_never_gives_a_worse_answer(make_checkpoint, architecture, tied, pi
     """A larger GPU, more host memory, more hours, or a shorter sequence."""
     spec = resolve(str(make_checkpoint(architecture, tied=tied, hidden_size=128, intermediate_size=384)))
     before, after = (answered(spec, pins, one) for one in (asked, more))
-    if asked.hours != more.hours:  # the same hours ask for the same: what is enough is measured by the longer
+    if asked.hours != more.hours:  # the same hours ask for the same: both are measured by the longer
         before = replace(before, wish=after.wish)
     was, now = worth(before), worth(after)
     for name in was:

@@ -85,8 +85,10 @@ def test_within_the_hours_the_whole_text_through_lora_is_worth_more_than_half_of
     text = 100 * MILLION
     assert named(tokens=text, hours=text / 200 / 3600)["quality"] is FULL  # there is time for it
     assert named(tokens=text, hours=text / 400 / 3600)["quality"] is LORA
-    # With time enough for all of them nothing is worth giving anything up.
+    # With time enough for all of them a fourth is not worth giving up for twice the speed, but a twentieth is.
     assert named(tokens=text, hours=1000)["balanced"] is FULL
+    leaner = row(1 / LORA.seconds, optimizer="adamw_8bit")
+    assert named([FULL, leaner], tokens=text, hours=1000)["balanced"] is leaner
 
 
 def test_of_what_has_less_state_the_one_that_teaches_as_much_with_least_is_enough():
@@ -129,8 +131,9 @@ def scores(wish, found):
     worth = {name: wish.share(one) for name, one in answers.items()}
     read = {name: wish.tokens_read(one) if wish.hours else 1 for name, one in answers.items()}
     weight = learning.constant("weight_of_what_is_given_up")
-    enough = wish.tokens / wish.hours / 3600 if wish.tokens and wish.hours else math.inf
-    speed = min(1 / answers["balanced"].seconds, enough)
+    asked = wish.tokens / wish.hours / 3600 if wish.tokens and wish.hours else math.inf
+    speed = 1 / answers["balanced"].seconds
+    speed = min(speed, asked) * max(1, speed / asked) ** learning.constant("weight_of_spare_speed")
     return {"quality": worth["quality"] * read["quality"], "balanced": worth["balanced"] ** weight * speed}
 
 

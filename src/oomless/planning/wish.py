@@ -78,19 +78,17 @@ class Wish:
         """Return the best of ``rows``, which fit, by each preference; of equal ones the first."""
         weight, least = learning.constant("weight_of_what_is_given_up"), learning.constant("least_part_for_fastest")
         shares = [self.share(row) for row in rows]
-        enough = self.tokens / (self.hours * 3600) if self.tokens and self.hours else math.inf
-        """More tokens a second than the hours ask for are worth nothing."""
+        spare = learning.constant("weight_of_spare_speed")
+        asked = self.tokens / (self.hours * 3600) if self.tokens and self.hours else math.inf
+        """More tokens a second than the hours ask for are worth little."""
 
         def best(score: Callable[[float, float], float]) -> Row:
-            scores = [
-                (score(share, min(1 / row.seconds, enough)), 1 / row.seconds)
-                for share, row in zip(shares, rows, strict=True)
-            ]
+            scores = [(score(share, 1 / row.seconds), 1 / row.seconds) for share, row in zip(shares, rows, strict=True)]
             return rows[max(range(len(rows)), key=lambda place: (*scores[place], -place))]
 
         return {
-            "quality": best(lambda share, speed: share * (speed if self.hours else 1)),
-            "balanced": best(lambda share, speed: share**weight * speed),
+            "quality": best(lambda share, speed: share * (min(speed, asked) if self.hours else 1)),
+            "balanced": best(lambda share, speed: share**weight * min(speed, asked) * max(1, speed / asked) ** spare),
             "fast": best(lambda share, _: share >= least * max(shares)),
         }
 
