@@ -7,6 +7,7 @@ import pytest
 
 from oomless.config import DataSource, TrainConfig
 from oomless.memory import virtual_gpu
+from oomless.memory.repeated_layers import CannotRepeat
 from oomless.memory.virtual_gpu import VirtualGPU
 from oomless.models.spec import resolve, resolve_for_plan
 from oomless.ops import attention, gated_product, rms_norm
@@ -27,6 +28,10 @@ CASES = [
     ("qwen2", {**LORA, **CHECKPOINTED, "quantization": "nf4", "cheap_recompute": True, "mlp_tiles": 2, "kernel": "flash"}),
     ("llama", {**LORA, "quantization": "int8", "gradient_accumulation_steps": 3, "lora_dropout": 0.1}),
     ("llama", {**LORA, "stream_frozen": True, "gradient_checkpointing": True}),
+    ("llama", {**LORA, "stream_frozen": True, "gradient_accumulation_steps": 3}),
+    ("qwen3", {**LORA, **CHECKPOINTED, "stream_frozen": True, "cheap_recompute": True, "gradient_accumulation_steps": 2}),
+    ("gemma", {"trainable": "lora", "dtype": "bf16", "stream_frozen": True, "gradient_checkpointing": True, "mlp_tiles": 2,
+               "offload_activations": True, "gradient_accumulation_steps": 3, "cheap_recompute": True}),
     ("llama", {"trainable": "lm_head", "quantization": "nf4", "dtype": "bf16", "embeddings_on_host": True}),
     ("llama", {"optimizer": "adamw", "dtype": "bf16", "gradient_checkpointing": True, "offload_activations": True,
                "gradient_accumulation_steps": 3}),
@@ -84,6 +89,15 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
     some = rehearsal(folder, settings, run_all_layers=False)
     assert in_the_books(some) == in_the_books(every)
     assert some.parameters == every.parameters
+
+
+def test_what_comes_ahead_must_be_the_next_layers_own(make_checkpoint):
+    """Some layers here have wider heads, and what runs after the first and last of the others is one of them each time."""
+    types = ["full_attention" if place in (3, 6, 10) else "sliding_attention" for place in range(11)]
+    folder = make_checkpoint("gemma4", num_hidden_layers=11, layer_types=types)
+    settings = {**LORA, "trainable": "lora", "stream_frozen": True, "gradient_accumulation_steps": 2}
+    with pytest.raises(CannotRepeat, match="what comes ahead"):
+        rehearsal(folder, settings, run_all_layers=False)
 
 
 @pytest.mark.parametrize(

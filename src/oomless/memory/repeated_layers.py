@@ -7,8 +7,9 @@ if all had run, so the books are the same to the byte, which ``tests/planning/te
 
 Where backward runs through a layer is known exactly: autograd calls the node before it when its gradient is complete. What crosses
 from one layer to the next is the hidden state, its gradient, what backward carries on (a running norm, an input that is fetched
-ahead), and where inputs go to the host the one of the layer before, which the next layer frees. A layer that frees anything else
-cannot be repeated, and ``CannotRepeat`` says so: then all layers have to be run.
+ahead), and where inputs go to the host the one of the layer before, which the next layer frees. What comes ahead of a layer
+is in truth the next layer's that runs, and must be as large as the next layer's own. A layer that frees anything else cannot be
+repeated, and ``CannotRepeat`` says so: then all layers have to be run.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class CannotRepeat(Exception):
 
 @contextmanager
 def repeated_layers(
-    model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[Hashable], device: VirtualGPU
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    kinds: Sequence[Hashable],
+    device: VirtualGPU,
+    coming: Callable[[], Sequence[Tensor]],
 ) -> Iterator[None]:
     """Inside, only some of ``layers`` run: of each kind the first and the last, and the first and last of all.
 
@@ -44,6 +49,7 @@ def repeated_layers(
         layers: in forward's order; each takes a hidden state first and returns one of its shape.
         kinds: for each of them, equal for those that ask for the same.
         device: with fake tensors and a history.
+        coming: returns what one layer fetched for the next.
 
     Raises:
         CannotRepeat: from a forward or backward inside.
@@ -53,7 +59,7 @@ def repeated_layers(
     members: dict[Hashable, list[int]] = {kind: [] for kind in kinds}
     for place in inner:
         members[kinds[place]].append(place)
-    stack = _Stack(device)
+    stack = _Stack(device, kinds, coming)
     places = []
     for place, layer in enumerate(layers if any(len(alike) > 2 for alike in members.values()) else ()):
         alike, name = members[kinds[place]], names[id(layer)]
@@ -66,6 +72,7 @@ def repeated_layers(
             runs=not repeats or place in (alike[0], alike[-1]),
             keeps_tape=repeats,
             leads=repeats and place == alike[0],
+            place=place,
         )
         if not place:
             stack.first = part
@@ -74,6 +81,10 @@ def repeated_layers(
         setattr(model.get_submodule(parent), child, part)
     try:
         yield
+        stack.check()
+    except torch.OutOfMemoryError:
+        stack.check()
+        raise
     finally:
         for parent_module, child, layer in places:
             setattr(parent_module, child, layer)
@@ -98,6 +109,7 @@ class _Kind:
     def __init__(self) -> None:
         self.forward: Tape | None = None
         self.output: Any = None
+        self.coming: list[Any] = []
         self.counted_forward: Counted = ()
         self.keeps_input = False
         self.frees_previous = False
@@ -113,11 +125,19 @@ class _Kind:
 class _Stack:
     """What the layers share."""
 
-    def __init__(self, device: VirtualGPU) -> None:
+    def __init__(self, device: VirtualGPU, kinds: Sequence[Hashable], coming: Callable[[], Sequence[Tensor]]) -> None:
         assert device._recorder is not None
         assert device._fake_mode is not None
         self.tracker, self.recorder, self.work = device._tracker, device._recorder, device._fake_mode.work
         self.kinds: dict[Hashable, _Kind] = {}
+        self.kinds_in_order, self.coming = kinds, coming
+        self.begun: dict[str, dict[int, list[int]]] = {"forward": {}, "backward": {}}
+        """How large what had come ahead was in the current pass when the layers that run began: in bytes, by their places."""
+
+        self.ended: dict[str, dict[int, list[int]]] = {"forward": {}, "backward": {}}
+        self.on_tape: dict[str, dict[Hashable, list[int]]] = {"forward": {}, "backward": {}}
+        """How large it is at the end of the layers that are repeated, by their kinds."""
+
         self.carried: list[Booking] = []
         """Of tensors that one layer's backward leaves for the next; their allocation is the newest."""
 
@@ -132,6 +152,28 @@ class _Stack:
         if len(found) != 1 or found[0].allocation is None:
             raise CannotRepeat("a hidden state or gradient is not one booked storage")
         return found[0]
+
+    def ahead(self) -> list[Booking]:
+        """Return what has come ahead of the next layer."""
+        return [self.booking(tensor) for tensor in self.coming()]
+
+    def sizes(self) -> list[int]:
+        return [booking.size_bytes for booking in self.ahead()]
+
+    def check(self) -> None:
+        """Check that each layer of the pass that ends left what the next one, of all, finds; and begin another."""
+        kinds = self.kinds_in_order
+        for direction, step in (("forward", 1), ("backward", -1)):
+            begun, ended, on_tape = self.begun[direction], self.ended[direction], self.on_tape[direction]
+            found = {kinds[place]: sizes for place, sizes in begun.items()}
+            for place, kind in enumerate(kinds):
+                following, left = place + step, ended.get(place, on_tape.get(kind))
+                if left and 0 <= following < len(kinds) and found.get(kinds[following], left) != left:
+                    raise CannotRepeat(
+                        "what comes ahead of the next layer that runs is not what comes ahead of the next"
+                    )
+            for known in (begun, ended, on_tape):
+                known.clear()
 
     def taken(self, booking: Booking) -> Held:
         """Return what ``booking`` holds, which is the caller's from now on."""
@@ -158,6 +200,7 @@ class _Layer(nn.Module):
         runs: bool,
         keeps_tape: bool,
         leads: bool,
+        place: int,
     ) -> None:
         super().__init__()
         self.__dict__["layer"] = layer
@@ -165,7 +208,7 @@ class _Layer(nn.Module):
         self._modules, self._parameters, self._buffers = layer._modules, layer._parameters, layer._buffers
         self.name, self.kind, self.stack = name, kind, stack
         self.trained = [(name, parameter) for name, parameter in layer.named_parameters() if parameter.requires_grad]
-        self.runs, self.keeps_tape, self.leads = runs, keeps_tape, leads
+        self.runs, self.keeps_tape, self.leads, self.place = runs, keeps_tape, leads, place
         self.tape: Tape | None = None
         self.booking: Any = None
         self.input: Any = None
@@ -185,6 +228,7 @@ class _Layer(nn.Module):
         stack.tracker.settle()
         if stack.first is self:
             before, stack.carried = None, []
+            stack.check()
         stack.before = self
         if before is None or before.runs:
             stack.lingering = None if before is None else before.note_whether_input_is_kept()
@@ -201,7 +245,10 @@ class _Layer(nn.Module):
                 stack.recorder.module_ended()
         passed = _marked(hidden, self.backward_ended)
         previous = None if stack.lingering is None else stack.lingering.allocation
-        self.tape = Tape("forward", {} if previous is None else {PREVIOUS: previous})
+        known = {} if previous is None else {PREVIOUS: previous}
+        known |= {("coming", place): booking.allocation for place, booking in enumerate(stack.ahead())}
+        stack.begun["forward"][self.place] = stack.sizes()
+        self.tape = Tape("forward", known)
         counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
         try:
@@ -213,6 +260,7 @@ class _Layer(nn.Module):
         freed = previous is not None and self.tape.name_of(previous) is None
         if freed and before is not None:
             before.keeps_input = False
+        stack.ended["forward"][self.place] = stack.sizes()
         if self.keeps_tape:
             self._forward_ended(output, stack.work.since(counted), frees_previous=freed)
         return _marked(output, self.backward_begins)
@@ -225,8 +273,10 @@ class _Layer(nn.Module):
         if self.leads:
             kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
             kind.frees_previous = frees_previous
+            self.stack.on_tape["forward"][self.stack.kinds_in_order[self.place]] = self.stack.sizes()
             kind.output = self.tape.name_of(self.stack.booking(output).allocation)
-            if kind.output is None:
+            kind.coming = [self.tape.name_of(booking.allocation) for booking in self.stack.ahead()]
+            if kind.output is None or None in kind.coming:
                 raise CannotRepeat("a layer returns what it did not make")
         elif kind.forward is None or not self.tape.same_as(kind.forward):
             raise CannotRepeat("layers of one kind ask for different memory in forward")
@@ -249,11 +299,13 @@ class _Layer(nn.Module):
         known.pop(PREVIOUS, None)
         known[GRADIENT] = stack.booking(gradient).allocation
         if self.keeps_tape:
-            known.pop(self.kind.output, None)  # the next layer's input by now
+            for name in (self.kind.output, *self.kind.coming):  # the next layer's by now
+                known.pop(name, None)
         if self.keeps_input:
             known[INPUT] = self.input
         known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
         known |= {("old", name): stack.booking(old).allocation for name, old in self._gradients()}
+        stack.begun["backward"][self.place] = stack.sizes()
         self.tape = Tape("backward", known)
         self.counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
@@ -274,10 +326,12 @@ class _Layer(nn.Module):
             alive.pop(name, None)
         carried = [name for name in alive if name[0] == "carried"] + [name for name in alive if name[0] == "backward"]
         stack.carried = [stack.holder(alive.pop(name)) for name in carried]
+        stack.ended["backward"][self.place] = stack.sizes()
         if not self.keeps_tape or self.leads:  # the leading one is the last to go, with what its kind shares
             return
         if alive or not tape.repeatable or input_gradient is None:
             raise CannotRepeat(f"a layer's backward leaves {list(alive)} or frees what is not known")
+        stack.on_tape["backward"][stack.kinds_in_order[self.place]] = stack.sizes()
         kind.backward, kind.counted_backward = tape, stack.work.since(self.counted)
         kind.input_gradient, kind.gradients, kind.carried = input_gradient, gradients, carried
 
@@ -294,7 +348,13 @@ class _Layer(nn.Module):
             raise CannotRepeat("a layer's input is gone before the next one begins")
         else:
             held[PREVIOUS] = stack.taken(stack.lingering)
+        coming = stack.ahead()
+        if len(coming) != len(kind.coming):
+            raise CannotRepeat("layers fetch ahead in one pass and not in another")
+        held |= {("coming", place): stack.taken(booking) for place, booking in enumerate(coming)}
         stack.tracker.repeat(kind.forward, held)
+        for booking, name in zip(coming, kind.coming, strict=True):
+            booking.ledger, booking.allocation = held.pop(name)
         stack.work.repeat(kind.counted_forward)
         if stack.lingering is not None:  # what held that holds this one's input from now on
             stack.lingering.ledger, stack.lingering.allocation = stack.taken(self.booking)

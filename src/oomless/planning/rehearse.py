@@ -43,7 +43,7 @@ from oomless.ops.attention import Kernel, attention_kernel, kernel_for
 from oomless.ops.repeating import repeating_by
 from oomless.optim.base import MemoryLeanOptimizer
 from oomless.planning.layout import SHORT_RUN_STEPS, Layout, usual_documents
-from oomless.techniques import frozen_layers, lora, offload_activations, sharding, trainable
+from oomless.techniques import frozen_layers, in_flight, lora, offload_activations, sharding, trainable
 from oomless.techniques.checkpointing import decoder_layers, layers_of_backward
 from oomless.training import checkpoint, script
 from oomless.training.assemble import Assembly, assemble
@@ -219,7 +219,7 @@ def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[No
         )
         for place, (kind, layer, goes_out) in enumerate(zip(types, layers, out, strict=True))
     ]
-    return repeated_layers(model, layers, kinds, device)
+    return repeated_layers(model, layers, kinds, device, partial(in_flight.coming, model))
 
 
 def _facts(name: str, module: nn.Module) -> tuple[Any, ...]:

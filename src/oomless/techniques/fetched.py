@@ -39,7 +39,7 @@ class Fetched:
         """Whether backward has begun, the layer, and how many weights it has used since."""
 
         self._coming: tuple[nn.Module, Coming] | None = None
-        in_flight.note(model, self.clear)
+        in_flight.note(model, self.clear, lambda: None if self._coming is None else self._coming[1][0])
 
     def take(self, user: nn.Module) -> Tensor:
         """Return the weight of ``user`` on the device, and begin to fetch the one that came after it the last time."""
