@@ -48,8 +48,7 @@ LAYERS = {"num_hidden_layers": 8}
 
 
 def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40, gpus=1):
-    """Two steps, an evaluation and a save; one step where layers are streamed, as what they fetch ahead is known by number."""
-    how = {"steps": 1, "whole": False} if "stream_frozen" in settings else {}
+    """Two steps, an evaluation and a save."""
     spec = resolve(str(folder))
     kernel = settings.get("kernel", "auto")
     settings = {name: value for name, value in settings.items() if name != "kernel"}
@@ -62,7 +61,6 @@ def rehearsal(folder, settings, *, run_all_layers, capacity_bytes=1 << 40, gpus=
         kernel=kernel,
         run_all_layers=run_all_layers,
         gpus=gpus,
-        **how,
     )
 
 

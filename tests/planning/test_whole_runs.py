@@ -118,6 +118,18 @@ CASES = {
         *("gemma4", dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=512)),
         dict(dtype="bf16", trainable="lora", lora_r=4, embeddings_on_host=True),
     ),
+    "streamed": (
+        *("llama", dict(num_hidden_layers=6)),
+        dict(
+            dtype="bf16",
+            trainable="lora",
+            lora_r=4,
+            stream_frozen=True,
+            gradient_accumulation_steps=2,
+            eval_steps=2,
+            save_steps=2,
+        ),
+    ),
     "a body that ends in fp32": (
         "mamba",
         dict(),

@@ -171,10 +171,7 @@ def rehearse_briefly(
     spec: ModelSpec, config: TrainConfig, open_device: Callable[[], VirtualGPU], **how: Any
 ) -> Rehearsal:
     """Return what ``rehearse`` with ``how`` finds, running as few layers as it can."""
-    # Parts are fetched one layer ahead, and so are streamed layers, of which a later step finds some that the one before fetched.
-    cut = how.get("gpus", 1) > 1 and sharding.why_whole(config) is None
-    streamed = config.stream_frozen and how.get("whole", True)
-    if not cut and not streamed:
+    if how.get("gpus", 1) == 1 or sharding.why_whole(config) is not None:  # parts are gathered one layer ahead
         with suppress(CannotRepeat):
             return rehearse(spec, config, open_device(), run_all_layers=False, **how)
     return rehearse(spec, config, open_device(), **how)
