@@ -4,8 +4,9 @@ import random
 from dataclasses import dataclass, replace
 
 import pytest
+from tests.planning.test_wish import scores
 
-from oomless.catalogue import gpu, learning
+from oomless.catalogue import gpu
 from oomless.models.spec import resolve
 from oomless.planning.plan import Target
 from oomless.planning.search import search
@@ -85,17 +86,7 @@ def answered(spec, pins, asked):
 
 def worth(found):
     """Return how good the answers by quality and in balance are; nothing where nothing fits."""
-    if found.picked is None:
-        return {"quality": 0.0, "balanced": 0.0}
-    wish, weight = found.wish, learning.constant("weight_of_what_is_given_up")
-    asked = wish.tokens / wish.hours / 3600
-    quality, balanced = found.named["quality"], found.named["balanced"]
-    speed = 1 / balanced.seconds
-    speed = min(speed, asked) * max(1, speed / asked) ** learning.constant("weight_of_spare_speed")
-    return {
-        "quality": wish.share(quality) * wish.tokens_read(quality),
-        "balanced": wish.share(balanced) ** weight * speed,
-    }
+    return {"quality": 0.0, "balanced": 0.0} if found.picked is None else scores(found.wish, found.named)
 
 
 @pytest.mark.parametrize(("architecture", "tied", "pins", "asked", "more"), list(questions()))

@@ -85,7 +85,7 @@ def test_within_the_hours_the_whole_text_through_lora_is_worth_more_than_half_of
     text = 100 * MILLION
     assert named(tokens=text, hours=text / 200 / 3600)["quality"] is FULL  # there is time for it
     assert named(tokens=text, hours=text / 400 / 3600)["quality"] is LORA
-    # With time enough for all of them a fourth is not worth giving up for twice the speed, but a twentieth is.
+    # With time enough for all of them a fourth is not worth giving up for twice the speed, but a hundredth is.
     assert named(tokens=text, hours=1000)["balanced"] is FULL
     leaner = row(1 / LORA.seconds, optimizer="adamw_8bit")
     assert named([FULL, leaner], tokens=text, hours=1000)["balanced"] is leaner
@@ -125,9 +125,8 @@ def rows(draw):
     return found
 
 
-def scores(wish, found):
-    """Return how good each preference's answer is: what it teaches in all; that for its time; its speed."""
-    answers = wish.choices(found)
+def scores(wish, answers):
+    """Return how good the ``answers`` by quality and in balance are: what one teaches in all; that for its time."""
     worth = {name: wish.share(one) for name, one in answers.items()}
     read = {name: wish.tokens_read(one) if wish.hours else 1 for name, one in answers.items()}
     weight = learning.constant("weight_of_what_is_given_up")
@@ -142,15 +141,19 @@ def scores(wish, found):
 def test_more_that_fits_and_more_hours_never_give_a_worse_answer(some, more, tokens, hours, times):
     """A larger GPU, more host memory and a shorter sequence let more fit, and nothing slower."""
     wish = Wish(tokens=tokens, hours=hours)
-    before, after = scores(wish, some), scores(wish, some + more)
+
+    def best(wish, found):
+        return scores(wish, wish.choices(found))
+
+    before, after = best(wish, some), best(wish, some + more)
     for name, score in before.items():
         assert after[name] >= score * (1 - 1e-9), name
     faster = [replace(one, seconds=one.seconds / times) for one in some]
     if tokens is not None:  # else a text without an end grows with the speed
-        assert scores(wish, faster)["balanced"] >= before["balanced"] * (1 - 1e-9)
+        assert best(wish, faster)["balanced"] >= before["balanced"] * (1 - 1e-9)
         if hours is not None:
             longer = replace(wish, hours=hours * times)
-            assert scores(longer, some)["quality"] >= before["quality"] * (1 - 1e-9)
+            assert best(longer, some)["quality"] >= before["quality"] * (1 - 1e-9)
 
 
 def test_every_strategy_has_a_share_with_its_source():

@@ -110,6 +110,9 @@ class _Kind:
         self.forward: Tape | None = None
         self.output: Any = None
         self.coming: list[Any] = []
+        self.left: dict[str, list[int]] = {}
+        """How large what comes ahead of the next layer is when one of those that are repeated ends, forward and backward."""
+
         self.counted_forward: Counted = ()
         self.keeps_input = False
         self.frees_previous = False
@@ -131,12 +134,8 @@ class _Stack:
         self.tracker, self.recorder, self.work = device._tracker, device._recorder, device._fake_mode.work
         self.kinds: dict[Hashable, _Kind] = {}
         self.kinds_in_order, self.coming = kinds, coming
-        self.begun: dict[str, dict[int, list[int]]] = {"forward": {}, "backward": {}}
-        """How large what had come ahead was in the current pass when the layers that run began: in bytes, by their places."""
-
-        self.ended: dict[str, dict[int, list[int]]] = {"forward": {}, "backward": {}}
-        self.on_tape: dict[str, dict[Hashable, list[int]]] = {"forward": {}, "backward": {}}
-        """How large it is at the end of the layers that are repeated, by their kinds."""
+        self.left: dict[str, dict[int, list[int]]] = {"forward": {}, "backward": {}}
+        """How large what had come ahead was when layers that run ended, in bytes: by their places, as they ran in the current pass."""
 
         self.carried: list[Booking] = []
         """Of tensors that one layer's backward leaves for the next; their allocation is the newest."""
@@ -164,16 +163,15 @@ class _Stack:
         """Check that each layer of the pass that ends left what the next one, of all, finds; and begin another."""
         kinds = self.kinds_in_order
         for direction, step in (("forward", 1), ("backward", -1)):
-            begun, ended, on_tape = self.begun[direction], self.ended[direction], self.on_tape[direction]
-            found = {kinds[place]: sizes for place, sizes in begun.items()}
-            for place, kind in enumerate(kinds):
-                following, left = place + step, ended.get(place, on_tape.get(kind))
+            ended = self.left[direction]
+            found = {kinds[place]: sizes for place, sizes in zip([*ended][1:], ended.values(), strict=False)}
+            for place, kind in enumerate(kinds if ended else ()):
+                following, left = place + step, ended.get(place, self.kinds[kind].left.get(direction))
                 if left and 0 <= following < len(kinds) and found.get(kinds[following], left) != left:
                     raise CannotRepeat(
                         "what comes ahead of the next layer that runs is not what comes ahead of the next"
                     )
-            for known in (begun, ended, on_tape):
-                known.clear()
+            ended.clear()
 
     def taken(self, booking: Booking) -> Held:
         """Return what ``booking`` holds, which is the caller's from now on."""
@@ -247,7 +245,6 @@ class _Layer(nn.Module):
         previous = None if stack.lingering is None else stack.lingering.allocation
         known = {} if previous is None else {PREVIOUS: previous}
         known |= {("coming", place): booking.allocation for place, booking in enumerate(stack.ahead())}
-        stack.begun["forward"][self.place] = stack.sizes()
         self.tape = Tape("forward", known)
         counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
@@ -260,7 +257,7 @@ class _Layer(nn.Module):
         freed = previous is not None and self.tape.name_of(previous) is None
         if freed and before is not None:
             before.keeps_input = False
-        stack.ended["forward"][self.place] = stack.sizes()
+        stack.left["forward"][self.place] = stack.sizes()
         if self.keeps_tape:
             self._forward_ended(output, stack.work.since(counted), frees_previous=freed)
         return _marked(output, self.backward_begins)
@@ -273,7 +270,7 @@ class _Layer(nn.Module):
         if self.leads:
             kind.forward, kind.backward, kind.counted_forward = self.tape, None, counted
             kind.frees_previous = frees_previous
-            self.stack.on_tape["forward"][self.stack.kinds_in_order[self.place]] = self.stack.sizes()
+            kind.left = {"forward": self.stack.sizes()}
             kind.output = self.tape.name_of(self.stack.booking(output).allocation)
             kind.coming = [self.tape.name_of(booking.allocation) for booking in self.stack.ahead()]
             if kind.output is None or None in kind.coming:
@@ -305,7 +302,6 @@ class _Layer(nn.Module):
             known[INPUT] = self.input
         known |= {("carried", place): booking.allocation for place, booking in enumerate(stack.carried)}
         known |= {("old", name): stack.booking(old).allocation for name, old in self._gradients()}
-        stack.begun["backward"][self.place] = stack.sizes()
         self.tape = Tape("backward", known)
         self.counted = stack.work.snapshot()
         stack.tracker.start(self.tape)
@@ -326,12 +322,12 @@ class _Layer(nn.Module):
             alive.pop(name, None)
         carried = [name for name in alive if name[0] == "carried"] + [name for name in alive if name[0] == "backward"]
         stack.carried = [stack.holder(alive.pop(name)) for name in carried]
-        stack.ended["backward"][self.place] = stack.sizes()
+        stack.left["backward"][self.place] = stack.sizes()
         if not self.keeps_tape or self.leads:  # the leading one is the last to go, with what its kind shares
             return
         if alive or not tape.repeatable or input_gradient is None:
             raise CannotRepeat(f"a layer's backward leaves {list(alive)} or frees what is not known")
-        stack.on_tape["backward"][stack.kinds_in_order[self.place]] = stack.sizes()
+        kind.left["backward"] = stack.sizes()
         kind.backward, kind.counted_backward = tape, stack.work.since(self.counted)
         kind.input_gradient, kind.gradients, kind.carried = input_gradient, gradients, carried
 

@@ -21,10 +21,7 @@ from oomless.training import checkpoint
 from oomless.training.checkpoint import Checkpoint
 from oomless.training.distributed import Ranks
 from oomless.training.exchange import exchange, whole_files
-from oomless.training.run_files import METRICS
-
-MARKS = ".machine-*"
-"""What the marks in a run folder are called."""
+from oomless.training.run_files import MARKS, METRICS
 
 _PLACES = ("model", "tokenizer", "output_dir", "cache_dir")
 """Settings that say where something lies on a machine; what lies there is compared instead."""

@@ -31,6 +31,9 @@ MODEL = "model"
 TRACKED = "trackers.json"
 """By what names the programs that are told the metrics know the run."""
 
+MARKS = ".machine-*"
+"""By which machines find out whether they see the same run folder."""
+
 LOCK = ".lock"
 EVALUATED = "eval_loss/"
 """What names of validation losses begin with."""

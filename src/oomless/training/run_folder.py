@@ -13,7 +13,7 @@ from typing import Any
 
 from oomless.errors import CheckpointError
 from oomless.training import checkpoint
-from oomless.training.run_files import EVALUATED, LOCK, Process
+from oomless.training.run_files import EVALUATED, LOCK, MARKS, Process
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def remove_leftovers(run: Path) -> None:
     with checkpoint.clear_disk_errors(f"the run folder {run}"):
         for pattern in (
             ".checkpoint-*.tmp",
-            ".machine-*",
+            MARKS,
             ".checkpoint-*.old",
             ".model.*",
             ".*.json.tmp",
