@@ -50,6 +50,7 @@ def test_options_exist(page):
         ("packed_documents", "techniques"),
         ("plan_table", "planner"),
         ("public_speeds", "throughput"),
+        ("selective_scan", "techniques"),
     ],
 )
 def test_tables_are_those_that_were_measured(result, page):

@@ -21,6 +21,7 @@ from oomless.ops.grouped_linear import Groups, grouped_linear
 from oomless.ops.linear_cross_entropy import linear_cross_entropy
 from oomless.ops.rms_norm import rms_norm
 from oomless.ops.rotary import rotary
+from oomless.ops.selective_scan import selective_scan
 from oomless.ops.tiled import tiled
 
 SIXTEEN = [torch.bfloat16, torch.float16]
@@ -177,6 +178,25 @@ def rotary_case():
     return lambda x: rotary(x, *(angle.to(x.dtype) for angle in angles)), plain, [numbers(2, 3, 5, 6)]
 
 
+def looped_scan(x, delta, A, B, C, D, z, delta_bias):
+    """A loop over tokens."""
+    step = functional.softplus(delta + delta_bias[:, None])
+    state, outputs = x.new_zeros(*x.shape[:2], A.shape[1]), []
+    for token in range(x.shape[2]):
+        now = step[:, :, token, None]
+        state = torch.exp(now * A) * state + now * x[:, :, token, None] * B[:, None, :, token]
+        outputs.append((state * C[:, None, :, token]).sum(-1))
+    return (torch.stack(outputs, -1) + D[:, None] * x) * functional.silu(z)
+
+
+def scan_inputs(tokens, sequences=2, channels=5, states=3):
+    """What a mixer gives, in fp64: x, delta, A, B, C, D, z, delta_bias."""
+    wide, narrow = (sequences, channels, tokens), (sequences, states, tokens)
+    shapes = wide, wide, (channels, states), narrow, narrow, (channels,), wide, (channels,)
+    x, delta, A, *rest = (numbers(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    return [x, delta - 1, -A.exp(), *rest]
+
+
 def tiled_case():
     class MLP(torch.nn.Module):
         def __init__(self):
@@ -215,6 +235,7 @@ CASES = {
         [numbers(3, 5, 7), numbers(7, seed=1)],
     ),
     "rotary": rotary_case(),
+    "selective_scan": (selective_scan, looped_scan, scan_inputs(37)),
     "tiled": tiled_case(),
 }
 

@@ -59,6 +59,14 @@ CASES += [
 ]
 
 
+RECURRENT = {"packing": "concatenate"}
+CASES += [
+    ("mamba", RECURRENT | {"trainable": "full", "optimizer": "adamw", "dtype": "bf16"}),
+    ("mamba", RECURRENT | {"trainable": "lora", "lora_r": 4, "dtype": "fp16", "gradient_checkpointing": True}),
+    ("mamba", RECURRENT | {"trainable": "lm_head", "tied_weights": "untied", "quantization": "nf4", "dtype": "bf16"}),
+]
+
+
 def both_profiles(folder, settings, lengths=LENGTHS):
     spec = resolve(str(folder))
     config = TrainConfig(

@@ -37,6 +37,7 @@ from oomless.techniques import (
     one_gradient_buffer,
     quantization,
     rotary,
+    selective_scan,
     sharding,
     stream_frozen,
     tied_layers,
@@ -258,6 +259,7 @@ def _ready(model: Any, config: TrainConfig, device: Device, ranks: Ranks, sharde
 def _save_activations(model: Any, config: TrainConfig, device: Device, norm_dtype: torch.dtype | None) -> None:
     """Apply the ways to keep less for backward, each on top of those before it."""
     block_dropout.apply(model)
+    selective_scan.replace(model)
     if config.gradient_checkpointing:
         layers = checkpointing.apply(model, config.checkpointed_layers)
         if config.offload_activations:
