@@ -18,6 +18,16 @@ def test_resolve_several(text):
     assert str(resolve(text)) == "2 x T4"
 
 
+@pytest.mark.parametrize("text", ["2x8xT4", "2 x 8 x Tesla T4", "2×8×t4", "2*8*T4"])
+def test_resolve_several_machines(text):
+    found = resolve(text)
+    assert found == Hardware(gpu=catalogue.gpu("T4"), count=16, machines=2)
+    assert str(found) == "2 machines of 8 T4"
+    assert found.capacity_bytes == resolve("16xT4").capacity_bytes
+    assert resolve("1x8xT4") == resolve("8xT4")
+    assert resolve("2x2x24GiB").count == 4
+
+
 def test_resolve_a_size():
     assert resolve("24GiB").gpu.usable_bytes == 24 * GiB
     assert resolve("4x24 GiB").count == 4
@@ -45,6 +55,20 @@ def test_detect_reads_the_device():
 @pytest.mark.parametrize("text", ["0xT4", "T5000", "", "x", "2x"])
 def test_resolve_refuses(text):
     with pytest.raises(HardwareError):
+        resolve(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0x8xT4", "number of machines must be at least 1; got 0"),
+        ("2x0xT4", "number of GPUs must be at least 1; got 0"),
+        ("2x2x2xT4", r"at most two numbers, machines x GPUs, such as 2x8xT4; got 3 in '2x2x2xT4'"),
+        ("2x8xT5", "got 'T5'"),
+    ],
+)
+def test_resolve_refuses_machines(text, words):
+    with pytest.raises(HardwareError, match=words):
         resolve(text)
 
 

@@ -23,15 +23,21 @@ _COUNT_AND_NAME = re.compile(r"(\d+)\s*[x×*]\s*(\S.*)", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """One kind of GPU, ``count`` times."""
+    """One kind of GPU, ``count`` times, on one machine or several."""
 
     gpu: Gpu
     count: int = 1
+    """How many there are, those of all machines together."""
+
+    machines: int = 1
+    """On how many machines they are."""
 
     detected: bool = False
     """Whether the GPU is present, its memory read from the driver; else it was only named."""
 
     def __post_init__(self) -> None:
+        if self.machines < 1:
+            raise HardwareError(f"the number of machines must be at least 1; got {self.machines} with {self.gpu.name}")
         if self.count < 1:
             raise HardwareError(f"the number of GPUs must be at least 1; got {self.count} of {self.gpu.name}")
         if self.capacity_bytes <= 0:
@@ -64,7 +70,9 @@ class Hardware:
         return self.gpu.usable_bytes - sum(item.bytes_low for item in self.outside_allocator)
 
     def __str__(self) -> str:
-        """Return ``"T4"`` or ``"2 x T4"``."""
+        """Return ``"T4"``, ``"2 x T4"`` or ``"2 machines of 8 T4"``."""
+        if self.machines > 1:
+            return f"{self.machines} machines of {self.count // self.machines} {self.gpu.name}"
         return self.gpu.name if self.count == 1 else f"{self.count} x {self.gpu.name}"
 
 
@@ -99,20 +107,28 @@ def resolve(text: str) -> Hardware | None:
     """Return what ``--gpu`` means.
 
     ``"auto"`` is the GPU that is present, or ``None``; ``"cpu"`` is ``None``; anything else is what
-    ``catalogue.gpu`` takes, with a count before it if there are several: ``"T4"``, ``"2xT4"``, ``"24GiB"``.
+    ``catalogue.gpu`` takes, with a count before it if there are several (``"2xT4"``), and before that the number of
+    machines with so many each, if there are several (``"2x8xH100"``).
 
     Raises:
-        HardwareError: the catalogue knows no such GPU, or the count is 0.
+        HardwareError: the catalogue knows no such GPU, a count is 0, or there are more than two of them.
     """
     wish = text.strip()
     if wish.lower() == "cpu":
         return None
     if wish.lower() == "auto":
         return detect()
-    counted = _COUNT_AND_NAME.fullmatch(wish)
-    if counted is None:
-        return Hardware(gpu=gpu(wish))
-    return Hardware(gpu=gpu(counted[2]), count=int(counted[1]))
+    counts: list[int] = []
+    name = wish
+    while counted := _COUNT_AND_NAME.fullmatch(name):
+        counts.append(int(counted[1]))
+        name = counted[2]
+    if len(counts) > 2:
+        raise HardwareError(
+            f"before a GPU's name stand at most two numbers, machines x GPUs, such as 2x8x{name}; got {len(counts)} in {text!r}"
+        )
+    machines = counts[0] if len(counts) == 2 else 1
+    return Hardware(gpu=gpu(name), count=machines * counts[-1] if counts else 1, machines=machines)
 
 
 def available_host_bytes() -> int:

@@ -12,7 +12,9 @@ TiB = 1 << 40
 _UNITS = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
 _UNITS |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_RATES = {"mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([MGT]bit)(?:/s)?|([MGT]B)/s)\s*", re.IGNORECASE)
 
 
 def format_bytes(size_bytes: int) -> str:
@@ -58,3 +60,23 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"a size is a number and one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB; got {text!r}")
     return round(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """Return the rate of a network in the unit in which it is sold: ``"100 Gbit/s"``."""
+    return f"{8 * bytes_per_s / 1e9:,.4g} Gbit/s"
+
+
+def parse_rate(text: str) -> float:
+    """Return the bytes a second that ``"100Gbit"``, ``"100 Gbit/s"`` or ``"12.5GB/s"`` stands for.
+
+    Raises:
+        ValueError: ``text`` is no number, more than 0, followed by one of Mbit, Gbit, Tbit, MB/s, GB/s, TB/s.
+    """
+    match = _RATE.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise ValueError(
+            "a network's rate is a number, more than 0, and one of Mbit, Gbit, Tbit (a second), MB/s, GB/s, TB/s, such as 100Gbit; "
+            f"got {text!r}"
+        )
+    return float(match[1]) * _RATES[(match[2] or match[3]).lower()]

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from oomless import catalogue
+from oomless.catalogue._data import read_yaml
 from oomless.errors import HardwareError
 from oomless.units import GiB, MiB
 
@@ -145,3 +146,15 @@ def test_cublas_workspace_follows_pytorchs_rule(name, size_bytes):
 def test_the_catalogue_loads_neither_torch_nor_transformers():
     program = "import sys, oomless.hardware; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("gpu", catalogue.gpus(), ids=NAMES)
+def test_a_network_is_assumed_and_says_so(gpu):
+    one, eight = (catalogue.assumed_network(gpu, count) for count in (1, 8))
+    assert 1e9 < one.bytes_per_s <= eight.bytes_per_s < 1e12
+    assert one.source.startswith("assumed: ")
+
+
+def test_networks_are_those_of_known_gpus():
+    assert set(read_yaml("networks.yaml")["per_gpu"]) <= set(NAMES)
+    assert catalogue.assumed_network(catalogue.gpu("H100"), 8).bytes_per_s == 8 * 400e9 / 8

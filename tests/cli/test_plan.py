@@ -143,6 +143,26 @@ def test_the_same_search_again_rehearses_nothing(make_checkpoint, tmp_path):
     assert first["plan"]["profile"] == second["plan"]["profile"]
 
 
+def test_several_machines_are_planned_and_started(make_checkpoint, tmp_path, monkeypatch):
+    """With the network that is given or assumed, and the command for each machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, picked = make_checkpoint("llama"), tmp_path / "pick.yaml"
+    arguments = ("--model", model, "--gpu", "2x4xT4", "--max-seq-length", 64, "--tokens", "10k", "--optimizer", "adamw")
+    said = commands.oomless("plan", *arguments, "--why", "--write", picked)
+    assert said.code == 0, said.err
+    words = " ".join(said.out.split())
+    assert "on 2 machines of 4 T4:" in words
+    assert "network of each machine: 10 Gbit/s, assumed: one port" in words
+    start = "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id mine --nproc-per-node 4 -m oomless train"
+    assert f"on each machine, of which HOST is one: {start} --config {picked}" in words
+    answer = commands.oomless("plan", *arguments, "--network", "100Gbit", "--json").json
+    facts = {"gpus": 8, "machines": 2, "network_bytes_per_s": 12.5e9}
+    assert {name: answer[name] for name in facts} == facts == {name: answer["plan"][name] for name in facts}
+    assert answer["trials"] == 0  # the same memory and work, read again
+    documented = Path(ROOT, "docs", "planner.md").read_text()
+    assert all(f"`{name}`" in documented for name in answer)
+
+
 @pytest.mark.slow
 def test_nothing_fits_and_what_would(make_checkpoint):
     result = oomless(
@@ -230,6 +250,11 @@ def test_the_longest_sequence(make_checkpoint):
         (["--model", "gemma-7b", "--gpu", "T4", "--dtype", "bf16"], "compute capability 8.0"),
         (["--model", "gemma-7b", "--gpu", "T4", "--timeline", "x.gif"], ".html or .png"),
         (["--model", "{tmp}", "--gpu", "T4"], "config.json"),
+        (["--model", "gemma-7b", "--gpu", "2x2x2xT4"], "at most two numbers, machines x GPUs"),
+        (["--model", "gemma-7b", "--gpu", "2x8xT4", "--network", "100"], "--network: a network's rate is a number"),
+        (["--model", "gemma-7b", "--gpu", "8xT4", "--network", "100Gbit"], "where it has no effect: leave it out"),
+        (["--model", "gemma-7b", "--gpu", "T4", "--as-given", "--network", "1Gbit"], "where it has no effect"),
+        (["--model", "gemma-7b", "--what-if", "gpu=T4,2xT4", "--network", "1Gbit"], "got it for T4, 2xT4"),
     ],
 )
 def test_bad_input(tmp_path, arguments, message):

@@ -11,7 +11,7 @@ from oomless.config import TrainConfig
 from oomless.memory.work import Work
 from oomless.models.spec import resolve_for_plan
 from oomless.planning.plan import Target, plan, target_for
-from oomless.planning.throughput import SPREAD, relative_seconds, throughput
+from oomless.planning.throughput import SPREAD, relative_seconds, speed_of, throughput
 
 BOUNDS = ("low", "expected", "high")
 WORK = Work(
@@ -63,6 +63,54 @@ def test_several_gpus_by_hand():
         pair = throughput(replace(alone, exchanged_bytes_of_passes=sent), replace(target(found), gpus=2), config())
         assert pair.tokens_per_second == pytest.approx(12000 / (seconds + 3 * sent / (rate * share.peers) / 2))
         assert "between GPUs assumed" in pair.basis
+
+
+def test_several_machines_by_hand():
+    """What each sends goes around a ring, whose slowest part is from machine to machine: 16 GPUs on two, with 1 GB/s between."""
+    found, share, sent = gpu("A100-80GB"), efficiency(gpu("A100-80GB"), "expected"), 10**7
+    alone = replace(WORK, link_bytes_of_passes=0, link_bytes_of_update=0)
+    seconds = 6000 / throughput(alone, target(found), config(), ()).tokens_per_second
+    both = replace(target(found), gpus=16, machines=2, network_bytes_per_s=1e9)
+    pair = throughput(replace(alone, exchanged_bytes_of_passes=sent), both, config())
+    assert pair.tokens_per_second == pytest.approx(96000 / (seconds + 3 * sent / (1e9 * share.network) / 2))
+    assert "between machines assumed" in pair.basis
+
+
+@pytest.mark.parametrize("name", ["T4", "H100", "24GiB"])
+def test_machines_are_never_faster_than_one_and_slower_networks_never_faster(name):
+    sent = replace(WORK, exchanged_bytes_of_passes=10**9, exchanged_bytes_of_update=10**9)
+    one = relative_seconds(sent, target_for(f"16x{name}"), config())
+    rates = [1e15, 400e9, 100e9, 12.5e9, 1.25e9, 1e8]
+    times = [relative_seconds(sent, target_for(f"2x8x{name}", None, rate), config()) for rate in rates]
+    assert [one, *times] == sorted([one, *times])
+    assert times[0] == one
+    assert times[-1] > one
+    assumed = relative_seconds(sent, target_for(f"2x8x{name}"), config())
+    assert one <= assumed < times[-1]
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_a_gpu_of_two_machines_holds_what_it_holds_in_one(sharding):
+    """To the byte; and it computes and sends the same. While it is built DTensor asks once for shapes, which the books take for memory."""
+    spec = resolve_for_plan("SmolLM2-135M")
+    run = config(model=spec.name, max_seq_length=512, gradient_accumulation_steps=1, sharding=sharding)
+    one, two = (plan(spec, run, target_for(name)) for name in ("16xH100", "2x8xH100"))
+    held, beside = (
+        {
+            name: (phase.allocated_bytes, phase.reserved_bytes)
+            for name, phase in found.profile.phases.items()
+            if name != "load"
+        }
+        for found in (one, two)
+    )
+    assert beside == held
+    assert two.profile.peak_bytes_by_category == one.profile.peak_bytes_by_category
+    assert (two.needed_bytes, two.work) == (one.needed_bytes, one.work)
+    assert two.work.exchanged_bytes_of_passes + two.work.exchanged_bytes_of_update > 0
+    assert abs(two.target.host_bytes - 2 * one.target.host_bytes) <= 1  # of each machine eight processes take a part
+    over_network = replace(two, target=replace(two.target, network_bytes_per_s=12.5e9))
+    together, assumed, slower = (speed_of(found, run).tokens_per_second for found in (one, two, over_network))
+    assert slower < assumed <= together
 
 
 @pytest.mark.parametrize("entry", gpus(), ids=lambda entry: entry.name)
@@ -138,7 +186,7 @@ def test_the_catalogue_s_efficiencies_are_shares_in_order():
     assert set(data["gpus"]) <= {entry.name for entry in gpus()}
     for entry in gpus():
         low, expected, high = (efficiency(entry, bound) for bound in BOUNDS)
-        for name in ("matrix", "memory", "link"):
+        for name in ("matrix", "memory", "link", "peers", "network"):
             assert 0 < getattr(low, name) < getattr(expected, name) < getattr(high, name) < 1
         assert low.operator_seconds > expected.operator_seconds > high.operator_seconds > 0
         assert isinstance(low, Efficiency)

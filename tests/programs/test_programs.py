@@ -445,6 +445,17 @@ def test_several_gpus_hold_what_they_hold_in_a_real_run(tmp_path, monkeypatch):
             assert answer["needed_bytes"] == reserved
 
 
+def test_a_script_on_several_machines_is_told_of_them(tmp_path):
+    script = """import os, torch
+torch.distributed.init_process_group()
+x = torch.ones(3, device='cuda')
+print('told', torch.cuda.device_count(), torch.distributed.get_world_size(), os.environ['LOCAL_WORLD_SIZE'], os.environ['GROUP_WORLD_SIZE'])
+"""
+    done = rehearse(tmp_path, script, gpu="2x4xT4")
+    assert done.returncode == 0, done.stderr
+    assert "told 4 8 4 2" in done.stderr
+
+
 @pytest.mark.full_length
 def test_a_trainer_on_several_gpus(tmp_path, small_model):
     """In DDP each holds everything, and buckets of gradients beside; FSDP shares it out."""

@@ -29,6 +29,9 @@ class Efficiency:
     peers: float
     """Of the bandwidth from one GPU to the next: NVLink, else that to the host."""
 
+    network: float
+    """Of the bandwidth from one machine to the next."""
+
     operator_seconds: float
     """What the host takes to start an operator; the GPU waits where its own work is shorter."""
 
@@ -48,10 +51,15 @@ def efficiency(gpu: Gpu, bound: Bound) -> Efficiency:
     return Efficiency(**{name: float(entry[name][bound]) for name in Efficiency.__dataclass_fields__})
 
 
-def efficiency_source(gpu: Gpu, count: int = 1) -> str:
-    """Return what the range for ``gpu``, of which there are ``count``, rests on."""
+def efficiency_source(gpu: Gpu, count: int = 1, machines: int = 1) -> str:
+    """Return what the range for ``gpu``, of which there are ``count`` on so many ``machines``, rests on."""
     entry = _entry(gpu)
-    return str(entry["source"]) if count == 1 else f"{entry['source']}; {entry['peers_source']}"
+    parts = [entry["source"]]
+    if count > 1:
+        parts.append(entry["peers_source"])
+    if machines > 1:
+        parts.append(entry["network_source"])
+    return "; ".join(parts)
 
 
 def measured(gpu: Gpu) -> tuple[Measured, ...]:

@@ -21,13 +21,13 @@ from oomless.cli.options import (
 )
 from oomless.config.stages import STAGES
 from oomless.errors import ConfigError
-from oomless.planning.given import as_config, host_size, read_given, wish_of
+from oomless.planning.given import as_config, host_size, network_rate, read_given, wish_of
 from oomless.planning.strategies import UNPLANNED
 
 if TYPE_CHECKING:
     from oomless.config import TrainConfig
     from oomless.planning.choice import Choice
-    from oomless.planning.plan import Plan
+    from oomless.planning.plan import Plan, Target
     from oomless.planning.throughput import Throughput
     from oomless.report.screen import Screen
 
@@ -40,6 +40,7 @@ OPTIONS = (
     own("why", bool, "Show what was compared, what does not fit and why, and what the figures rest on."),
     own("what_if", str, "GPUs to compare: gpu=RTX4090,L4."),
     HOST_MEMORY,
+    own("network", str, "Rate of each machine's network, such as 100Gbit, for several machines. [default: assumed]"),
     own("write", Path, "Write the pick as YAML for oomless train --config."),
     own("json", bool, "Print the answer as JSON."),
     own("html", Path, "Write the answer as one page to look at or to mail."),
@@ -55,6 +56,8 @@ EXAMPLES = """
 oomless plan --model meta-llama/Llama-3.2-1B --gpu T4 --tokens 50M --hours 48
 # which GPU?
 oomless plan --model gemma-7b --what-if gpu=RTX4090,L4,A100-40G
+# and on two machines with eight GPUs each?
+oomless plan --model meta-llama/Llama-3.1-8B --gpu 2x8xH100 --network 100Gbit
 # how long may a sequence be?
 oomless plan --model gemma-7b --gpu L4 --max-seq-length max
 """
@@ -69,6 +72,7 @@ def plan(
     why: bool,
     what_if: str | None,
     host_memory: str | None,
+    network: str | None,
     write: Path | None,
     json: bool,
     html: Path | None,
@@ -94,12 +98,13 @@ def plan(
         from oomless.cli.stages import plan_stages
 
         _require_choice(as_given, why, write=write, host_memory=host_memory, prefer=prefer)
-        wish, host_bytes = wish_of(prefer), host_size(host_memory)
-        plan_stages(stages, as_given, wish, host_bytes, why=why, json=json, write=write, html=html)
+        wish, host_bytes, rate = wish_of(prefer), host_size(host_memory), network_rate(network)
+        plan_stages(stages, as_given, wish, host_bytes, rate, why=why, json=json, write=write, html=html)
         return
     given = given_settings(config, settings)
     models, gpus = models_to_compare(given.get("model")), gpus_to_compare(what_if)
-    host_bytes, wish = host_size(host_memory), wish_of(prefer, tokens, hours, given)
+    host_bytes, rate = host_size(host_memory), network_rate(network)
+    wish = wish_of(prefer, tokens, hours, given)
     compares = len(models) > 1 or bool(gpus)
     if compares and (as_given or write or html or timeline or snapshot):
         raise ConfigError(
@@ -120,12 +125,12 @@ def plan(
         with with_new_tokens(spec, {**UNPLANNED, **given, "model": model}) as (grown, _):
             say_notes(grown.notes_with(given.get("quantization")))
     if compares:
-        _compare(given, models, gpus or [given.get("gpu", "auto")], wish, host_bytes, json)
+        _compare(given, models, gpus or [given.get("gpu", "auto")], wish, host_bytes, rate, json)
         return
     if as_given:
-        answer = _as_given(as_config(given), json, html, recorded=snapshot is not None)
+        answer = _as_given(as_config(given), rate, json, html, recorded=snapshot is not None)
     else:
-        answer = _choose(given, wish, host_bytes, json, write, html, why=why, recorded=snapshot is not None)
+        answer = _choose(given, wish, host_bytes, rate, json, write, html, why=why, recorded=snapshot is not None)
     if timeline is not None:
         from oomless.report.plan import write_timeline
 
@@ -154,6 +159,7 @@ def _compare(
     gpus: Sequence[str],
     wish: dict[str, Any],
     host_bytes: int | None,
+    network_bytes_per_s: float | None,
     json: bool,
 ) -> None:
     """Print what is picked for each of ``models`` on each of ``gpus``."""
@@ -163,14 +169,18 @@ def _compare(
     from oomless.report.choice import compared_to_dict, print_comparison
 
     with searching(aside()) as say:
-        compared = compare(given, models, gpus, **wish, host_bytes=host_bytes, progress=say)
+        compared = compare(
+            given, models, gpus, **wish, host_bytes=host_bytes, network_bytes_per_s=network_bytes_per_s, progress=say
+        )
     if json:
         out().out(dumps(compared_to_dict(compared), indent=2))
     else:
         print_comparison(out(), compared)
 
 
-def _as_given(config: TrainConfig, json: bool, html: Path | None, *, recorded: bool) -> Plan:
+def _as_given(
+    config: TrainConfig, network_bytes_per_s: float | None, json: bool, html: Path | None, *, recorded: bool
+) -> Plan:
     """Print the plan of ``config``, of which nothing is chosen, write it to ``html``, and return it; ``recorded`` for a snapshot."""
     from oomless.cli.voice import out
     from oomless.planning.plan import plan_training
@@ -178,7 +188,7 @@ def _as_given(config: TrainConfig, json: bool, html: Path | None, *, recorded: b
     from oomless.report.choice import plan_to_dict
     from oomless.report.plan_page import plan_page
 
-    answer = plan_training(config, snapshot=recorded)
+    answer = plan_training(config, network_bytes_per_s=network_bytes_per_s, snapshot=recorded)
     speed = speed_of(answer, config)
     write_page(html, lambda: plan_page(answer, speed))
     if json:
@@ -203,6 +213,7 @@ def _choose(
     given: dict[str, Any],
     wish: dict[str, Any],
     host_bytes: int | None,
+    network_bytes_per_s: float | None,
     json: bool,
     write: Path | None,
     html: Path | None,
@@ -222,7 +233,9 @@ def _choose(
     from oomless.report.plan_page import choice_page
 
     with searching(aside()) as say:
-        picked = choose_training(given, **wish, host_bytes=host_bytes, progress=say)
+        picked = choose_training(
+            given, **wish, host_bytes=host_bytes, network_bytes_per_s=network_bytes_per_s, progress=say
+        )
     write_page(html, lambda: choice_page(picked))
     if json:
         out().out(dumps(picked.to_dict(), indent=2))
@@ -231,10 +244,12 @@ def _choose(
     if picked.config is None or picked.plan is None:
         raise typer.Exit(1)
     if not json:
-        print_next(out(), why=why, write=write)
+        print_next(out(), picked.target, why=why, write=write)
     if write is not None:
-        write_pick(aside() if json else out(), write, picked_settings(picked), picked.target.gpus)
-    return plan_training(picked.config, snapshot=True) if recorded else picked.plan
+        write_pick(aside() if json else out(), write, picked_settings(picked), picked.target)
+    if not recorded:
+        return picked.plan
+    return plan_training(picked.config, network_bytes_per_s=network_bytes_per_s, snapshot=True)
 
 
 def print_picked(screen: Screen, picked: Choice, *, why: bool) -> None:
@@ -258,12 +273,15 @@ def print_picked(screen: Screen, picked: Choice, *, why: bool) -> None:
         print_plan(screen, picked.plan)
 
 
-def print_next(screen: Screen, *, why: bool, write: Path | None) -> None:
-    """Print what one may ask next."""
+def print_next(screen: Screen, target: Target, *, why: bool, write: Path | None) -> None:
+    """Print what one may ask next, and how to train on ``target``."""
+    from oomless.report.choice import launcher
+
     if not why:
         screen.print("--why says what does not fit, and what the figures rest on.", style="dim")
     if write is None:
-        screen.print("To train it, add --write run.yaml here; then: oomless train --config run.yaml", style="dim")
+        command = f"{launcher(target.gpus_of_machine, target.machines)} train --config run.yaml"
+        screen.print(f"To train it, add --write run.yaml here; then{_where(target)}: {command}", style="dim")
 
 
 def write_page(path: Path | None, made: Callable[[], str]) -> None:
@@ -277,8 +295,8 @@ def write_page(path: Path | None, made: Callable[[], str]) -> None:
     aside().print(f"written to {path}", soft_wrap=True)
 
 
-def write_pick(screen: Screen, path: Path, settings: dict[str, Any], gpus: int) -> None:
-    """Write the ``settings`` of a pick for so many ``gpus`` as YAML for ``oomless train --config``."""
+def write_pick(screen: Screen, path: Path, settings: dict[str, Any], target: Target) -> None:
+    """Write the ``settings`` of a pick for ``target`` as YAML for ``oomless train --config``."""
     import yaml
 
     from oomless.report.choice import launcher
@@ -289,5 +307,12 @@ def write_pick(screen: Screen, path: Path, settings: dict[str, Any], gpus: int) 
     missing = [
         f"--{name.replace('_', '-')} ..." for name in ("data", "output_dir") if not any(name in part for part in said)
     ]
-    command = f"{launcher(gpus)} train --config {' '.join([quote(str(path)), *missing])}"
-    screen.print(f"written to {path}: {command}", soft_wrap=True)
+    command = (
+        f"{launcher(target.gpus_of_machine, target.machines)} train --config {' '.join([quote(str(path)), *missing])}"
+    )
+    screen.print(f"written to {path}{_where(target)}: {command}", soft_wrap=True)
+
+
+def _where(target: Target) -> str:
+    """Return where a command that trains on ``target`` is started."""
+    return ", on each machine, of which HOST is one" if target.machines > 1 else ""

@@ -132,6 +132,7 @@ def plan_stages(
     as_given: bool,
     wish: dict[str, Any],
     host_bytes: int | None,
+    network_bytes_per_s: float | None,
     *,
     why: bool,
     json: bool,
@@ -158,7 +159,7 @@ def plan_stages(
         parts.append(f"<h2>{text(str(stage))}</h2>")
         if as_given:
             config = as_config(settings)
-            plan = plan_training(config)
+            plan = plan_training(config, network_bytes_per_s=network_bytes_per_s)
             speed = speed_of(plan, config)
             reading = tokens_to_read(shared(config, plan.target.gpus), plan.target.gpus)
             hours.append(hours_to_read(speed, reading) if speed is not None and reading is not None else None)
@@ -168,7 +169,13 @@ def plan_stages(
                 print_as_given(out(), plan, speed, config)
             return config, plan
         with searching(aside()) as say:
-            found = choose_training(read_given(settings), **wish, host_bytes=host_bytes, progress=say)
+            found = choose_training(
+                read_given(settings),
+                **wish,
+                host_bytes=host_bytes,
+                network_bytes_per_s=network_bytes_per_s,
+                progress=say,
+            )
         picked = choice_as_said(found, stage.settings)
         answers.append({"number": stage.number, "name": stage.name, **picked.to_dict()})
         parts.extend(choice_parts(picked))
@@ -197,10 +204,10 @@ def plan_stages(
         print_decides(out(), settled)
         if in_all is not None:
             out().print(f"All stages together take {hours_in_words(in_all)}, predicted.")
-        if not as_given:
-            print_next(out(), why=why, write=write)
+        if not as_given and most is not None:
+            print_next(out(), most[1].target, why=why, write=write)
     if write is not None and fits and most is not None:
-        write_pick(aside() if json else out(), write, together(picks), most[1].target.gpus)
+        write_pick(aside() if json else out(), write, together(picks), most[1].target)
     if not fits:
         raise typer.Exit(1)
 

@@ -46,7 +46,7 @@ class Memory:
     overflows without, else off]"""
 
     gpu: str = "auto"
-    """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB; to plan, also T4 or 2xT4."""
+    """auto, cpu, cuda, cuda:1, or a virtual GPU on the CPU such as virtual:256MiB; to plan, also T4, 2xT4 or 2x8xH100."""
 
     sharding: Literal["auto", "replicate", "shard"] = "auto"
     """What each of several GPUs holds: a part of the model (shard, the least memory), or all of it (replicate, the least to

@@ -12,7 +12,7 @@ from oomless.planning.strategies import Prefer, Settings
 from oomless.planning.wish import Wish
 from oomless.vocabulary import extend
 
-SCHEMA = 2
+SCHEMA = 3
 """Of the JSON of a choice; docs/planner.md says what changed with each."""
 
 
@@ -67,6 +67,9 @@ class Choice:
             "schema": SCHEMA,
             "model": self.model,
             "gpu": self.target.name,
+            "gpus": self.target.gpus,
+            "machines": self.target.machines,
+            "network_bytes_per_s": self.target.network_bytes_per_s,
             "usable_bytes": self.target.usable_bytes,
             "margin_bytes": self.target.margin_bytes,
             "host_bytes": self.target.host_bytes,

@@ -18,7 +18,7 @@ from oomless.planning.choice import Choice
 from oomless.planning.duration import tokens_to_read
 from oomless.planning.given import LONGEST, read_given
 from oomless.planning.layout import OF_THE_TEXT
-from oomless.planning.plan import Target, require_host, target_for
+from oomless.planning.plan import Target, require_host, targets_for
 from oomless.planning.row import Heard
 from oomless.planning.search import Progress, search
 from oomless.planning.strategies import UNPLANNED, Prefer, Quality, Settings
@@ -46,6 +46,7 @@ def choose_training(
     tokens: int | None = None,
     hours: float | None = None,
     host_bytes: int | None = None,
+    network_bytes_per_s: float | None = None,
     keep_trials: bool = True,
     progress: Progress | None = None,
     heard: Heard | None = None,
@@ -62,6 +63,7 @@ def choose_training(
         tokens: how much text the run reads; by default as its settings or its files say.
         hours: how many there are for it.
         host_bytes: memory of the machine, for offloading; by default what is free here, or an assumption (``target_for``).
+        network_bytes_per_s: what connects several machines, each in one direction; by default an assumption.
         keep_trials: keep what was rehearsed in the user's cache folder, and use what is there.
         progress: is told what is being tried, and what share of a search is done, from 0 to 1.
         heard: is told the strategies that were looked at so far, each time that there is one more.
@@ -70,7 +72,7 @@ def choose_training(
         UserError: model, GPU or settings do not fit together.
     """
     require_kind("given", given, Mapping, 'name a model and what is pinned, such as {"model": "a/folder", "gpu": "T4"}')
-    target = target_for(str(given.get("gpu", "auto")), host_bytes)
+    target = targets_for([str(given.get("gpu", "auto"))], host_bytes, network_bytes_per_s)[0]
     wish = Wish(prefer=prefer, tokens=tokens, hours=hours)
     return _choose(given, target, results_folder() if keep_trials else None, wish, progress, heard)
 
@@ -84,6 +86,7 @@ def compare(
     tokens: int | None = None,
     hours: float | None = None,
     host_bytes: int | None = None,
+    network_bytes_per_s: float | None = None,
     progress: Progress | None = None,
 ) -> list[Compared]:
     """Return the choice for each of ``models`` on each of ``gpus``.
@@ -91,7 +94,7 @@ def compare(
     Raises:
         UserError: one of them is not known, or the settings do not fit together.
     """
-    targets = [target_for(gpu, host_bytes) for gpu in gpus]
+    targets = targets_for(gpus, host_bytes, network_bytes_per_s)
     found = []
     for model in models:
         for gpu, target in zip(gpus, targets, strict=True):

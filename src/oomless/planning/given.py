@@ -9,7 +9,7 @@ from oomless.config import TrainConfig, read, require
 from oomless.config.batch import LENGTHS
 from oomless.errors import ConfigError, nearest
 from oomless.planning.strategies import PREFERENCES, UNPLANNED, Settings, require_any
-from oomless.units import parse_bytes, parse_count
+from oomless.units import parse_bytes, parse_count, parse_rate
 
 LONGEST = "max"
 """What ``max_seq_length`` may be in a plan: as long as fits."""
@@ -64,6 +64,16 @@ def host_size(text: str | None) -> int | None:
         return parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--host-memory: {error}") from error
+
+
+def network_rate(text: str | None) -> float | None:
+    """Return the bytes a second of ``--network``."""
+    if text is None:
+        return None
+    try:
+        return parse_rate(text)
+    except ValueError as error:
+        raise ConfigError(f"--network: {error}") from error
 
 
 def wish_of(

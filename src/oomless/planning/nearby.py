@@ -50,7 +50,7 @@ def smallest_changes(spec: ModelSpec, choice: Choice, results: Path | None) -> I
             break
     for needed in sorted({row.host_bytes for row in choice.rows if row.host_bytes}):
         size = -(-int(needed / HOST_SHARE) // GiB)
-        if row := found(given, replace(target, host_bytes=usable_host_bytes(size * GiB) // target.gpus)):
+        if row := found(given, replace(target, host_bytes=usable_host_bytes(size * GiB) // target.gpus_of_machine)):
             yield f"with {size} GiB of host memory (--host-memory {size}GiB): {row.quality}"
             break
     length = given.get("max_seq_length", TrainConfig.max_seq_length) // 2

@@ -7,12 +7,13 @@ one without a limit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from oomless import hardware
-from oomless.catalogue import Gpu, overhead
+from oomless.catalogue import Gpu, Network, assumed_network, overhead
 from oomless.config import TrainConfig
 from oomless.errors import ConfigError, HardwareError
 from oomless.memory.allocator_settings import AllocatorSettings
@@ -29,7 +30,7 @@ from oomless.training import rates
 from oomless.training.assemble import open_device
 from oomless.training.distributed import local_world_size, machine_count, world_size
 from oomless.training.life import total_steps
-from oomless.units import GiB, format_bytes
+from oomless.units import GiB, format_bytes, format_rate
 
 FIXED: tuple[Category, ...] = ("weights", "gradients", "optimizer state")
 MARGIN = 0.02
@@ -69,6 +70,12 @@ class Target:
     gpus: int = 1
     """How many train one model together, each with its part of it; what fits is told for each."""
 
+    machines: int = 1
+    """On how many machines they are, as many on each."""
+
+    network_bytes_per_s: float | None = None
+    """Peak rate of a machine's network in one direction; ``None`` where there is one machine, or it is not known."""
+
     gpu: Gpu | None = None
     """Its entry in the catalogue, for its rates; ``None`` for a size or a virtual GPU."""
 
@@ -83,6 +90,11 @@ class Target:
 
     notes: tuple[str, ...] = ()
     """Where these figures come from, and how sure they are."""
+
+    @property
+    def gpus_of_machine(self) -> int:
+        """How many of the GPUs are on one machine."""
+        return self.gpus // self.machines
 
     @property
     def usable_bytes(self) -> int:
@@ -175,6 +187,8 @@ class Plan:
             "model": self.model,
             "gpu": self.target.name,
             "gpus": self.target.gpus,
+            "machines": self.target.machines,
+            "network_bytes_per_s": self.target.network_bytes_per_s,
             "fits": self.fits,
             "capacity_bytes": self.target.capacity_bytes,
             "outside_bytes": self.target.outside_bytes,
@@ -193,14 +207,32 @@ class Plan:
         }
 
 
-def target_for(text: str, host_bytes: int | None = None) -> Target:
+def targets_for(
+    texts: Sequence[str], host_bytes: int | None = None, network_bytes_per_s: float | None = None
+) -> list[Target]:
+    """Return what each of ``texts`` names, as ``target_for`` does.
+
+    Raises:
+        ConfigError: a network is given, and none of them are several machines.
+        HardwareError: as ``target_for``.
+    """
+    found = [target_for(text, host_bytes, network_bytes_per_s) for text in texts]
+    if network_bytes_per_s is not None and all(target.machines == 1 for target in found):
+        raise ConfigError(
+            f"--network is of several machines; got it for {', '.join(texts)}, where it has no effect: leave it out, or give machines x GPUs, "
+            "as in --gpu 2x8xH100"
+        )
+    return found
+
+
+def target_for(text: str, host_bytes: int | None = None, network_bytes_per_s: float | None = None) -> Target:
     """Return the GPU that ``text`` names: the catalogue's (T4), a size (24GiB), virtual:256MiB, or auto for the one here.
 
-    A count before it (2xT4) means several that train together; of those that are here, as many as torchrun has started
-    processes.
+    A count before it (2xT4) means several that train together, two counts (2x8xH100) several machines with so many each; of those
+    that are here, as many as torchrun has started processes.
 
-    ``host_bytes`` is the memory of its machine; by default what is free here, or ``ASSUMED_HOST_BYTES`` beside a GPU that is
-    only named.
+    ``host_bytes`` is the memory of each machine; by default what is free here, or ``ASSUMED_HOST_BYTES`` beside a GPU that is
+    only named. ``network_bytes_per_s`` is what connects them, where there are several; by default the catalogue's assumption.
 
     Raises:
         HardwareError: it names none, or there is none here.
@@ -223,7 +255,7 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
             "a plan is for a GPU and none is here: name one, such as --gpu T4, RTX4090, A100-40G or 24GiB"
         )
     if found.detected:
-        found = replace(found, count=world_size())
+        found = replace(found, count=world_size(), machines=machine_count())
     workspace = overhead("cublas workspace", found.gpu)
     notes = [f"memory of {found.gpu.name}: {found.gpu.usable_source}"]
     for item in found.outside_allocator:
@@ -240,18 +272,24 @@ def target_for(text: str, host_bytes: int | None = None) -> Target:
             f"sizes are those of each of the {found.count} GPUs, rehearsed on one stream: on CUDA gathered weights have a pool of their "
             "own, which was not measured"
         )
-    if found.detected and machine_count() > 1:
-        notes.append("the network between the machines is not in the predicted speed")
+    network: Network | None = None
+    if found.machines > 1:
+        network = assumed_network(found.gpu, found.count // found.machines)
+        if network_bytes_per_s is not None:
+            network = Network(bytes_per_s=network_bytes_per_s, source="given")
+        notes.append(f"network of each machine: {format_rate(network.bytes_per_s)}, {network.source}")
     notes.append(
         f"a search leaves {format_bytes(margin_bytes)} free: {MARGIN:.0%} for what kernels take for themselves, and the range of "
-        f"what lies outside; of {format_bytes(host)} of host memory{' (assumed)' if host_bytes is None and not found.detected else ''} it "
+        f"what lies outside; of {format_bytes(host)} of {'each' if found.machines > 1 else 'the'} host's memory{' (assumed)' if host_bytes is None and not found.detected else ''} it "
         f"uses {HOST_SHARE:.0%} at most"
     )
     return Target(
         name=str(found),
         margin_bytes=margin_bytes,
-        host_bytes=usable_host_bytes(host) // (local_world_size() if found.detected else found.count),
+        host_bytes=usable_host_bytes(host) // (local_world_size() if found.detected else found.count // found.machines),
         gpus=found.count,
+        machines=found.machines,
+        network_bytes_per_s=None if network is None else network.bytes_per_s,
         capacity_bytes=found.gpu.usable_bytes,
         outside_bytes=sum(item.bytes_expected for item in found.outside_allocator),
         workspace_bytes=workspace.bytes_expected if workspace is not None else 0,
@@ -366,14 +404,17 @@ def require_host(length: int, target: Target) -> None:
         )
 
 
-def plan_training(config: TrainConfig, *, snapshot: bool = False) -> Plan:
+def plan_training(config: TrainConfig, *, network_bytes_per_s: float | None = None, snapshot: bool = False) -> Plan:
     """Return the plan of ``config`` for the GPU that it names; model and GPU may both be the catalogue's.
+
+    ``network_bytes_per_s`` is what connects several machines; see ``target_for``.
 
     Raises:
         UserError: model, GPU or settings do not fit together.
     """
     spec = resolve_for_plan(config.model, trust_remote_code=config.trust_remote_code)
-    return _plan_of_text(spec, config, target_for(config.gpu), snapshot=snapshot)
+    target = targets_for([config.gpu], None, network_bytes_per_s)[0]
+    return _plan_of_text(spec, config, target, snapshot=snapshot)
 
 
 def predict(config: TrainConfig) -> Plan | None:

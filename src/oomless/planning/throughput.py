@@ -1,14 +1,15 @@
 """How fast a training would be, from what its rehearsal computed and moved. A prediction, and never shown as anything else.
 
 A roofline, operator by operator: each takes as long as its arithmetic at the GPU's rate, its bytes at the memory's bandwidth, or
-the host's start of it, whichever is longest; the catalogue's efficiencies scale all three. What goes over the host's link, and
-between several GPUs, runs beside that at best, after it at worst, and half and half in between. The range is that of the efficiencies; where the
+the host's start of it, whichever is longest; the catalogue's efficiencies scale all three. What goes between GPUs goes around a ring, as fast
+as its slowest part: from GPU to GPU, or from machine to machine over the network. That, and what goes over the host's link, runs beside that at best, after it at worst, and half and half in between. The range is that of the efficiencies; where the
 catalogue has measured points for the GPU, the median of their ratios to the prediction scales it, and their spread, a little
 widened, is the range.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -75,10 +76,10 @@ def throughput(
         return None
     tokens = tokens_of_step(config, target)
     low, expected, high = (
-        tokens / _seconds(work, config, _Rates.of(gpu, efficiency(gpu, bound)), _BESIDE[bound])
+        tokens / _seconds(work, config, _Rates.of(target, gpu, efficiency(gpu, bound)), _BESIDE[bound])
         for bound in ("low", "expected", "high")
     )
-    basis = efficiency_source(gpu, target.gpus)
+    basis = efficiency_source(gpu, target.gpus, target.machines)
     if points is None:
         points = measured(gpu) if target.gpus == 1 else ()
     if points:
@@ -108,7 +109,11 @@ def relative_seconds(work: Work, target: Target, config: TrainConfig) -> float:
     if known is not None:
         return 1 / known.tokens_per_second
     nominal = _Rates(
-        flops=NOMINAL_RATES, memory=NOMINAL_BANDWIDTH, link=NOMINAL_LINK, peers=NOMINAL_PEERS, operator_seconds=1e-5
+        flops=NOMINAL_RATES,
+        memory=NOMINAL_BANDWIDTH,
+        link=NOMINAL_LINK,
+        peers=min(NOMINAL_PEERS, target.network_bytes_per_s or math.inf),
+        operator_seconds=1e-5,
     )
     return _seconds(work, config, nominal, _BESIDE["expected"]) / tokens_of_step(config, target)
 
@@ -129,15 +134,17 @@ class _Rates:
     operator_seconds: float
 
     @classmethod
-    def of(cls, gpu: Gpu, share: Efficiency) -> _Rates:
+    def of(cls, target: Target, gpu: Gpu, share: Efficiency) -> _Rates:
         peaks = {rate: peak * share.matrix for rate, peak in gpu.peak_flops.items()}
         slowest = min(peaks.values())
+        peers = (gpu.nvlink_bytes_per_s or gpu.host_link_bytes_per_s or SLOWEST_LINK) * share.peers
+        network = math.inf if target.network_bytes_per_s is None else target.network_bytes_per_s * share.network
         return cls(
             # A dtype that the hardware does not have runs in fp32.
             flops={rate: peaks.get(rate, peaks.get("fp32", slowest)) for rate in ("fp32", "fp16", "bf16")},
             memory=(gpu.bandwidth_bytes_per_s or 0) * share.memory,
             link=(gpu.host_link_bytes_per_s or SLOWEST_LINK) * share.link,
-            peers=(gpu.nvlink_bytes_per_s or gpu.host_link_bytes_per_s or SLOWEST_LINK) * share.peers,
+            peers=min(peers, network),
             operator_seconds=share.operator_seconds,
         )
 

@@ -426,7 +426,11 @@ class Laboratory:
     def _key(self, what: str, settings: Settings) -> str:
         shared = self.setting
         return key_of(
-            *(what, shared.spec.config.to_json_string(), asdict(replace(shared.target, notes=(), host_bytes=None))),
+            *(
+                what,
+                shared.spec.config.to_json_string(),
+                asdict(replace(shared.target, notes=(), host_bytes=None, network_bytes_per_s=None)),
+            ),
             None if shared.layout is None else asdict(shared.layout),
             {name: value for name, value in {**shared.base, **settings}.items() if name not in _WITHOUT_EFFECT},
         )

@@ -43,8 +43,8 @@ def rehearsal(gpu: str, *, own: str | None = None) -> Iterator[Rehearsed]:
     process (``programs/cuda.py`` lists where); after it they are as before.
 
     Args:
-        gpu: a name from the catalogue (``T4``), or a size (``24GiB``). Of several (``2xT4``) it is the first, and this the first of as
-            many processes.
+        gpu: a name from the catalogue (``T4``), or a size (``24GiB``). Of several (``2xT4``, or ``2x8xH100`` on two machines) it
+            is the first, and this the first of as many processes.
         own: the folder whose lines are told; by default that of the file which calls.
 
     Raises:

@@ -90,7 +90,7 @@ def rehearse_program(
 ) -> ProgramAnswer:
     """Run ``script`` with its ``arguments`` on ``gpu``, which need not be here, until it has made ``steps`` optimizer steps.
 
-    On several GPUs (``2xT4``) it is the first of as many processes, as torchrun starts them.
+    On several GPUs (``2xT4``, or ``2x8xH100`` on two machines) it is the first of as many processes, as torchrun starts them.
 
     Raises:
         ConfigError: there is no such script, it stopped with an error of its own, or what is asked for makes no sense.
@@ -132,11 +132,11 @@ def rehearse_program(
 
 def compare_programs(script: Path, gpus: Sequence[str], arguments: Sequence[str], *, steps: int) -> list[ProgramAnswer]:
     """Return the answer for each of ``gpus``; GPUs that take the same kernels share one rehearsal where it fits them."""
-    answers: dict[tuple[int, tuple[int, int]], ProgramAnswer] = {}
+    answers: dict[tuple[int, int, tuple[int, int]], ProgramAnswer] = {}
     compared = []
     for gpu in gpus:
         target = target_for(gpu)
-        kind = (target.gpus, target.compute_capability)
+        kind = (target.gpus, target.machines, target.compute_capability)
         known = answers.get(kind)
         if known is None or not known.fits or known.needed_bytes > target.usable_bytes:
             known = rehearse_program(script, gpu, arguments, steps=steps)

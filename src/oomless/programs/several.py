@@ -26,10 +26,13 @@ class Processes:
         count: how many there are; 1 changes nothing.
         label: is given the buckets of gradients that DDP sums.
         stand_ins: tensors of the GPU.
+        machines: on how many machines they are, as many on each.
     """
 
-    def __init__(self, count: int, label: Callable[[Tensor], None], stand_ins: StandIns) -> None:
+    def __init__(self, count: int, label: Callable[[Tensor], None], stand_ins: StandIns, machines: int = 1) -> None:
         self.count, self._label, self._stand_ins = count, label, stand_ins
+        self.of_machine = count // machines
+        """How many are on one machine."""
         self.joined = count == 1
         """Whether the program has asked for the others."""
 
@@ -40,7 +43,7 @@ class Processes:
             yield
             return
         before = dict(os.environ)
-        os.environ.update(_environment(self.count))
+        os.environ.update(_environment(self.count, self.of_machine))
         try:
             with patched(self._changes()):
                 yield
@@ -121,8 +124,9 @@ class Processes:
         ]
 
 
-def _environment(count: int) -> dict[str, str]:
-    """Return what torchrun tells the first of ``count`` processes."""
+def _environment(count: int, of_machine: int) -> dict[str, str]:
+    """Return what torchrun tells the first of ``count`` processes, so many of them on each machine."""
     zeros = dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"), "0")
-    counts = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(count))
-    return {**zeros, **counts, "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    counts = dict.fromkeys(("WORLD_SIZE", "ROLE_WORLD_SIZE"), str(count))
+    machines = {"LOCAL_WORLD_SIZE": str(of_machine), "GROUP_WORLD_SIZE": str(count // of_machine)}
+    return {**zeros, **counts, **machines, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

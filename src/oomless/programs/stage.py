@@ -56,7 +56,7 @@ class Stage:
         )
         self.target, self.own = target, own
         self.stand_ins = StandIns(self.gpu, target.workspace_bytes, self._asked)
-        self.processes = Processes(target.gpus, self._label_bucket, self.stand_ins)
+        self.processes = Processes(target.gpus, self._label_bucket, self.stand_ins, target.machines)
         self.mode = AsIfOnCuda(self.stand_ins, self.gpu)
         self.steps = 0
         self.after_step: Callable[[], None] = lambda: None
@@ -70,7 +70,9 @@ class Stage:
     def active(self) -> Iterator[None]:
         """Let the GPU be there, as far as Python code can see."""
         with ExitStack() as stack:
-            changes = cuda.changes(self.gpu, self.processes.count) + self.mode.changes() + self.mode.casting.changes()
+            changes = (
+                cuda.changes(self.gpu, self.processes.of_machine) + self.mode.changes() + self.mode.casting.changes()
+            )
             changes += libraries.changes(self.stand_ins) + kernels.changes(self.stand_ins)
             stack.enter_context(cuda.patched(changes))
             stack.enter_context(self.processes.active())

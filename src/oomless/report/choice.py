@@ -301,5 +301,7 @@ def compared_to_dict(compared: Sequence[Compared]) -> list[dict[str, Any]]:
 
 def launcher(gpus: int, machines: int = 1) -> str:
     """Return what starts a command on so many GPUs, which are those of each of several ``machines``."""
-    several = "" if machines == 1 else f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+    several = (
+        "" if machines == 1 else f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id mine "
+    )
     return "oomless" if gpus == machines == 1 else f"torchrun {several}--nproc-per-node {gpus} -m oomless"

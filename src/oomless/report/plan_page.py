@@ -192,7 +192,7 @@ def _frontier(choice: Choice) -> str:
 def _to_train(choice: Choice) -> str:
     settings = picked_settings(choice)
     written = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    command = f"{launcher(choice.target.gpus)} train {' '.join(_options(settings))}"
+    command = f"{launcher(choice.target.gpus_of_machine, choice.target.machines)} train {' '.join(_options(settings))}"
     return (
         f'<section class="wide"><h2>To train it</h2><pre class="copied" aria-label="Command" tabindex="0">{text(command)}</pre>'
         f"<p>The same as a file, for <code>oomless train --config run.yaml</code>:</p>"

@@ -131,8 +131,10 @@ def plan(asked: Mapping[str, str], say: Say) -> dict[str, Any]:
             *choice_parts(choice),
         ]
     if choice.picked is not None:
-        train = {"settings": picked_settings(choice), "gpus": target.gpus}
-        return {"html": "".join(parts), "pick": in_short(choice), "train": train}
+        answer = {"html": "".join(parts), "pick": in_short(choice)}
+        if target.machines > 1:  # each of which begins it by itself
+            return answer
+        return {**answer, "train": {"settings": picked_settings(choice), "gpus": target.gpus}}
     say(words="looking for what would make it fit")
     changes = [f"<li>{text(change)}</li>" for change in smallest_changes(spec, choice, results_folder())]
     nothing = "Nothing that was tried would: not a shorter sequence, host memory, any GPU known, or a smaller model."
