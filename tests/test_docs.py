@@ -51,6 +51,7 @@ def test_options_exist(page):
         ("plan_table", "planner"),
         ("public_speeds", "throughput"),
         ("selective_scan", "techniques"),
+        ("update_bytes", "optimizers"),
     ],
 )
 def test_tables_are_those_that_were_measured(result, page):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from oomless.memory.fake_mode import QuickFakeMode
-from oomless.optim import adafactor, adamw, build, kernels, sgd
+from oomless.optim import adafactor, adamw, build, kernels, scaled, sgd
 from oomless.optim.blockwise import decode_signed, decode_unsigned
 from oomless.optim.precision import weight_precision
 
@@ -132,7 +132,7 @@ def test_kernels_are_tried_against_their_plain_form(on_kernels, monkeypatch):
     optimizer.try_fused()
     assert all(map(torch.equal, before, (weight, *optimizer.state[weight].values())))
     assert list(optimizer._index) == [weight]
-    monkeypatch.setattr(kernels, "_log", lambda beta: math.log(beta) * 1.1)
+    monkeypatch.setattr(kernels, "log_of", lambda beta: math.log(beta) * 1.1)
     with pytest.raises(RuntimeError, match="fused updates of torch.bfloat16 differ"):
         optimizer.try_fused()
 
@@ -147,7 +147,7 @@ every_matrix = pytest.mark.parametrize(("dtype", "way"), MATRICES)
 def adafactor_on_kernels(monkeypatch):
     monkeypatch.setattr(adafactor, "_SQUARES", kernels.adafactor_squares)
     monkeypatch.setattr(adafactor, "_LENGTH", kernels.adafactor_length)
-    monkeypatch.setattr(adafactor, "_APPLY", kernels.adafactor)
+    monkeypatch.setattr(scaled, "_SUBTRACT_SCALED", kernels.subtract_scaled)
 
 
 def matrix(dtype, way, fused, shape=(150, 200), steps=2, slice_bytes=1 << 26):
@@ -221,8 +221,8 @@ def test_adafactors_kernels_are_tried_against_their_plain_form(adafactor_on_kern
 
 
 @every_matrix
-def test_adafactor_reads_the_gradient_three_times(dtype, way, peak_temporaries):
-    shape = (1024, 1024)
+@pytest.mark.parametrize(("shape", "most"), [((1024, 1024), 1.05), ((1024, 64), 1.2), ((64, 1024), 1.2)])
+def test_adafactor_reads_the_gradient_three_times(dtype, way, shape, most, peak_temporaries):
     with QuickFakeMode() as mode:
         weight = nn.Parameter(torch.empty(shape, dtype=dtype))
         optimizer = build("adafactor", [weight], lr=1e-3, weight_precision=way)
@@ -235,13 +235,13 @@ def test_adafactor_reads_the_gradient_three_times(dtype, way, peak_temporaries):
     kept = sum(tensor.nbytes for name, tensor in optimizer.state[weight].items() if name in ("master", "correction"))
     read_weight = weight.nbytes if way != "master" else 0
     least = 3 * weight.grad.nbytes + weight.nbytes + read_weight + 2 * kept
-    assert sum(cost[2] * count for cost, count in costs) <= 1.15 * least
+    assert sum(cost[2] * count for cost, count in costs) <= most * least
     assert sum(count for cost, count in costs if cost[2] >= weight.numel()) == 3
     optimizer, weight = matrix(dtype, way, fused=True, shape=shape, steps=0)
     weight.grad = torch.ones_like(weight)
     with peak_temporaries:
         optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0))
-    assert peak_temporaries.peak_bytes <= weight.numel() // 8
+    assert peak_temporaries.peak_bytes <= max(weight.numel() // 8, 24 * sum(shape))
 
 
 # -- what a rehearsal counts ------

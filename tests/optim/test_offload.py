@@ -35,7 +35,7 @@ ROUTES = [
 ]
 
 
-def train(device, name, dtype, way, *, offload, found_inf=None):
+def train(device, name, dtype, way, *, offload, found_inf=None, fused=False):
     """Three steps on a matrix and a vector; return weights, state, and bytes held and at the peak of the steps."""
     generator = torch.Generator().manual_seed(0)
     with device.active():
@@ -51,6 +51,7 @@ def train(device, name, dtype, way, *, offload, found_inf=None):
             offload=device if offload else None,
             **SETTINGS.get(name, {}),
         )
+        optimizer.fused = fused
         held = device.usage().allocated_bytes - before
         for _ in range(3):
             for parameter in parameters:
@@ -64,11 +65,12 @@ def train(device, name, dtype, way, *, offload, found_inf=None):
         return [p.detach().clone() for p in parameters], state, held, peak
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize(("name", "dtype", "way", "bytes_each"), ROUTES)
-def test_same_bits_and_three_slices(name, dtype, way, bytes_each):
+def test_same_bits_and_three_slices(name, dtype, way, bytes_each, fused):
     device = VirtualGPU(1 << 30)
-    ours = train(device, name, dtype, way, offload=True)
-    plain = train(VirtualGPU(1 << 30), name, dtype, way, offload=False)
+    ours = train(device, name, dtype, way, offload=True, fused=fused)
+    plain = train(VirtualGPU(1 << 30), name, dtype, way, offload=False, fused=fused)
     for left, right in zip(ours[0] + ours[1], plain[0] + plain[1], strict=True):
         if name != "adafactor":
             assert torch.equal(left, right)

@@ -19,8 +19,6 @@ cannot do, is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -36,10 +34,10 @@ from oomless.optim.base import (
     weight_precision_of,
     weight_state_slice,
 )
-from oomless.optim.fused import TILE, operator
+from oomless.optim.fused import TILE, Terms, operator
 from oomless.optim.noise import noise_key
 from oomless.optim.offload import HostMemory
-from oomless.optim.precision import weight_precision
+from oomless.optim.scaled import kept, row_slices, subtract_scaled
 
 
 class Adafactor(MemoryLeanOptimizer):
@@ -120,7 +118,8 @@ class Adafactor(MemoryLeanOptimizer):
         fused = self.fused and gradient.dim() > 1
         update_bytes = max(precision.value_bytes + 4, precision.peak_bytes, 8 if gradient.dim() < 2 else 0)
         update_bytes = (1 if fused else update_bytes) + self._staged_bytes(parameter)
-        pieces = list(self._row_slices(rows, update_bytes))
+        vector_bytes = 16 * sum(rows.shape) if rows.shape[1] > 1 else 0
+        pieces = list(row_slices(rows, update_bytes, self.slice_bytes - SCALAR_BYTES - vector_bytes))
         self._update_moments(rows, pieces, group, state, gradient_scale, found_inf, fused)
         factors = _factors(state) if fused else None
         if factors is not None:
@@ -132,22 +131,15 @@ class Adafactor(MemoryLeanOptimizer):
         if gradient_scale is not None:
             rms, step_size = rms * gradient_scale, step_size * gradient_scale
         step_size = step_size / (rms / group["clip_threshold"]).clamp(min=1.0)
-        keep = torch.full_like(step_size, 1.0 - group["lr"] * group["weight_decay"])
-        if found_inf is not None:
-            keep = torch.where(found_inf.bool(), torch.ones_like(keep), keep)
+        keep = 1.0 - group["lr"] * group["weight_decay"]
         flats = (slice(piece.start * rows.shape[1], piece.stop * rows.shape[1]) for piece in pieces)
         with_state = self._with_state(parameter, state, flats, weight_state_slice)
         noise = self._noise_constants(parameter, group)
         if factors is not None:
-            for piece, (flat, part) in zip(pieces, with_state, strict=True):
-                master = part.get("master")
-                weight = weights[piece].view(-1)
-                _APPLY(
-                    *(weight if master is None else master, rows[piece], part.get("correction")),
-                    *(factors[0][piece], factors[1], step_size, keep, state["step"], found_inf, precision.name),
-                    *(flat.start, noise),
-                    rounded=None if master is None else weight,
-                )
+            terms = Terms(
+                precision=precision, rates=(), step=state["step"], scale=None, found_inf=found_inf, noise=noise
+            )
+            subtract_scaled(weights, rows, factors, step_size, keep, with_state, terms, fused=True)
             return
         key = None if noise is None else noise_key(noise, state["step"])
         for piece, (flat, part) in zip(pieces, with_state, strict=True):
@@ -155,17 +147,9 @@ class Adafactor(MemoryLeanOptimizer):
             update = _direction(rows, piece, state).mul_(step_size).view(-1)
             if found_inf is not None:
                 update.masked_fill_(found_inf.bool(), 0.0)
-            value.mul_(keep).sub_(update)
+            value.mul_(kept(keep, found_inf)).sub_(update)
             del update
             precision.write(weights[piece].view(-1), part, value, key, flat.start)
-
-    def _row_slices(self, rows: Tensor, update_bytes: int) -> Iterator[slice]:
-        vector_bytes = 16 * sum(rows.shape) if rows.shape[1] > 1 else 0
-        free_bytes = max(0, self.slice_bytes - SCALAR_BYTES - vector_bytes)
-        # An even number of rows, as the noise of stochastic rounding comes in pairs of elements.
-        length = max(1, free_bytes // (update_bytes * rows.shape[1]) // 2) * 2
-        for start in range(0, rows.shape[0], length):
-            yield slice(start, min(start + length, rows.shape[0]))
 
     def _update_moments(
         self,
@@ -259,42 +243,7 @@ def _no_lengths(gradient: Tensor, row_factor: Tensor, column_factor: Tensor) -> 
     return row_factor.new_zeros((-(-rows // TILE), -(-columns // TILE)))
 
 
-def _apply(
-    value: Tensor,
-    gradient: Tensor,
-    correction: Tensor | None,
-    row_factor: Tensor,
-    column_factor: Tensor,
-    size: Tensor,
-    keep: Tensor,
-    step: Tensor,
-    found_inf: Tensor | None,
-    precision: str | None,
-    start: int,
-    noise: list[int] | None,
-    *,
-    rounded: Tensor | None = None,
-) -> None:
-    weight = value if rounded is None else rounded
-    state = {"master": value} if correction is None else {"correction": correction}
-    way = weight_precision(precision, weight.dtype)
-    new = way.read(weight, state)
-    update = (gradient * column_factor).mul_(row_factor[:, None]).mul_(size).view(-1)
-    if found_inf is not None:
-        update.masked_fill_(found_inf.bool(), 0.0)
-    new.mul_(keep).sub_(update)
-    key = None if noise is None else noise_key((noise[0], noise[1]), step)
-    way.write(weight, state, new, key, start)
-
-
 _SQUARES = operator("adafactor_squares", "(Tensor gradient) -> (Tensor, Tensor)", _squares, _no_sums)
 _LENGTH = operator(
     "adafactor_length", "(Tensor gradient, Tensor row_factor, Tensor column_factor) -> Tensor", _length, _no_lengths
-)
-_APPLY = operator(
-    "adafactor",
-    "(Tensor(a!) value, Tensor gradient, Tensor(b!)? correction, Tensor row_factor, Tensor column_factor, Tensor size, "
-    "Tensor keep, Tensor step, Tensor? found_inf, str? precision, int start, int[]? noise, *, Tensor(c!)? rounded=None) "
-    "-> ()",
-    _apply,
 )

@@ -6,111 +6,31 @@ of ``noise.py``. Where ``found_inf`` is 1 nothing is read and nothing stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from oomless.ops.triton_values import nearest_bf16, read, storable
+from oomless.ops.triton_values import read, storable
 from oomless.optim.blockwise import BLOCK, block_count
 from oomless.optim.fused import TILE
-from oomless.optim.precision import SIGNIFICAND_BITS
+from oomless.optim.kernel_parts import (
+    bias,
+    forms,
+    log_of,
+    random_bits,
+    read_value,
+    rounded_by_chance,
+    store_value,
+)
 
 ROWS = 4
 """Blocks of one program."""
 
 
-# -- values in 16 bits -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _spacing(value, SMALLEST: tl.constexpr, RELATIVE: tl.constexpr):
-    """Return how far the neighbours of ``value`` are apart in 16 bits."""
-    power_of_two = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.maximum(power_of_two, SMALLEST) * RELATIVE
-
-
-@triton.jit
-def _mixed(bits, inner):
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = bits ^ inner
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return bits ^ (bits >> 16)
-
-
-@triton.jit
-def _noise(element, step, low, high):
-    """Return 16 random bits with a sign for each element."""
-    count = tl.load(step).to(tl.int32).to(tl.uint32)
-    outer = _mixed(count * 0x9E3779B1 + low.to(tl.uint32), count * 0)
-    inner = _mixed(count * 0x85EBCA77 + high.to(tl.uint32), count * 0)
-    bits = _mixed((element >> 1).to(tl.uint32) + outer, inner)
-    return tl.where((element & 1) == 1, bits, bits << 16).to(tl.int32, bitcast=True) >> 16
-
-
-@triton.jit
-def _value(value, correction, place, here, BF16: tl.constexpr, SMALLEST: tl.constexpr, RELATIVE: tl.constexpr):
-    known = read(value, place, here, BF16)
-    if correction is not None:
-        code = tl.load(correction + place, mask=here, other=0).to(tl.float32)
-        known += _spacing(known, SMALLEST, RELATIVE) * (0.5 / 128) * code
-    return known
-
-
-@triton.jit
-def _rounded_by_chance(new, noise, BF16: tl.constexpr, SMALLEST: tl.constexpr, RELATIVE: tl.constexpr):
-    if BF16:
-        infinite = float("inf")
-        bits = tl.where(tl.abs(new) < infinite, new, infinite).to(tl.int32, bitcast=True)
-        return ((bits + noise + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-    apart = _spacing(new, SMALLEST, RELATIVE)
-    return tl.floor(tl.div_rn(new, apart) + (noise >> 3).to(tl.float32) * 0.0001220703125 + 0.5) * apart
-
-
-@triton.jit
-def _store(
-    new,
-    value,
-    rounded,
-    correction,
-    place,
-    here,
-    BF16: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    RELATIVE: tl.constexpr,
-):
-    """Store ``new`` in what keeps it: fp32, fp32 and its copy in 16 bits, or 16 bits with or without a correction."""
-    target = value
-    if rounded is not None:
-        tl.store(value + place, new, mask=here)
-        target = rounded
-    if BF16:
-        near = nearest_bf16(new)
-        tl.store(target + place, near.to(tl.int16), mask=here)
-        stored = (near << 16).to(tl.float32, bitcast=True)
-    else:
-        near = new.to(target.dtype.element_ty)
-        tl.store(target + place, near, mask=here)
-        stored = near.to(tl.float32)
-    if correction is not None:
-        code = tl.floor(tl.div_rn(new - stored, _spacing(stored, SMALLEST, RELATIVE) * (0.5 / 128)) + 0.5)
-        tl.store(correction + place, tl.minimum(tl.maximum(code, -127.0), 127.0).to(tl.int8), mask=here)
-
-
 # -- the updates -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _bias(exponent):
-    """Return 1 - exp(``exponent``), of a number below 0 also where that is small."""
-    series = 1 + exponent / 6 * (1 + exponent / 7)
-    for order in tl.static_range(4):
-        series = 1 + exponent / (5 - order) * series
-    return tl.where(exponent > -0.25, -exponent * series, 1 - tl.exp(exponent))
 
 
 @triton.jit(
@@ -166,9 +86,9 @@ def _adamw(
     m += fresh1 * (g - m)
     v += fresh2 * (g * g - v)
     taken = tl.load(step)
-    root = tl.sqrt(v) / tl.sqrt(_bias(taken * log_beta2)) + eps
-    old = _value(value, correction, place, here, VALUE_BF16, SMALLEST, RELATIVE)
-    new = old * keep - lr / _bias(taken * log_beta1) * m / root
+    root = tl.sqrt(v) / tl.sqrt(bias(taken * log_beta2)) + eps
+    old = read_value(value, correction, place, place, here, VALUE_BF16, SMALLEST, RELATIVE)
+    new = old * keep - lr / bias(taken * log_beta1) * m / root
     if first_scale is not None:
         tiny: tl.constexpr = 1.1754943508222875e-38
         largest = tl.max(tl.abs(m), axis=1)
@@ -183,9 +103,9 @@ def _adamw(
         tl.store(first + place, m, mask=here)
         tl.store(second + place, v, mask=here)
     if STOCHASTIC:
-        noise = _noise(place + start, step, noise_low, noise_high)
-        new = _rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
-    _store(new, value, rounded, correction, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
+        noise = random_bits(place + start, tl.load(step), noise_low, noise_high)
+        new = rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
+    store_value(new, value, rounded, correction, place, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
 
 
 @triton.jit(do_not_specialize=["start", "noise_low", "noise_high"])
@@ -221,7 +141,7 @@ def _sgd(
     g = read(gradient, place, here, GRADIENT_BF16)
     if scale is not None:
         g *= tl.load(scale)
-    old = _value(value, correction, place, here, VALUE_BF16, SMALLEST, RELATIVE)
+    old = read_value(value, correction, place, place, here, VALUE_BF16, SMALLEST, RELATIVE)
     g += weight_decay * old
     if momentum is not None:
         speed = tl.load(momentum + place, mask=here, other=0) * kept + g
@@ -229,9 +149,9 @@ def _sgd(
         g = g + kept * speed if NESTEROV else speed
     new = old - lr * g
     if STOCHASTIC:
-        noise = _noise(place + start, step, noise_low, noise_high)
-        new = _rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
-    _store(new, value, rounded, correction, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
+        noise = random_bits(place + start, tl.load(step), noise_low, noise_high)
+        new = rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
+    store_value(new, value, rounded, correction, place, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
 
 
 @triton.jit
@@ -292,7 +212,7 @@ def _adafactor_length(
     do_not_specialize=["start", "noise_low", "noise_high"],
     do_not_specialize_on_alignment=["row_factor"],
 )
-def _adafactor(
+def _subtract_scaled(
     value,
     rounded,
     gradient,
@@ -321,14 +241,16 @@ def _adafactor(
         rows = tl.where(tl.load(found_inf) == 0, rows, 0)
     row, column, place, here = _tile(tl.program_id(0).to(tl.int64) * PART, rows, columns, TILE, PART)
     u = read(gradient, place, here, GRADIENT_BF16)
-    u *= tl.load(row_factor + row, mask=row < rows, other=0)[:, None]
-    u *= tl.load(column_factor + column, mask=column < columns, other=0)[None, :]
-    old = _value(value, correction, place, here, VALUE_BF16, SMALLEST, RELATIVE)
-    new = old * tl.load(keep) - u * tl.load(size)
+    if row_factor is not None:
+        u *= tl.load(row_factor + row, mask=row < rows, other=0)[:, None]
+    if column_factor is not None:
+        u *= tl.load(column_factor + column, mask=column < columns, other=0)[None, :]
+    old = read_value(value, correction, place, place, here, VALUE_BF16, SMALLEST, RELATIVE)
+    new = old * keep - u * tl.load(size)
     if STOCHASTIC:
-        noise = _noise(place + start, step, noise_low, noise_high)
-        new = _rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
-    _store(new, value, rounded, correction, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
+        noise = random_bits(place + start, tl.load(step), noise_low, noise_high)
+        new = rounded_by_chance(new, noise, WEIGHT_BF16, SMALLEST, RELATIVE)
+    store_value(new, value, rounded, correction, place, place, here, WEIGHT_BF16, SMALLEST, RELATIVE)
 
 
 # -- launches, with the arguments of the operators ---------------------------------------------------------------------
@@ -355,8 +277,9 @@ def adamw(
     _adamw[(triton.cdiv(block_count(value.numel()), ROWS),)](
         *(storable(tensor) for tensor in (value, rounded, gradient, *moments[:2], *scales, correction)),
         *(step, scale, found_inf, value.numel(), start, *(noise or (0, 0))),
-        *(lr, 1 - lr * weight_decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps),
-        **_forms(value, rounded, gradient, precision),
+        *(lr, 1 - lr * weight_decay, 1 - beta1, 1 - beta2, log_of(beta1), log_of(beta2), eps),
+        **forms(value, rounded, precision),
+        GRADIENT_BF16=gradient.dtype == torch.bfloat16,
         ROWS=ROWS,
         BLOCK=BLOCK,
     )
@@ -382,7 +305,8 @@ def sgd(
     _sgd[(triton.cdiv(value.numel(), ROWS * BLOCK),)](
         *(storable(tensor) for tensor in (value, rounded, gradient, moments[0] if moments else None, correction)),
         *(step, scale, found_inf, value.numel(), start, *(noise or (0, 0)), *factors),
-        **_forms(value, rounded, gradient, precision),
+        **forms(value, rounded, precision),
+        GRADIENT_BF16=gradient.dtype == torch.bfloat16,
         NESTEROV=bool(nesterov),
         SIZE=ROWS * BLOCK,
     )
@@ -417,14 +341,14 @@ def adafactor_length(gradient: Tensor, row_factor: Tensor, column_factor: Tensor
     return sums
 
 
-def adafactor(
+def subtract_scaled(
     value: Tensor,
     gradient: Tensor,
     correction: Tensor | None,
-    row_factor: Tensor,
-    column_factor: Tensor,
+    row_factor: Tensor | None,
+    column_factor: Tensor | None,
     size: Tensor,
-    keep: Tensor,
+    keep: float,
     step: Tensor,
     found_inf: Tensor | None,
     precision: str | None,
@@ -433,28 +357,13 @@ def adafactor(
     *,
     rounded: Tensor | None = None,
 ) -> None:
-    """Update some rows; see ``adafactor.py``."""
+    """Update some rows; see ``scaled.py``."""
     rows, columns = gradient.shape
-    _adafactor[(triton.cdiv(rows, ROWS * 2), triton.cdiv(columns, TILE))](
+    _subtract_scaled[(triton.cdiv(rows, ROWS * 2), triton.cdiv(columns, TILE))](
         *(storable(tensor) for tensor in (value, rounded, gradient, correction)),
         *(row_factor, column_factor, size, keep, step, found_inf, rows, columns, start, *(noise or (0, 0))),
-        **_forms(value, rounded, gradient, precision),
+        **forms(value, rounded, precision),
+        GRADIENT_BF16=gradient.dtype == torch.bfloat16,
         TILE=TILE,
         PART=ROWS * 2,
     )
-
-
-def _forms(value: Tensor, rounded: Tensor | None, gradient: Tensor, precision: str | None) -> dict[str, Any]:
-    weight = value if rounded is None else rounded
-    return {
-        "STOCHASTIC": precision == "stochastic",
-        "VALUE_BF16": value.dtype == torch.bfloat16,
-        "WEIGHT_BF16": weight.dtype == torch.bfloat16,
-        "GRADIENT_BF16": gradient.dtype == torch.bfloat16,
-        "SMALLEST": torch.finfo(weight.dtype).tiny,
-        "RELATIVE": 2.0 ** (1 - SIGNIFICAND_BITS.get(weight.dtype, 24)),
-    }
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta else -math.inf

@@ -18,14 +18,16 @@ decomposition. Expect it to learn somewhat better than the random subspace here.
 
 APOLLO limits the growth of the update's norm from step to step to 1 %, as published.
 
-Tensors that are not matrices take plain AdamW. Everything is local to a channel, so slices are slices of
-channels (columns of a wide matrix, rows of a tall one). Temporaries: ``slice_bytes``, or those of one pair of
-channels, plus P (4·k·r bytes, and the same while it is drawn) and 8 bytes a channel.
+Tensors that are not matrices take plain AdamW. Everything but APOLLO's norm is local to a channel, so slices are
+slices of channels (columns of a wide matrix, rows of a tall one). GaLore needs one pass over them. APOLLO needs
+two: for the factors and for the update, which goes by rows (``scaled.py``). Temporaries: ``slice_bytes``, or those
+of one pair of channels or rows, plus P (4·k·r bytes, and the same while it is drawn) and, with APOLLO, 16 bytes a
+channel. Fused updates take only the latter: P is made where it is needed (``projection.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,9 +44,13 @@ from oomless.optim.base import (
     require_range,
     store_unless,
     weight_precision_of,
+    weight_state_slice,
 )
-from oomless.optim.noise import noise_constants, noise_key, random_signs
+from oomless.optim.fused import Terms
+from oomless.optim.noise import noise_constants
 from oomless.optim.offload import HostMemory
+from oomless.optim.projection import Projection, project, subtract_projected
+from oomless.optim.scaled import row_slices, subtract_scaled
 
 _GROWTH_LIMIT = 1.01
 _MOMENT_NAMES = frozenset({"projected_first_moment", "projected_second_moment"})
@@ -123,103 +129,64 @@ class _Projected(AdamW):
         if parameter.dim() != 2:
             super()._update(parameter, gradient, group, state, gradient_scale, found_inf)
             return
-        channels = _channels(gradient)
-        rank = state["projected_first_moment"].shape[1]
-        period = (state["step"] - 1).div(group["refresh_steps"]).floor()
-        key = noise_key(noise_constants(group["seed"] + 1, self._index[parameter]), period)
-        projection = random_signs(key, (channels.shape[1], rank))
-        self._update_matrix(parameter, channels, projection, group, state, gradient_scale, found_inf)
+        terms = Terms(
+            precision=weight_precision_of(parameter, group),
+            rates=(*group["betas"], group["eps"]),
+            step=state["step"],
+            scale=gradient_scale,
+            found_inf=found_inf,
+            noise=self._noise_constants(parameter, group),
+        )
+        length, rank = min(parameter.shape), state["projected_first_moment"].shape[1]
+        projection = Projection(
+            shape=(length, rank),
+            entry=self._entry(length, rank),
+            step=state["step"],
+            refresh_steps=group["refresh_steps"],
+            noise=noise_constants(group["seed"] + 1, self._index[parameter]),
+        )
+        self._update_matrix(parameter, gradient, group, state, terms, projection)
+
+    def _entry(self, length: int, rank: int) -> float:
+        """Return the size of the projection's entries."""
+        return float(rank**-0.5)
 
     def _update_matrix(
-        self,
-        parameter: Tensor,
-        channels: Tensor,
-        projection: Tensor,
-        group: Group,
-        state: State,
-        gradient_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, parameter: Tensor, gradient: Tensor, group: Group, state: State, terms: Terms, projection: Projection
     ) -> None:
         raise NotImplementedError
 
-    def _channel_slices(self, parameter: Tensor, group: Group, projection: Tensor) -> Iterator[slice]:
-        precision = weight_precision_of(parameter, group)
-        count, length = max(parameter.shape), projection.shape[0]
-        # The gradient and its update or the weight in fp32, and five tensors of the projection's rank.
-        channel_bytes = max(precision.value_bytes + 8, precision.peak_bytes + 4) * length
-        channel_bytes += 20 * projection.shape[1]
+    def _with_channels(
+        self, parameter: Tensor, state: State, terms: Terms, projection: Projection
+    ) -> Iterator[tuple[slice, State]]:
+        """Yield slices of channels, each with its part of ``state``."""
+        (length, rank), precision, count = projection.shape, terms.precision, max(parameter.shape)
         # Also where nothing is offloaded: the sums of a matrix product depend on the slice, and must not on the place.
-        weight_state = precision.new_state(parameter.new_empty((), device="meta"))
-        staged_bytes = 8 * projection.shape[1] + sum(tensor.nbytes for tensor in weight_state.values()) * length
-        channel_bytes += 3 * staged_bytes
-        free_bytes = max(0, self.slice_bytes - SCALAR_BYTES)
-        step = max(1, free_bytes // channel_bytes // 2) * 2
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-
-    def _project(
-        self,
-        gradient: Tensor,
-        projection: Tensor,
-        group: Group,
-        state: State,
-        found_inf: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return a slice's X and X̃, and update its moments; ``state`` is the slice's."""
-        projected = gradient @ projection
-        first, second = state["projected_first_moment"], state["projected_second_moment"]
-        beta1, beta2 = group["betas"]
-        store_unless(found_inf, first, torch.lerp(first, projected, 1 - beta1))
-        store_unless(found_inf, second, (second * beta2).addcmul_(projected, projected, value=1 - beta2))
-        root = (second / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        return projected, torch.div(first, root).div_(1 - beta1 ** state["step"])
-
-    def _apply(
-        self,
-        parameter: Tensor,
-        piece: slice,
-        update: Tensor,
-        group: Group,
-        state: State,
-        key: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Decay some channels of ``parameter`` and subtract ``update``, which is used up; ``state`` is theirs."""
-        precision = weight_precision_of(parameter, group)
-        weight = _channels(parameter)[piece]
-        value = precision.read(weight, state)
-        decay: Tensor | float = 1.0 - group["lr"] * group["weight_decay"]
-        if found_inf is not None:
-            update.masked_fill_(found_inf.bool(), 0.0)
-            decay = torch.where(found_inf.bool(), 1.0, decay)
-        value.mul_(decay).sub_(update)
-        precision.write(weight, state, value, key, piece.start * weight.shape[1])
+        sliced_bytes = sum(tensor.nbytes for name, tensor in state.items() if name in self.sliced_state)
+        channel_bytes = 3 * -(-sliced_bytes // count)
+        if not self.fused:
+            # The gradient and its update or the weight in fp32, and five tensors of the projection's rank.
+            channel_bytes += max(precision.value_bytes + 8, precision.peak_bytes + 4) * length + 20 * rank
+        step = max(1, (self.slice_bytes - SCALAR_BYTES) // channel_bytes // 2) * 2
+        pieces = (slice(start, min(start + step, count)) for start in range(0, count, step))
+        return self._with_state(parameter, state, pieces, _channel_state)
 
 
 class GaLore(_Projected):
     """AdamW within a random subspace of each matrix. Arguments: see ``_Projected`` and ``AdamW``."""
 
+    def _entry(self, length: int, rank: int) -> float:
+        return float(length**-0.5)
+
     def _update_matrix(
-        self,
-        parameter: Tensor,
-        channels: Tensor,
-        projection: Tensor,
-        group: Group,
-        state: State,
-        gradient_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, parameter: Tensor, gradient: Tensor, group: Group, state: State, terms: Terms, projection: Projection
     ) -> None:
-        projection.div_(projection.shape[0] ** 0.5)
-        key = self._noise_key(parameter, group, state)
-        pieces = self._channel_slices(parameter, group, projection)
-        for piece, part in self._with_state(parameter, state, pieces, _channel_state):
-            gradient = _scaled(channels[piece], gradient_scale)
-            _, adam = self._project(gradient, projection, group, part, found_inf)
-            del gradient
-            update = adam.mul_(group["lr"] * group["update_scale"]) @ projection.t()
-            del adam
-            self._apply(parameter, piece, update, group, part, key, found_inf)
-            del update
+        weights, gradients = _channels(parameter), _channels(gradient)
+        size, keep = group["lr"] * group["update_scale"], 1.0 - group["lr"] * group["weight_decay"]
+        for piece, part in self._with_channels(parameter, state, terms, projection):
+            project(gradients[piece], part, terms, projection, fused=self.fused)
+            start = piece.start * weights.shape[1]
+            subtract_projected(weights[piece], part, size, keep, terms, projection, start, fused=self.fused)
 
 
 class Apollo(_Projected):
@@ -234,62 +201,47 @@ class Apollo(_Projected):
         return state
 
     def _update_matrix(
-        self,
-        parameter: Tensor,
-        channels: Tensor,
-        projection: Tensor,
-        group: Group,
-        state: State,
-        gradient_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, parameter: Tensor, gradient: Tensor, group: Group, state: State, terms: Terms, projection: Projection
     ) -> None:
-        projection.div_(projection.shape[1] ** 0.5)
-        pieces = list(self._channel_slices(parameter, group, projection))
-        moments = {name: state[name] for name in ("step", *_MOMENT_NAMES)}
-        parts = self._with_state(parameter, moments, pieces, _channel_state)
-        factors, squares = self._factors(channels, projection, parts, group, gradient_scale, found_inf)
-        norm = (factors.square() * squares).sum().sqrt()
+        gradients = _channels(gradient)
+        moments = {name: state[name] for name in _MOMENT_NAMES}
+        squares = projection.new_squares(gradients.shape[0])
+        for piece, part in self._with_channels(parameter, moments, terms, projection):
+            project(gradients[piece], part, terms, projection, squares[piece], fused=self.fused)
+        factors, size = self._factors(squares, group, state, terms)
+        del squares
+        tall = parameter.shape[0] >= parameter.shape[1]
+        bytes_each = 1 if self.fused else max(terms.precision.value_bytes + 4, terms.precision.peak_bytes)
+        bytes_each += self._staged_bytes(parameter)
+        columns = gradient.shape[1]
+        rows = row_slices(gradient, bytes_each, self.slice_bytes - SCALAR_BYTES)
+        pieces = (slice(piece.start * columns, piece.stop * columns) for piece in rows)
+        subtract_scaled(
+            parameter,
+            gradient,
+            (factors, None) if tall else (None, factors),
+            size,
+            1.0 - group["lr"] * group["weight_decay"],
+            self._with_state(parameter, state, pieces, weight_state_slice),
+            terms,
+            fused=self.fused,
+        )
+
+    def _factors(self, squares: Tensor, group: Group, state: State, terms: Terms) -> tuple[Tensor | None, Tensor]:
+        """Return each channel's factor, if they differ, and that of the whole update, from what ``project`` sums up."""
+        if self._by_channel:
+            whole, projected, adam = (squares.sum(2) if squares.shape[2] > 1 else squares[:, :, 0]).sqrt_().unbind(1)
+            factors = adam / projected.add_(group["eps"])
+            norm, size = torch.linalg.vector_norm(whole.mul_(factors)), torch.ones_like(terms.step)
+        else:
+            whole, projected, adam = squares.sum((0, 2)).sqrt_()
+            factors, size = None, adam / (projected + group["eps"])
+            norm = whole * size
         allowed = torch.where(state["update_norm"] > 0, state["update_norm"] * _GROWTH_LIMIT, norm)
         limited = torch.minimum(norm, allowed)
-        factors.mul_(limited / norm.clamp(min=torch.finfo(torch.float32).tiny))
-        factors.mul_(group["lr"] * group["update_scale"])
-        if gradient_scale is not None:
-            factors.mul_(gradient_scale)
-        store_unless(found_inf, state["update_norm"], limited)
-        key = self._noise_key(parameter, group, state)
-        weight_state = {name: tensor for name, tensor in state.items() if name in WEIGHT_STATE_NAMES}
-        for piece, part in self._with_state(parameter, weight_state, pieces, _channel_state):
-            update = channels[piece] * factors[piece, None]
-            self._apply(parameter, piece, update, group, part, key, found_inf)
-            del update
-
-    def _factors(
-        self,
-        channels: Tensor,
-        projection: Tensor,
-        parts: Iterable[tuple[slice, State]],
-        group: Group,
-        gradient_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the factor and the squared norm of each channel's gradient; updates the moments."""
-        factors = projection.new_empty(channels.shape[0])
-        squares = torch.empty_like(factors)
-        sums = projection.new_zeros(2)
-        for piece, part in parts:
-            gradient = _scaled(channels[piece], gradient_scale)
-            squares[piece] = torch.linalg.vector_norm(gradient, dim=1).square_()
-            projected, adam = self._project(gradient, projection, group, part, found_inf)
-            del gradient
-            norms = torch.linalg.vector_norm(adam, dim=1), torch.linalg.vector_norm(projected, dim=1)
-            if self._by_channel:
-                factors[piece] = norms[0] / (norms[1] + group["eps"])
-            else:
-                sums += torch.stack([norm.square().sum() for norm in norms])
-            del projected, adam
-        if not self._by_channel:
-            factors.copy_(sums[0].sqrt() / (sums[1].sqrt() + group["eps"]))
-        return factors, squares
+        store_unless(terms.found_inf, state["update_norm"], limited)
+        size.mul_(limited / norm.clamp(min=torch.finfo(torch.float32).tiny)).mul_(group["lr"] * group["update_scale"])
+        return factors, size if terms.scale is None else size.mul_(terms.scale)
 
 
 class ApolloMini(Apollo):
@@ -342,12 +294,3 @@ def _channel_state(state: State, piece: slice) -> State:
         return _channels(tensor)[piece] if name in WEIGHT_STATE_NAMES else tensor
 
     return {name: cut(name, tensor) for name, tensor in state.items()}
-
-
-def _scaled(gradient: Tensor, gradient_scale: Tensor | None) -> Tensor:
-    """Return a slice of the gradient in fp32: itself, or a new tensor."""
-    if gradient_scale is None:
-        return gradient.float()
-    if gradient.dtype == torch.float32:
-        return gradient * gradient_scale
-    return gradient.float().mul_(gradient_scale)
