@@ -89,6 +89,33 @@ def test_the_same_at_every_event(make_checkpoint, architecture, settings):
     assert some.parameters == every.parameters
 
 
+ZAMBA = dict(
+    **dict(
+        model_type="zamba", mamba_d_state=4, mamba_dt_rank=4, n_mamba_heads=2, attention_head_dim=32, hidden_size=32
+    ),
+    layers_block_type=["hybrid" if place in (2, 6, 7) else "linear_attention" for place in range(13)],
+    num_hidden_layers=13,
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "dtype": "bf16", "gradient_accumulation_steps": 2},
+        {**LORA, "quantization": "nf4", "gradient_checkpointing": True, "cheap_recompute": True},
+        {"optimizer": "sgd", "dtype": "bf16", "optimizer_in_backward": True},
+    ],
+    ids=lambda settings: settings.get("optimizer", settings.get("trainable")),
+)
+def test_layers_between_those_that_hold_layers(make_checkpoint, settings):
+    """Zamba's hybrid layers all run, and leave a gradient of the embeddings from the last of them on; of the others some do."""
+    folder = make_checkpoint("llama", tied=True, **ZAMBA)
+    settings = settings | {"packing": "concatenate"}
+    every, some = (rehearsal(folder, settings, run_all_layers=way) for way in (True, False))
+    assert in_the_books(some) == in_the_books(every)
+    assert some.parameters == every.parameters
+
+
 def test_what_comes_ahead_must_be_the_next_layers_own(make_checkpoint):
     """Some layers here have wider heads, and what runs after the first and last of the others is one of them each time."""
     types = ["full_attention" if place in (3, 6, 10) else "sliding_attention" for place in range(11)]

@@ -136,7 +136,8 @@ def rehearse(
                 device.skim = not whole
                 repeat_updates(parts.optimizer, device)
                 device.book_workspaces(workspace_bytes)
-                with nullcontext() if run_all_layers else layers_repeated(parts.model, device):
+                after = parts.step.fused is None
+                with nullcontext() if run_all_layers else layers_repeated(parts.model, device, updates_after=after):
                     play(parts, config, layout, steps, ranks, whole=whole)
         except torch.OutOfMemoryError as error:
             failure = str(error)
@@ -198,12 +199,20 @@ def repeat_updates(optimizer: MemoryLeanOptimizer, device: VirtualGPU) -> None:
     optimizer._update = update_or_repeat  # type: ignore[method-assign, assignment]
 
 
-def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[None]:
-    """Run only some of the layers of ``model`` inside; see ``memory.repeated_layers``."""
-    layers = decoder_layers(model)
+def layers_repeated(model: Any, device: VirtualGPU, *, updates_after: bool = False) -> AbstractContextManager[None]:
+    """Run only some of the layers of ``model`` inside; see ``memory.repeated_layers``.
+
+    Of layers that lie beside some that hold others all run, unless parameters are only updated after backward (``updates_after``).
+    """
+    every = decoder_layers(model)
+    parts = {id(part) for layer in every for part in layer.modules() if part is not layer}
+    layers = [layer for layer in every if id(layer) not in parts]
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
-    if len(types) != len(layers):
-        types = range(len(layers))  # some lie within others, as Zamba's do: each is of a kind of its own, and runs
+    nested = len(layers) < len(every)
+    if len(types) != len(layers) or (nested and not updates_after):
+        types = range(len(layers))  # each is of a kind of its own, and runs
+    elif nested:
+        types = _types_among_nested(layers, every, types)
     backward = {id(layer) for layer in layers_of_backward(model)}
     out = [offload_activations.goes_out(layer) for layer in layers]
     kinds = [
@@ -217,6 +226,18 @@ def layers_repeated(model: Any, device: VirtualGPU) -> AbstractContextManager[No
         for place, (kind, layer, goes_out) in enumerate(zip(types, layers, out, strict=True))
     ]
     return repeated_layers(model, layers, kinds, device, partial(in_flight.coming, model))
+
+
+def _types_among_nested(layers: Sequence[Any], every: Sequence[Any], types: Sequence[Any]) -> list[Any]:
+    """Return the types of ``layers``, of which some hold others of ``every``, as Zamba's hybrid layers do.
+
+    Such a layer is of a kind of its own, and runs: its backward leaves a gradient of the embeddings, which it is given too. What
+    lies before the last of them finds such a gradient in its backward, and what lies behind does not.
+    """
+    held = {id(layer) for layer in every}
+    holds = [sum(id(part) in held for part in layer.modules()) > 1 for layer in layers]
+    last = max(place for place, own in enumerate(holds) if own)
+    return [place if own else (kind, place > last) for place, (own, kind) in enumerate(zip(holds, types, strict=True))]
 
 
 def _facts(name: str, module: nn.Module) -> tuple[Any, ...]:
