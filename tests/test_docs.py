@@ -50,6 +50,7 @@ def test_options_exist(page):
         ("packed_documents", "techniques"),
         ("plan_table", "planner"),
         ("public_speeds", "throughput"),
+        ("several_gpus", "several_gpus"),
         ("selective_scan", "techniques"),
         ("update_bytes", "optimizers"),
     ],
