@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -349,7 +350,7 @@ class Laboratory:
         """End the processes, whatever they are at; what is asked for later gets new ones."""
         pools = [pool for pool in (*self._retired, self._pool) if pool is not None]
         if pools:
-            self._ended.set()
+            self._ended.value = True
         for pool in pools:
             pool.shutdown(cancel_futures=True)
         self._retired, self._pool, self._ended = [], None, None
@@ -417,7 +418,8 @@ class Laboratory:
         if self._pool is None:
             # A fork has everything imported already. It computes on one thread, as a fork of OpenMP's threads cannot.
             way = get_context("fork" if sys.platform == "linux" else "spawn")
-            self._ended = self._ended or way.Event()
+            if self._ended is None:  # no Event: a parent that is killed may hold its lock for ever
+                self._ended = way.RawValue("b", False)
             self._pool = ProcessPoolExecutor(
                 self._processes, mp_context=way, initializer=_begin_process, initargs=(os.getpid(), self._ended)
             )
@@ -450,6 +452,10 @@ class Laboratory:
             self._kept.put(key, asdict(result))
 
 
+POLL_S = 0.05
+"""So often a process looks whether it is to end."""
+
+
 def _begin_process(parent: int, ended: Any) -> None:
     """Compute on one thread, leave Ctrl-C to the parent, and end when ``ended`` is set, or with the parent, however it ends."""
     torch.set_num_threads(1)
@@ -457,8 +463,8 @@ def _begin_process(parent: int, ended: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end() -> None:
-        while os.getppid() == parent and not ended.wait(1):
-            pass
+        while os.getppid() == parent and not ended.value:
+            time.sleep(POLL_S)
         os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()
