@@ -229,7 +229,9 @@ def _rows(tensor_STW: Tensor) -> Tensor:
     """Return a chunk as [L, K, S, W]: row after row of steps, filled up with zeros."""
     tokens = tensor_STW.shape[1]
     steps = min(STEPS, tokens)
-    filled_TSW = functional.pad(tensor_STW.transpose(0, 1), (0, 0, 0, 0, 0, -tokens % steps))
+    filled_TSW = tensor_STW.transpose(0, 1)
+    if tokens % steps:
+        filled_TSW = functional.pad(filled_TSW, (0, 0, 0, 0, 0, -tokens % steps))
     return filled_TSW.view(-1, steps, *filled_TSW.shape[1:]).transpose(0, 1)
 
 
