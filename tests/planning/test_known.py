@@ -73,6 +73,21 @@ def test_what_offloading_adds_is_no_part_of_the_least(trials):
     assert known.least_work(on_host[0]) == known.work(settings)
 
 
+def test_with_something_on_the_host_passes_hold_no_less(trials):
+    settings, trial, fixed = trials[0]
+    known = Known(trial.passes_bytes * 15 // 16)
+    for place in ("offload_optimizer", "embeddings_on_host", "stream_frozen"):
+        moved = settings | {place: True}
+        assert not known.asks_too_much(moved, fixed)
+        assert not known.tells(settings)
+    known.learn(settings, trial, fixed)
+    assert known.tells(settings)
+    assert known.asks_too_much(settings, fixed)
+    for place in ("offload_optimizer", "embeddings_on_host", "stream_frozen"):
+        assert known.asks_too_much(settings | {place: True}, fixed)
+        assert not known.asks_too_much(settings | {place: True}, fixed - trial.passes_bytes // 8)
+
+
 def test_passes_hold_the_same_whatever_the_optimizer_is_and_so_some_are_known_not_to_fit(trials):
     for (settings, trial, fixed), (others, other, others_fixed) in itertools.permutations(trials, 2):
         if settings.get("mlp_tiles") != others.get("mlp_tiles"):
@@ -91,13 +106,17 @@ def test_passes_hold_the_same_whatever_the_optimizer_is_and_so_some_are_known_no
 def test_what_is_tried_first_is_guessed_and_a_wrong_guess_is_not_repeated():
     ladder = [{"trainable": "full", "checkpointed_layers": count} for count in range(12)]
     known = Known(100)
-    assert known.probes(ladder, 40, -1, 12, at_once=2) == [0, 8]  # nothing is known
+    assert known.probes(ladder, 40, -1, 12, at_once=2) == [0, 1]  # nothing is known
+    assert known.probes(ladder, 40, 1, 12, at_once=2) == [4, 8]  # nor of what did not fit
+    assert known.probes(ladder, 40, 8, 12, at_once=2) == [10, 11]
+    assert known.probes(ladder[:2], 40, -1, 2, at_once=2) == [0, 1]
+    assert known.probes(ladder[:1], 40, -1, 1, at_once=2) == [0]
     for count, beyond in ((0, 200), (4, 70), (6, 60), (11, 20)):
         known.learn({**ladder[count], "trainable": "lora"}, trial(needed_bytes=beyond), 0)
     assert known.probes(ladder, 40, -1, 12, at_once=2) == [5, 6]
     assert known.probes(ladder, 40, -1, 12, at_once=1) == [5, 6]
     assert known.probes(ladder, 28, -1, 12, at_once=2) == [3, 4]  # as 4 and 6 go on, not as 0 and 4
-    assert known.probes(ladder, 90, -1, 12, at_once=2) == [0, 8]  # leaner than all that is known
+    assert known.probes(ladder, 90, -1, 12, at_once=2) == [4, 8]  # leaner than all that is known
     assert known.probes(ladder, 40, 6, 11, at_once=2) == [8, 9]  # 6 was to fit: halves from here on
     known.learn(ladder[6], trial(needed_bytes=65), 0)
     assert known.probes(ladder, 40, -1, 12, at_once=2) == [6, 7]  # what the same parts needed counts for more

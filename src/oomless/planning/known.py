@@ -62,10 +62,12 @@ class Known:
 
     def least_work(self, settings: Settings) -> Work | None:
         """Return the work of ``settings``, or what it is at least, where that is known: the same with nothing on the host or gathered."""
-        on_device = {name: value for name, value in settings.items() if name not in _ON_HOST}
-        if self._gpus > 1:
-            on_device |= REPLICATED
-        return self.work(settings) or self.work(on_device)
+        return self.work(settings) or self.work(self._on_device(settings))
+
+    def _on_device(self, settings: Settings) -> Settings:
+        return {name: value for name, value in settings.items() if name not in _ON_HOST} | (
+            REPLICATED if self._gpus > 1 else {}
+        )
 
     def least_passes(self, settings: Settings) -> Work | None:
         """Return the work of ``settings`` without an update, or what it is at least, where that is known."""
@@ -76,11 +78,18 @@ class Known:
 
     def first_possible(self, ladder: Sequence[Settings], fixed_bytes: int) -> int:
         """Return the first of ``ladder`` whose passes alone do not ask for too much; never more than the last."""
-        for index in range(len(ladder) - 2, -1, -1):
-            held = self._held.get(_of_passes(ladder[index]))
-            if held is not None and (fixed_bytes + held) * (1 - _SURE) > self._usable_bytes:
-                return index + 1
-        return 0
+        too_much = (index for index in range(len(ladder) - 2, -1, -1) if self.asks_too_much(ladder[index], fixed_bytes))
+        return next(too_much, -1) + 1
+
+    def tells(self, settings: Settings) -> bool:
+        """Whether it is known what the passes of ``settings`` hold."""
+        return _of_passes(settings) in self._held
+
+    def asks_too_much(self, settings: Settings, fixed_bytes: int) -> bool:
+        """Whether the passes of ``settings`` alone surely do; with something on the host they hold no less, since it is fetched."""
+        known = (self._held.get(_of_passes(one)) for one in (settings, self._on_device(settings)))
+        held = next((one for one in known if one is not None), None)
+        return held is not None and (fixed_bytes + held) * (1 - _SURE) > self._usable_bytes
 
     def probes(self, ladder: Sequence[Settings], fixed_bytes: int, low: int, high: int, at_once: int) -> list[int]:
         """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try now.
@@ -94,7 +103,8 @@ class Known:
         fitting = next((index for index in between if index in needs and needs[index] <= room), None)
         was_wrong = low in needs and needs[low] <= room
         if fitting is None or was_wrong:
-            return _spread(low, high, len(ladder), at_once)
+            not_at_once = max(low, min(1, len(ladder) - 2)) if needs and high == len(ladder) else low
+            return _spread(not_at_once, high, len(ladder), at_once)
         return [index for index in (fitting - 1, fitting) if index in between]
 
     def _needs(self, ladder: Sequence[Settings]) -> dict[int, float]:
@@ -141,8 +151,12 @@ def _spread(low: int, high: int, count: int, at_once: int) -> list[int]:
     """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try at once."""
     between = range(low + 1, high)
     if high == count:
-        # Nothing fits so far: the fastest and what suffices most often, then the leanest.
-        first = [between[0], max(between[0], count - 4)] if low < 0 else [count - 1, (low + count) // 2]
+        # Nothing fits so far: the two fastest, then what suffices most often, then the leanest.
+        usual = count - 4
+        if low < 1:
+            first = [*between[:2], usual]
+        else:
+            first = [usual, (low + usual) // 2] if low < usual else [count - 1, (low + count) // 2]
         return sorted({index for index in first[:at_once] if index in between} or {between[-1]})
     apart = (high - low) / (at_once + 1)
     return sorted({min(max(low + round(apart * number), low + 1), high - 1) for number in range(1, at_once + 1)})

@@ -36,19 +36,17 @@ from oomless.planning.strategies import (
     COMMON,
     COMPARED,
     FROZEN_BITS,
-    OPTIMIZER_NAMES,
     QLORA,
-    REPLICATED,
     Quality,
     Settings,
     any_run,
     micro_batches,
     parts_in_order,
-    placements,
     qualities,
 )
 from oomless.planning.throughput import Throughput, relative_seconds, throughput
-from oomless.planning.trial import Laboratory, Parts, Setting, Trial, host_bytes_of_state, state_bytes
+from oomless.planning.trial import Laboratory, Parts, Setting, Trial
+from oomless.planning.ways import Failure, Way, Ways, listed
 from oomless.planning.wish import Wish
 from oomless.units import format_bytes
 
@@ -105,29 +103,6 @@ def search(
             laboratory.close()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Way:
-    """A quality and where its gradients, state and frozen weights lie."""
-
-    settings: Settings
-    fixed_bytes: int
-    """What is on the GPU whatever its activations are, where all of it exists together."""
-
-    bound: _Failure | None
-    """Why it cannot fit whatever they are."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Failure:
-    """Why a candidate does not fit."""
-
-    needed_bytes: int
-    """At least."""
-
-    reason: str
-    host_bytes: int = 0
-
-
 class _Search:
     def __init__(
         self,
@@ -146,6 +121,7 @@ class _Search:
         """Parts that no memory would make better than what fits."""
 
         self.known = Known(self.usable_bytes, self.target.gpus)
+        self.ways = Ways(setting, laboratory, self.passes)
         self.disproved: list[Settings] = []
         self.refused: str | None = None
 
@@ -270,7 +246,7 @@ class _Search:
         always = self.held is not None or (not leaner and (quality.trainable, quality.quantization) in COMMON)
         if self.wish is None or not fitting or always:
             return True
-        possible = [way for way in self._ways(quality, built) if way.bound is None]
+        possible = [way for way in self.ways.of(quality, built) if way.bound is None]
         for way in possible:
             for known in (self.known.least_passes, self.known.least_work):  # the first rules most out without a trial
                 seconds = self._soonest(way, built.rungs(self.pins), known)
@@ -290,9 +266,9 @@ class _Search:
     def _best(self, quality: Quality, built: Parts) -> Row:
         """Return the fastest way to train with ``quality`` that fits, or why none does."""
         found: _Found | None = None
-        failures: list[_Failure] = []
+        failures: list[Failure] = []
         ladder = built.rungs(self.pins)
-        for way in self._ways(quality, built):
+        for way in self.ways.of(quality, built):
             if way.bound is not None:
                 failures.append(way.bound)
                 continue
@@ -322,49 +298,16 @@ class _Search:
             host_bytes=nearest.host_bytes,
         )
 
-    def _whole(self, quality: Quality) -> Parts:
-        """Return what the parts of ``quality`` put on a GPU that holds the whole model."""
-        parts = {name: getattr(quality, name) for name in ("trainable", "tied_weights", "quantization")}
-        return self.laboratory.parts(any_run(self.pins, parts) | REPLICATED)
-
-    def _ways(self, quality: Quality, built: Parts) -> Iterator[_Way]:
-        for placement in placements(quality, self.pins, movable=built.movable, gpus=self.target.gpus):
-            way = self._way(quality, placement, built)
-            if "sharding" in placement and way.bound is None:  # what is too large in parts is too large whole
-                way = self._way(quality, placement, self._whole(quality))
-            yield way
-
-    def _way(self, quality: Quality, placement: Settings, built: Parts) -> _Way:
-        total, movable = state_bytes(built.trainable, quality.optimizer, quality.weight_precision)
-        moved = movable if placement.get("offload_optimizer") else 0
-        streamed = sum(size_bytes for name, size_bytes in built.movable.items() if placement.get(name))
-        used_up = placement.get("optimizer_in_backward") and any(
-            size["gradient_accumulation_steps"] == 1 for size in self.passes
-        )
-        parts = {
-            "weights": built.weight_bytes - streamed,
-            f"{OPTIMIZER_NAMES.get(quality.optimizer, quality.optimizer)} state": total - moved,
-            "gradients": 0 if used_up else built.trainable_bytes,
-        }
-        needed, bound = sum(parts.values()), None
-        hosted = moved + streamed
-        if needed > self.usable_bytes:
-            bound = _Failure(needed_bytes=needed, reason=f"needs at least {format_bytes(needed)}: {_listed(parts)}")
-        elif self.target.host_bytes is not None and hosted:
-            if moved and hosted <= self.target.host_bytes:
-                hosted = streamed + host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
-            if hosted > self.target.host_bytes:
-                reason = f"offloaded, {self._of_the_host(hosted)}"
-                bound = _Failure(needed_bytes=needed, reason=reason, host_bytes=hosted)
-        return _Way(settings=quality.settings() | placement, fixed_bytes=needed, bound=bound)
-
-    def _could_be_faster(self, way: _Way, ladder: list[Settings], found: _Found) -> bool:
+    def _could_be_faster(self, way: Way, ladder: list[Settings], found: _Found) -> bool:
         """Whether ``way``, with another placement than ``found``, could be faster by computing less again."""
         if not set(found.settings) & {"gradient_checkpointing", "cheap_recompute", "mlp_tiles"}:
             return False
-        return self._soonest(way, ladder, self.known.work) < found.seconds
+        # The first rules most out without a trial.
+        return all(
+            self._soonest(way, ladder, known) < found.seconds for known in (self.known.least_work, self.known.work)
+        )
 
-    def _soonest(self, way: _Way, ladder: list[Settings], known: Callable[[Settings], Work | None]) -> float:
+    def _soonest(self, way: Way, ladder: list[Settings], known: Callable[[Settings], Work | None]) -> float:
         """Return the seconds for a token than which ``way`` cannot be faster, with the smallest micro-batch or with the largest.
 
         They are those of the first rung that is not known not to fit or, where its work is not ``known``, of the nearest before it.
@@ -376,17 +319,43 @@ class _Search:
             works = ((settings, known(settings)) for settings in reversed(whole[: first + 1]))
             settings, work = next(((settings, work) for settings, work in works if work), (whole[first], None))
             if work is None:
-                (trial,) = self.laboratory.trials([settings], limited=False)
-                self.known.learn(settings, trial, way.fixed_bytes)
+                self._learn([settings], way)
                 work = self.known.work(settings)
             if work is not None:
+                of_pass, of_update = way.link_bytes
+                work = replace(
+                    work,
+                    link_bytes_of_passes=max(work.link_bytes_of_passes, of_pass * work.passes),
+                    link_bytes_of_update=max(work.link_bytes_of_update, of_update),
+                )
                 soonest = min(soonest, relative_seconds(work, self.target, self.setting.config(settings)))
         return soonest
 
-    def _fastest(self, way: _Way, ladder: list[Settings]) -> tuple[_Found | None, _Failure | None]:
+    def _learn(self, candidates: Sequence[Settings], way: Way, *, limited: bool = False) -> list[Trial]:
+        """Try ``candidates`` of ``way``; without an end of memory they tell all that their passes hold."""
+        made = self.laboratory.trials(candidates, limited=limited)
+        for settings, trial in zip(candidates, made, strict=True):
+            self.known.learn(settings, trial, way.fixed_bytes)
+        return made
+
+    def _tried(self, candidates: Sequence[Settings], way: Way, leanest: Settings) -> list[Trial]:
+        """Return what ``candidates`` came to at the end of memory, where they do not ask for too much without one."""
+        free = [settings for settings in candidates if settings != leanest and not self.known.tells(settings)]
+        told = {id(settings): trial for settings, trial in zip(free, self._learn(free, way), strict=True)}
+        over = {
+            id(one): replace(told[id(one)], fits=False)
+            for one in free
+            if self.known.asks_too_much(one, way.fixed_bytes)
+        }
+        rest = [settings for settings in candidates if id(settings) not in over]
+        at_the_end = zip(rest, self._learn(rest, way, limited=True), strict=True)
+        found = over | {id(settings): trial for settings, trial in at_the_end}
+        return [found[id(settings)] for settings in candidates]
+
+    def _fastest(self, way: Way, ladder: list[Settings]) -> tuple[_Found | None, Failure | None]:
         """Return the fastest micro-batch and rung of ``way`` that fit; larger micro-batches are tried while they pay."""
         best: _Found | None = None
-        failure: _Failure | None = None
+        failure: Failure | None = None
         first = 0
         for size in self.passes:
             if best is not None and not self._larger_may_pay(way.settings | size, ladder, first, best):
@@ -409,15 +378,15 @@ class _Search:
         return trial.work is None or self._found(way, trial).seconds < best.seconds
 
     def _first_fitting(
-        self, way: _Way, size: Settings, ladder: list[Settings], first: int
-    ) -> tuple[_Found | None, _Failure | None, int]:
+        self, way: Way, size: Settings, ladder: list[Settings], first: int
+    ) -> tuple[_Found | None, Failure | None, int]:
         """Return ``way`` with micro-batches of ``size`` and the first rung of ``ladder`` that fits, why the leanest that was tried
         does not, and the rung's number.
 
         No rung before ``first`` fits.
         """
         given, settings = ladder, way.settings | size
-        failure: tuple[int, _Failure] | None = None
+        failure: tuple[int, Failure] | None = None
         trials: dict[int, Trial] = {}
         possible = self.known.first_possible([settings | rung for rung in ladder], way.fixed_bytes)
         low, high = max(first, possible) - 1, len(ladder)
@@ -426,7 +395,7 @@ class _Search:
             probes = [first]
             if not first or low >= first:
                 probes = self.known.probes(whole, way.fixed_bytes, low, high, self.laboratory.processes)
-            made = self.laboratory.trials([whole[index] for index in probes])
+            made = self._tried([whole[index] for index in probes], way, whole[-1])
             refused = [
                 index for index, trial in zip(probes, made, strict=True) if self._cannot_apply(trial, ladder[index])
             ]
@@ -439,7 +408,6 @@ class _Search:
                 if trial.fits and not self._fits(trial):
                     return None, self._failure(trial), first  # a lean rung asks no less of the host
                 trials[index] = trial
-                self.known.learn(whole[index], trial, way.fixed_bytes)
                 if self._fits(trial) and settings | ladder[index] not in self.disproved:
                     high = min(high, index)
                 else:
@@ -447,7 +415,7 @@ class _Search:
                     if failure is None or index >= failure[0]:
                         failure = (index, self._failure(trial))
         if not ladder:
-            return None, _Failure(needed_bytes=0, reason=self.refused or ""), first
+            return None, Failure(needed_bytes=0, reason=self.refused or ""), first
         if high == len(ladder):
             return None, failure[1] if failure else None, first
         found = self._found(settings | ladder[high], trials[high])
@@ -461,21 +429,17 @@ class _Search:
         """Whether this rung is none for this model, or asks too much of the host for what it saves on the GPU."""
         return trial.refused is not None or (trial.fits and not self._fits(trial) and "offload_activations" in rung)
 
-    def _of_the_host(self, needed_bytes: int) -> str:
-        may = format_bytes(self.target.host_bytes or 0)
-        return f"{format_bytes(needed_bytes)} of host memory, of which {may} may be used"
-
-    def _failure(self, trial: Trial) -> _Failure:
+    def _failure(self, trial: Trial) -> Failure:
         if trial.fits:
-            reason = self._of_the_host(trial.host_bytes)
-            return _Failure(needed_bytes=trial.needed_bytes, reason=reason, host_bytes=trial.host_bytes)
+            reason = self.ways.of_the_host(trial.host_bytes)
+            return Failure(needed_bytes=trial.needed_bytes, reason=reason, host_bytes=trial.host_bytes)
         if (stopped := trial.stopped_at) is None:
-            return _Failure(needed_bytes=trial.needed_bytes, reason=trial.refused or "")
+            return Failure(needed_bytes=trial.needed_bytes, reason=trial.refused or "")
         where = f"{stopped['phase']}" + (f" of {stopped['module']}" if stopped["module"] else "")
         more = trial.needed_bytes + stopped["segment_bytes"]
-        return _Failure(
+        return Failure(
             needed_bytes=more,
-            reason=f"runs out in {where}, asking for {format_bytes(stopped['size_bytes'])} beside {_listed(trial.held_bytes)}",
+            reason=f"runs out in {where}, asking for {format_bytes(stopped['size_bytes'])} beside {listed(trial.held_bytes)}",
         )
 
     def _found(self, settings: Settings, trial: Trial) -> _Found:
@@ -493,7 +457,3 @@ class _Search:
 def is_tied(spec: ModelSpec) -> bool:
     """Return whether the model's ``embed_tokens`` and ``lm_head`` are one matrix."""
     return ties(spec.config)
-
-
-def _listed(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
