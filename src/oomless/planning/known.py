@@ -86,10 +86,17 @@ class Known:
         return _of_passes(settings) in self._held
 
     def asks_too_much(self, settings: Settings, fixed_bytes: int) -> bool:
-        """Whether the passes of ``settings`` alone surely do; with something on the host they hold no less, since it is fetched."""
-        known = (self._held.get(_of_passes(one)) for one in (settings, self._on_device(settings)))
-        held = next((one for one in known if one is not None), None)
+        """Whether the passes of ``settings`` alone surely do."""
+        held = self.least_held(settings)
         return held is not None and (fixed_bytes + held) * (1 - _SURE) > self._usable_bytes
+
+    def least_held(self, settings: Settings) -> int | None:
+        """Return what the passes of ``settings`` hold beside what is fixed, at least, where that is known.
+
+        With something on the host it is no less than without: what is fetched comes on top.
+        """
+        known = (self._held.get(_of_passes(one)) for one in (settings, self._on_device(settings)))
+        return next((one for one in known if one is not None), None)
 
     def probes(self, ladder: Sequence[Settings], fixed_bytes: int, low: int, high: int, at_once: int) -> list[int]:
         """Return which of the rungs between ``low``, which does not fit, and ``high``, which does or is the end, to try now.

@@ -46,13 +46,16 @@ from oomless.planning.strategies import (
 )
 from oomless.planning.throughput import Throughput, relative_seconds, throughput
 from oomless.planning.trial import Laboratory, Parts, Setting, Trial
-from oomless.planning.ways import Failure, Way, Ways, listed
+from oomless.planning.ways import Failure, Way, Ways, listed, too_much
 from oomless.planning.wish import Wish
 from oomless.units import format_bytes
 
 Progress = Callable[[str, float], None]
 BUSY_PASS_TOKENS = 1 << 9
 """So many tokens keep a GPU busy: what a larger pass gains is less than what it costs to compute more again for it."""
+
+WORTH_A_TRIAL = 0.01
+"""What has less state is compared where it may be faster by so much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +215,7 @@ class _Search:
         first_alone: bool,
         share: float | None = None,
     ) -> Iterator[tuple[tuple[int, int], Row]]:
-        """Yield the rows of the parts at ``place``: up to the first that fits or, for a wish, on to what has less state while it may be faster."""
+        """Yield the rows of the parts at ``place``: up to the first that fits or, for a wish, on to what has less state and may be faster."""
         parts = order[place]
         if self.held is not None and not self.held.has(parts):
             return
@@ -236,7 +239,7 @@ class _Search:
                 return  # what gives up more here is no faster
             row = self._best(quality, built)
             yield (place, number), row
-            if row.fits and (first_alone or self.wish is None or not row.saves_by_time):
+            if row.fits and (first_alone or self.wish is None):
                 return
             if row.fits and leaner is None and self.wish is not None:
                 leaner = self.wish.leaner(quality, kinds[number + 1 :], built.state_bytes)
@@ -249,7 +252,7 @@ class _Search:
         possible = [way for way in self.ways.of(quality, built) if way.bound is None]
         for way in possible:
             for known in (self.known.least_passes, self.known.least_work):  # the first rules most out without a trial
-                seconds = self._soonest(way, built.rungs(self.pins), known)
+                seconds = self._soonest(way, built.rungs(self.pins), known) * (1 + WORTH_A_TRIAL * leaner)
                 row = Row(quality=quality, settings=way.settings, fits=True, needed_bytes=0, seconds=seconds)
                 if row not in self.wish.choices([*fitting, row]).values():
                     break
@@ -338,19 +341,33 @@ class _Search:
             self.known.learn(settings, trial, way.fixed_bytes)
         return made
 
-    def _tried(self, candidates: Sequence[Settings], way: Way, leanest: Settings) -> list[Trial]:
-        """Return what ``candidates`` came to at the end of memory, where they do not ask for too much without one."""
-        free = [settings for settings in candidates if settings != leanest and not self.known.tells(settings)]
-        told = {id(settings): trial for settings, trial in zip(free, self._learn(free, way), strict=True)}
-        over = {
-            id(one): replace(told[id(one)], fits=False)
-            for one in free
-            if self.known.asks_too_much(one, way.fixed_bytes)
-        }
-        rest = [settings for settings in candidates if id(settings) not in over]
-        at_the_end = zip(rest, self._learn(rest, way, limited=True), strict=True)
-        found = over | {id(settings): trial for settings, trial in at_the_end}
-        return [found[id(settings)] for settings in candidates]
+    def _tried(self, candidates: Sequence[Settings], way: Way) -> list[Trial]:
+        """Return what ``candidates`` came to at the end of memory; those that ask for too much without one do not fit."""
+        free = [settings for settings in candidates if not self.known.tells(settings)]
+        refused = [
+            (settings, trial) for settings, trial in zip(free, self._learn(free, way), strict=True) if trial.refused
+        ]
+        settled = refused + [
+            (settings, self._too_large(settings, way))
+            for settings in candidates
+            if self.known.asks_too_much(settings, way.fixed_bytes)
+        ]
+        rest = [settings for settings in candidates if settings not in [done for done, _ in settled]]
+        settled += zip(rest, self._learn(rest, way, limited=True), strict=True)
+        return [next(trial for done, trial in settled if done == settings) for settings in candidates]
+
+    def _too_large(self, settings: Settings, way: Way) -> Trial:
+        """Return what ``settings``, whose passes ask for too much, are known to come to."""
+        needed = way.fixed_bytes + (self.known.least_held(settings) or 0)
+        return Trial(
+            fits=False,
+            needed_bytes=needed,
+            passes_bytes=needed,
+            host_bytes=0,
+            held_bytes={},
+            stopped_at=None,
+            work=None,
+        )
 
     def _fastest(self, way: Way, ladder: list[Settings]) -> tuple[_Found | None, Failure | None]:
         """Return the fastest micro-batch and rung of ``way`` that fit; larger micro-batches are tried while they pay."""
@@ -395,7 +412,7 @@ class _Search:
             probes = [first]
             if not first or low >= first:
                 probes = self.known.probes(whole, way.fixed_bytes, low, high, self.laboratory.processes)
-            made = self._tried([whole[index] for index in probes], way, whole[-1])
+            made = self._tried([whole[index] for index in probes], way)
             refused = [
                 index for index, trial in zip(probes, made, strict=True) if self._cannot_apply(trial, ladder[index])
             ]
@@ -406,14 +423,14 @@ class _Search:
                 continue
             for index, trial in zip(probes, made, strict=True):
                 if trial.fits and not self._fits(trial):
-                    return None, self._failure(trial), first  # a lean rung asks no less of the host
+                    return None, self._failure(trial, way), first  # a lean rung asks no less of the host
                 trials[index] = trial
                 if self._fits(trial) and settings | ladder[index] not in self.disproved:
                     high = min(high, index)
                 else:
                     low = max(low, index)
                     if failure is None or index >= failure[0]:
-                        failure = (index, self._failure(trial))
+                        failure = (index, self._failure(trial, way))
         if not ladder:
             return None, Failure(needed_bytes=0, reason=self.refused or ""), first
         if high == len(ladder):
@@ -429,12 +446,14 @@ class _Search:
         """Whether this rung is none for this model, or asks too much of the host for what it saves on the GPU."""
         return trial.refused is not None or (trial.fits and not self._fits(trial) and "offload_activations" in rung)
 
-    def _failure(self, trial: Trial) -> Failure:
+    def _failure(self, trial: Trial, way: Way) -> Failure:
         if trial.fits:
             reason = self.ways.of_the_host(trial.host_bytes)
             return Failure(needed_bytes=trial.needed_bytes, reason=reason, host_bytes=trial.host_bytes)
         if (stopped := trial.stopped_at) is None:
-            return Failure(needed_bytes=trial.needed_bytes, reason=trial.refused or "")
+            activations = format_bytes(trial.needed_bytes - way.fixed_bytes)
+            reason = trial.refused or too_much(trial.needed_bytes, f"{way.fixed}, activations {activations}")
+            return Failure(needed_bytes=trial.needed_bytes, reason=reason)
         where = f"{stopped['phase']}" + (f" of {stopped['module']}" if stopped["module"] else "")
         more = trial.needed_bytes + stopped["segment_bytes"]
         return Failure(

@@ -29,6 +29,9 @@ class Way:
     fixed_bytes: int
     """What is on the GPU whatever its activations are, where all of it exists together."""
 
+    fixed: str
+    """The same in words."""
+
     bound: Failure | None
     """Why it cannot fit whatever they are."""
 
@@ -45,7 +48,10 @@ class Ways:
     def of(self, quality: Quality, built: Parts) -> Iterator[Way]:
         """Yield those of ``quality``, of whose parts ``built`` tells, the least on the GPU last."""
         pins, gpus = self._setting.base, self._setting.target.gpus
+        _, movable = state_bytes(built.trainable, quality.optimizer, quality.weight_precision)
         for placement in placements(quality, pins, movable=built.movable, gpus=gpus):
+            if placement.get("offload_optimizer") and not movable and "offload_optimizer" not in pins:
+                continue  # it would move nothing
             way = self._way(quality, placement, built)
             if "sharding" in placement and way.bound is None:  # what is too large in parts is too large whole
                 way = self._way(quality, placement, self._whole(quality))
@@ -77,7 +83,7 @@ class Ways:
         needed, bound = sum(parts.values()), None
         hosted = moved + streamed
         if needed > target.usable_bytes - target.margin_bytes:
-            bound = Failure(needed_bytes=needed, reason=f"needs at least {format_bytes(needed)}: {listed(parts)}")
+            bound = Failure(needed_bytes=needed, reason=too_much(needed, listed(parts)))
         elif target.host_bytes is not None and hosted:
             if moved and hosted <= target.host_bytes:
                 hosted = streamed + host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
@@ -85,7 +91,18 @@ class Ways:
                 reason = f"offloaded, {self.of_the_host(hosted)}"
                 bound = Failure(needed_bytes=needed, reason=reason, host_bytes=hosted)
         link = (built.movable.get("stream_frozen", 0) if placement.get("stream_frozen") else 0, 2 * moved)
-        return Way(settings=quality.settings() | placement, fixed_bytes=needed, bound=bound, link_bytes=link)
+        return Way(
+            settings=quality.settings() | placement,
+            fixed_bytes=needed,
+            fixed=listed(parts),
+            bound=bound,
+            link_bytes=link,
+        )
+
+
+def too_much(needed_bytes: int, parts: str) -> str:
+    """Return that so much is needed at least, of which ``parts`` are known, in words."""
+    return f"needs at least {format_bytes(needed_bytes)}: {parts}"
 
 
 def listed(sizes: Mapping[str, int]) -> str:
