@@ -38,7 +38,6 @@ ROWS: list[tuple[str, dict[str, str], str, str | None]] = [
     (LARGE, LORA, "8xH200", None),
     ("Qwen/Qwen3-235B-A22B", LORA, "8xH200", None),
     (EIGHT, FULL, "2xRTX4090", "64GiB"),
-    (EIGHT, FULL, "4xRTX4090", "64GiB"),
 ]
 HEAD = "| model | trains | GPUs | pick | how | each needs | tokens/s | rehearsals | search, s | of cores, s |"
 
