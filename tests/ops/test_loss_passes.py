@@ -99,7 +99,8 @@ def test_kernels_are_as_exact_as_plain_lines_in_low_precision(name, order, dtype
     for true, rough, own in zip(truth, naive, ours, strict=True):
         assert own.dtype == rough.dtype
         error, allowed = (own.double() - true).abs(), (rough.double() - true).abs()
-        eps = torch.finfo(dtype).eps
+        # In the interpreter an exponential is numpy's, which on some processors is a few fp32 roundings off.
+        eps = torch.finfo(dtype).eps * (2 if dtype == FP32 else 1)
         assert bool((error <= allowed + 8 * eps * true.abs().clamp_min(true.abs().mean())).all())
         assert error.norm() <= 1.1 * allowed.norm() + eps * true.norm()
 
