@@ -12,7 +12,10 @@ TiB = 1 << 40
 _UNITS = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
 _UNITS |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_RATES = {"mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+Gbit = 1e9 / 8
+"""In bytes, of a network's rate."""
+
+_RATES = {"mbit": Gbit / 1000, "gbit": Gbit, "tbit": 1000 * Gbit, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([MGT]bit)(?:/s)?|([MGT]B)/s)\s*", re.IGNORECASE)
 
@@ -64,7 +67,7 @@ def parse_bytes(text: str) -> int:
 
 def format_rate(bytes_per_s: float) -> str:
     """Return the rate of a network in the unit in which it is sold: ``"100 Gbit/s"``."""
-    return f"{8 * bytes_per_s / 1e9:,.4g} Gbit/s"
+    return f"{bytes_per_s / Gbit:,.4g} Gbit/s"
 
 
 def parse_rate(text: str) -> float:

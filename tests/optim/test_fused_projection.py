@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.optim.test_fused import step
 from torch import nn
 
 from oomless.memory.fake_mode import QuickFakeMode
@@ -44,12 +45,6 @@ def begun(name, shape, dtype, way, *, fused, rank=RANK, steps=2, slice_bytes=1 <
         step(optimizer, weight, number)
     optimizer.fused = fused
     return optimizer, weight
-
-
-def step(optimizer, weight, number, found_inf=0.0):
-    generator = torch.Generator().manual_seed(1000 + number)
-    weight.grad = (torch.randn(weight.shape, generator=generator) * 0.1).to(weight.dtype)
-    optimizer.step(gradient_scale=torch.tensor(0.5), found_inf=torch.tensor(found_inf))
 
 
 def values(optimizer, weight, way):

@@ -123,12 +123,4 @@ def test_what_is_tried_first_is_guessed_and_a_wrong_guess_is_not_repeated():
 
 
 def trial(needed_bytes):
-    return Trial(
-        fits=True,
-        needed_bytes=needed_bytes,
-        passes_bytes=needed_bytes,
-        host_bytes=0,
-        held_bytes={},
-        stopped_at=None,
-        work=None,
-    )
+    return Trial(fits=True, needed_bytes=needed_bytes, passes_bytes=needed_bytes)

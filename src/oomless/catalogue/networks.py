@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from oomless.catalogue._data import read_yaml
 from oomless.catalogue.gpus import Gpu
-
-BYTES_PER_GBIT = 1e9 / 8
+from oomless.units import Gbit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +25,6 @@ def assumed_network(gpu: Gpu, count: int) -> Network:
     data = read_yaml("networks.yaml")
     own = data["per_gpu"].get(gpu.name)
     if own is not None:
-        return Network(bytes_per_s=own["gbit"] * count * BYTES_PER_GBIT, source=f"assumed: {own['source']}")
+        return Network(bytes_per_s=own["gbit"] * count * Gbit, source=f"assumed: {own['source']}")
     every = data["per_machine"]
-    return Network(bytes_per_s=every["gbit"] * BYTES_PER_GBIT, source=f"assumed: {every['source']}")
+    return Network(bytes_per_s=every["gbit"] * Gbit, source=f"assumed: {every['source']}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from oomless.ops import operators
@@ -44,6 +45,27 @@ class Terms:
     found_inf: Tensor | None
     noise: tuple[int, int] | None
     """What, with the step, gives the key of the random bits, where the weight's precision needs them."""
+
+    @classmethod
+    def of_operator(
+        cls,
+        precision: str | None,
+        dtype: torch.dtype,
+        rates: Sequence[float],
+        step: Tensor,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+        noise: Sequence[int] | None,
+    ) -> Terms:
+        """Return them from what an operator is given, for weights of ``dtype``."""
+        return cls(
+            precision=weight_precision(precision, dtype),
+            rates=tuple(rates),
+            step=step,
+            scale=scale,
+            found_inf=found_inf,
+            noise=None if noise is None else (noise[0], noise[1]),
+        )
 
     @cached_property
     def key(self) -> Tensor | None:
@@ -109,14 +131,7 @@ class Update:
         rounded: Tensor | None = None,
     ) -> None:
         weight = value if rounded is None else rounded
-        terms = Terms(
-            precision=weight_precision(precision, weight.dtype),
-            rates=tuple(rates),
-            step=step,
-            scale=scale,
-            found_inf=found_inf,
-            noise=None if noise is None else (noise[0], noise[1]),
-        )
+        terms = Terms.of_operator(precision, weight.dtype, rates, step, scale, found_inf, noise)
         state = {"step": step, **dict(zip(self._moments, moments, strict=False))}
         if rounded is not None:
             state["master"] = value

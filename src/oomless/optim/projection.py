@@ -20,7 +20,7 @@ from oomless.ops.operators import operator
 from oomless.optim.base import State, store_unless
 from oomless.optim.fused import Terms
 from oomless.optim.noise import noise_key, random_signs
-from oomless.optim.precision import weight_precision
+from oomless.optim.scaled import kept
 
 RANKS = 256
 """Of so many columns of P one program of the kernel makes sums."""
@@ -147,11 +147,9 @@ def _subtract(
     update = adam.mul_(size * projection.entry) @ projection.signs.t()
     del adam
     value = terms.precision.read(weight, state)
-    decay: Tensor | float = keep
     if terms.found_inf is not None:
         update.masked_fill_(terms.found_inf.bool(), 0.0)
-        decay = torch.where(terms.found_inf.bool(), 1.0, keep)
-    value.mul_(decay).sub_(update)
+    value.mul_(kept(keep, terms.found_inf)).sub_(update)
     del update
     terms.precision.write(weight, state, value, terms.key, start)
 
@@ -189,14 +187,7 @@ def _project_on_cpu(
     *,
     squares: Tensor | None = None,
 ) -> None:
-    terms = Terms(
-        precision=weight_precision(None, torch.float32),
-        rates=tuple(rates),
-        step=step,
-        scale=scale,
-        found_inf=found_inf,
-        noise=None,
-    )
+    terms = Terms.of_operator(None, torch.float32, rates, step, scale, found_inf, None)
     shape = (gradient.shape[1], first.shape[1])
     _project(first, second, gradient, terms, _again(shape, entry, step, refresh_steps, projection_noise), squares)
 
@@ -222,14 +213,7 @@ def _subtract_on_cpu(
     *adams, size, keep = rates
     state = {"projected_first_moment": first, "projected_second_moment": second}
     state |= {"master": value} if correction is None else {"correction": correction}
-    terms = Terms(
-        precision=weight_precision(precision, weight.dtype),
-        rates=tuple(adams),
-        step=step,
-        scale=None,
-        found_inf=found_inf,
-        noise=None if noise is None else (noise[0], noise[1]),
-    )
+    terms = Terms.of_operator(precision, weight.dtype, adams, step, None, found_inf, noise)
     shape = (weight.shape[1], first.shape[1])
     projection = _again(shape, entry, step, refresh_steps, projection_noise)
     _subtract(weight, state, size, keep, terms, projection, start)

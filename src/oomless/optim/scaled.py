@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from oomless.optim.fused import Terms, operator
-from oomless.optim.precision import weight_precision
 
 Factors = tuple[Tensor | None, Tensor | None]
 """What each row and each column of the gradient is multiplied by: vectors in fp32, or nothing."""
@@ -116,14 +115,7 @@ def _on_cpu(
 ) -> None:
     weight = value if rounded is None else rounded
     state = {"master": value} if correction is None else {"correction": correction}
-    terms = Terms(
-        precision=weight_precision(precision, weight.dtype),
-        rates=(),
-        step=step,
-        scale=None,
-        found_inf=found_inf,
-        noise=None if noise is None else (noise[0], noise[1]),
-    )
+    terms = Terms.of_operator(precision, weight.dtype, (), step, None, found_inf, noise)
     _plain(weight, gradient, (row_factor, column_factor), size, keep, state, terms, start)
 
 

@@ -110,8 +110,9 @@ class Known:
         fitting = next((index for index in between if index in needs and needs[index] <= room), None)
         was_wrong = low in needs and needs[low] <= room
         if fitting is None or was_wrong:
-            not_at_once = max(low, min(1, len(ladder) - 2)) if needs and high == len(ladder) else low
-            return _spread(not_at_once, high, len(ladder), at_once)
+            if needs and high == len(ladder):  # all that is known of is expected not to fit: neither are the fastest
+                low = max(low, min(1, len(ladder) - 2))
+            return _spread(low, high, len(ladder), at_once)
         return [index for index in (fitting - 1, fitting) if index in between]
 
     def _needs(self, ladder: Sequence[Settings]) -> dict[int, float]:

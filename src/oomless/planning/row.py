@@ -45,7 +45,7 @@ class Row:
 
     @property
     def saves_by_time(self) -> bool:
-        """Whether it spends time to save memory; else nothing that gives up more can train the same parts faster."""
+        """Whether it spends time to save memory; else the same parts are no faster with fewer bits of what is frozen."""
         return bool(set(self.settings) & _SLOWER)
 
     def to_dict(self) -> dict[str, Any]:

@@ -343,31 +343,14 @@ class _Search:
 
     def _tried(self, candidates: Sequence[Settings], way: Way) -> list[Trial]:
         """Return what ``candidates`` came to at the end of memory; those that ask for too much without one do not fit."""
-        free = [settings for settings in candidates if not self.known.tells(settings)]
-        refused = [
-            (settings, trial) for settings, trial in zip(free, self._learn(free, way), strict=True) if trial.refused
-        ]
-        settled = refused + [
-            (settings, self._too_large(settings, way))
-            for settings in candidates
-            if self.known.asks_too_much(settings, way.fixed_bytes)
-        ]
-        rest = [settings for settings in candidates if settings not in [done for done, _ in settled]]
-        settled += zip(rest, self._learn(rest, way, limited=True), strict=True)
-        return [next(trial for done, trial in settled if done == settings) for settings in candidates]
+        self._learn([settings for settings in candidates if not self.known.tells(settings)], way)
+        possible = [settings for settings in candidates if not self.known.asks_too_much(settings, way.fixed_bytes)]
+        made = iter(self._learn(possible, way, limited=True))
+        return [next(made) if settings in possible else self._too_large(settings, way) for settings in candidates]
 
     def _too_large(self, settings: Settings, way: Way) -> Trial:
         """Return what ``settings``, whose passes ask for too much, are known to come to."""
-        needed = way.fixed_bytes + (self.known.least_held(settings) or 0)
-        return Trial(
-            fits=False,
-            needed_bytes=needed,
-            passes_bytes=needed,
-            host_bytes=0,
-            held_bytes={},
-            stopped_at=None,
-            work=None,
-        )
+        return Trial(fits=False, needed_bytes=way.fixed_bytes + (self.known.least_held(settings) or 0))
 
     def _fastest(self, way: Way, ladder: list[Settings]) -> tuple[_Found | None, Failure | None]:
         """Return the fastest micro-batch and rung of ``way`` that fit; larger micro-batches are tried while they pay."""

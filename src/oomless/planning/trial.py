@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import groupby
 from multiprocessing import get_context
@@ -64,19 +64,19 @@ class Trial:
     needed_bytes: int
     """The most that was reserved; where it does not fit, until then."""
 
-    passes_bytes: int
+    passes_bytes: int = 0
     """The most that was allocated in forward and backward passes."""
 
-    host_bytes: int
+    host_bytes: int = 0
     """The most that lay in host memory."""
 
-    held_bytes: dict[str, int]
+    held_bytes: dict[str, int] = field(default_factory=dict)
     """Weights, gradients and optimizer state at their largest."""
 
-    stopped_at: dict[str, Any] | None
+    stopped_at: dict[str, Any] | None = None
     """The request that could not be served, as a ``Request``'s fields."""
 
-    work: dict[str, Any] | None
+    work: dict[str, Any] | None = None
     """What a step computes and moves, as a ``Work``'s fields; ``None`` where it does not fit."""
 
     refused: str | None = None
@@ -187,16 +187,7 @@ def try_out(setting: Setting, settings: Settings, *, limited: bool = True) -> Tr
     except UnplannableError:
         raise  # no other settings help
     except UserError as error:
-        return Trial(
-            fits=False,
-            needed_bytes=0,
-            passes_bytes=0,
-            host_bytes=0,
-            held_bytes={},
-            stopped_at=None,
-            work=None,
-            refused=str(error),
-        )
+        return Trial(fits=False, needed_bytes=0, refused=str(error))
     timeline = found.profile.timeline.bytes_by_category
     failures: tuple[Request, ...] = found.profile.failures
     return Trial(
@@ -223,7 +214,7 @@ def prove(setting: Setting, settings: Settings) -> Proof:
         return Proof(fits=False)
     profile = replace(found.profile, capacity_bytes=target.capacity_bytes)
     whole = plan_of(setting.spec, target, replace(found, profile=profile))
-    kept = {field.name: getattr(whole, field.name) for field in fields(Plan)}
+    kept = {one.name: getattr(whole, one.name) for one in fields(Plan)}
     for name in ("model", "target", "device"):
         del kept[name]
     kept["profile"] = whole.profile.to_dict()
@@ -388,14 +379,13 @@ class Laboratory:
         return [self._results[key] for key in keys]
 
     def _key_of_trial(self, settings: Settings, *, limited: bool) -> str:
-        """Return the key of a trial whose result is what is asked for: what never comes to the limit goes as without one."""
+        """Return the key of a trial whose result is what is asked for: what is refused, or never comes to the limit, goes as without one."""
         below, free = self._key("trial", settings), self._key("unlimited trial", settings)
         if limited:
             target, known = self.setting.target, self._results.get(free)
-            within = (
-                known is not None and known.fits and known.needed_bytes <= target.usable_bytes - target.margin_bytes
-            )
-            return free if within and below not in self._results else below
+            usable_bytes = target.usable_bytes - target.margin_bytes
+            alike = known is not None and (known.refused or (known.fits and known.needed_bytes <= usable_bytes))
+            return free if alike and below not in self._results else below
         return below if below in self._results and self._results[below].fits else free
 
     def proof(self, settings: Settings) -> Callable[[], Proof]:

@@ -80,10 +80,10 @@ class Ways:
             f"{OPTIMIZER_NAMES.get(quality.optimizer, quality.optimizer)} state": total - moved,
             "gradients": 0 if used_up else built.trainable_bytes,
         }
-        needed, bound = sum(parts.values()), None
+        needed, fixed, bound = sum(parts.values()), listed(parts), None
         hosted = moved + streamed
         if needed > target.usable_bytes - target.margin_bytes:
-            bound = Failure(needed_bytes=needed, reason=too_much(needed, listed(parts)))
+            bound = Failure(needed_bytes=needed, reason=too_much(needed, fixed))
         elif target.host_bytes is not None and hosted:
             if moved and hosted <= target.host_bytes:
                 hosted = streamed + host_bytes_of_state(built.trainable, quality.optimizer, quality.weight_precision)
@@ -94,7 +94,7 @@ class Ways:
         return Way(
             settings=quality.settings() | placement,
             fixed_bytes=needed,
-            fixed=listed(parts),
+            fixed=fixed,
             bound=bound,
             link_bytes=link,
         )

@@ -56,7 +56,7 @@ class Wish:
     def leaner(
         self, first: Quality, others: Iterable[Quality], state_bytes: Callable[[Quality], int]
     ) -> Sequence[Quality]:
-        """Return those of ``others`` that may be preferred to ``first`` for having less state, where memory is bought with time.
+        """Return those of ``others`` that may be preferred to ``first`` for having less state, which takes less memory and less to update.
 
         Of two, the one that teaches no less with no more state is enough.
         """
