@@ -6,8 +6,9 @@ The Llama of 4.2 M parameters of bench/learning.py, which fp32 AdamW taught code
 GPUs, from one that holds everything down to one where little fits. Each is a T4 with less memory and rates a thousand times lower, so
 that what a small model takes of it is what a real one takes of a real one, but with 16-bit arithmetic in bf16. For each size the search
 is asked for the balanced training of a text in so many hours, and for each strategy below it is asked, pinned, how fast it trains
-there, if it fits. Every strategy that is asked for is trained once, at the learning rate that oomless gives it, which stays; what it has learnt on a size
-is its held-out loss after the tokens that it reads there in the time, read off its curve.
+there, if it fits. Every strategy that is asked for is trained once, at the learning rate that oomless gives it, which stays after a tenth of warm-up; what
+it has learnt on a size is its held-out loss after the tokens that it reads there in the time, read off its curve. Writes
+``results/equal_time.json`` and ``results/equal_time.md``, which docs/planner.md shows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from oomless.planning.search import search
 from oomless.planning.strategies import Settings
 from oomless.planning.wish import Wish
 from oomless.training import rates
-from provenance import write
+from provenance import RESULTS, write
 
 MiB = 1 << 20
 SIZES = (36, 40, 44, 48, 52, 56, 64, 76, 92, 112)
@@ -116,6 +117,21 @@ def learn(bench: Bench, strategy: Settings) -> list[list[float]]:
     return curve
 
 
+def table(rows: dict[Any, Any]) -> str:
+    """Return the rows for docs/planner.md, each with the loss of the pick and that of the best."""
+    lines = [
+        "| GPU, MiB | balanced pick | its loss | best of what fits | its loss | above |",
+        "|---:|---|---:|---|---:|---:|",
+    ]
+    for size, row in rows.items():
+        if row["pick"] is None:
+            lines.append(f"| {size} | nothing fits | | | | |")
+            continue
+        cells = [f"{row[name]} | {row['losses'][row[name]]:.3f}" for name in ("pick", "best")]
+        lines.append(f"| {size} | {cells[0]} | {cells[1]} | {row['above']:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Ask, train, compare, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,6 +160,7 @@ def main() -> None:
         rows[size]["above"] = losses[name_of(pick[0])] / losses[best] - 1 if pick and best else None
         print(size, json.dumps(rows[size]), flush=True)
     held = sum(row["above"] is not None and row["above"] <= ALLOWED for row in rows.values())
+    (RESULTS / "equal_time.md").write_text(table(rows), encoding="utf-8")
     facts = {"seconds": seconds, "allowed": ALLOWED, "sizes_within": held, "sizes": len(SIZES)}
     print(
         f"{held} of {len(SIZES)} within {ALLOWED:.0%}; written to {write('equal_time', facts | {'rows': rows, 'curves': curves})}"

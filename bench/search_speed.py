@@ -3,6 +3,7 @@
 python bench/search_speed.py [--beside COMMIT] [--only MODEL@GPU ...]
 
 With ``--beside`` every search is also made by the code of that commit, in turn with today's, so that a ratio holds on a busy machine.
+``results/search_speed.json`` keeps the last measurement beside each commit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from provenance import write
+from provenance import RESULTS, provenance
 
 CASES = {
     "Llama-3.2-1B@T4": 8,
@@ -95,7 +96,11 @@ def main() -> None:
         finally:
             if given.beside:
                 subprocess.run(["git", "worktree", "remove", "--force", before], check=True, cwd=here)
-    print(f"written to {write('search_speed', {'before': given.beside, 'searches': results})}")
+    path = RESULTS / "search_speed.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    known["beside"][str(given.beside)] = {"provenance": provenance(), "searches": results}
+    path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

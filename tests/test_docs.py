@@ -43,6 +43,7 @@ def test_options_exist(page):
 @pytest.mark.parametrize(
     ("result", "page"),
     [
+        ("equal_time", "planner"),
         ("seed_cases", "memory"),
         ("layer_bytes", "techniques"),
         ("loss_bytes", "techniques"),
